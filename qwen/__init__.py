@@ -1,0 +1,33 @@
+"""First-generation Qwen models on transformers 5.
+
+Importing this package registers its classes with transformers' Auto classes, so that every published checkpoint loads
+with this code, whatever code lies beside its weights.
+"""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+from .configuration_qwen import QWenConfig
+from .modeling_qwen import QWenLMHeadModel, QWenModel
+from .qwen_generation_utils import decode_tokens, get_stop_words_ids, make_context
+from .tokenization_qwen import QWenTokenizer
+
+AutoConfig.register(QWenConfig.model_type, QWenConfig)
+AutoModel.register(QWenConfig, QWenModel)
+AutoModelForCausalLM.register(QWenConfig, QWenLMHeadModel)
+AutoTokenizer.register(QWenConfig, QWenTokenizer)
+
+# Saved checkpoints take the code along, so that they load where this package is not installed.
+QWenConfig.register_for_auto_class()
+QWenModel.register_for_auto_class("AutoModel")
+QWenLMHeadModel.register_for_auto_class("AutoModelForCausalLM")
+QWenTokenizer.register_for_auto_class("AutoTokenizer")
+
+__all__ = [
+    "QWenConfig",
+    "QWenLMHeadModel",
+    "QWenModel",
+    "QWenTokenizer",
+    "decode_tokens",
+    "get_stop_words_ids",
+    "make_context",
+]

@@ -1,0 +1,250 @@
+"""The configuration of a Qwen model: its shape, and the switches that `from_pretrained` takes.
+
+Both dialects of published `config.json` files become the same object. Knows nothing of layers or weights.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+from transformers.utils import is_flash_attn_2_available, logging
+
+logger = logging.get_logger(__name__)
+
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+# The very first release called the same things by other names.
+FIRST_RELEASE_NAMES = {
+    "n_embd": "hidden_size",
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "n_positions": "max_position_embeddings",
+    "ffn_hidden_size": "intermediate_size",
+    "embd_pdrop": "emb_dropout_prob",
+    "attn_pdrop": "attn_dropout_prob",
+}
+
+
+@strict
+class QWenConfig(PreTrainedConfig):
+    """Shape and switches of a first-generation Qwen model.
+
+    The defaults are the published ones. Three have none in the class, because they depend on the file: `seq_length`
+    falls back to `max_position_embeddings`; `use_dynamic_ntk`, `use_logn_attn` and `layer_norm_epsilon` are true, true
+    and 1e-6, or false, false and 1e-5 in a file of the very first release (the one with `n_embd`).
+
+    Args:
+        vocab_size: rows of the embedding and of the output matrix; at least the tokenizer's length.
+        hidden_size: C, the width of the residual stream.
+        intermediate_size: twice the width of the MLP.
+        kv_channels: D, the size of one attention head; also readable as `head_dim`.
+        seq_length: trained length in tokens; dynamic NTK and LogN act beyond it.
+        max_position_embeddings: the longest sequence the model is offered for, in tokens.
+        rotary_pct: share of the channels of a head that RoPE turns.
+        rotary_emb_base: base of the RoPE frequencies.
+        use_dynamic_ntk: enlarge the RoPE base for prompts longer than `seq_length` (inference only).
+        use_logn_attn: scale queries beyond `seq_length` by the logarithm of their position (inference only).
+        no_bias: no bias in the linear layers; `c_attn` has one whatever this says.
+        bf16, fp16, fp32: the precision to load in, at most one of them.
+        use_flash_attn: "auto", True or False.
+        use_cache_quantization: keep the key/value cache in 8 bits.
+        use_cache_kernel: decode from the 8-bit cache with a fused kernel where there is one.
+
+    Raises:
+        ValueError: the numbers do not make a network, or the switches contradict one another.
+    """
+
+    model_type = "qwen"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    attribute_map = {"head_dim": "kv_channels"}
+    base_model_fsdp_plan = {"wte": "free_full_weight", "h.*": "free_full_weight", "ln_f": "keep_full_weight"}
+
+    vocab_size: int = 151936
+    hidden_size: int = 4096
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    intermediate_size: int = 22016
+    kv_channels: int = 128
+    seq_length: int | None = None
+    max_position_embeddings: int = 8192
+    rotary_pct: float | int = 1.0
+    rotary_emb_base: float | int = 10000
+    use_dynamic_ntk: bool | None = None
+    use_logn_attn: bool | None = None
+    emb_dropout_prob: float | int = 0.0
+    attn_dropout_prob: float | int = 0.0
+    layer_norm_epsilon: float | None = None
+    initializer_range: float | int = 0.02
+    scale_attn_weights: bool = True
+    softmax_in_fp32: bool = False
+    no_bias: bool = True
+    use_cache: bool = True
+    bf16: bool = False
+    fp16: bool = False
+    fp32: bool = False
+    use_flash_attn: str | bool = "auto"
+    use_cache_quantization: bool = False
+    use_cache_kernel: bool = False
+    tie_word_embeddings: bool = False
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs: Any):
+        first_release = any(name in kwargs for name in FIRST_RELEASE_NAMES)
+        if first_release:
+            for name, today in FIRST_RELEASE_NAMES.items():
+                if name in kwargs:
+                    setattr(self, today, kwargs.pop(name))
+            # In this dialect vocab_size is the tokenizer's length, and the matrices have more rows.
+            self.vocab_size = kwargs.pop("padded_vocab_size", self.vocab_size)
+        if self.use_dynamic_ntk is None:
+            self.use_dynamic_ntk = not first_release
+        if self.use_logn_attn is None:
+            self.use_logn_attn = not first_release
+        if self.layer_norm_epsilon is None:
+            self.layer_norm_epsilon = 1e-5 if first_release else 1e-6
+        if self.seq_length is None:
+            self.seq_length = self.max_position_embeddings
+        super().__post_init__(**kwargs)
+
+    @property
+    def rotary_dim(self) -> int:
+        """R: how many channels of a head RoPE turns."""
+        return int(self.rotary_pct * self.kv_channels)
+
+    def validate_architecture(self):
+        """Part of the `strict` validation.
+
+        Raises:
+            ValueError: names the field of config.json that cannot be right.
+        """
+        positive = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+        for name in (*positive, "kv_channels", "max_position_embeddings"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"config: {name} must be at least 1, not {getattr(self, name)}.")
+        if self.intermediate_size % 2:
+            raise ValueError(f"config: intermediate_size is twice the MLP width, so not odd: {self.intermediate_size}.")
+        if self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.kv_channels:
+            raise ValueError(
+                f"config: rotary_pct · kv_channels = {self.rotary_pct} · {self.kv_channels} must be an even number of "
+                f"channels between 2 and {self.kv_channels}."
+            )
+        if self.use_dynamic_ntk and self.rotary_dim == 2:
+            raise ValueError("config: dynamic NTK needs more than 2 rotary channels; set use_dynamic_ntk to false.")
+        if self.seq_length < 2:
+            raise ValueError(f"config: seq_length is the trained length in tokens, at least 2, not {self.seq_length}.")
+        if self.use_flash_attn not in ("auto", True, False):
+            raise ValueError(f'config: use_flash_attn is "auto", true or false, not {self.use_flash_attn!r}.')
+        flags = [name for name in PRECISIONS if getattr(self, name)]
+        if len(flags) > 1:
+            raise ValueError(f"config: {' and '.join(flags)} are both true; set one of bf16, fp16, fp32, or none.")
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> QWenConfig | tuple[QWenConfig, dict[str, Any]]:
+        """As in transformers; what the caller names wins over what the file says.
+
+        Raises:
+            ValueError: two arguments contradict each other.
+        """
+        kwargs.pop("resume_download", None)  # the published examples pass it; downloads always resume today
+        check_arguments(kwargs)
+        if any(name in kwargs for name in (*PRECISIONS, "dtype", "torch_dtype")):
+            config_dict = {name: value for name, value in config_dict.items() if name not in PRECISIONS}
+        return super().from_dict(config_dict, **kwargs)
+
+
+def check_arguments(kwargs: dict[str, Any]) -> None:
+    """Refuse arguments of `from_pretrained` that contradict one another.
+
+    Raises:
+        ValueError: says which two, and what to pass.
+    """
+    asked = [name for name in PRECISIONS if kwargs.get(name)]
+    if len(asked) > 1:
+        raise ValueError(
+            f"{' and '.join(f'{name}=True' for name in asked)} contradict each other: pass one of bf16=True, fp16=True, "
+            "fp32=True, or none of them."
+        )
+    dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
+    if asked and dtype not in (None, "auto") and as_dtype(dtype) is not PRECISIONS[asked[0]]:
+        raise ValueError(f"{asked[0]}=True and dtype={dtype} contradict each other: pass only one of the two.")
+
+    attention = kwargs.get("attn_implementation")
+    flash = kwargs.get("use_flash_attn", "auto")
+    if attention is not None and flash != "auto" and flash != ("flash" in str(attention)):
+        raise ValueError(
+            f"use_flash_attn={flash} and attn_implementation={attention!r} contradict each other: pass only one of the two."
+        )
+    if flash is True and kwargs.get("fp32"):
+        raise ValueError(
+            "use_flash_attn=True and fp32=True contradict each other: flash attention works in half precision, so pass "
+            "bf16=True or fp16=True, or leave use_flash_attn out."
+        )
+    if kwargs.get("use_cache_kernel") and kwargs.get("use_cache_quantization") is False:
+        raise ValueError("use_cache_kernel=True needs use_cache_quantization=True: the kernel reads the 8-bit cache.")
+
+
+def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """`"bfloat16"`, `"torch.bfloat16"` or `torch.bfloat16` → `torch.bfloat16`.
+
+    Raises:
+        ValueError: not the name of a torch dtype.
+    """
+    found = dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype).removeprefix("torch."), None)
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f'dtype={dtype!r} is not a torch dtype: pass torch.bfloat16, torch.float32 or "auto".')
+    return found
+
+
+def target_device(device_map: Any) -> torch.device:
+    """Where `from_pretrained(device_map=…)` will compute: the accelerator if there is one and it is not ruled out."""
+    places = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
+    if all(str(place) in ("cpu", "disk", "meta") for place in places) or not torch.accelerator.is_available():
+        return torch.device("cpu")
+    return torch.accelerator.current_accelerator()
+
+
+def choose_dtype(config: QWenConfig, device: torch.device) -> torch.dtype | str:
+    """The precision to load in when the caller names no dtype.
+
+    The flag that is set; else bfloat16 on a GPU that computes in it, float16 on one that does not, and float32 on the
+    CPU, whatever the weights are stored in. GPTQ weights keep the precision that their quantizer chooses.
+    """
+    for name, dtype in PRECISIONS.items():
+        if getattr(config, name):
+            return dtype
+    if getattr(config, "quantization_config", None) is not None:
+        return "auto"
+    if device.type == "cpu":
+        return torch.float32
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return torch.float16 if device.type == "mps" else torch.bfloat16
+
+
+def choose_attention(config: QWenConfig, dtype: torch.dtype | str, device: torch.device) -> str | None:
+    """What `use_flash_attn` means here: the name for transformers' attention interface, None for its default.
+
+    Flash attention works on a GPU in half precision; asked for elsewhere it is switched off with a warning that says
+    why.
+    """
+    if config.use_flash_attn is False:
+        return None
+    obstacle = None
+    if config.use_cache_quantization:
+        obstacle = "use_cache_quantization is on, and flash attention cannot read the 8-bit cache"
+    elif device.type != "cuda":
+        obstacle = f"it does not run on {device.type}"
+    elif dtype is torch.float32:
+        obstacle = "it does not compute in float32; load with bf16=True or fp16=True"
+    elif not is_flash_attn_2_available():
+        obstacle = "the flash-attn package is not installed"
+    if obstacle is None:
+        return "flash_attention_2"
+    if config.use_flash_attn is True:
+        logger.warning(f"use_flash_attn=True is switched off: {obstacle}.")
+    return None
