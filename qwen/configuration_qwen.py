@@ -3,8 +3,6 @@
 Both dialects of published `config.json` files become the same object. Knows nothing of layers or weights.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -110,14 +108,15 @@ class QWenConfig(PreTrainedConfig):
         if self.seq_length is None:
             self.seq_length = self.max_position_embeddings
         super().__post_init__(**kwargs)
+        self.check()
 
     @property
     def rotary_dim(self) -> int:
         """R: how many channels of a head RoPE turns."""
         return int(self.rotary_pct * self.kv_channels)
 
-    def validate_architecture(self):
-        """Part of the `strict` validation.
+    def check(self) -> None:
+        """Refuse values that make no network; the types were checked when they were set.
 
         Raises:
             ValueError: names the field of config.json that cannot be right.
@@ -144,7 +143,7 @@ class QWenConfig(PreTrainedConfig):
             raise ValueError(f"config: {' and '.join(flags)} are both true; set one of bf16, fp16, fp32, or none.")
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> QWenConfig | tuple[QWenConfig, dict[str, Any]]:
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "QWenConfig | tuple[QWenConfig, dict[str, Any]]":
         """As in transformers; what the caller names wins over what the file says.
 
         Raises:
@@ -154,7 +153,12 @@ class QWenConfig(PreTrainedConfig):
         check_arguments(kwargs)
         if any(name in kwargs for name in (*PRECISIONS, "dtype", "torch_dtype")):
             config_dict = {name: value for name, value in config_dict.items() if name not in PRECISIONS}
-        return super().from_dict(config_dict, **kwargs)
+        for name in ("dtype", "torch_dtype"):
+            if kwargs.get(name) == "auto":  # what the file says; transformers would keep the word as the dtype
+                kwargs.pop(name)
+        result = super().from_dict(config_dict, **kwargs)
+        (result[0] if isinstance(result, tuple) else result).check()  # the arguments were set after its own check
+        return result
 
 
 def check_arguments(kwargs: dict[str, Any]) -> None:
@@ -166,18 +170,19 @@ def check_arguments(kwargs: dict[str, Any]) -> None:
     asked = [name for name in PRECISIONS if kwargs.get(name)]
     if len(asked) > 1:
         raise ValueError(
-            f"{' and '.join(f'{name}=True' for name in asked)} contradict each other: pass one of bf16=True, fp16=True, "
-            "fp32=True, or none of them."
+            f"{' and '.join(f'{name}=True' for name in asked)} contradict each other: pass one of bf16=True, "
+            "fp16=True, fp32=True, or none of them."
         )
     dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
-    if asked and dtype not in (None, "auto") and as_dtype(dtype) is not PRECISIONS[asked[0]]:
+    dtype = None if dtype in (None, "auto") else as_dtype(dtype)
+    if asked and dtype not in (None, PRECISIONS[asked[0]]):
         raise ValueError(f"{asked[0]}=True and dtype={dtype} contradict each other: pass only one of the two.")
 
     attention = kwargs.get("attn_implementation")
     flash = kwargs.get("use_flash_attn", "auto")
     if attention is not None and flash != "auto" and flash != ("flash" in str(attention)):
         raise ValueError(
-            f"use_flash_attn={flash} and attn_implementation={attention!r} contradict each other: pass only one of the two."
+            f"use_flash_attn={flash} and attn_implementation={attention!r} contradict each other: pass one of the two."
         )
     if flash is True and kwargs.get("fp32"):
         raise ValueError(

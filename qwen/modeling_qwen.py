@@ -313,7 +313,6 @@ class QWenModel(QWenPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
-        prompt_lengths: torch.LongTensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Token ids to hidden states.
@@ -322,8 +321,6 @@ class QWenModel(QWenPreTrainedModel):
             input_ids: (B, S); or `inputs_embeds`: (B, S, C).
             attention_mask: (B, T), 1 for tokens and 0 for padding, or an additive mask (B, 1, S, T).
             position_ids: (B, S); counted from the start of the padded row where they are not given.
-            prompt_lengths: (B), the length of each whole prompt without padding, which fixes the base of dynamic NTK,
-                for calls that hold less than the prompt or more; told from the other arguments where it is not given.
 
         Raises:
             ValueError: both or neither of `input_ids` and `inputs_embeds`.
@@ -336,8 +333,7 @@ class QWenModel(QWenPreTrainedModel):
             past_key_values = self.new_cache()
 
         past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
-        if prompt_lengths is None:
-            prompt_lengths = count_prompt_tokens(inputs_embeds, attention_mask, position_ids)
+        prompt_lengths = count_prompt_tokens(inputs_embeds, attention_mask, position_ids)
         if position_ids is None:
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + past_length
 
@@ -354,7 +350,7 @@ class QWenModel(QWenPreTrainedModel):
         query_scale = logn_scale(position_ids, self.config.seq_length) if stretch_queries else None
 
         hidden_states = self.drop(inputs_embeds)
-        for block in self.h:
+        for block in self.h[: self.config.num_hidden_layers]:  # fewer when `generate` drafts with the first layers
             hidden_states = block(
                 hidden_states,
                 attention_mask=mask,
@@ -384,6 +380,9 @@ class QWenModel(QWenPreTrainedModel):
         """
         if not self.config.use_dynamic_ntk or self.training or self.config._attn_implementation.startswith("paged|"):
             return None
+        announced = getattr(cache, "prompt_lengths", None)
+        if announced is not None:  # by `generate`: this call may hold a part of the prompt, or drafted tokens behind it
+            prompt_lengths, cache.prompt_lengths = announced, None
         alpha = ntk_alpha(prompt_lengths, self.config.seq_length)
         if cache is None:
             return alpha
@@ -463,14 +462,14 @@ class QWenLMHeadModel(QWenPreTrainedModel, ChatMixin, GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
-        # The last call of `generate` before its first forward: here the prompt is known whole, which later calls may
-        # see in chunks, with drafted tokens behind it, or over and over without a cache.
-        if model_kwargs.get("position_ids") is not None:
-            model_kwargs["prompt_lengths"] = model_kwargs["position_ids"].amax(-1) + 1
         wants_default = generation_config.cache_implementation is None and generation_config.use_cache is not False
         if self.config.use_cache_quantization and wants_default and model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = self.transformer.new_cache()
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        # The last call of `generate` before its first forward: the prompt is known whole here, and may come in chunks.
+        cache, position_ids = model_kwargs.get("past_key_values"), model_kwargs.get("position_ids")
+        if cache is not None and position_ids is not None and cache.get_seq_length() == 0:
+            cache.prompt_lengths = position_ids.amax(-1) + 1
 
 
 __all__ = ["QWenLMHeadModel", "QWenModel", "QWenPreTrainedModel"]

@@ -175,6 +175,9 @@ class ChatMixin:
     ) -> Any:
         """As in transformers, and it takes `stop_words_ids`.
 
+        Batches padded on the left need no attention mask: where none is given it is read from the pad token, also
+        where that is the eos token, as in the published generation configs.
+
         Args:
             stop_words_ids: token sequences; once a row ends with any of them, its next token is forced to be eos.
                 Where it is not given, that of the generation config counts.
@@ -192,6 +195,12 @@ class ChatMixin:
                 raise ValueError("stop_words_ids ends a row with its eos token, and none is set: pass eos_token_id=…")
             logits_processor = LogitsProcessorList(logits_processor or [])
             logits_processor.append(StopWordsLogitsProcessor(stop_words_ids, int(eos)))
+        ids = kwargs.get("input_ids") if inputs is None else inputs
+        if isinstance(ids, torch.Tensor) and ids.dim() == 2 and len(ids) > 1 and kwargs.get("attention_mask") is None:
+            pad = kwargs.get("pad_token_id")
+            pad = self._generation_setting("pad_token_id", generation_config) if pad is None else pad
+            if pad is not None:
+                kwargs["attention_mask"] = mask_of_left_padding(ids, pad)
         return super().generate(inputs, generation_config, logits_processor, *args, **kwargs)
 
     def chat(
@@ -252,7 +261,7 @@ class ChatMixin:
         if isinstance(queries, str):
             raise ValueError("chat_batch takes a list of queries; chat takes one.")
         histories = [None] * len(queries) if histories is None else histories
-        systems = [system] * len(queries) if isinstance(system, str) else system
+        systems = system if isinstance(system, list | tuple) else [system] * len(queries)
         if not queries or not len(queries) == len(histories) == len(systems):
             raise ValueError(
                 "chat_batch needs at least one query, and as many histories and system messages as queries, not "
@@ -345,7 +354,7 @@ class ChatMixin:
         chat_format = self._generation_setting("chat_format", generation_config)
         if chat_format != "chatml":
             raise ValueError(
-                f'This checkpoint is no chat model: its generation config has chat_format {chat_format!r}, not "chatml". '
+                f'This checkpoint is no chat model: its chat_format is {chat_format!r}, not "chatml". '
                 "Use a chat checkpoint such as Qwen/Qwen-7B-Chat, or complete text with generate. If it is a chat "
                 "model, its generation_config.json is missing: put it beside the weights."
             )
@@ -407,6 +416,11 @@ def check_history(history: Any) -> Sequence[Sequence[str]]:
             f"not {str(history)[:200]!r}."
         )
     return history
+
+
+def mask_of_left_padding(ids: torch.Tensor, pad_token_id: int) -> torch.Tensor:
+    """0 for the pad tokens in front of each row, 1 for all else. ids: (B, S) → (B, S)."""
+    return (ids != pad_token_id).long().cummax(dim=-1).values
 
 
 class TokenQueue(BaseStreamer):

@@ -1,0 +1,105 @@
+"""What several test files share: where things are, and a checkpoint that is made in a second."""
+
+import base64
+import importlib.util
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+# Nothing is downloaded in a test; without this, a forgotten hub id waits for the network instead of failing.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+ROOT = Path(__file__).resolve().parent.parent
+MERGES = (b"he", b"ll", b"llo", b"hello", b" t", b"th", b" th", b" the", b"in", b"ing")
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """The folder of reference vectors, tests/golden."""
+    folder = ROOT / "tests" / "golden"
+    assert folder.is_dir(), f"{folder} is part of the repository and missing here"
+    return folder
+
+
+@pytest.fixture(scope="session")
+def real_vocab_file() -> Path:
+    """The published vocabulary of 151,643 ranks, which the wheel of dashscope carries."""
+    spec = importlib.util.find_spec("dashscope")  # finds without importing: its dependencies are not installed
+    assert spec is not None and spec.origin, "the wheel of dashscope is missing: pip install --no-deps dashscope==2.0.2"
+    path = Path(spec.origin).parent / "resources" / "qwen.tiktoken"
+    assert path.is_file(), f"{path} is missing: pip install --no-deps --force-reinstall dashscope==2.0.2"
+    return path
+
+
+@pytest.fixture(scope="session")
+def bundled_chat() -> Path:
+    """The small chat model of the repository."""
+    return _bundled("qwen-tiny-chat")
+
+
+@pytest.fixture(scope="session")
+def bundled_base() -> Path:
+    """The small base model of the repository."""
+    return _bundled("qwen-tiny-base")
+
+
+def _bundled(name: str) -> Path:
+    folder = ROOT / "checkpoints" / name
+    if not (folder / "config.json").is_file():
+        pytest.skip(f"checkpoints/{name} has not been trained yet (see checkpoints/)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_chat_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random 2-layer chat model (width 64, trained length 64) that babbles printable ASCII without end.
+
+    Only printable tokens can win (the rows of the others in lm_head are zero), so every reply has exactly
+    max_new_tokens tokens and the terminal tests can rely on its length.
+    """
+    import torch
+
+    from qwen.configuration_qwen import QWenConfig
+    from qwen.modeling_qwen import QWenLMHeadModel
+    from qwen.tokenization_qwen import QWenTokenizer
+
+    folder = tmp_path_factory.mktemp("checkpoints") / "tiny-chat"
+    folder.mkdir()
+    vocabulary = folder / "qwen.tiktoken"
+    ranks = [bytes([byte]) for byte in range(256)] + list(MERGES)
+    vocabulary.write_text("".join(f"{base64.b64encode(token).decode()} {i}\n" for i, token in enumerate(ranks)))
+    tokenizer = QWenTokenizer(vocab_file=str(vocabulary))
+
+    torch.manual_seed(0)
+    config = QWenConfig(
+        vocab_size=512,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        kv_channels=32,
+        intermediate_size=256,
+        seq_length=64,
+        max_position_embeddings=8192,
+    )
+    model = QWenLMHeadModel(config).float().eval()
+    printable = [rank for rank, token in enumerate(ranks) if token.decode("latin-1").isprintable() and token.isascii()]
+    with torch.no_grad():
+        head = torch.zeros_like(model.lm_head.weight)
+        head[printable] = torch.randn(len(printable), config.hidden_size)
+        model.lm_head.weight.copy_(head)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    generation_config = {
+        "chat_format": "chatml",
+        "eos_token_id": tokenizer.eod_id,
+        "pad_token_id": tokenizer.eod_id,
+        "max_window_size": 6144,
+        "max_new_tokens": 24,
+        "do_sample": True,
+        "top_k": 0,
+        "top_p": 0.8,
+    }
+    (folder / "generation_config.json").write_text(json.dumps(generation_config, indent=2))
+    return folder

@@ -1,0 +1,265 @@
+"""What from_pretrained understands, both dialects of config.json, and checkpoints that travel."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from qwen import QWenConfig, QWenLMHeadModel
+from qwen.configuration_qwen import choose_attention, choose_dtype, target_device
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def checkpoint(golden, tmp_path):
+    """A copy of the golden checkpoint whose config.json a test may change."""
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(golden / name, tmp_path)
+    return tmp_path
+
+
+def edit_config(checkpoint, **changes):
+    path = checkpoint / "config.json"
+    config = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({name: value for name, value in config.items() if value != "absent"}))
+
+
+LOADERS = [QWenLMHeadModel.from_pretrained, AutoModelForCausalLM.from_pretrained]
+
+
+@pytest.mark.parametrize("load", LOADERS)
+def test_precision_flags(checkpoint, load):
+    assert load(checkpoint).dtype is torch.float32  # fp32 in the file
+    assert load(checkpoint, bf16=True).dtype is torch.bfloat16  # the caller wins over the file
+    assert load(checkpoint, fp16=True).dtype is torch.float16
+    assert load(checkpoint, dtype=torch.bfloat16).dtype is torch.bfloat16
+    assert load(checkpoint, dtype="bfloat16").dtype is torch.bfloat16
+    assert load(checkpoint, dtype="auto").dtype is torch.float32
+    assert load(checkpoint, bf16=True, dtype=torch.bfloat16).dtype is torch.bfloat16
+    edit_config(checkpoint, fp32=False, dtype="bfloat16")
+    assert load(checkpoint, device_map="cpu").dtype is torch.float32  # exact on the CPU, whatever the file stores
+    edit_config(checkpoint, bf16=True)
+    assert load(checkpoint).dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize("load", LOADERS)
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"bf16": True, "fp16": True}, "pass one of"),
+        ({"bf16": True, "dtype": torch.float16}, "only one of the two"),
+        ({"fp32": True, "dtype": "bfloat16"}, "only one of the two"),
+        ({"dtype": "bfloat17"}, "not a torch dtype|dtype"),
+        ({"use_flash_attn": True, "attn_implementation": "eager"}, "one of the two"),
+        ({"use_flash_attn": False, "attn_implementation": "flash_attention_2"}, "one of the two"),
+        ({"use_flash_attn": True, "fp32": True}, "half precision"),
+        ({"use_cache_kernel": True, "use_cache_quantization": False}, "use_cache_quantization=True"),
+        ({"use_flash_attn": "always"}, "auto"),
+    ],
+)
+def test_contradictions_say_what_to_pass(checkpoint, load, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        load(checkpoint, **arguments)
+
+
+@pytest.mark.parametrize("load", LOADERS)
+def test_switches_reach_the_model(checkpoint, load):
+    model = load(
+        checkpoint,
+        use_dynamic_ntk=False,
+        use_logn_attn=False,
+        use_cache_quantization=True,
+        use_cache_kernel=True,
+        use_flash_attn=False,
+        pad_token_id=7,
+        resume_download=True,
+        trust_remote_code=True,
+    )
+    config = model.config
+    assert not config.use_dynamic_ntk and not config.use_logn_attn
+    assert config.use_cache_quantization and config.use_cache_kernel
+    assert config.pad_token_id == 7 and config._attn_implementation == "sdpa"
+    assert load(checkpoint, attn_implementation="eager").config._attn_implementation == "eager"
+
+
+def test_a_config_object_and_arguments_together(checkpoint):
+    config = QWenConfig.from_pretrained(checkpoint)
+    model = QWenLMHeadModel.from_pretrained(checkpoint, config=config, use_logn_attn=False, bf16=True)
+    assert not model.config.use_logn_attn and config.use_logn_attn
+    assert model.dtype is torch.bfloat16
+
+
+def test_flash_attention_is_switched_off_with_a_reason(caplog, monkeypatch):
+    import logging
+
+    config = QWenConfig(use_flash_attn=True)
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    monkeypatch.setattr(logging.getLogger("qwen"), "propagate", True)
+    assert choose_attention(config, torch.float32, CPU) is None
+    assert choose_attention(config, torch.float32, torch.device("cuda")) is None
+    config.use_cache_quantization = True
+    assert choose_attention(config, torch.bfloat16, torch.device("cuda")) is None
+    reasons = " ".join(record.getMessage() for record in caplog.records)
+    assert "does not run on cpu" in reasons and "float32" in reasons and "8-bit cache" in reasons
+
+
+def test_where_and_how_a_model_is_loaded():
+    config = QWenConfig()
+    assert choose_dtype(config, CPU) is torch.float32
+    assert target_device("cpu") == target_device({"": "cpu"}) == target_device({"a": "cpu", "b": "disk"}) == CPU
+    config.fp16 = True
+    assert choose_dtype(config, CPU) is torch.float16
+
+
+def test_first_release_dialect_gives_the_same_model(checkpoint, golden):
+    shape = json.loads((golden / "config.json").read_text())
+    edit_config(
+        checkpoint,
+        **dict.fromkeys(
+            [
+                "hidden_size",
+                "num_hidden_layers",
+                "num_attention_heads",
+                "max_position_embeddings",
+                "intermediate_size",
+                "emb_dropout_prob",
+                "attn_dropout_prob",
+                "use_dynamic_ntk",
+                "use_logn_attn",
+                "layer_norm_epsilon",
+            ],
+            "absent",
+        ),
+        n_embd=shape["hidden_size"],
+        n_layer=shape["num_hidden_layers"],
+        n_head=shape["num_attention_heads"],
+        n_positions=shape["max_position_embeddings"],
+        ffn_hidden_size=shape["intermediate_size"],
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        resid_pdrop=0.1,
+        vocab_size=500,
+        padded_vocab_size=512,
+    )
+    model = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
+    config = model.config
+    assert not config.use_dynamic_ntk and not config.use_logn_attn
+    assert config.layer_norm_epsilon == 1e-5 and config.vocab_size == 512
+    reference = AutoModelForCausalLM.from_pretrained(
+        golden, use_dynamic_ntk=False, use_logn_attn=False, layer_norm_epsilon=1e-5
+    ).eval()
+    ids = torch.arange(60)[None]
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, reference(ids).logits)
+    named = AutoModelForCausalLM.from_pretrained(checkpoint, use_dynamic_ntk=True)
+    assert named.config.use_dynamic_ntk
+
+
+def test_unused_fields_survive_a_round_trip(checkpoint, tmp_path):
+    edit_config(checkpoint, onnx_safe=None, padded_vocab_size=512, tokenizer_type="QWenTokenizer", my_own={"a": 1})
+    config = AutoConfig.from_pretrained(checkpoint)
+    config.save_pretrained(tmp_path / "again")
+    again = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert (
+        again["padded_vocab_size"] == 512 and again["tokenizer_type"] == "QWenTokenizer" and again["my_own"] == {"a": 1}
+    )
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"hidden_size": 0},
+        {"intermediate_size": 175},
+        {"seq_length": 1},
+        {"rotary_pct": 1.5},
+        {"rotary_pct": 0.0},
+        {"num_attention_heads": "four"},
+        {"bf16": True, "fp16": True, "fp32": False},
+    ],
+)
+def test_a_wrong_config_names_the_field(checkpoint, changes):
+    edit_config(checkpoint, **changes)
+    with pytest.raises(Exception, match=next(iter(changes))) as error:
+        QWenConfig.from_pretrained(checkpoint)
+    assert isinstance(error.value, (ValueError, TypeError)) or "Validation" in type(error.value).__name__
+
+
+def test_sharded_and_old_weights(checkpoint, golden, tmp_path):
+    model = QWenLMHeadModel.from_pretrained(golden)
+    model.save_pretrained(tmp_path / "shards", max_shard_size="100KB")
+    assert len(list((tmp_path / "shards").glob("model-*.safetensors"))) > 2
+    weights = load_file(golden / "model.safetensors")
+    (checkpoint / "model.safetensors").unlink()
+    torch.save(weights, checkpoint / "pytorch_model.bin")
+    for folder in (tmp_path / "shards", checkpoint):
+        loaded = QWenLMHeadModel.from_pretrained(folder).state_dict()
+        assert loaded.keys() == weights.keys()
+        assert all(torch.equal(loaded[name], weights[name]) for name in weights)
+
+
+def test_code_beside_the_weights_is_not_used(checkpoint):
+    edit_config(checkpoint, auto_map={"AutoModelForCausalLM": "modeling_qwen.QWenLMHeadModel"})
+    (checkpoint / "modeling_qwen.py").write_text("raise RuntimeError('the published code was run')\n")
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=True)
+    assert type(model) is QWenLMHeadModel
+
+
+def run_alone(script, folder, tmp_path):
+    """Run a script in a process that has transformers but has never seen this repository."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "HF_HOME")}
+    environment |= {"HF_HOME": str(tmp_path / "hf"), "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    return subprocess.run(
+        [sys.executable, "-c", script, str(folder)],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+ALONE = """
+import sys, importlib.util
+assert importlib.util.find_spec("qwen") is None, "this process sees the repository"
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.generation import GenerationConfig
+path = sys.argv[1]
+tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True, resume_download=True)
+model = AutoModelForCausalLM.from_pretrained(path, device_map="auto", trust_remote_code=True, bf16=True).eval()
+model.generation_config = GenerationConfig.from_pretrained(path, trust_remote_code=True, resume_download=True)
+assert model.dtype.itemsize == 2
+model = AutoModelForCausalLM.from_pretrained(path, device_map="auto", trust_remote_code=True).eval()
+print(model.chat(tokenizer, "hello", history=None, do_sample=False)[0])
+sys.path.insert(0, path)
+from qwen_generation_utils import decode_tokens, get_stop_words_ids, make_context
+print(len(make_context(tokenizer, "hello")[1]))
+"""
+
+
+def test_a_saved_checkpoint_chats_where_this_repository_is_not(tiny_chat_checkpoint, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_chat_checkpoint)
+    model = AutoModelForCausalLM.from_pretrained(tiny_chat_checkpoint).eval()
+    model.save_pretrained(tmp_path / "saved")
+    tokenizer.save_pretrained(tmp_path / "saved")
+    result = run_alone(ALONE, tmp_path / "saved", tmp_path)
+    assert result.returncode == 0, result.stderr
+    response, length = result.stdout.splitlines()[-2:]
+    assert response == model.chat(tokenizer, "hello", do_sample=False)[0]
+    assert int(length) > 10
+    # And once more from there: a checkpoint that was loaded from its own code saves complete again.
+    resave = (
+        ALONE.split("sys.path.insert")[0] + "model.save_pretrained('../twice'); tokenizer.save_pretrained('../twice')"
+    )
+    result = run_alone(resave, tmp_path / "saved", tmp_path)
+    assert result.returncode == 0, result.stderr
+    result = run_alone(ALONE, tmp_path / "twice", tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-2] == response
