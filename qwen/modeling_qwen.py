@@ -72,7 +72,7 @@ def rotary_tables(
 
     Args:
         position_ids: (B, S) or (1, S).
-        alpha: (B) or (1), or None for 1.
+        alpha: (B), or None for 1.
 
     Returns:
         Two of (B, 1, S, R), float32, in the halves layout: channel i turns with channel i + R/2.
@@ -376,34 +376,37 @@ class QWenModel(QWenPreTrainedModel):
         The keys in a cache were rotated with the α of their prompt, so it travels with them, as `cache.ntk_alpha`.
 
         Returns:
-            (B) or (1), or None where dynamic NTK is off. Paged rows hold several prompts at once and have none.
+            (B), or None where dynamic NTK is off. Paged rows hold several prompts at once and have none.
         """
         if not self.config.use_dynamic_ntk or self.training or self.config._attn_implementation.startswith("paged|"):
             return None
         announced = getattr(cache, "prompt_lengths", None)
         if announced is not None:  # by `generate`: this call may hold a part of the prompt, or drafted tokens behind it
-            prompt_lengths, cache.prompt_lengths = announced, None
+            prompt_lengths, cache.prompt_lengths = announced.expand_as(prompt_lengths), None
         alpha = ntk_alpha(prompt_lengths, self.config.seq_length)
         if cache is None:
             return alpha
         kept = getattr(cache, "ntk_alpha", None)
-        if isinstance(past_length, torch.Tensor) and kept is not None and kept.shape == alpha.shape:
+        if kept is None or (isinstance(past_length, int) and past_length == 0):
+            cache.ntk_alpha = alpha
+        elif isinstance(past_length, torch.Tensor):
             # A static cache: in place and without a branch, so that one compiled graph serves every step.
             kept.copy_(torch.where(past_length == 0, alpha, kept))
-        elif kept is None or (isinstance(past_length, int) and past_length == 0):
-            cache.ntk_alpha = alpha
+        elif len(kept) != len(alpha):  # the cache was repeated for several answers to each prompt
+            cache.ntk_alpha = kept.repeat_interleave(len(alpha) // len(kept))
         return cache.ntk_alpha
 
 
 def count_prompt_tokens(
     inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None
 ) -> torch.Tensor:
-    """True length of each prompt, padding not counted: (B), or (1) where all rows agree."""
+    """True length of each prompt, padding not counted: (B)."""
+    batch, length, _ = inputs_embeds.shape
     if attention_mask is not None and attention_mask.dim() == 2:
         return attention_mask.sum(-1)
     if position_ids is not None:
-        return position_ids.amax(-1) + 1
-    return torch.full((1,), inputs_embeds.shape[1], device=inputs_embeds.device)
+        return (position_ids.amax(-1) + 1).expand(batch)
+    return torch.full((batch,), length, device=inputs_embeds.device)
 
 
 class QWenLMHeadModel(QWenPreTrainedModel, ChatMixin, GenerationMixin):

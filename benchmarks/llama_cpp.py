@@ -1,0 +1,141 @@
+"""Greedy tokens and decoding speed beside llama.cpp, an independent implementation of the same architecture.
+
+    pip install llama-cpp-python gguf      # builds llama.cpp; 8 minutes on 2 cores
+    python benchmarks/llama_cpp.py [-c CHECKPOINT] [--new-tokens 48]
+
+The checkpoint's weights are written to a temporary GGUF file in float32, so that both compute with the same numbers.
+llama.cpp knows neither dynamic NTK nor LogN: prompt and reply must stay within the trained length. Prints a Markdown
+table; the exit status is 1 where a token differs.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import gguf
+import torch
+from llama_cpp import Llama
+
+from qwen import make_context
+from qwen.loading import load_model
+
+PROMPTS = [
+    "Hello!",
+    "你好，你是谁？",
+    "What is 47 + 38?",
+    "请问 91 减 27 等于几？",
+    "My name is Alice. Please remember it.",
+    "Tell me about this repository.",
+    "Which checkpoints are there?",
+    "谢谢，再见！",
+]
+
+# Our names → those of GGUF's "qwen" architecture.
+GLOBAL_NAMES = {
+    "transformer.wte.weight": "token_embd.weight",
+    "transformer.ln_f.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight",
+}
+LAYER_NAMES = {
+    "ln_1.weight": "attn_norm.weight",
+    "attn.c_attn.weight": "attn_qkv.weight",
+    "attn.c_attn.bias": "attn_qkv.bias",
+    "attn.c_proj.weight": "attn_output.weight",
+    "ln_2.weight": "ffn_norm.weight",
+    "mlp.w1.weight": "ffn_up.weight",
+    "mlp.w2.weight": "ffn_gate.weight",
+    "mlp.c_proj.weight": "ffn_down.weight",
+}
+
+
+def write_gguf(model, path: Path) -> None:
+    """Write a float32 GGUF file without a vocabulary: token ids go in and come out."""
+    config = model.config
+    writer = gguf.GGUFWriter(str(path), "qwen")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_rope_freq_base(float(config.rotary_emb_base))
+    writer.add_rope_dimension_count(config.rotary_dim)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_attention_heads)
+    writer.add_layer_norm_rms_eps(config.layer_norm_epsilon)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("none")
+    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
+    for name, tensor in model.state_dict().items():
+        if name in GLOBAL_NAMES:
+            target = GLOBAL_NAMES[name]
+        else:
+            layer, part = name.removeprefix("transformer.h.").split(".", 1)
+            target = f"blk.{layer}.{LAYER_NAMES[part]}"
+        writer.add_tensor(target, tensor.float().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def llama_greedy(llama: Llama, ids: list[int], new_tokens: int, ends: set[int]) -> list[int]:
+    llama.reset()
+    llama.eval(ids)
+    tokens = []
+    while len(tokens) < new_tokens:
+        tokens.append(int(llama.scores[llama.n_tokens - 1].argmax()))
+        if tokens[-1] in ends:
+            break
+        llama.eval(tokens[-1:])
+    return tokens
+
+
+def our_greedy(model, ids: list[int], new_tokens: int, ends: set[int]) -> list[int]:
+    output = model.generate(
+        torch.tensor([ids]), max_new_tokens=new_tokens, do_sample=False, top_p=None, top_k=None, eos_token_id=list(ends)
+    )
+    return output[0, len(ids) :].tolist()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-c", "--checkpoint-path", help="a chat checkpoint; the bundled one where it is not given")
+    parser.add_argument("--new-tokens", type=int, default=48)
+    parser.add_argument("--runs", type=int, default=3, help="of which the median time counts")
+    arguments = parser.parse_args()
+
+    model, tokenizer = load_model(arguments.checkpoint_path, cpu_only=True, fp32=True)
+    ends = {tokenizer.eod_id, tokenizer.im_start_id, tokenizer.im_end_id}
+    failures = 0
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.gguf"
+        write_gguf(model, path)
+        llama = Llama(
+            str(path), n_ctx=model.config.seq_length, n_threads=torch.get_num_threads(), logits_all=True, verbose=False
+        )
+        print("| prompt | tokens | equal | ours, tok/s | llama.cpp, tok/s |\n|---|---|---|---|---|")
+        for prompt in PROMPTS:
+            ids = make_context(tokenizer, prompt, system="You are a helpful assistant.")[1]
+            seconds = {our_greedy: [], llama_greedy: []}
+            for _ in range(arguments.runs):
+                results = []
+                for decode, engine in ((our_greedy, model), (llama_greedy, llama)):
+                    start = time.perf_counter()
+                    results.append(decode(engine, ids, arguments.new_tokens, ends))
+                    seconds[decode].append(time.perf_counter() - start)
+            ours, theirs = results
+            failures += ours != theirs
+            rates = [len(ours) / statistics.median(times) for times in seconds.values()]
+            print(f"| {prompt} | {len(ours)} | {'yes' if ours == theirs else 'NO'} | {rates[0]:.0f} | {rates[1]:.0f} |")
+    print(f"\n{len(PROMPTS) - failures} of {len(PROMPTS)} prompts: the same greedy tokens.")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
