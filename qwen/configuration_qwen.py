@@ -125,8 +125,6 @@ class QWenConfig(PreTrainedConfig):
         for name in (*positive, "kv_channels", "max_position_embeddings"):
             if getattr(self, name) < 1:
                 raise ValueError(f"config: {name} must be at least 1, not {getattr(self, name)}.")
-        if self.intermediate_size % 2:
-            raise ValueError(f"config: intermediate_size is twice the MLP width, so not odd: {self.intermediate_size}.")
         if self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.kv_channels:
             raise ValueError(
                 f"config: rotary_pct · kv_channels = {self.rotary_pct} · {self.kv_channels} must be an even number of "

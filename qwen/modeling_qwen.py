@@ -7,13 +7,12 @@ LogN (longer queries at later positions). Knows token ids, not text.
 Shapes: B batch, S new tokens, T = past + S, H heads, D head size, R rotary channels of D, C hidden size.
 """
 
-from __future__ import annotations
-
 import copy
 import os
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
@@ -21,7 +20,8 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
-from transformers.utils import can_return_tuple
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -147,7 +147,7 @@ class QWenAttention(nn.Module):
         position_embeddings: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None],
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """hidden_states: (B, S, C) → (B, S, C), and the weights (B, H, S, T) where the implementation gives them."""
         batch, length, _ = hidden_states.shape
@@ -207,7 +207,7 @@ class QWenBlock(GradientCheckpointingLayer):
         past_key_values: Cache | None = None,
         use_cache: bool | None = False,
         position_embeddings: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         attended, _ = self.attn(
             hidden_states=self.ln_1(hidden_states),
@@ -254,7 +254,7 @@ class QWenPreTrainedModel(PreTrainedModel):
         *model_args: Any,
         config: QWenConfig | str | os.PathLike | None = None,
         **kwargs: Any,
-    ) -> QWenPreTrainedModel:
+    ) -> "QWenPreTrainedModel":
         """As in transformers, and it takes the switches of `QWenConfig` as keyword arguments.
 
         Where no dtype is named it follows the flags (`bf16=True` …) and the device, not the stored weights; see
@@ -262,6 +262,7 @@ class QWenPreTrainedModel(PreTrainedModel):
 
         Raises:
             ValueError: two arguments contradict each other.
+            OSError: files are missing or damaged.
         """
         if "torch_dtype" in kwargs:
             kwargs.setdefault("dtype", kwargs.pop("torch_dtype"))
@@ -287,7 +288,15 @@ class QWenPreTrainedModel(PreTrainedModel):
             attention = choose_attention(config, dtype, device)
             if attention is not None:
                 kwargs["attn_implementation"] = attention
-        return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, dtype=dtype, **kwargs)
+        try:
+            return super().from_pretrained(
+                pretrained_model_name_or_path, *model_args, config=config, dtype=dtype, **kwargs
+            )
+        except SafetensorError as error:
+            raise OSError(
+                f"The weights of {pretrained_model_name_or_path} cannot be read ({error}): the download stopped early "
+                "or left pointer files behind. Delete the .safetensors files there and download them again."
+            ) from error
 
 
 class QWenModel(QWenPreTrainedModel):
@@ -313,7 +322,7 @@ class QWenModel(QWenPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
         """Token ids to hidden states.
 
@@ -433,7 +442,7 @@ class QWenLMHeadModel(QWenPreTrainedModel, ChatMixin, GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
         """Token ids to logits (B, S, vocab_size), and to the loss where labels are given. See `QWenModel.forward`.
 

@@ -244,7 +244,7 @@ class QWenTokenizer(PreTrainedTokenizer):
     ) -> list[bytes | str]:
         """Split a text into tokens: bytes for regular ones, str for control tokens.
 
-        `__call__` and `encode` take the same two arguments.
+        `__call__` and `encode` take `allowed_special` and `disallowed_special` as well.
 
         Args:
             text: the text to split.
@@ -257,6 +257,11 @@ class QWenTokenizer(PreTrainedTokenizer):
         """
         ids = self._encode_text(text, allowed_special, disallowed_special, kwargs.get("split_special_tokens"))
         return [self.decoder[i] for i in ids]
+
+    def encode(self, text: Any, *args: Any, **kwargs: Any) -> list[int]:
+        """The ids of a text, as in PreTrainedTokenizer; `allowed_special` and `disallowed_special` as in `tokenize`."""
+        kwargs.setdefault("return_attention_mask", False)  # it would be built and thrown away
+        return super().encode(text, *args, **kwargs)
 
     def _encode_plus(self, text: Any, text_pair: Any = None, **kwargs: Any) -> BatchEncoding:
         is_plain_text = isinstance(text, str) and text_pair is None

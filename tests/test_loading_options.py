@@ -176,7 +176,6 @@ def test_unused_fields_survive_a_round_trip(checkpoint, tmp_path):
     "changes",
     [
         {"hidden_size": 0},
-        {"intermediate_size": 175},
         {"seq_length": 1},
         {"rotary_pct": 1.5},
         {"rotary_pct": 0.0},
@@ -189,6 +188,15 @@ def test_a_wrong_config_names_the_field(checkpoint, changes):
     with pytest.raises(Exception, match=next(iter(changes))) as error:
         QWenConfig.from_pretrained(checkpoint)
     assert isinstance(error.value, (ValueError, TypeError)) or "Validation" in type(error.value).__name__
+
+
+@pytest.mark.parametrize("content", ["half", "pointer"])
+def test_damaged_weights_name_the_remedy(checkpoint, content):
+    path = checkpoint / "model.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2] if content == "half" else b"version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(OSError, match="download them again"):
+        QWenLMHeadModel.from_pretrained(checkpoint)
 
 
 def test_sharded_and_old_weights(checkpoint, golden, tmp_path):

@@ -1,7 +1,7 @@
 """Greedy tokens and decoding speed beside llama.cpp, an independent implementation of the same architecture.
 
     pip install llama-cpp-python gguf      # builds llama.cpp; 8 minutes on 2 cores
-    python benchmarks/llama_cpp.py [-c CHECKPOINT] [--new-tokens 48]
+    python benchmarks/against_llama_cpp.py [-c CHECKPOINT] [--new-tokens 48]
 
 The checkpoint's weights are written to a temporary GGUF file in float32, so that both compute with the same numbers.
 llama.cpp knows neither dynamic NTK nor LogN: prompt and reply must stay within the trained length. Prints a Markdown
