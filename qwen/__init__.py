@@ -14,7 +14,9 @@ from .tokenization_qwen import QWenTokenizer
 AutoConfig.register(QWenConfig.model_type, QWenConfig)
 AutoModel.register(QWenConfig, QWenModel)
 AutoModelForCausalLM.register(QWenConfig, QWenLMHeadModel)
-AutoTokenizer.register(QWenConfig, QWenTokenizer)
+# Known by its name, which published checkpoints give, and not by QWenConfig: for a config class that it knows,
+# AutoTokenizer would run the tokenizer code beside the weights where trust_remote_code is set.
+AutoTokenizer.register(QWenTokenizer, slow_tokenizer_class=QWenTokenizer)
 
 # Saved checkpoints take the code along, so that they load where this package is not installed.
 QWenConfig.register_for_auto_class()

@@ -26,7 +26,14 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .cache_qwen import QuantizedKVCache
-from .configuration_qwen import QWenConfig, check_arguments, choose_attention, choose_dtype, target_device
+from .configuration_qwen import (
+    PRECISIONS,
+    QWenConfig,
+    check_arguments,
+    choose_attention,
+    choose_dtype,
+    target_device,
+)
 from .qwen_generation_utils import ChatMixin
 
 # 2^24 times the trained length is more than anyone will ask for.
@@ -272,8 +279,11 @@ class QWenPreTrainedModel(PreTrainedModel):
             kwargs.pop("resume_download", None)
             check_arguments(kwargs | named)
             config = copy.deepcopy(config)
+            if any(name in kwargs for name in PRECISIONS):
+                kwargs = dict.fromkeys(PRECISIONS, False) | kwargs
             for name in [name for name in kwargs if name in QWenConfig.__dataclass_fields__]:
                 setattr(config, name, kwargs.pop(name))
+            config.check()
         else:
             hub = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
             hub = {name: kwargs[name] for name in hub if name in kwargs}

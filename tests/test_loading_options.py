@@ -94,6 +94,10 @@ def test_a_config_object_and_arguments_together(checkpoint):
     model = QWenLMHeadModel.from_pretrained(checkpoint, config=config, use_logn_attn=False, bf16=True)
     assert not model.config.use_logn_attn and config.use_logn_attn
     assert model.dtype is torch.bfloat16
+    model = QWenLMHeadModel.from_pretrained(checkpoint, config=model.config, fp16=True)
+    assert model.dtype is torch.float16 and not model.config.bf16
+    with pytest.raises(ValueError, match="use_flash_attn"):
+        QWenLMHeadModel.from_pretrained(checkpoint, config=config, use_flash_attn="always")
 
 
 def test_flash_attention_is_switched_off_with_a_reason(caplog, monkeypatch):
