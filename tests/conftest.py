@@ -10,6 +10,8 @@ import pytest
 
 # Nothing is downloaded in a test; without this, a forgotten hub id waits for the network instead of failing.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# The models here are too small to be shared between threads, which would only wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
 MERGES = (b"he", b"ll", b"llo", b"hello", b" t", b"th", b" th", b" the", b"in", b"ing")

@@ -1,0 +1,51 @@
+# Two commands do it all on a machine with Python 3.11+ and make:
+#     make chat        make chat ARGS="-c Qwen/Qwen-7B-Chat"
+#     make test        make test ARGS="-k loading"
+# Each makes its own environment in .venv first; that takes a minute or two, once.
+
+VENV ?= .venv
+ARGS ?=
+# The first interpreter that is new enough; name another with PYTHON=...
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help chat test lint format clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+chat: $(VENV)/.ready  ## talk to a model (ARGS="-c Qwen/Qwen-7B-Chat" for a real one)
+	@$(BIN)/python cli_demo.py $(ARGS)
+
+test: $(VENV)/.ready-dev  ## lint and run all tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest -rs $(ARGS)
+
+lint: $(VENV)/.ready-dev  ## check style only
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.ready-dev  ## mend style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove the environment
+	rm -rf $(VENV)
+
+# A stamp is written last, so an install that failed or was interrupted is taken up again by the next make.
+$(VENV)/.ready: requirements.txt constraints.txt
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: install it, or name it with make PYTHON=..." >&2; exit 1; }
+	@echo "Making the Python environment in $(VENV) ..."
+	@$(PYTHON) -m venv $(VENV)
+	@$(INSTALL) --requirement requirements.txt
+	@touch $@
+
+$(VENV)/.ready-dev: $(VENV)/.ready requirements_dev.txt
+	@$(INSTALL) --requirement requirements_dev.txt
+	@$(INSTALL) --no-deps dashscope
+	@touch $@
