@@ -6,6 +6,7 @@ tokenizers and `generate`, not the layers of the network.
 
 from __future__ import annotations
 
+import atexit
 import codecs
 import copy
 import queue
@@ -329,12 +330,18 @@ class ChatMixin:
                 tokens.queue.put(None)
 
         worker = threading.Thread(target=work, name="chat_stream", daemon=True)
+
+        def stop() -> None:
+            tokens.abandoned.set()
+            worker.join()
+
         worker.start()
+        atexit.register(stop)  # an interpreter that exits under a working thread aborts
         try:
             yield from reply_so_far(tokens, tokenizer)
         finally:
-            tokens.abandoned.set()
-            worker.join()
+            atexit.unregister(stop)
+            stop()
 
     def _generation_setting(self, name: str, generation_config: GenerationConfig | None) -> Any:
         """A field of the given generation config, or of the model's own where that one leaves it open."""

@@ -1,8 +1,11 @@
 """chat, chat_stream and chat_batch, and what they are made of."""
 
 import json
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,8 +30,6 @@ def real_tokenizer(real_vocab_file):
 
 
 def chatml_cases():
-    from pathlib import Path
-
     return json.loads((Path(__file__).parent / "golden" / "chatml.json").read_text())
 
 
@@ -191,6 +192,22 @@ def test_a_closed_stream_stops_computing(chat):
         assert not any(thread.name == "chat_stream" for thread in threading.enumerate())
     finally:
         hook.remove()
+
+
+def test_an_exit_in_the_middle_of_a_stream_is_clean(tiny_chat_checkpoint):
+    script = (
+        "import sys; from qwen.loading import load_model; model, tokenizer = load_model(sys.argv[1]); "
+        "stream = model.chat_stream(tokenizer, 'hello', max_new_tokens=3000); print(next(stream))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script, str(tiny_chat_checkpoint)],
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
 
 
 def test_an_error_while_streaming_reaches_the_reader(chat):
