@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
+from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, DynamicCache, StaticCache
 
 import qwen  # noqa: F401  registers the classes
 from qwen import QWenConfig, QWenLMHeadModel
@@ -212,7 +212,8 @@ def test_continuous_batching_equals_generate(golden):
     alone = [model.generate(row, max_new_tokens=10, do_sample=False)[0, row.shape[1] :].tolist() for row in rows]
     config = model.generation_config
     config.update(max_new_tokens=10, do_sample=False, eos_token_id=-1)
-    outputs = model.generate_batch([row[0].tolist() for row in rows], generation_config=config, progress_bar=False)
+    small = ContinuousBatchingConfig(num_blocks=4, max_batch_tokens=64)
+    outputs = model.generate_batch([row[0].tolist() for row in rows], config, continuous_batching_config=small)
     together = [output.generated_tokens for _, output in sorted(outputs.items())]
     assert together == alone
 
