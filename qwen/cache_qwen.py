@@ -70,8 +70,8 @@ class QuantizedKVLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         fresh = [*quantize_tokens(key_states), *quantize_tokens(value_states)]
-        self._reserve(self.length + key_states.shape[-2], fresh)
         end = self.length + key_states.shape[-2]
+        self._reserve(end, fresh)
         for stored, new in zip(self.store, fresh, strict=True):
             stored[:, :, self.length : end] = new
         first, self.length = self.length == 0, end
@@ -133,12 +133,13 @@ class QuantizedKVCache(Cache):
 
 
 def quantize_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Quantize with one scale per token and head. x: (B, H, S, D) → q uint8 (B, H, S, D), scale, zero (B, H, S, 1)."""
+    """Quantize with one scale per token and head. x: (B, H, S, D) → q uint8 (B, H, S, D), scale, zero (B, H, S, 1).
+
+    The range always holds 0, so the zero point lies in [0, 255] and a constant row needs no special case.
+    """
     x32 = x.float()
-    low, high = x32.amin(-1, keepdim=True), x32.amax(-1, keepdim=True)
-    # A constant row has no range to share out; a step of its own size stores it to within half a step.
-    span = torch.where(high > low, high - low, high.abs().clamp(min=torch.finfo(x.dtype).tiny * 255))
-    scale = (span / 255).to(x.dtype)
+    low, high = x32.amin(-1, keepdim=True).clamp(max=0), x32.amax(-1, keepdim=True).clamp(min=0)
+    scale = ((high - low) / 255).clamp(min=torch.finfo(x.dtype).tiny).to(x.dtype)
     zero = (-low / scale.float()).to(x.dtype)
     q = (x32 / scale.float() + zero.float()).round().clamp(0, 255).to(torch.uint8)
     return q, scale, zero

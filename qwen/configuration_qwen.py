@@ -3,16 +3,14 @@
 Both dialects of published `config.json` files become the same object. Knows nothing of layers or weights.
 """
 
+import copy
 from typing import Any
 
-import torch
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
-from transformers.utils import is_flash_attn_2_available, logging
 
-logger = logging.get_logger(__name__)
-
-PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+from .options_qwen import PRECISIONS, check_arguments
 
 # The very first release called the same things by other names.
 FIRST_RELEASE_NAMES = {
@@ -74,7 +72,7 @@ class QWenConfig(PreTrainedConfig):
     use_logn_attn: bool | None = None
     emb_dropout_prob: float | int = 0.0
     attn_dropout_prob: float | int = 0.0
-    layer_norm_epsilon: float | None = None
+    layer_norm_epsilon: float | int | None = None
     initializer_range: float | int = 0.02
     scale_attn_weights: bool = True
     softmax_in_fp32: bool = False
@@ -132,6 +130,9 @@ class QWenConfig(PreTrainedConfig):
             )
         if self.use_dynamic_ntk and self.rotary_dim == 2:
             raise ValueError("config: dynamic NTK needs more than 2 rotary channels; set use_dynamic_ntk to false.")
+        for name in ("rotary_emb_base", "layer_norm_epsilon"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"config: {name} must be above 0, not {getattr(self, name)}.")
         if self.seq_length < 2:
             raise ValueError(f"config: seq_length is the trained length in tokens, at least 2, not {self.seq_length}.")
         if self.use_flash_attn not in ("auto", True, False):
@@ -139,6 +140,24 @@ class QWenConfig(PreTrainedConfig):
         flags = [name for name in PRECISIONS if getattr(self, name)]
         if len(flags) > 1:
             raise ValueError(f"config: {' and '.join(flags)} are both true; set one of bf16, fp16, fp32, or none.")
+
+    def overridden(self, arguments: dict[str, Any]) -> "QWenConfig":
+        """A copy with the fields that `arguments` names, as `from_dict` would set them; other names are left alone.
+
+        Raises:
+            ValueError: a value is of the wrong type or makes no network.
+        """
+        changes = {name: value for name, value in arguments.items() if name in self.__dataclass_fields__}
+        if any(name in changes for name in PRECISIONS):
+            changes = dict.fromkeys(PRECISIONS, False) | changes
+        config = copy.deepcopy(self)
+        try:
+            for name, value in changes.items():
+                setattr(config, name, value)
+        except StrictDataclassError as error:
+            raise ValueError(" ".join(str(error).split())) from error
+        config.check()
+        return config
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "QWenConfig | tuple[QWenConfig, dict[str, Any]]":
@@ -154,100 +173,14 @@ class QWenConfig(PreTrainedConfig):
         for name in ("dtype", "torch_dtype"):
             if kwargs.get(name) == "auto":  # what the file says; transformers would keep the word as the dtype
                 kwargs.pop(name)
-        result = super().from_dict(config_dict, **kwargs)
-        (result[0] if isinstance(result, tuple) else result).check()  # the arguments were set after its own check
+        try:
+            result = super().from_dict(config_dict, **kwargs)
+        except StrictDataclassError as error:
+            raise ValueError(
+                f"config.json: {' '.join(str(error).split())} Correct that field, or download the file again."
+            ) from error
+        config = result[0] if isinstance(result, tuple) else result
+        config.check()  # the arguments were set after its own check
+        if kwargs.get("use_cache_kernel") and not config.use_cache_quantization:
+            raise ValueError("use_cache_kernel=True reads the 8-bit cache: pass use_cache_quantization=True too.")
         return result
-
-
-def check_arguments(kwargs: dict[str, Any]) -> None:
-    """Refuse arguments of `from_pretrained` that contradict one another.
-
-    Raises:
-        ValueError: says which two, and what to pass.
-    """
-    asked = [name for name in PRECISIONS if kwargs.get(name)]
-    if len(asked) > 1:
-        raise ValueError(
-            f"{' and '.join(f'{name}=True' for name in asked)} contradict each other: pass one of bf16=True, "
-            "fp16=True, fp32=True, or none of them."
-        )
-    dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
-    dtype = None if dtype in (None, "auto") else as_dtype(dtype)
-    if asked and dtype not in (None, PRECISIONS[asked[0]]):
-        raise ValueError(f"{asked[0]}=True and dtype={dtype} contradict each other: pass only one of the two.")
-
-    attention = kwargs.get("attn_implementation")
-    flash = kwargs.get("use_flash_attn", "auto")
-    if attention is not None and flash != "auto" and flash != ("flash" in str(attention)):
-        raise ValueError(
-            f"use_flash_attn={flash} and attn_implementation={attention!r} contradict each other: pass one of the two."
-        )
-    if flash is True and kwargs.get("fp32"):
-        raise ValueError(
-            "use_flash_attn=True and fp32=True contradict each other: flash attention works in half precision, so pass "
-            "bf16=True or fp16=True, or leave use_flash_attn out."
-        )
-    if kwargs.get("use_cache_kernel") and kwargs.get("use_cache_quantization") is False:
-        raise ValueError("use_cache_kernel=True needs use_cache_quantization=True: the kernel reads the 8-bit cache.")
-
-
-def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    """`"bfloat16"`, `"torch.bfloat16"` or `torch.bfloat16` → `torch.bfloat16`.
-
-    Raises:
-        ValueError: not the name of a torch dtype.
-    """
-    found = dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype).removeprefix("torch."), None)
-    if not isinstance(found, torch.dtype):
-        raise ValueError(f'dtype={dtype!r} is not a torch dtype: pass torch.bfloat16, torch.float32 or "auto".')
-    return found
-
-
-def target_device(device_map: Any) -> torch.device:
-    """Where `from_pretrained(device_map=…)` will compute: the accelerator if there is one and it is not ruled out."""
-    places = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
-    if all(str(place) in ("cpu", "disk", "meta") for place in places) or not torch.accelerator.is_available():
-        return torch.device("cpu")
-    return torch.accelerator.current_accelerator()
-
-
-def choose_dtype(config: QWenConfig, device: torch.device) -> torch.dtype | str:
-    """The precision to load in when the caller names no dtype.
-
-    The flag that is set; else bfloat16 on a GPU that computes in it, float16 on one that does not, and float32 on the
-    CPU, whatever the weights are stored in. GPTQ weights keep the precision that their quantizer chooses.
-    """
-    for name, dtype in PRECISIONS.items():
-        if getattr(config, name):
-            return dtype
-    if getattr(config, "quantization_config", None) is not None:
-        return "auto"
-    if device.type == "cpu":
-        return torch.float32
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    return torch.float16 if device.type == "mps" else torch.bfloat16
-
-
-def choose_attention(config: QWenConfig, dtype: torch.dtype | str, device: torch.device) -> str | None:
-    """What `use_flash_attn` means here: the name for transformers' attention interface, None for its default.
-
-    Flash attention works on a GPU in half precision; asked for elsewhere it is switched off with a warning that says
-    why.
-    """
-    if config.use_flash_attn is False:
-        return None
-    obstacle = None
-    if config.use_cache_quantization:
-        obstacle = "use_cache_quantization is on, and flash attention cannot read the 8-bit cache"
-    elif device.type != "cuda":
-        obstacle = f"it does not run on {device.type}"
-    elif dtype is torch.float32:
-        obstacle = "it does not compute in float32; load with bf16=True or fp16=True"
-    elif not is_flash_attn_2_available():
-        obstacle = "the flash-attn package is not installed"
-    if obstacle is None:
-        return "flash_attention_2"
-    if config.use_flash_attn is True:
-        logger.warning(f"use_flash_attn=True is switched off: {obstacle}.")
-    return None

@@ -214,7 +214,7 @@ def _check_config(path: Path, name: str | Path) -> None:
     config = _read_json(path, name)
     model_type = config.get("model_type")
     if model_type == QWenConfig.model_type:
-        if "quantization_config" in config and importlib.util.find_spec("gptqmodel") is None:
+        if config.get("quantization_config") and importlib.util.find_spec("gptqmodel") is None:
             raise CheckpointError(
                 f"{name} is quantized (GPTQ), which needs two more packages: `pip install gptqmodel optimum`. "
                 "Or take the same model without -Int4 or -Int8."

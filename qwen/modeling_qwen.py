@@ -7,7 +7,6 @@ LogN (longer queries at later positions). Knows token ids, not text.
 Shapes: B batch, S new tokens, T = past + S, H heads, D head size, R rotary channels of D, C hidden size.
 """
 
-import copy
 import os
 from typing import Any
 
@@ -15,7 +14,6 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
-from transformers import initialization as init
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -26,14 +24,8 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .cache_qwen import QuantizedKVCache
-from .configuration_qwen import (
-    PRECISIONS,
-    QWenConfig,
-    check_arguments,
-    choose_attention,
-    choose_dtype,
-    target_device,
-)
+from .configuration_qwen import QWenConfig
+from .options_qwen import PRECISIONS, check_arguments, choose_attention, choose_dtype, target_device
 from .qwen_generation_utils import ChatMixin
 
 # 2^24 times the trained length is more than anyone will ask for.
@@ -179,7 +171,7 @@ class QWenAttention(nn.Module):
             scaling=self.scaling,
             **kwargs,
         )
-        return self.c_proj(output.reshape(batch, length, -1).contiguous()), weights
+        return self.c_proj(output.reshape(batch, length, -1)), weights
 
 
 class QWenMLP(nn.Module):
@@ -246,14 +238,6 @@ class QWenPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": QWenBlock, "attentions": QWenAttention}
 
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        # Two residual branches a layer: their output projections start smaller by √(2 · layers), as in GPT-2.
-        if isinstance(module, (QWenAttention, QWenMLP)):
-            std = self.config.initializer_range / (2 * self.config.num_hidden_layers) ** 0.5
-            init.normal_(module.c_proj.weight, mean=0.0, std=std)
-
     @classmethod
     def from_pretrained(
         cls,
@@ -271,41 +255,41 @@ class QWenPreTrainedModel(PreTrainedModel):
             ValueError: two arguments contradict each other.
             OSError: files are missing or damaged.
         """
-        if "torch_dtype" in kwargs:
-            kwargs.setdefault("dtype", kwargs.pop("torch_dtype"))
-        dtype = kwargs.pop("dtype", None)
-        named = {} if dtype is None else {"dtype": dtype}
+        check_arguments(kwargs)
+        torch_dtype = kwargs.pop("torch_dtype", None)
+        dtype = kwargs.pop("dtype", torch_dtype)
+        kwargs.pop("resume_download", None)
+        # transformers merges it with what the file says, as long as the config does not swallow it.
+        quantization_config = kwargs.pop("quantization_config", None)
         if isinstance(config, PreTrainedConfig):
-            kwargs.pop("resume_download", None)
-            check_arguments(kwargs | named)
-            config = copy.deepcopy(config)
-            if any(name in kwargs for name in PRECISIONS):
-                kwargs = dict.fromkeys(PRECISIONS, False) | kwargs
-            for name in [name for name in kwargs if name in QWenConfig.__dataclass_fields__]:
-                setattr(config, name, kwargs.pop(name))
-            config.check()
+            config = config.overridden(kwargs)
+            kwargs = {name: value for name, value in kwargs.items() if name not in QWenConfig.__dataclass_fields__}
         else:
             hub = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
             hub = {name: kwargs[name] for name in hub if name in kwargs}
+            named = {} if dtype is None else {"dtype": dtype}
             config, kwargs = QWenConfig.from_pretrained(
                 config or pretrained_model_name_or_path, return_unused_kwargs=True, **kwargs, **named
             )
             kwargs |= hub
+        if quantization_config is not None:
+            kwargs["quantization_config"] = quantization_config
 
         device = target_device(kwargs.get("device_map"))
-        dtype = choose_dtype(config, device) if dtype is None else dtype
-        if config._attn_implementation is None and "attn_implementation" not in kwargs:
-            attention = choose_attention(config, dtype, device)
-            if attention is not None:
-                kwargs["attn_implementation"] = attention
+        if dtype is None or (dtype == "auto" and any(getattr(config, name) for name in PRECISIONS)):
+            dtype = choose_dtype(config, device)
+        requested = kwargs.get("attn_implementation", config._attn_implementation)
+        kwargs["attn_implementation"] = choose_attention(config, dtype, device, requested)
         try:
             return super().from_pretrained(
                 pretrained_model_name_or_path, *model_args, config=config, dtype=dtype, **kwargs
             )
-        except SafetensorError as error:
+        except (SafetensorError, FileNotFoundError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "PytorchStreamReader" not in str(error):
+                raise
             raise OSError(
                 f"The weights of {pretrained_model_name_or_path} cannot be read ({error}): the download stopped early "
-                "or left pointer files behind. Delete the .safetensors files there and download them again."
+                "or left pointer files behind. Delete the weight files there and download them again."
             ) from error
 
 
@@ -393,6 +377,7 @@ class QWenModel(QWenPreTrainedModel):
         """α of each row: from its prompt when that is encoded, from the cache when decoding goes on.
 
         The keys in a cache were rotated with the α of their prompt, so it travels with them, as `cache.ntk_alpha`.
+        Without a cache every call is a prompt of its own.
 
         Returns:
             (B), or None where dynamic NTK is off. Paged rows hold several prompts at once and have none.
@@ -408,6 +393,8 @@ class QWenModel(QWenPreTrainedModel):
         kept = getattr(cache, "ntk_alpha", None)
         if kept is None or (isinstance(past_length, int) and past_length == 0):
             cache.ntk_alpha = alpha
+            if not torch.compiler.is_compiling():
+                torch._dynamo.mark_static_address(alpha)  # a compiled step writes to it, which CUDA graphs must know
         elif isinstance(past_length, torch.Tensor):
             # A static cache: in place and without a branch, so that one compiled graph serves every step.
             kept.copy_(torch.where(past_length == 0, alpha, kept))

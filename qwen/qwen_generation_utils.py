@@ -11,7 +11,7 @@ import codecs
 import copy
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -45,12 +45,12 @@ def make_context(
     that nobody ends their turn early. With chat_format "raw" the prompt is the query as it is.
 
     Raises:
-        ValueError: an unknown chat format, or a message that is not text.
+        ValueError: an unknown chat format, a message that is not text, or a history of the wrong shape.
     """
     if chat_format == "raw":
         return query, tokenizer.encode(query)
     if chat_format != "chatml":
-        raise ValueError(f'chat_format is "chatml" for chat models or "raw" for base models, not {chat_format!r}.')
+        raise unknown_format(chat_format)
 
     newline = tokenizer.encode("\n", allowed_special=set(), disallowed_special=())
 
@@ -63,7 +63,7 @@ def make_context(
 
     system_text, system_ids = message("system", system)
     kept_text, kept_ids = "", []
-    for past_query, past_response in reversed(history or []):
+    for past_query, past_response in reversed(check_history(history)):
         asked, asked_ids = message("user", past_query)
         answered, answered_ids = message("assistant", past_response)
         turn_ids = [*newline, *asked_ids, *newline, *answered_ids]
@@ -87,7 +87,7 @@ def get_stop_words_ids(chat_format: str, tokenizer: PreTrainedTokenizerBase) -> 
         return [[tokenizer.im_end_id], [tokenizer.im_start_id]]
     if chat_format == "raw":
         return [tokenizer.encode(RAW_STOP_WORD), [tokenizer.eod_id]]
-    raise ValueError(f'chat_format is "chatml" for chat models or "raw" for base models, not {chat_format!r}.')
+    raise unknown_format(chat_format)
 
 
 def decode_tokens(
@@ -117,13 +117,14 @@ def decode_tokens(
     if chat_format == "chatml":
         ends |= {tokenizer.im_start_id, tokenizer.im_end_id}
     elif chat_format != "raw":
-        raise ValueError(f'chat_format is "chatml" for chat models or "raw" for base models, not {chat_format!r}.')
+        raise unknown_format(chat_format)
     reply, end_reason = tokens[context_length:], f"Gen length {len(tokens)}"
     for position, token in enumerate(reply):
         if token in ends:
             reply, end_reason = reply[:position], f"Gen {tokenizer.decode([token])!r}"
             break
-    text = tokenizer.decode(reply, errors=errors)
+    # A matrix has more rows than the tokenizer has tokens, and sampling may hit one of the others.
+    text = tokenizer.decode([token for token in reply if token < len(tokenizer)], errors=errors)
     if verbose:
         print(f"\nRaw reply: {text}\nEnd reason: {end_reason}")
     if chat_format == "raw" and RAW_STOP_WORD in text:
@@ -132,22 +133,49 @@ def decode_tokens(
     return (text, end_reason) if return_end_reason else text
 
 
-class StopWordsLogitsProcessor(LogitsProcessor):
-    """Once a row ends with one of the sequences, its next token is the end of the text.
+def check_history(history: Any) -> Sequence[Sequence[str]]:
+    """The history, if it has the shape of one.
 
     Raises:
-        ValueError: not a list of non-empty lists of token ids.
+        ValueError: not a list of pairs of texts.
     """
+    if history is None:
+        return []
+    if not isinstance(history, list | tuple) or not all(isinstance(t, list | tuple) and len(t) == 2 for t in history):
+        raise ValueError(
+            "history is a list of (query, response) pairs, such as the one that chat returns, or None; "
+            f"not {str(history)[:200]!r}."
+        )
+    for turn in history:
+        if not all(isinstance(text, str) for text in turn):
+            raise ValueError(f"A turn of the history holds two texts, (query, response), not {turn!r}.")
+    return history
+
+
+def unknown_format(chat_format: str) -> ValueError:
+    return ValueError(f'chat_format is "chatml" for chat models or "raw" for base models, not {chat_format!r}.')
+
+
+def check_stop_words(stop_words_ids: Any) -> None:
+    """Refuse what is not a list of non-empty lists of token ids.
+
+    Raises:
+        ValueError: shows the form.
+    """
+    if not isinstance(stop_words_ids, list | tuple) or not all(
+        isinstance(words, list | tuple) and words and all(isinstance(token, int) and token >= 0 for token in words)
+        for words in stop_words_ids
+    ):
+        raise ValueError(
+            "stop_words_ids is a list of lists of token ids such as [tokenizer.encode('Observation:')], "
+            f"not {stop_words_ids!r}."
+        )
+
+
+class StopWordsLogitsProcessor(LogitsProcessor):
+    """Once a row ends with one of the sequences, its next token is the end of the text."""
 
     def __init__(self, stop_words_ids: Sequence[Sequence[int]], eos_token_id: int):
-        if not isinstance(stop_words_ids, Sequence) or not all(
-            isinstance(words, Sequence) and words and all(isinstance(token, int) and token >= 0 for token in words)
-            for words in stop_words_ids
-        ):
-            raise ValueError(
-                "stop_words_ids is a list of lists of token ids such as [tokenizer.encode('Observation:')], "
-                f"not {stop_words_ids!r}."
-            )
         self.stop_words_ids = [torch.tensor(words) for words in stop_words_ids]
         self.eos_token_id = eos_token_id
 
@@ -189,6 +217,7 @@ class ChatMixin:
         if stop_words_ids is None:
             stop_words_ids = self._generation_setting("stop_words_ids", generation_config)
         if stop_words_ids:
+            check_stop_words(stop_words_ids)
             eos = kwargs.get("eos_token_id")
             eos = self._generation_setting("eos_token_id", generation_config) if eos is None else eos
             eos = eos[0] if isinstance(eos, Sequence) and eos else eos
@@ -198,10 +227,9 @@ class ChatMixin:
             logits_processor.append(StopWordsLogitsProcessor(stop_words_ids, int(eos)))
         ids = kwargs.get("input_ids") if inputs is None else inputs
         if isinstance(ids, torch.Tensor) and ids.dim() == 2 and len(ids) > 1 and kwargs.get("attention_mask") is None:
-            pad = kwargs.get("pad_token_id")
-            pad = self._generation_setting("pad_token_id", generation_config) if pad is None else pad
-            if pad is not None:
-                kwargs["attention_mask"] = mask_of_left_padding(ids, pad)
+            settings = kwargs.get("pad_token_id"), self._generation_setting("pad_token_id", generation_config)
+            pads = {*settings, self.config.pad_token_id} - {None}
+            kwargs["attention_mask"] = mask_of_left_padding(ids, pads)
         return super().generate(inputs, generation_config, logits_processor, *args, **kwargs)
 
     def chat(
@@ -307,6 +335,8 @@ class ChatMixin:
             ValueError: as `chat`, at the call and not at the first piece.
         """
         arguments = self._chat_arguments(tokenizer, stop_words_ids, generation_config, kwargs)
+        if (arguments["generation_config"].num_beams or 1) > 1 or "streamer" in arguments:
+            raise ValueError("chat_stream has its own streamer and writes one row: leave out streamer and num_beams.")
         ids = self._chat_prompt(tokenizer, query, history, system, generation_config)
         return self._stream(tokenizer, ids, arguments)
 
@@ -365,7 +395,10 @@ class ChatMixin:
                 "Use a chat checkpoint such as Qwen/Qwen-7B-Chat, or complete text with generate. If it is a chat "
                 "model, its generation_config.json is missing: put it beside the weights."
             )
-        stop_words_ids = [*(stop_words_ids or []), *get_stop_words_ids(chat_format, tokenizer)]
+        if stop_words_ids is None:
+            stop_words_ids = self._generation_setting("stop_words_ids", generation_config) or []
+        check_stop_words(stop_words_ids)
+        stop_words_ids = [*stop_words_ids, *get_stop_words_ids(chat_format, tokenizer)]
         # One-token stop words end the row at once, as an eos does; longer ones are watched for.
         ends = [words[0] for words in stop_words_ids if len(words) == 1]
         eos = kwargs.pop("eos_token_id", None)
@@ -394,9 +427,6 @@ class ChatMixin:
     ) -> list[int]:
         if not isinstance(query, str) or not query.strip():
             raise ValueError(f"The query must be text and not empty, not {query!r}.")
-        for turn in check_history(history):
-            if not all(isinstance(text, str) for text in turn):
-                raise ValueError(f"A turn of the history holds two texts, (query, response), not {turn!r}.")
         window = self._generation_setting("max_window_size", generation_config)
         window = {} if window is None else {"max_window_size": window}
         _, ids = make_context(tokenizer, query, history, system, **window)
@@ -409,25 +439,10 @@ class ChatMixin:
         return ids
 
 
-def check_history(history: Any) -> Sequence[Sequence[str]]:
-    """The history, if it has the shape of one.
-
-    Raises:
-        ValueError: not a list of pairs.
-    """
-    if history is None:
-        return []
-    if not isinstance(history, list | tuple) or not all(isinstance(t, list | tuple) and len(t) == 2 for t in history):
-        raise ValueError(
-            "history is a list of (query, response) pairs, such as the one that chat returns, or None; "
-            f"not {str(history)[:200]!r}."
-        )
-    return history
-
-
-def mask_of_left_padding(ids: torch.Tensor, pad_token_id: int) -> torch.Tensor:
+def mask_of_left_padding(ids: torch.Tensor, pad_token_ids: Collection[int]) -> torch.Tensor:
     """0 for the pad tokens in front of each row, 1 for all else. ids: (B, S) → (B, S)."""
-    return (ids != pad_token_id).long().cummax(dim=-1).values
+    is_token = ~torch.isin(ids, torch.tensor(sorted(pad_token_ids), dtype=ids.dtype, device=ids.device))
+    return is_token.long().cummax(dim=-1).values
 
 
 class TokenQueue(BaseStreamer):
@@ -473,6 +488,8 @@ def reply_so_far(tokens: Iterator[int], tokenizer: PreTrainedTokenizerBase) -> I
     for token in tokens:
         if token in ends:
             break
+        if token >= len(tokenizer):  # a row of the matrix without a token
+            continue
         piece = tokenizer.convert_ids_to_tokens(token)
         text += decoder.decode(piece) if isinstance(piece, bytes) else decoder.decode(b"", final=True) + piece
         if text.strip() != shown:

@@ -95,7 +95,8 @@ def test_a_batch_answers_as_single_chats(chat, penalty):
     assert model.chat_batch(tokenizer, QUERIES, system=systems, **settings)[0] == single
 
 
-def test_the_published_batch_example(chat, tiny_chat_checkpoint):
+@pytest.mark.parametrize("pad_goes_to", ["model", "generation config"])
+def test_the_published_batch_example(chat, tiny_chat_checkpoint, pad_goes_to):
     path = tiny_chat_checkpoint
     tokenizer = AutoTokenizer.from_pretrained(
         path, pad_token="<|extra_0|>", eos_token="<|endoftext|>", padding_side="left", trust_remote_code=True
@@ -103,7 +104,8 @@ def test_the_published_batch_example(chat, tiny_chat_checkpoint):
     model = AutoModelForCausalLM.from_pretrained(
         path, pad_token_id=tokenizer.pad_token_id, device_map="auto", trust_remote_code=True
     ).eval()
-    config = GenerationConfig.from_pretrained(path, pad_token_id=tokenizer.pad_token_id, **GREEDY)
+    pad = {"pad_token_id": tokenizer.pad_token_id} if pad_goes_to == "generation config" else {}
+    config = GenerationConfig.from_pretrained(path, **pad, **GREEDY)
     config.top_p = config.top_k = None
     texts = [
         make_context(
@@ -175,7 +177,40 @@ def test_stop_words_end_chat_and_stream(chat):
         assert list(model.chat_stream(tokenizer, "hello", stop_words_ids=[ids], **GREEDY))[-1] == expected
     for wrong in ("Observation:", [1, 2], [[]], [["a"]]):
         with pytest.raises(ValueError, match="list of lists of token ids"):
+            model.chat(tokenizer, "hello", stop_words_ids=wrong)
+        with pytest.raises(ValueError, match="list of lists of token ids"):
             model.generate(torch.ones(1, 3, dtype=torch.long), stop_words_ids=wrong, eos_token_id=1)
+
+
+def test_stop_words_of_the_generation_config_count_in_chat(chat, tiny_chat_checkpoint):
+    model, tokenizer = chat
+    full = model.chat(tokenizer, "hello", **GREEDY)[0]
+    config = GenerationConfig.from_pretrained(
+        tiny_chat_checkpoint, stop_words_ids=[tokenizer.encode(full[4])], **GREEDY
+    )
+    assert len(model.chat(tokenizer, "hello", generation_config=config)[0]) < len(full)
+
+
+def test_rows_without_a_token_are_passed_over(chat, tiny_chat_checkpoint):
+    _, tokenizer = chat
+    model = AutoModelForCausalLM.from_pretrained(tiny_chat_checkpoint).eval()
+    a, b = tokenizer.encode("a")[0], tokenizer.encode("b")[0]
+    script = [len(tokenizer), a, len(tokenizer) + 3, b]
+    settings = GREEDY | {"max_new_tokens": 4}
+    prompt = len(make_context(tokenizer, "hi", system="You are a helpful assistant.")[1])
+
+    def dictate(batch_id, ids):
+        return [script[len(ids) - prompt]]
+
+    assert model.chat(tokenizer, "hi", prefix_allowed_tokens_fn=dictate, **settings)[0] == "ab"
+    assert list(model.chat_stream(tokenizer, "hi", prefix_allowed_tokens_fn=dictate, **settings)) == ["a", "ab"]
+
+
+def test_streaming_refuses_what_it_cannot_do(chat):
+    model, tokenizer = chat
+    for arguments in ({"num_beams": 2}, {"streamer": object()}):
+        with pytest.raises(ValueError, match="own streamer"):
+            model.chat_stream(tokenizer, "hi", **arguments)
 
 
 def test_a_closed_stream_stops_computing(chat):

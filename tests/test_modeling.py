@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, Dynamic
 
 import qwen  # noqa: F401  registers the classes
 from qwen import QWenConfig, QWenLMHeadModel
+from qwen.cache_qwen import dequantize_cache_torch, quantize_cache_v, quantize_tokens
 from qwen.modeling_qwen import ntk_alpha, rotary_tables
 
 VARIANTS = {
@@ -96,6 +97,35 @@ def test_int8_cache_is_closer_to_full_precision_than_the_reference(golden, expec
     exact = QWenLMHeadModel.from_pretrained(golden).eval()(ids).logits
     ours = relative_error(decode_one_by_one(quantized, ids, n_prompt), exact)
     assert 1e-6 < ours < relative_error(expected[f"{name}.logits"], exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_row_survives_the_int8_cache(dtype):
+    rows = torch.stack(
+        [
+            torch.zeros(16),
+            torch.full((16,), 100.0),
+            torch.full((16,), -3.0),
+            torch.tensor([1e-6, -1e-6] * 8),
+            torch.tensor([100.0, 100.1] * 8),
+            torch.randn(16, generator=torch.Generator().manual_seed(0)),
+        ]
+    ).to(dtype)[None, None]
+    back = dequantize_cache_torch(*quantize_tokens(rows)).float()
+    largest = rows.float().abs().amax(-1, keepdim=True)
+    assert ((back - rows.float()).abs() <= largest / 100 + 1e-4).all()
+
+
+def test_the_published_quantization_functions(expected):
+    q, scale, zero = quantize_cache_v(expected["kv/input"])
+    assert torch.equal(q, expected["kv/q"].to(torch.uint8))
+    torch.testing.assert_close(scale, expected["kv/scale"])
+    torch.testing.assert_close(zero, expected["kv/zero"])
+    torch.testing.assert_close(dequantize_cache_torch(q, scale, zero), expected["kv/dequantized"])
+    again = quantize_cache_v(expected["kv/input"], 8, torch.tensor(255), torch.tensor(0))
+    assert torch.equal(again[0], q)
+    with pytest.raises(ValueError, match="bits=8"):
+        quantize_cache_v(expected["kv/input"], bits=4)
 
 
 def test_ntk_alpha_steps_at_the_powers_of_two():
@@ -196,14 +226,22 @@ def test_the_decoding_step_compiles_to_one_graph(model, length):
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
-def test_beam_search_and_sampling(model):
+def test_beam_search_in_a_padded_batch_equals_each_row_alone(model):
+    rows = [torch.randint(0, 500, (1, n), generator=torch.Generator().manual_seed(n)) for n in (20, 40)]
+    settings = {"max_new_tokens": 8, "num_beams": 3, "num_return_sequences": 2, "do_sample": False}
+    alone = torch.cat([model.generate(row, **settings)[:, row.shape[1] :] for row in rows])
+    batch = torch.cat((torch.nn.functional.pad(rows[0], (20, 0), value=511), rows[1]))
+    mask = (batch != 511).long()
+    assert torch.equal(model.generate(batch, attention_mask=mask, **settings)[:, 40:], alone)
+
+
+def test_sampling_repeats_with_its_seed(model):
     ids = torch.randint(0, 512, (2, 40), generator=torch.Generator().manual_seed(0))
-    beams = model.generate(ids, max_new_tokens=8, num_beams=3, num_return_sequences=2, do_sample=False)
-    assert beams.shape == (4, 48)
-    torch.manual_seed(0)
-    first = model.generate(ids, max_new_tokens=8, do_sample=True, top_p=0.9)
-    torch.manual_seed(0)
-    assert torch.equal(first, model.generate(ids, max_new_tokens=8, do_sample=True, top_p=0.9))
+    samples = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        samples.append(model.generate(ids, max_new_tokens=8, do_sample=True, top_p=0.9))
+    assert torch.equal(samples[0], samples[1]) and not torch.equal(samples[0], samples[2])
 
 
 def test_continuous_batching_equals_generate(golden):
@@ -370,5 +408,5 @@ def test_the_cache_can_be_continued_by_hand(model):
     cache = DynamicCache(config=model.config)
     model(ids[:, :40], past_key_values=cache)
     continued = model.generate(ids, past_key_values=cache, max_new_tokens=5, do_sample=False)
-    assert continued.shape == (1, 65)
-    assert cache.get_seq_length() == 64
+    logits = decode_one_by_one(model, continued[:, :-1], 40)
+    assert torch.equal(logits[:, 59:].argmax(-1), continued[:, 60:])
