@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from qwen import QWenLMHeadModel, QWenTokenizer, decode_tokens, get_stop_words_ids, make_context
+from qwen import QWenLMHeadModel, decode_tokens, get_stop_words_ids, make_context
 
 GREEDY = {"do_sample": False}
 # One far past the trained length of 64, so that NTK and LogN are at work.
@@ -22,11 +22,6 @@ QUERIES = ["你好", "What is 2 + 2?", "tell me about the sea, " * 8]
 def chat(tiny_chat_checkpoint):
     tokenizer = AutoTokenizer.from_pretrained(tiny_chat_checkpoint)
     return AutoModelForCausalLM.from_pretrained(tiny_chat_checkpoint).eval(), tokenizer
-
-
-@pytest.fixture(scope="module")
-def real_tokenizer(real_vocab_file):
-    return QWenTokenizer(str(real_vocab_file))
 
 
 def chatml_cases():

@@ -1,6 +1,5 @@
 """Supervised samples: every golden case, truncation, padding, and data with mistakes in it."""
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -8,18 +7,13 @@ import pytest
 import torch
 
 from qwen.chat_data import IGNORE_INDEX, MalformedSample, encode_conversation, encode_sample, pad_samples
-from qwen.tokenization_qwen import QWenTokenizer
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "sft.json").read_text(encoding="utf-8"))
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    # find_spec locates the package without running it: importing dashscope needs its dependencies.
-    package = importlib.util.find_spec("dashscope")
-    if package is None:
-        pytest.skip("needs the real vocabulary: pip install --no-deps dashscope==2.0.2")
-    return QWenTokenizer(str(Path(package.origin).parent / "resources" / "qwen.tiktoken"))
+@pytest.fixture
+def tokenizer(real_tokenizer):
+    return real_tokenizer
 
 
 def user(value):
