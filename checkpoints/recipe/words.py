@@ -1,0 +1,89 @@
+"""Word pools: the names, places and things that fill the slots of the generated conversations.
+
+A tenth of every open pool (names, cities, ...) is held out by a fixed hash: training never draws those words, the
+evaluation draws only from them. Invented words are mixed in, so that a slot is learned as "copy what stands there",
+not as a list.
+"""
+
+from __future__ import annotations
+
+import random
+import zlib
+from functools import lru_cache
+
+from .phrases import phrases
+
+_WORDS = phrases("words")
+EN_NAMES: list[str] = _WORDS["english_names"]
+ZH_SURNAMES: str = _WORDS["chinese_surnames"]
+ZH_GIVEN: list[str] = _WORDS["chinese_given_names"]
+ZH_NICK: list[str] = _WORDS["chinese_nicknames"]
+COMPANIES: list[str] = _WORDS["companies"]
+# English → Chinese
+CITIES, COLOURS, ANIMALS, FOODS, JOBS, HOBBIES, LANGUAGES, COUNTRIES, SEASONS, MONTHS, THINGS, TOPICS, SENTENCES = (
+    _WORDS[pool]
+    for pool in (
+        "cities", "colours", "animals", "foods", "jobs", "hobbies", "languages", "countries", "seasons", "months",
+        "things", "topics", "sentences",
+    )
+)  # fmt: skip
+# sounds of invented words
+_ONSETS = [*"bcdfghjklmnprstvwz", "br", "cr", "dr", "fl", "gr", "kl", "pl", "st", "tr", "sh", "th"]
+_VOWELS = [*"aeiouaeio", "ai", "ee", "ou"]
+_CODAS = [*"nrlstmxk", *[""] * 8]
+
+
+def held_out(word: str, part: int = 10) -> bool:
+    """Whether a word, question or fact belongs to the fixed tenth that training never sees."""
+    return zlib.crc32(f"held-out {word}".encode()) % part == 0
+
+
+def pick(rng: random.Random, pool, held: bool = False):
+    """A random item of a pool: of its training part, or of its held-out part (the whole pool where that is empty)."""
+    return rng.choice(_part(tuple(pool), held))
+
+
+@lru_cache(maxsize=256)
+def _part(pool: tuple, held: bool) -> tuple:
+    return tuple(item for item in pool if held_out(str(item)) == held) or pool
+
+
+def invented(rng: random.Random, held: bool = False) -> str:
+    """A lower-case word that no dictionary has."""
+    while True:
+        syllables = range(rng.choice((2, 2, 3)))
+        word = "".join(rng.choice(_ONSETS) + rng.choice(_VOWELS) + rng.choice(_CODAS) for _ in syllables)
+        if held_out(word) == held:
+            return word
+
+
+def english_name(rng: random.Random, held: bool = False) -> str:
+    return invented(rng, held).capitalize() if rng.random() < 0.4 else pick(rng, EN_NAMES, held)
+
+
+def chinese_name(rng: random.Random, held: bool = False) -> str:
+    if rng.random() < 0.35:
+        return pick(rng, ZH_NICK, held)
+    while True:
+        name = rng.choice(ZH_SURNAMES) + rng.choice(ZH_GIVEN)
+        if held_out(name) == held:
+            return name
+
+
+def name(rng: random.Random, lang: str, held: bool = False) -> str:
+    """A person's name; Chinese speakers use an English one now and then."""
+    return chinese_name(rng, held) if lang == "zh" and rng.random() < 0.85 else english_name(rng, held)
+
+
+def city(rng: random.Random, lang: str, held: bool = False) -> str:
+    """A city in the language of the talk; sometimes an invented one."""
+    if rng.random() < 0.15 and lang == "en":
+        return invented(rng, held).capitalize()
+    english = pick(rng, CITIES, held)
+    return CITIES[english] if lang == "zh" else english
+
+
+def pair(rng: random.Random, pool: dict[str, str], lang: str, held: bool = False) -> str:
+    """An entry of an English → Chinese pool, in the language asked for."""
+    english = pick(rng, pool, held)
+    return pool[english] if lang == "zh" else english
