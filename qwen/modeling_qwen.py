@@ -136,7 +136,7 @@ class QWenAttention(nn.Module):
         self.projection_size = config.num_attention_heads * config.kv_channels
         self.scaling = config.kv_channels**-0.5 if config.scale_attn_weights else 1.0
         self.attention_dropout = config.attn_dropout_prob
-        self.num_key_value_groups = 1
+        self.num_key_value_groups = 1  # transformers' attention functions ask for it
         self.c_attn = nn.Linear(config.hidden_size, 3 * self.projection_size)
         self.c_proj = nn.Linear(self.projection_size, config.hidden_size, bias=not config.no_bias)
 
@@ -336,7 +336,7 @@ class QWenModel(QWenPreTrainedModel):
             past_key_values = self.new_cache()
 
         past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
-        prompt_lengths = count_prompt_tokens(inputs_embeds, attention_mask, position_ids)
+        alpha = self.dynamic_ntk(past_key_values, past_length, inputs_embeds, attention_mask, position_ids)
         if position_ids is None:
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + past_length
 
@@ -347,7 +347,6 @@ class QWenModel(QWenPreTrainedModel):
             past_key_values=past_key_values,
             position_ids=position_ids,
         )
-        alpha = self.dynamic_ntk(prompt_lengths, past_key_values, past_length)
         cos, sin = rotary_tables(position_ids, self.config.rotary_dim, self.config.rotary_emb_base, alpha)
         stretch_queries = self.config.use_logn_attn and not self.training
         query_scale = logn_scale(position_ids, self.config.seq_length) if stretch_queries else None
@@ -372,35 +371,48 @@ class QWenModel(QWenPreTrainedModel):
         return QuantizedKVCache() if self.config.use_cache_quantization else DynamicCache(config=self.config)
 
     def dynamic_ntk(
-        self, prompt_lengths: torch.Tensor, cache: Cache | None, past_length: int | torch.Tensor
+        self,
+        cache: Cache | None,
+        past_length: int | torch.Tensor,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
     ) -> torch.Tensor | None:
         """α of each row: from its prompt when that is encoded, from the cache when decoding goes on.
 
         The keys in a cache were rotated with the α of their prompt, so it travels with them, as `cache.ntk_alpha`.
         Without a cache every call is a prompt of its own.
 
+        Args:
+            past_length: tokens in the cache; a tensor where the cache is a static one.
+
         Returns:
             (B), or None where dynamic NTK is off. Paged rows hold several prompts at once and have none.
         """
         if not self.config.use_dynamic_ntk or self.training or self.config._attn_implementation.startswith("paged|"):
             return None
+        kept = getattr(cache, "ntk_alpha", None)
+        if kept is not None and isinstance(past_length, int) and past_length > 0:
+            batch = len(inputs_embeds)
+            if len(kept) != batch:  # the cache was repeated for several answers to each prompt
+                kept = cache.ntk_alpha = kept.repeat_interleave(batch // len(kept))
+            return kept
+
         announced = getattr(cache, "prompt_lengths", None)
         if announced is not None:  # by `generate`: this call may hold a part of the prompt, or drafted tokens behind it
-            prompt_lengths, cache.prompt_lengths = announced.expand_as(prompt_lengths), None
-        alpha = ntk_alpha(prompt_lengths, self.config.seq_length)
+            lengths, cache.prompt_lengths = announced.expand(len(inputs_embeds)), None
+        else:
+            lengths = count_prompt_tokens(inputs_embeds, attention_mask, position_ids)
+        alpha = ntk_alpha(lengths, self.config.seq_length)
         if cache is None:
             return alpha
-        kept = getattr(cache, "ntk_alpha", None)
-        if kept is None or (isinstance(past_length, int) and past_length == 0):
-            cache.ntk_alpha = alpha
-            if not torch.compiler.is_compiling():
-                torch._dynamo.mark_static_address(alpha)  # a compiled step writes to it, which CUDA graphs must know
-        elif isinstance(past_length, torch.Tensor):
-            # A static cache: in place and without a branch, so that one compiled graph serves every step.
-            kept.copy_(torch.where(past_length == 0, alpha, kept))
-        elif len(kept) != len(alpha):  # the cache was repeated for several answers to each prompt
-            cache.ntk_alpha = kept.repeat_interleave(len(alpha) // len(kept))
-        return cache.ntk_alpha
+        if kept is not None and isinstance(past_length, torch.Tensor):
+            # In place and without a branch, so that one compiled graph serves every step.
+            return kept.copy_(torch.where(past_length == 0, alpha, kept))
+        if cache.is_compileable and not torch.compiler.is_compiling():
+            torch._dynamo.mark_static_address(alpha)  # the compiled step writes to it, which CUDA graphs must know
+        cache.ntk_alpha = alpha
+        return alpha
 
 
 def count_prompt_tokens(

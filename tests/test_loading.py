@@ -172,7 +172,10 @@ def test_config_with_more_layers_than_weights(checkpoint: Path) -> None:
 
 def test_quantized_checkpoint_names_what_it_needs(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     find_spec = loading.importlib.util.find_spec
-    without = lambda name, *rest: None if name == "gptqmodel" else find_spec(name, *rest)  # noqa: E731
+
+    def without(name, *rest):
+        return None if name == "gptqmodel" else find_spec(name, *rest)
+
     monkeypatch.setattr(loading.importlib.util, "find_spec", without)
     edit_config(checkpoint, quantization_config={"quant_method": "gptq", "bits": 4})
     assert "pip install gptqmodel optimum" in complaint(checkpoint)
