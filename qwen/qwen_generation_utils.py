@@ -37,6 +37,7 @@ def make_context(
     system: str = "",
     max_window_size: int = 6144,
     chat_format: str = "chatml",
+    reply_start: str = "",
 ) -> tuple[str, list[int]]:
     """The prompt of a chat, as text and as token ids.
 
@@ -44,11 +45,14 @@ def make_context(
     `max_window_size` tokens; the query does not count. Control tokens inside a message are encoded as plain text, so
     that nobody ends their turn early. With chat_format "raw" the prompt is the query as it is.
 
+    Args:
+        reply_start: what the assistant has already said in answer to the query, which the model is to go on from.
+
     Raises:
         ValueError: an unknown chat format, a message that is not text, or a history of the wrong shape.
     """
     if chat_format == "raw":
-        return query, tokenizer.encode(query)
+        return query + reply_start, tokenizer.encode(query + reply_start)
     if chat_format != "chatml":
         raise unknown_format(chat_format)
 
@@ -72,9 +76,10 @@ def make_context(
         kept_text, kept_ids = f"\n{asked}\n{answered}{kept_text}", turn_ids + kept_ids
     query_text, query_ids = message("user", query)
     role_ids = tokenizer.encode("assistant", allowed_special=set(), disallowed_special=())
-    text = f"{system_text}{kept_text}\n{query_text}\n<|im_start|>assistant\n"
+    start_ids = tokenizer.encode(reply_start, allowed_special=set(), disallowed_special=())
+    text = f"{system_text}{kept_text}\n{query_text}\n<|im_start|>assistant\n{reply_start}"
     ids = [*system_ids, *kept_ids, *newline, *query_ids, *newline, tokenizer.im_start_id, *role_ids, *newline]
-    return text, ids
+    return text, ids + start_ids
 
 
 def get_stop_words_ids(chat_format: str, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:

@@ -1,0 +1,167 @@
+"""Keys and values of sequences of different lengths, side by side in one batch.
+
+A key/value cache as the model's forward expects it, whose rows come and go while the batch runs: each has its own
+length, and a new token is written behind its own last one. Knows tensors only.
+
+Stored as (rows, tokens, H, D), H heads of D channels, so that a token is one piece of memory. There is room for a power
+of two of rows; layers are reallocated one by one, so that growing needs little memory beside the cache itself.
+"""
+
+from typing import Any
+
+import torch
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import CacheLayerMixin
+
+from ..cache_qwen import dequantize_cache_torch, quantize_tokens
+
+
+class Lengths:
+    """How many tokens each row holds; shared by the layers of a cache."""
+
+    def __init__(self, device: torch.device):
+        self.tokens: list[int] = []
+        self.device = device
+        self.refresh()
+
+    def refresh(self) -> None:
+        """To be called whenever `tokens` has changed."""
+        self.longest = max(self.tokens, default=0)
+        self.tensor = torch.tensor(self.tokens, dtype=torch.long, device=self.device)
+
+
+class RaggedLayer(CacheLayerMixin):
+    """Keys and values of one layer; in 8 bits where `quantized`."""
+
+    def __init__(self, lengths: Lengths, capacity: int, quantized: bool):
+        super().__init__()
+        self.lengths, self.capacity, self.quantized = lengths, capacity, quantized
+        # Keys and values, each of them as it is or as (q, scale, zero point): (rows, capacity, H, D or 1).
+        self.store: list[torch.Tensor] = []
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append one token to every row: (B, H, 1, D) each → (B, H, longest + 1, D); what lies behind a row's own
+        length is left to the attention mask."""
+        ends = self.lengths.tensor.to(key_states.device)
+        rows = torch.arange(len(ends), device=ends.device)
+        for stored, new in zip(self.store, self._encode(key_states, value_states), strict=True):
+            stored[rows, ends] = new[:, :, 0]
+        held = [stored[: len(ends), : self.lengths.longest + 1].transpose(1, 2) for stored in self.store]
+        if not self.quantized:
+            return held[0], held[1]
+        return dequantize_cache_torch(*held[:3]).to(self.dtype), dequantize_cache_torch(*held[3:]).to(self.dtype)
+
+    def write(self, row: int, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Put a whole sequence, (1, H, S, D) each, into a row."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        new = self._encode(key_states, value_states)
+        if not self.store:
+            self.store = [tensor.new_zeros(0, self.capacity, tensor.shape[1], tensor.shape[3]) for tensor in new]
+        if row >= len(self.store[0]):
+            self.resize(max(1, 2 * len(self.store[0])))
+        for stored, tensor in zip(self.store, new, strict=True):
+            stored[row, : tensor.shape[2]] = tensor[0].transpose(0, 1)
+
+    def move(self, source: int, target: int) -> None:
+        """Overwrite a row with another one."""
+        length = self.lengths.tokens[source]
+        for stored in self.store:
+            stored[target, :length] = stored[source, :length]
+
+    def resize(self, rows: int) -> None:
+        """Make room for so many rows, and keep those that fit."""
+        for index, stored in enumerate(self.store):
+            # Zeros and not whatever was in the memory: a masked NaN would still spoil the weighted sum.
+            resized = stored.new_zeros(rows, *stored.shape[1:])
+            kept = min(rows, len(stored))
+            resized[:kept] = stored[:kept]
+            self.store[index] = resized
+
+    def _encode(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        if self.quantized:
+            return *quantize_tokens(key_states), *quantize_tokens(value_states)
+        return key_states, value_states
+
+    def get_seq_length(self) -> int:
+        return self.lengths.longest
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.lengths.longest + query_length, 0
+
+    def get_max_length(self) -> int:
+        return self.capacity
+
+
+class RaggedCache(Cache):
+    """The batch of a continuous-batching step.
+
+    Args:
+        num_layers: layers of the model.
+        capacity: tokens that a row can hold.
+        device: where the lengths live; each layer's tensors go where its keys come from.
+        quantized: store in 8 bits.
+    """
+
+    def __init__(self, num_layers: int, capacity: int, device: torch.device, quantized: bool = False):
+        self.lengths = Lengths(device)
+        self.capacity = capacity
+        super().__init__(layers=[RaggedLayer(self.lengths, capacity, quantized) for _ in range(num_layers)])
+        self.ntk_alpha: torch.Tensor | None = None  # (B), read by the model: the base that each row was encoded with
+
+    @property
+    def rows(self) -> int:
+        """Sequences in the batch."""
+        return len(self.lengths.tokens)
+
+    @staticmethod
+    def room_for(rows: int) -> int:
+        """Rows that are allocated to hold so many."""
+        return 1 << (rows - 1).bit_length() if rows else 0
+
+    @property
+    def allocated_tokens(self) -> int:
+        """Rows × capacity, in use or not."""
+        return self.room_for(self.rows) * self.capacity
+
+    def join(self, prompts: DynamicCache, row: int, length: int) -> None:
+        """Take over a sequence as the last row: the first `length` tokens of row `row` of `prompts`."""
+        for layer, encoded in zip(self.layers, prompts.layers, strict=True):
+            layer.write(self.rows, encoded.keys[row : row + 1, :, :length], encoded.values[row : row + 1, :, :length])
+        if (alpha := getattr(prompts, "ntk_alpha", None)) is not None:
+            kept = [] if self.ntk_alpha is None else [self.ntk_alpha]
+            self.ntk_alpha = torch.cat([*kept, alpha[row : row + 1]])
+        self.lengths.tokens.append(length)
+        self.lengths.refresh()
+
+    def leave(self, row: int) -> None:
+        """Remove a sequence; the last row takes its place."""
+        last = self.rows - 1
+        if row != last:
+            for layer in self.layers:
+                layer.move(last, row)
+        if self.ntk_alpha is not None:
+            self.ntk_alpha[row] = self.ntk_alpha[last].clone()
+            self.ntk_alpha = self.ntk_alpha[:last].clone()
+        self.lengths.tokens[row] = self.lengths.tokens[last]
+        self.lengths.tokens.pop()
+        self.lengths.refresh()
+        for layer in self.layers:
+            if self.room_for(self.rows) < len(layer.store[0]):
+                layer.resize(self.room_for(self.rows))
+
+    def advance(self) -> None:
+        """To be called after a forward: every row has one token more."""
+        self.lengths.tokens = [length + 1 for length in self.lengths.tokens]
+        self.lengths.refresh()
+
+    def attention_mask(self) -> torch.Tensor:
+        """For the forward of one more token in every row: (B, longest + 1), 1 for tokens and 0 behind a row's end."""
+        positions = torch.arange(self.lengths.longest + 1, device=self.lengths.device)
+        return (positions <= self.lengths.tensor[:, None]).long()

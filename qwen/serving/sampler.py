@@ -1,0 +1,212 @@
+"""Logits to the next token, each row with its own settings.
+
+Revolves around one call, `sample`, that serves rows of different requests together: what it chooses for a row depends
+on that row alone, and its random numbers come from a generator of its own. Knows token ids and logits only.
+"""
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+import torch
+
+
+class Constraint(Protocol):
+    """What a reply may consist of, for one sequence."""
+
+    def allowed(self) -> torch.Tensor:
+        """The tokens that may come next: (vocab_size), bool, on the CPU."""
+
+    def accept(self, token_id: int) -> None:
+        """Take note of the token that came."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How one sequence is continued.
+
+    Args:
+        max_tokens: new tokens at most.
+        temperature: logits are divided by it; 0 always takes the likeliest token.
+        top_k: choose among so many of the likeliest tokens; 0 for all.
+        top_p: choose among the likeliest tokens that make up this probability (Holtzman et al. 2019,
+            https://arxiv.org/abs/1904.09751, section 3.1).
+        repetition_penalty: divides positive and multiplies negative logits of tokens in the prompt or the reply
+            (Keskar et al. 2019, https://arxiv.org/abs/1909.05858, section 4.1).
+        presence_penalty: subtracted from the logits of tokens in the reply.
+        frequency_penalty: subtracted as often as a token is in the reply.
+        logit_bias: token id → added to its logit.
+        seed: of the random numbers; None for one that nobody knows.
+        top_logprobs: report log-probabilities: of the chosen token and of so many of the likeliest. None for none.
+
+    Raises:
+        ValueError: a value out of range; its text begins with the field's name.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int | None = None
+    top_logprobs: int | None = None
+
+    def __post_init__(self):
+        largest = float("inf")
+        ranges = {
+            "max_tokens": (self.max_tokens >= 1, "a whole number from 1 on"),
+            "temperature": (0 <= self.temperature < largest, "a number from 0 on"),
+            "top_k": (self.top_k >= 0, "a whole number from 0 on"),
+            "top_p": (0 < self.top_p <= 1, "a number above 0 and up to 1"),
+            "repetition_penalty": (0 < self.repetition_penalty < largest, "a number above 0"),
+            "presence_penalty": (abs(self.presence_penalty) < largest, "a finite number"),
+            "frequency_penalty": (abs(self.frequency_penalty) < largest, "a finite number"),
+            "top_logprobs": (self.top_logprobs is None or self.top_logprobs >= 0, "a whole number from 0 on"),
+        }
+        for name, (holds, meaning) in ranges.items():
+            if not holds:
+                raise ValueError(f"{name} is {meaning}, not {getattr(self, name)!r}.")
+
+
+class SampledToken(NamedTuple):
+    """A token, and where it was asked for its log-probability and the likeliest tokens with theirs (natural logarithm,
+    of the model's own distribution, before any setting changes it)."""
+
+    token_id: int
+    logprob: float | None = None
+    top: list[tuple[int, float]] | None = None
+
+
+class SamplingState:
+    """What the sampler keeps of one sequence between its tokens."""
+
+    def __init__(
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        vocab_size: int,
+        device: torch.device,
+        constraint: Constraint | None = None,
+    ):
+        self.params, self.constraint = params, constraint
+        self.random = random.Random(params.seed)
+        self.seen = self.counts = self.bias = None
+        if params.repetition_penalty != 1:
+            self.seen = torch.zeros(vocab_size, dtype=torch.bool, device=device)
+            self.seen[torch.tensor(prompt_ids, device=device)] = True
+        if params.presence_penalty or params.frequency_penalty:
+            self.counts = torch.zeros(vocab_size, device=device)
+        if params.logit_bias:
+            self.bias = torch.zeros(vocab_size, device=device)
+            self.bias[list(params.logit_bias)] = torch.tensor(list(params.logit_bias.values()), device=device).float()
+
+    @property
+    def adjusts(self) -> bool:
+        """Whether anything but temperature, top-k and top-p is asked for."""
+        return any(part is not None for part in (self.seen, self.counts, self.bias, self.constraint))
+
+    def accept(self, token_id: int) -> None:
+        """Take note of the token that was chosen."""
+        if self.seen is not None:
+            self.seen[token_id] = True
+        if self.counts is not None:
+            self.counts[token_id] += 1
+        if self.constraint is not None:
+            self.constraint.accept(token_id)
+
+
+def sample(logits: torch.Tensor, states: Sequence[SamplingState]) -> list[SampledToken | None]:
+    """Choose a token for every row, and have its state accept it; None for a row whose logits hold NaN.
+
+    The order is that of transformers: penalties and bias, constraint, temperature, top-k, top-p.
+
+    Args:
+        logits: (B, vocab_size).
+        states: one a row.
+    """
+    logits = logits.float()
+    adjusted = _adjust(logits, states)
+    chosen = adjusted.argmax(-1)
+    drawing = [row for row, state in enumerate(states) if state.params.temperature > 0]
+    if drawing:
+        drawn = _draw(adjusted[drawing], [states[row] for row in drawing])
+        chosen[torch.tensor(drawing, device=chosen.device)] = drawn
+    broken = logits.isnan().any(-1)
+    token_ids = torch.where(broken, -1, chosen).tolist()  # the one transfer from the device
+    tokens: list[SampledToken | None] = []
+    for row, (token_id, state) in enumerate(zip(token_ids, states, strict=True)):
+        if token_id < 0:
+            tokens.append(None)
+            continue
+        state.accept(token_id)
+        tokens.append(SampledToken(token_id, *_logprobs(logits[row], token_id, state.params.top_logprobs)))
+    return tokens
+
+
+def _adjust(logits: torch.Tensor, states: Sequence[SamplingState]) -> torch.Tensor:
+    """What the settings make of the logits before a token is drawn. Each is computed for the rows that ask for it."""
+    adjusted = logits.clone()
+    for row, state in enumerate(states):
+        if not state.adjusts:
+            continue
+        params, scores = state.params, adjusted[row]
+        if state.seen is not None:
+            penalised = torch.where(scores > 0, scores / params.repetition_penalty, scores * params.repetition_penalty)
+            scores = torch.where(state.seen, penalised, scores)
+        if state.counts is not None:
+            scores = scores - params.presence_penalty * (state.counts > 0) - params.frequency_penalty * state.counts
+        if state.bias is not None:
+            scores = scores + state.bias
+        if state.constraint is not None:
+            scores = scores.masked_fill(~state.constraint.allowed().to(scores.device), -float("inf"))
+        adjusted[row] = scores
+    return adjusted
+
+
+def _draw(scores: torch.Tensor, states: Sequence[SamplingState]) -> torch.Tensor:
+    """Draw from what temperature, top-k and top-p leave of each row. scores: (B, vocab_size) → (B).
+
+    By inversion of the cumulative distribution over the tokens in falling order, with one random number a row: a row
+    needs nothing but its own generator, on any device.
+    """
+    device = scores.device
+
+    def column(values: list[float]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.float32, device=device)[:, None]
+
+    scores = scores - scores.amax(-1, keepdim=True)  # so that a small temperature leads to no inf
+    scores = scores / column([state.params.temperature for state in states])
+    vocab_size = scores.shape[-1]
+    widths = [state.params.top_k or vocab_size for state in states]
+    if (width := min(max(widths), vocab_size)) < vocab_size:
+        scores, order = scores.topk(width)
+    else:
+        scores, order = scores.sort(descending=True, stable=True)
+    ranks = torch.arange(width, device=device)
+    scores = scores.masked_fill(ranks >= column(widths), -float("inf"))
+    probabilities = scores.softmax(-1)
+    cumulative = probabilities.cumsum(-1)
+    before = cumulative - probabilities
+    kept = before < column([state.params.top_p for state in states])  # the token that reaches top_p is kept
+    kept[:, 0] = True
+    cumulative = (probabilities * kept).cumsum(-1)
+    uniform = column([state.random.random() for state in states])
+    place = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
+    # Rounding may put the number at the very end, behind the last token that has a chance.
+    place = torch.minimum(place, (kept & (probabilities > 0)).sum(-1, keepdim=True) - 1).clamp(min=0)
+    return order.gather(-1, place)[:, 0]
+
+
+def _logprobs(
+    logits: torch.Tensor, token_id: int, top: int | None
+) -> tuple[float | None, list[tuple[int, float]] | None]:
+    """The log-probability of a token, and the likeliest `top` tokens with theirs. logits: (vocab_size)."""
+    if top is None:
+        return None, None
+    logprobs = logits.log_softmax(-1)
+    values, ids = logprobs.topk(min(top, len(logprobs)))
+    return logprobs[token_id].item(), list(zip(ids.tolist(), values.tolist(), strict=True))
