@@ -119,17 +119,20 @@ class SamplingState:
             self.constraint.accept(token_id)
 
 
-def sample(logits: torch.Tensor, states: Sequence[SamplingState]) -> list[SampledToken | None]:
-    """Choose a token for every row, and have its state accept it; None for a row whose logits hold NaN.
+def sample(logits: torch.Tensor, states: Sequence[SamplingState]) -> list[SampledToken | Exception]:
+    """Choose a token for every row, and have its state accept it.
 
     The order is that of transformers: penalties and bias, constraint, temperature, top-k, top-p.
 
     Args:
         logits: (B, vocab_size).
         states: one a row.
+
+    Returns:
+        One a row. An exception where the logits hold NaN or the constraint failed: it is the matter of that row alone.
     """
     logits = logits.float()
-    adjusted = _adjust(logits, states)
+    adjusted, failures = _adjust(logits, states)
     chosen = adjusted.argmax(-1)
     drawing = [row for row, state in enumerate(states) if state.params.temperature > 0]
     if drawing:
@@ -137,19 +140,16 @@ def sample(logits: torch.Tensor, states: Sequence[SamplingState]) -> list[Sample
         chosen[torch.tensor(drawing, device=chosen.device)] = drawn
     broken = logits.isnan().any(-1)
     token_ids = torch.where(broken, -1, chosen).tolist()  # the one transfer from the device
-    tokens: list[SampledToken | None] = []
-    for row, (token_id, state) in enumerate(zip(token_ids, states, strict=True)):
-        if token_id < 0:
-            tokens.append(None)
-            continue
-        state.accept(token_id)
-        tokens.append(SampledToken(token_id, *_logprobs(logits[row], token_id, state.params.top_logprobs)))
-    return tokens
+    return [
+        failures[row] if row in failures else _accept(logits[row], token_id, state)
+        for row, (token_id, state) in enumerate(zip(token_ids, states, strict=True))
+    ]
 
 
-def _adjust(logits: torch.Tensor, states: Sequence[SamplingState]) -> torch.Tensor:
-    """What the settings make of the logits before a token is drawn. Each is computed for the rows that ask for it."""
-    adjusted = logits.clone()
+def _adjust(logits: torch.Tensor, states: Sequence[SamplingState]) -> tuple[torch.Tensor, dict[int, Exception]]:
+    """What the settings make of the logits before a token is drawn, each for the rows that ask for it; and the rows
+    whose constraint failed."""
+    adjusted, failures = logits.clone(), {}
     for row, state in enumerate(states):
         if not state.adjusts:
             continue
@@ -162,9 +162,14 @@ def _adjust(logits: torch.Tensor, states: Sequence[SamplingState]) -> torch.Tens
         if state.bias is not None:
             scores = scores + state.bias
         if state.constraint is not None:
-            scores = scores.masked_fill(~state.constraint.allowed().to(scores.device), -float("inf"))
+            try:
+                allowed = state.constraint.allowed().to(scores.device)
+            except Exception as error:
+                failures[row] = error
+                continue
+            scores = scores.masked_fill(~allowed, -float("inf"))
         adjusted[row] = scores
-    return adjusted
+    return adjusted, failures
 
 
 def _draw(scores: torch.Tensor, states: Sequence[SamplingState]) -> torch.Tensor:
@@ -201,12 +206,16 @@ def _draw(scores: torch.Tensor, states: Sequence[SamplingState]) -> torch.Tensor
     return order.gather(-1, place)[:, 0]
 
 
-def _logprobs(
-    logits: torch.Tensor, token_id: int, top: int | None
-) -> tuple[float | None, list[tuple[int, float]] | None]:
-    """The log-probability of a token, and the likeliest `top` tokens with theirs. logits: (vocab_size)."""
-    if top is None:
-        return None, None
+def _accept(logits: torch.Tensor, token_id: int, state: SamplingState) -> SampledToken | Exception:
+    """The chosen token of one row, with its log-probabilities where they are asked for. logits: (vocab_size)."""
+    if token_id < 0:
+        return FloatingPointError("the logits are not numbers; load the model in bfloat16 or float32")
+    try:
+        state.accept(token_id)
+    except Exception as error:
+        return error
+    if state.params.top_logprobs is None:
+        return SampledToken(token_id)
     logprobs = logits.log_softmax(-1)
-    values, ids = logprobs.topk(min(top, len(logprobs)))
-    return logprobs[token_id].item(), list(zip(ids.tolist(), values.tolist(), strict=True))
+    values, ids = logprobs.topk(min(state.params.top_logprobs, len(logprobs)))
+    return SampledToken(token_id, logprobs[token_id].item(), list(zip(ids.tolist(), values.tolist(), strict=True)))

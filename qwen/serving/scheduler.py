@@ -222,7 +222,8 @@ class Scheduler:
         if self.prefill is not None:
             self._guarded(self._encode, self.prefill)
         for batch in list(self.batches.values()):
-            self._guarded(self._decode, batch)
+            if batch.sequences:  # else all of them were cancelled
+                self._guarded(self._decode, batch)
         self.batches = {reach: batch for reach, batch in self.batches.items() if batch.sequences}
 
     def _guarded(self, work: Callable[[Prefill | Batch], None], group: Prefill | Batch) -> None:
@@ -344,11 +345,10 @@ class Scheduler:
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.model.lm_head(hidden).to(self.device)
 
-    def _hand_on(self, sequence: GenerationSequence, token: SampledToken | None) -> bool:
+    def _hand_on(self, sequence: GenerationSequence, token: SampledToken | Exception) -> bool:
         """Tell of a token; whether the sequence has ended with it."""
-        if token is None:
-            error = FloatingPointError("The model's logits are not numbers. Load it in bfloat16 or float32.")
-            return self._end(sequence, EndReason.ERROR, error)
+        if isinstance(token, Exception):
+            return self._end(sequence, EndReason.ERROR, token)
         if token.token_id in sequence.end_token_ids:
             return self._end(sequence, EndReason.STOP)
         sequence.last_token = token.token_id
