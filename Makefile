@@ -1,5 +1,7 @@
-# Two commands do it all on a machine with Python 3.11+ and make:
+# These do it all on a machine with Python 3.11+ and make:
 #     make chat        make chat ARGS="-c Qwen/Qwen-7B-Chat"
+#     make web         the same in the browser
+#     make serve       the OpenAI-compatible server
 #     make test        make test ARGS="-k loading"
 # Each makes its own environment in .venv first; that takes a minute or two, once.
 
@@ -13,13 +15,19 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help chat test lint format clean
+.PHONY: help chat web serve test lint format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 chat: $(VENV)/.ready  ## talk to a model (ARGS="-c Qwen/Qwen-7B-Chat" for a real one)
 	@$(BIN)/python cli_demo.py $(ARGS)
+
+web: $(VENV)/.ready-web  ## the same in the browser
+	@$(BIN)/python web_demo.py $(ARGS)
+
+serve: $(VENV)/.ready-serve  ## the OpenAI-compatible server
+	@$(BIN)/python openai_api.py $(ARGS)
 
 test: $(VENV)/.ready-dev  ## lint and run all tests
 	$(BIN)/ruff check .
@@ -45,7 +53,15 @@ $(VENV)/.ready: requirements.txt constraints.txt
 	@$(INSTALL) --requirement requirements.txt
 	@touch $@
 
-$(VENV)/.ready-dev: $(VENV)/.ready requirements_dev.txt
+$(VENV)/.ready-web: $(VENV)/.ready requirements_web_demo.txt
+	@$(INSTALL) --requirement requirements_web_demo.txt
+	@touch $@
+
+$(VENV)/.ready-serve: $(VENV)/.ready requirements_openai_api.txt
+	@$(INSTALL) --requirement requirements_openai_api.txt
+	@touch $@
+
+$(VENV)/.ready-dev: $(VENV)/.ready $(VENV)/.ready-web $(VENV)/.ready-serve requirements_dev.txt
 	@$(INSTALL) --requirement requirements_dev.txt
 	@$(INSTALL) --no-deps dashscope
 	@touch $@

@@ -278,6 +278,20 @@ def test_settings_come_from_the_checkpoint(engine):
     assert engine.params(temperature=0.001).temperature == 0
 
 
+def test_stop_words_of_the_checkpoint_end_a_reply(tiny, prompts):
+    model, tokenizer = tiny
+    text = tokenizer.decode(generated(model, prompts[2], 20))
+    model.generation_config.stop_words_ids = [tokenizer.encode(text[9:12])]
+    try:
+        engine = Engine(model, tokenizer)
+        stream = engine.start(prompts[2], engine.params(temperature=0, max_tokens=20))
+        assert "".join(piece.text for piece in stream) == text[: text.index(text[9:12])]
+        assert stream.finish_reason == "stop"
+        engine.close(timeout=0)
+    finally:
+        del model.generation_config.stop_words_ids
+
+
 # The bundled model: whole answers.
 
 

@@ -147,7 +147,10 @@ class Engine:
         self.context_length = min(limit, self.scheduler.cache_tokens)
         eos = model.generation_config.eos_token_id
         eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
-        self.end_token_ids = frozenset([*eos, tokenizer.eod_id, tokenizer.im_start_id, tokenizer.im_end_id])
+        stop_words = getattr(model.generation_config, "stop_words_ids", None) or []
+        ends = [words[0] for words in stop_words if len(words) == 1]
+        self.end_token_ids = frozenset([*eos, *ends, tokenizer.eod_id, tokenizer.im_start_id, tokenizer.im_end_id])
+        self.stop = [tokenizer.decode(words) for words in stop_words if len(words) > 1]
 
     def params(self, **overrides: Any) -> SamplingParams:
         """Sampling settings as the checkpoint's generation config has them, and what is given here in their place.
@@ -200,7 +203,7 @@ class Engine:
         for name, ids in (("The prompt", prompt_ids), ("logit_bias", params.logit_bias)):
             if any(token not in known for token in ids):
                 raise ValueError(f"{name} holds token ids that the model does not have: they go from 0 to {known[-1]}.")
-        stream = TextStream(len(prompt_ids), IncrementalText(self.tokenizer, stop, trim))
+        stream = TextStream(len(prompt_ids), IncrementalText(self.tokenizer, [*stop, *self.stop], trim))
         sequence = GenerationSequence(
             prompt_ids,
             dataclasses.replace(params, max_tokens=min(params.max_tokens, room)),
