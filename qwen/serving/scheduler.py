@@ -29,7 +29,9 @@ logger = logging.getLogger(__name__)
 
 SHORTEST_REACH = 512  # tokens; the reaches of the caches are this times powers of 4
 PREFILL_TOKENS = 1024  # encoded between two decoding steps: longer prompts come in pieces, short ones share a forward
-MEMORY_SHARE = 0.6  # of the memory that is free once the model is loaded; the rest is for prompts being encoded
+# Of the memory that is free once the model is loaded: a prompt exists twice while it moves from its own cache, where it
+# was encoded, to that of its batch.
+MEMORY_SHARE = 0.45
 
 
 class QueueFull(Exception):
