@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
+from server_process import server, start_server  # noqa: F401  fixtures
 
 # Nothing is downloaded in a test; without this, a forgotten hub id waits for the network instead of failing.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -1,0 +1,155 @@
+#!/usr/bin/env python
+"""The ReAct loop by hand: a model, two tools, and the text that goes back and forth between them.
+
+    python examples/react_demo.py "What time is it in Tokyo?"
+    python examples/react_demo.py -c Qwen/Qwen-7B-Chat "What time is it in Tokyo, and what in London?"
+
+Revolves around one assistant turn that grows: the model thinks, names a tool and its input and is stopped at
+"Observation:"; we run the tool and write its result there; the model goes on from it, until its final answer. No server
+and no agent library takes part. How the prompt comes about, examples/react_prompt.md shows.
+"""
+
+import argparse
+import json
+import os
+import random
+import sys
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # qwen, where it is not installed
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import torch
+
+from qwen.loading import load_model
+from qwen.qwen_generation_utils import DEFAULT_SYSTEM, make_context
+from qwen.react import STOP_WORD, extend_stop_words, observation_text, parse_response, tool_prompt
+
+MAX_STEPS = 5  # a model that calls tools without end is stopped
+MAX_NEW_TOKENS = 512  # a step
+
+ZONES = {
+    **dict.fromkeys(("beijing", "shanghai", "北京", "上海"), "Asia/Shanghai"),
+    **dict.fromkeys(("tokyo", "东京"), "Asia/Tokyo"),
+    **dict.fromkeys(("london", "伦敦"), "Europe/London"),
+    **dict.fromkeys(("paris", "巴黎"), "Europe/Paris"),
+    **dict.fromkeys(("new york", "纽约"), "America/New_York"),
+}
+
+
+def get_current_time(city: str) -> str:
+    """The time in a city as HH:MM."""
+    name = str(city).strip()
+    try:
+        zone = ZoneInfo(ZONES.get(name.lower(), name))  # a model may know the names of time zones
+    except (ZoneInfoNotFoundError, ValueError, OSError):
+        return f"error: the time in {name} is not known here"
+    return json.dumps({"time": datetime.now(zone).strftime("%H:%M")})
+
+
+def random_number(max: int) -> str:
+    """A whole number from 1 to max."""
+    return json.dumps({"number": random.randint(1, int(max))})
+
+
+TOOLS: dict[str, Callable[..., str]] = {"get_current_time": get_current_time, "random_number": random_number}
+DESCRIPTIONS = [
+    {
+        "name": "get_current_time",
+        "description": "Get the current time in a city.",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string", "description": "the city"}},
+            "required": ["city"],
+        },
+    },
+    {
+        "name": "random_number",
+        "description": "Returns a random number from 1 to a maximum.",
+        "parameters": {
+            "type": "object",
+            "properties": {"max": {"type": "integer", "description": "largest number"}},
+            "required": ["max"],
+        },
+    },
+]
+
+
+def run_tool(name: str, arguments: str) -> str:
+    """What the model is told about its call: the result, or what was wrong with it, which it may then mend."""
+    if name not in TOOLS:
+        return f"error: there is no tool {name}, only {', '.join(TOOLS)}"
+    try:
+        return TOOLS[name](**json.loads(arguments))
+    except (ArithmeticError, TypeError, ValueError) as error:  # not JSON, or not the arguments of this tool
+        return f"error: {error}"
+
+
+def next_step(model: Any, tokenizer: Any, query: str, turn: str) -> str:
+    """What the model writes next in its turn, up to "Observation:" or to the end of the turn."""
+    _, ids = make_context(tokenizer, query, system=DEFAULT_SYSTEM, reply_start=turn)
+    limit = max(model.config.max_position_embeddings, model.config.seq_length)
+    if len(ids) >= limit:
+        raise ValueError(f"The conversation has {len(ids)} tokens and the model takes fewer than {limit}.")
+    prompt = torch.tensor([ids], device=model.device)
+    output = model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        stop_words_ids=[tokenizer.encode(word) for word in extend_stop_words([f"\n{STOP_WORD}"])],
+        eos_token_id=[tokenizer.im_end_id, tokenizer.im_start_id, tokenizer.eod_id],
+        max_new_tokens=MAX_NEW_TOKENS,
+        do_sample=False,
+        **dict.fromkeys(("temperature", "top_k", "top_p")),  # settings of sampling, without a meaning here
+    )
+    return tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)
+
+
+def answer(model: Any, tokenizer: Any, question: str, descriptions: list[dict], show: Callable[[str], None]) -> str:
+    """Ask, and run the tools that the model calls until it answers; `show` gets the turn in pieces, as they come."""
+    query, turn = tool_prompt(question, descriptions), ""
+    for _ in range(MAX_STEPS):
+        step = next_step(model, tokenizer, query, turn)
+        reply = parse_response(step, continues=bool(turn))
+        if reply.function_call is None:
+            show(step)
+            return reply.content
+        step = step.rstrip()
+        if not step.endswith(STOP_WORD):  # the model ended its turn where the result belongs
+            step += f"\n{STOP_WORD}"
+        show(step)
+        observation = observation_text(run_tool(**reply.function_call))
+        show(observation)
+        turn += step + observation
+    return f"(no answer after {MAX_STEPS} calls)"
+
+
+def main() -> int:
+    """Returns the exit status: 0, or 1 where the model cannot be loaded or the conversation is too long."""
+    parser = argparse.ArgumentParser(description="The ReAct loop by hand, with a clock and random numbers as tools.")
+    parser.add_argument("questions", nargs="*", metavar="QUESTION", default=["What time is it in Tokyo?"])
+    parser.add_argument(
+        "-c", "--checkpoint-path", metavar="NAME", help="a folder or a hub id (default: the bundled toy)"
+    )
+    parser.add_argument("--cpu-only", action="store_true", help="run on the CPU even if there is a GPU")
+    arguments = parser.parse_args()
+
+    try:
+        model, tokenizer = load_model(arguments.checkpoint_path, cpu_only=arguments.cpu_only)
+        for question in arguments.questions:
+            print(f"Question: {question}")
+            final = answer(model, tokenizer, question, DESCRIPTIONS, lambda text: print(text, end="", flush=True))
+            print(f"\n=> {final}\n")
+    except (OSError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,131 @@
+"""The process in the sandbox: gives up its rights, then runs cell after cell in one namespace, like a notebook.
+
+Started by `Sandbox` with the settings as JSON in its first argument. Reads a JSON line `{"cell", "code"}` a cell from
+one pipe and answers `{"cell", "status"}` on another; what the cell prints goes to standard output. It refuses to know
+how long a cell may take: whoever started it interrupts or kills it.
+"""
+
+import ast
+import contextlib
+import io
+import json
+import linecache
+import os
+import queue
+import resource
+import signal
+import sys
+import threading
+import traceback
+import types
+from pathlib import Path
+from typing import Any, TextIO
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # isolated mode leaves it out
+from confinement import confine, forbid_processes, set_limit
+
+SESSION = 100  # cells' worth of processor time that a session may use altogether
+
+
+class Notebook:
+    """The variables that live on, and how a cell is run among them."""
+
+    def __init__(self, output: TextIO):
+        self.output = output
+        self.main = types.ModuleType("__main__")  # as in a script: classes can be pickled, dataclasses resolve names
+        sys.modules["__main__"] = self.main
+
+    def run(self, number: int, code: str) -> str:
+        """Run a cell and show the value of its last expression, or the traceback; returns "ok" or "error"."""
+        name = f"<cell {number}>"
+        linecache.cache[name] = (len(code), None, [line + "\n" for line in code.split("\n")], name)
+        status = "ok"
+        if sys.stdin is None or sys.stdin.closed:  # exit() closes it
+            sys.stdin = io.StringIO()
+        try:
+            body = ast.parse(code, name).body
+            last = ast.Expression(body.pop().value) if body and isinstance(body[-1], ast.Expr) else None
+            exec(compile(ast.Module(body, []), name, "exec", dont_inherit=True), self.main.__dict__)
+            if last is not None:
+                value = eval(compile(last, name, "eval", dont_inherit=True), self.main.__dict__)
+                if value is not None:
+                    self.main._ = value
+                    print(repr(value))
+            self.save_figures()
+        except BaseException as error:  # also SystemExit and KeyboardInterrupt: they end the cell, not the session
+            status = "error"
+            self.explain(error, name)
+        for stream in {sys.stdout, sys.stderr, self.output}:
+            with contextlib.suppress(Exception):  # the cell may have put anything in their place
+                stream.flush()
+        return status
+
+    def explain(self, error: BaseException, name: str) -> None:
+        """Print the traceback from the cell on: what called it is no business of its author."""
+        frames = error.__traceback__
+        while frames is not None and frames.tb_frame.f_code.co_filename != name:
+            frames = frames.tb_next
+        if isinstance(error, EOFError) and "reading a line" in str(error):
+            error = EOFError("there is nobody to type an input: put the value into the code")
+        for line in traceback.format_exception(type(error), error, frames):
+            self.output.write(line)
+
+    def save_figures(self) -> None:
+        """Write the open figures of matplotlib, if it is in use, as files, and close them."""
+        pyplot: Any = sys.modules.get("matplotlib.pyplot")
+        for figure in pyplot.get_fignums() if pyplot else ():
+            count = 1
+            while (path := Path(f"figure-{count}.png")).exists():
+                count += 1
+            pyplot.figure(figure).savefig(path)
+            pyplot.close(figure)
+            print(f"[figure saved as {path}]")
+
+
+def main() -> None:
+    """Serve cells until the other end of the pipe closes."""
+    settings = json.loads(sys.argv[1])
+    cells: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+
+    def receive() -> None:
+        with open(settings["commands"], encoding="utf-8") as lines:
+            for line in lines:
+                cells.put(json.loads(line))
+        os._exit(0)  # the session is over, or whoever began it is gone; a cell that still runs has no reader
+
+    def send(message: dict[str, Any]) -> None:
+        os.write(settings["results"], json.dumps(message).encode() + b"\n")
+
+    output = sys.stdout
+    output.reconfigure(errors="backslashreplace", line_buffering=True)
+    os.dup2(output.fileno(), sys.stderr.fileno())
+    sys.stderr.reconfigure(errors="backslashreplace")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    cpu_seconds = settings["cpu_seconds"]
+    set_limit(resource.RLIMIT_CPU, cpu_seconds, cpu_seconds * SESSION)
+    missing = confine(Path(settings["folder"]), **settings["limits"])
+    threading.Thread(target=receive, daemon=True).start()
+    if missing:
+        forbid_processes()
+    send({"missing": missing})
+    sys.path[0] = settings["folder"]
+    sys.argv[:] = [""]
+
+    notebook = Notebook(output)
+    while True:
+        cell = cells.get()
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        limit = int(used.ru_utime + used.ru_stime) + cpu_seconds
+        set_limit(resource.RLIMIT_CPU, min(limit, cpu_seconds * SESSION), cpu_seconds * SESSION)
+        try:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            status = notebook.run(cell["cell"], cell["code"])
+        except KeyboardInterrupt:  # it came when the cell had just ended
+            status = "error"
+        finally:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        send({"cell": cell["cell"], "status": status})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""Many clients at once against the real server: everybody gets what they get alone, and nothing is left behind."""
+
+import http.client
+import json
+import random
+import time
+from concurrent.futures import ThreadPoolExecutor
+from urllib.parse import urlsplit
+
+import psutil
+
+QUESTIONS = (
+    "Hello!",
+    "What is 47 + 38?",
+    "你好，你是谁？",
+    "My name is Alice. Please remember it.",
+    "Tell me about this repository.",
+    "请问 91 减 27 等于几？",
+    "Which checkpoints are there?",
+    "谢谢，再见！",
+)
+
+
+def request(text: str, **fields) -> dict:
+    return {"model": "qwen", "messages": [{"role": "user", "content": text}], "temperature": 0} | fields
+
+
+def connect(url: str, body: dict) -> http.client.HTTPConnection:
+    """Sends a request whose answer may be read, or not."""
+    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=120)
+    connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
+    return connection
+
+
+def ask(url: str, body: dict) -> str:
+    """The text of an answer, streamed or not."""
+    connection = connect(url, body)
+    response = connection.getresponse()
+    assert response.status == 200, response.read()
+    if not body.get("stream"):
+        text = json.load(response)["choices"][0]["message"]["content"]
+    else:
+        events = [line[6:] for line in response if line.startswith(b"data: ")]
+        assert events.pop().strip() == b"[DONE]"
+        text = "".join(json.loads(event)["choices"][0]["delta"].get("content") or "" for event in events)
+    connection.close()
+    return text
+
+
+def test_sixteen_clients_get_what_each_gets_alone(server):
+    draw = random.Random(0)
+    bodies = [
+        request(QUESTIONS[number % len(QUESTIONS)], stream=draw.random() < 0.5, seed=number)
+        | draw.choice([{}, {"repetition_penalty": 1.1}, {"temperature": 0.8, "top_p": 0.9}, {"stop": ["a", "。"]}])
+        for number in range(64)
+    ]
+    alone = [ask(server.url, body) for body in bodies]
+    with ThreadPoolExecutor(16) as clients:
+        together = list(clients.map(lambda body: ask(server.url, body), bodies))
+    assert together == alone
+    assert len(set(alone)) > len(QUESTIONS)
+
+
+def test_clients_that_go_away_leave_nothing_behind(start_server, tiny_chat_checkpoint):
+    """200 requests on a model that never ends by itself, most of them left at a random moment."""
+    server = start_server("-c", str(tiny_chat_checkpoint))
+    process = psutil.Process(server.process.pid)
+
+    def visit(seed: int) -> None:
+        draw = random.Random(seed)
+        stream = draw.random() < 0.5
+        connection = connect(
+            server.url, request("x" * draw.randrange(1, 300), stream=stream, max_tokens=draw.choice([1, 7000]))
+        )
+        time.sleep(draw.random() * 0.2)
+        if stream and draw.random() < 0.5:
+            connection.getresponse().read(draw.randrange(1, 500))
+        connection.close()
+
+    def wave(seeds: range) -> tuple[int, int, int]:
+        with ThreadPoolExecutor(16) as clients:
+            list(clients.map(visit, seeds))
+        server.until_load(running=0)
+        return process.num_threads(), process.num_fds(), process.memory_info().rss
+
+    wave(range(100))  # whatever is made once, such as pools and buffers, is made now
+    threads, files, memory = wave(range(100, 150))
+    threads_after, files_after, memory_after = wave(range(150, 300))
+    assert threads_after <= threads + 2  # the event loop's pool of threads grows and shrinks
+    assert files_after <= files + 2
+    assert memory_after - memory < 40 * 2**20
+    assert ask(server.url, request("still there?", max_tokens=5))
