@@ -1,0 +1,251 @@
+"""The OpenAI-compatible HTTP server as a factory: an engine in, an app out.
+
+Revolves around `create_app`, which holds the routes and what stands in front of them. What a request means is for
+chat.py and completions.py, how its answer is sent for choices.py. Nothing is kept outside the app, so that one process
+may have several.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from anyio import to_thread
+from fastapi import APIRouter, FastAPI
+from fastapi.routing import APIRoute
+from prometheus_client import CONTENT_TYPE_LATEST
+from pydantic_core import from_json, to_json
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import Response
+
+from . import chat, completions, errors
+from .choices import Envelope, Generation, Plan, at_once, stream
+from .constraints import ConstraintFactory
+from .engine import Engine
+from .errors import ApiError, invalid, shutting_down
+from .metrics import Metrics, MetricsMiddleware
+from .protocol import ChatCompletionRequest, CompletionRequest, SamplingFields
+from .responses import ChatCompletion, Completion, ErrorResponse, Health, Model, ModelList
+from .security import Authentication, BodyLimit
+
+HEALTH = "/health"
+SERVER_SENT_EVENT = {  # as OpenAPI 3.2 describes one, section 4.14.4
+    "type": "object",
+    "properties": {"data": {"type": "string", "description": "a chunk or an error as JSON, or [DONE]"}},
+    "required": ["data"],
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What whoever starts a server decides.
+
+    Args:
+        model_name: the id of the model; None for the name of its checkpoint.
+        basic_auth: "USER:PASSWORD" that is asked for.
+        api_key: key that is asked for.
+        cors_origins: web pages from there may ask, "*" for all.
+        max_request_bytes: of one request's body.
+        max_messages: of one conversation.
+        drain_seconds: replies that are being written when the server stops get so long to come to their end.
+    """
+
+    model_name: str | None = None
+    basic_auth: str | None = None
+    api_key: str | None = None
+    cors_origins: tuple[str, ...] = ()
+    max_request_bytes: int = 4 * 2**20
+    max_messages: int = 1024
+    drain_seconds: float = 30.0
+
+
+class Service:
+    """One engine behind one app."""
+
+    def __init__(self, engine: Engine, settings: Settings):
+        self.engine, self.settings = engine, settings
+        self.metrics = Metrics(engine)
+        self.constraints = ConstraintFactory(engine.tokenizer, engine.model.config.vocab_size)
+        self.draining = False
+        name = engine.model.name_or_path
+        checkpoint = os.path.basename(os.path.abspath(name)) if os.path.isdir(name) else name
+        self.model: Model = {
+            "id": settings.model_name or checkpoint or "qwen",
+            "object": "model",
+            "created": int(time.time()),
+            "owned_by": "qwen",
+        }
+        told_apart_by = f"{engine.model.config.to_json_string()} {engine.model.dtype} {torch.__version__}"
+        self.fingerprint = "fp_" + hashlib.sha256(told_apart_by.encode()).hexdigest()[:12]
+
+    async def answer(
+        self, request: Request, body: SamplingFields, envelope: Envelope, understand: Callable[..., Plan], *args: Any
+    ) -> Response:
+        """Plan a request, beside the event loop, and have the engine carry it out.
+
+        Raises:
+            ApiError: the request cannot be answered as it is, or not now.
+        """
+        if self.draining:
+            raise shutting_down()
+        if body.stream_options is not None and not body.stream:
+            raise invalid("stream_options needs stream to be true.", "stream_options")
+        plan = await to_thread.run_sync(understand, body, self.engine, *args)
+        generation = Generation(self.engine, plan, self.metrics)
+        head = envelope.head(self.model["id"], self.fingerprint)
+        if not body.stream:
+            return await at_once(request, generation, envelope, head)
+        include_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
+        return stream(generation, envelope, head, include_usage, self.settings.drain_seconds)
+
+    def drain(self, seconds: float) -> None:
+        """Refuse new requests, and wait until those there are have been answered or so many seconds have passed."""
+        self.draining = True
+        self.engine.close(seconds)
+
+
+class StrictJsonRequest(Request):
+    """A request whose body is JSON of Unicode text, of a depth that everything behind can follow."""
+
+    async def json(self) -> Any:
+        try:
+            return from_json(await self.body(), allow_inf_nan=False)
+        except ValueError as error:
+            raise invalid(f"The request body is not valid JSON: {error}.", code="invalid_json") from error
+
+
+class JsonRoute(APIRoute):
+    """Takes JSON that says that it is JSON: a web page cannot send that to another origin unasked."""
+
+    def get_route_handler(self) -> Callable:
+        handle = super().get_route_handler()
+
+        async def check(request: Request) -> Response:
+            kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+            if request.method == "POST" and kind != "application/json":
+                raise ApiError(415, f"Send JSON, with Content-Type: application/json, not {kind!r}.")
+            return await handle(StrictJsonRequest(request.scope, request.receive))
+
+        return check
+
+
+def create_app(engine: Engine, settings: Settings | None = None) -> FastAPI:
+    """An app that serves an engine, which it closes when it is shut down.
+
+    Its `state.service` is the Service, whose `drain` whoever runs the app may call before that.
+    """
+    settings = settings or Settings()
+    service = Service(engine, settings)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        await to_thread.run_sync(service.drain, settings.drain_seconds)
+
+    middleware = [Middleware(MetricsMiddleware, metrics=service.metrics)]
+    if settings.cors_origins:
+        arguments = {"allow_origins": settings.cors_origins, "allow_methods": ["GET", "POST"], "allow_headers": ["*"]}
+        middleware.append(Middleware(CORSMiddleware, **arguments))
+    if settings.basic_auth is not None or settings.api_key is not None:
+        credentials = {"basic": settings.basic_auth, "key": settings.api_key}
+        middleware.append(Middleware(Authentication, open_paths=[HEALTH], **credentials))
+    middleware.append(Middleware(BodyLimit, max_bytes=settings.max_request_bytes))
+    app = FastAPI(
+        title="Qwen",
+        description="An OpenAI-compatible server of one first-generation Qwen model.",
+        middleware=middleware,
+        lifespan=lifespan,
+        redoc_url=None,
+        responses={"default": {"model": ErrorResponse, "description": "An error, in the shape of OpenAI's"}},
+    )
+    app.state.service = service
+    app.include_router(_routes(service))
+    errors.install(app)
+    _document_credentials(app, settings)
+    return app
+
+
+def _routes(service: Service) -> APIRouter:
+    router = APIRouter(route_class=JsonRoute)
+    generating: dict[str, Any] = {
+        "response_description": "The answer, or, with `stream`, its chunks and then [DONE] as server-sent events",
+        "responses": {
+            200: {"content": {"text/event-stream": {"itemSchema": SERVER_SENT_EVENT}}},
+            **{
+                status: {"model": ErrorResponse, "description": description}
+                for status, description in {
+                    400: "A field that is wrong",
+                    413: "Too large",
+                    415: "Not JSON",
+                    429: "The queue is full",
+                    503: "The server shuts down",
+                }.items()
+            },
+        },
+    }
+
+    @router.post("/v1/chat/completions", response_model=ChatCompletion, tags=["generation"], **generating)
+    async def create_chat_completion(body: ChatCompletionRequest, request: Request) -> Response:
+        """Answer a conversation."""
+        limit = service.settings.max_messages
+        if len(body.messages) > limit:
+            raise invalid(f"There are {len(body.messages)} messages, and this server takes {limit}.", "messages")
+        return await service.answer(request, body, chat.ENVELOPE, chat.plan, service.constraints)
+
+    @router.post("/v1/completions", response_model=Completion, tags=["generation"], **generating)
+    async def create_completion(body: CompletionRequest, request: Request) -> Response:
+        """Continue a text."""
+        return await service.answer(request, body, completions.ENVELOPE, completions.plan)
+
+    @router.get("/v1/models", tags=["models"])
+    async def list_models() -> ModelList:
+        """The one model of this server."""
+        return {"object": "list", "data": [service.model]}
+
+    @router.get("/v1/models/{model_id:path}", tags=["models"])
+    async def retrieve_model(model_id: str) -> Model:
+        """The model, by its id."""
+        if model_id != service.model["id"]:
+            raise ApiError(
+                404,
+                f"There is no model {model_id!r}. This server has {service.model['id']!r}.",
+                param="model",
+                code="model_not_found",
+            )
+        return service.model
+
+    @router.get(HEALTH, tags=["operation"], response_model=Health, responses={503: {"model": Health}})
+    async def health() -> Response:
+        """Whether requests are taken; needs no credentials."""
+        status = "draining" if service.draining else "ready"
+        return Response(to_json({"status": status}), 503 if service.draining else 200, media_type="application/json")
+
+    @router.get(
+        "/metrics", tags=["operation"], response_class=Response, responses={200: {"content": {"text/plain": {}}}}
+    )
+    async def metrics() -> Response:
+        """For Prometheus."""
+        return Response(service.metrics.render(), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+    return router
+
+
+def _document_credentials(app: FastAPI, settings: Settings) -> None:
+    """Have /docs ask for what the server asks for."""
+    schemes = {
+        name: {"type": "http", "scheme": name}
+        for name, secret in (("basic", settings.basic_auth), ("bearer", settings.api_key))
+        if secret is not None
+    }
+    if schemes:
+        document = app.openapi()  # the app keeps it
+        document.setdefault("components", {})["securitySchemes"] = schemes
+        document["security"] = [{name: []} for name in schemes]

@@ -1,0 +1,263 @@
+"""Chat completions: messages to a prompt, a reply to messages.
+
+Revolves around `plan`, which says what the engine has to do for a request, and `ChatWriter`, which makes chunks of what
+the engine says. Tools are offered and read in the models' own format (qwen.react); this module gives them the shape of
+OpenAI's `tools`, or of the `functions` before them.
+"""
+
+from __future__ import annotations
+
+import re
+import uuid
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal, NamedTuple
+
+from ..qwen_generation_utils import make_context
+from ..react import (
+    ACTION,
+    STOP_WORD,
+    CallDelta,
+    ContentDelta,
+    Delta,
+    MalformedConversation,
+    ReplyReader,
+    parse_messages,
+)
+from ..tokenization_qwen import QWenTokenizer
+from .choices import Choice, Chunk, Envelope, Plan, sampling_params
+from .constraints import ConstraintFactory
+from .engine import Engine
+from .errors import invalid
+from .logprobs import chat_logprobs
+from .protocol import ChatCompletionRequest, JsonObjectFormat, JsonSchemaFormat, NamedFunction, NamedTool
+from .sampler import Constraint
+from .text import Piece, TokenLogprob
+
+Dialect = Literal["tools", "functions"]
+ANY_OBJECT = {"type": "object"}
+
+
+class Offer(NamedTuple):
+    """The tools that a request lets the model see.
+
+    Args:
+        functions: as qwen.react takes them; none where the request has none or does not want them used.
+        dialect: in which the request speaks of them, and the answer must.
+        required: the model has to call one.
+        name: the one it has to call.
+    """
+
+    functions: list[dict[str, Any]]
+    dialect: Dialect
+    required: bool = False
+    name: str | None = None
+
+
+def plan(request: ChatCompletionRequest, engine: Engine, constraints: ConstraintFactory) -> Plan:
+    """What the engine has to do. Encodes the prompt and builds grammars, which may take a while.
+
+    Raises:
+        ApiError: fields that do not go together, a conversation that no prompt can be made of, a checkpoint that is
+            no chat model.
+    """
+    _check(request, engine)
+    offer = _offer(request)
+    messages = [message.model_dump(exclude_none=True) for message in request.messages]
+    prompt_ids, continues = _prompt(messages, offer.functions, engine)
+    uses_react = bool(offer.functions) or any(
+        message["role"] in ("tool", "function") or message.get("tool_calls") or message.get("function_call")
+        for message in messages
+    )
+    stop = request.stop_strings
+    if uses_react:
+        # Without tools on offer the model may still remember those of an earlier turn.
+        stop = [*stop, f"\n{STOP_WORD}" if offer.functions else f"\n{ACTION}"]
+    top_logprobs = (request.top_logprobs or 0) if request.logprobs else None
+    max_tokens = request.max_completion_tokens or request.max_tokens
+    settings = sampling_params(engine, request, len(prompt_ids), max_tokens=max_tokens, top_logprobs=top_logprobs)
+    choices = []
+    for index, params in enumerate(settings):
+        reader = ReplyReader(continues) if uses_react else None
+        writer = ChatWriter(index, engine.tokenizer, reader, offer)
+        constraint = _constraint(request, offer, continues, constraints)
+        choices.append(Choice(prompt_ids, params, writer, stop, True, constraint))
+    return Plan(choices, len(prompt_ids), "messages")
+
+
+def _check(request: ChatCompletionRequest, engine: Engine) -> None:
+    chat_format = getattr(engine.model.generation_config, "chat_format", None)
+    if chat_format != "chatml":
+        raise invalid(
+            "This server runs a base model, which continues texts and holds no conversations: send a prompt to "
+            "/v1/completions, or start the server with a chat checkpoint such as Qwen/Qwen-7B-Chat.",
+            "model",
+        )
+    if request.top_logprobs is not None and not request.logprobs:
+        raise invalid("top_logprobs needs logprobs to be true.", "top_logprobs")
+
+
+def _offer(request: ChatCompletionRequest) -> Offer:
+    if request.tools and request.functions:
+        raise invalid("functions is the old name of tools: send one of them.", "functions")
+    if request.function_call is not None and (request.tools or request.tool_choice is not None):
+        raise invalid("function_call goes with functions; for tools it is tool_choice.", "function_call")
+    if request.tool_choice is not None and request.functions:
+        raise invalid("tool_choice goes with tools; for functions it is function_call.", "tool_choice")
+
+    dialect: Dialect = "functions" if request.functions else "tools"
+    param = "function_call" if request.function_call is not None else "tool_choice"
+    choice = request.tool_choice if request.function_call is None else request.function_call
+    if request.functions:
+        functions = [function.model_dump(exclude_none=True) for function in request.functions]
+    else:
+        functions = [tool.function.model_dump(exclude_none=True) for tool in request.tools or []]
+    names = [function.get("name_for_model") or function["name"] for function in functions]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise invalid(f"{dialect}: {twice[0]!r} is there twice. Names must be unique.", dialect)
+    if choice == "none":
+        return Offer([], dialect)
+    name = None
+    if isinstance(choice, NamedTool | NamedFunction):
+        name = choice.function.name if isinstance(choice, NamedTool) else choice.name
+        if name not in names:
+            known = f"it is not among {', '.join(names)}" if names else f"there are no {dialect}"
+            raise invalid(f"{param} names {name!r}, and {known}.", param)
+    if choice == "required" and not names:
+        raise invalid("tool_choice is 'required', and there are no tools.", param)
+    return Offer(functions, dialect, choice == "required" or name is not None, name)
+
+
+def _prompt(messages: list[dict], functions: list[dict], engine: Engine) -> tuple[list[int], bool]:
+    """The token ids, and whether they end in the "Thought:" of an assistant's turn that a tool's result left open."""
+    try:
+        query, history, system = parse_messages(messages, functions)
+    except MalformedConversation as error:
+        raise invalid(str(error), _param(str(error))) from error
+    window = getattr(engine.model.generation_config, "max_window_size", None)
+    arguments = {} if window is None else {"max_window_size": window}
+    if query is None:
+        query, arguments["reply_start"] = history.pop()
+    _, ids = make_context(engine.tokenizer, query, history, system, **arguments)
+    return ids, messages[-1]["role"] in ("tool", "function")
+
+
+def _param(message: str) -> str:
+    """The field that an error of qwen.react is about: "messages[1].tool_calls[0]" → "messages.1.tool_calls.0"."""
+    found = re.match(r"(messages|tools|functions)\[[\w.\[\]]*", message)
+    return re.sub(r"\[(\d+)\]", r".\1", found[0]) if found else "messages"
+
+
+def _constraint(
+    request: ChatCompletionRequest, offer: Offer, continues: bool, constraints: ConstraintFactory
+) -> Constraint | None:
+    """What the reply may consist of, if that is prescribed."""
+    wanted = request.response_format
+    schema, param = None, "response_format"
+    if isinstance(wanted, JsonObjectFormat):
+        schema = ANY_OBJECT
+    elif isinstance(wanted, JsonSchemaFormat):
+        schema, param = wanted.json_schema.schema_ or ANY_OBJECT, "response_format.json_schema.schema"
+    strict = any(function.get("strict") for function in offer.functions)
+    try:
+        if offer.required or (offer.functions and (schema is not None or strict)):
+            names = None if offer.name is None else [offer.name]
+            param = offer.dialect if schema is None else f"{param} or {offer.dialect}"
+            return constraints.tool_call(
+                offer.functions,
+                names=names,
+                answer_schema=schema,
+                call_required=offer.required,
+                continues=continues,
+            )
+        if isinstance(wanted, JsonObjectFormat):
+            return constraints.json_object()
+        return None if schema is None else constraints.json_schema(schema)
+    except ValueError as error:
+        raise invalid(str(error), param) from error
+
+
+class ChatWriter:
+    """Makes chunks of the pieces of one reply.
+
+    Args:
+        index: of the choice.
+        reader: of the models' tool format, where the reply may be in it.
+        offer: the tools on offer, and the dialect to speak of calls in.
+    """
+
+    def __init__(self, index: int, tokenizer: QWenTokenizer, reader: ReplyReader | None, offer: Offer):
+        self.index, self.tokenizer, self.reader, self.offer = index, tokenizer, reader, offer
+        self.tokens: list[TokenLogprob] = []  # that no chunk has carried yet
+        self.called = False
+
+    def begin(self) -> Iterable[Chunk]:
+        return [self._chunk({"role": "assistant", "content": ""})]
+
+    def write(self, piece: Piece) -> Iterable[Chunk]:
+        self.tokens += piece.tokens
+        if self.reader is not None:
+            return self._chunks(self.reader.feed(piece.text))
+        return self._chunks([ContentDelta(piece.text)] if piece.text else [])
+
+    def end(self, reason: str) -> Iterable[Chunk]:
+        yield from self._chunks(self.reader.finish() if self.reader is not None else [])
+        if self.called and reason == "stop":  # a call that was cut off is no call
+            reason = "tool_calls" if self.offer.dialect == "tools" else "function_call"
+        yield self._chunk({}, reason)
+
+    def _chunks(self, deltas: Iterable[Delta]) -> Iterator[Chunk]:
+        for delta in deltas:
+            if isinstance(delta, ContentDelta):
+                yield self._chunk({"content": delta.text})
+            elif self.offer.functions:
+                yield from map(self._chunk, self._call(delta))
+
+    def _call(self, delta: CallDelta) -> Iterator[dict[str, Any]]:
+        head: dict[str, Any] = {}
+        if delta.name is not None:
+            self.called = True
+            head = {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function"}
+        function = {} if delta.name is None else {"name": delta.name}
+        function["arguments"] = delta.arguments
+        if self.offer.dialect == "functions":
+            yield {"function_call": function}
+        else:
+            yield {"tool_calls": [{"index": 0, **head, "function": function}]}
+
+    def _chunk(self, delta: dict[str, Any], finish_reason: str | None = None) -> Chunk:
+        tokens, self.tokens = self.tokens, []
+        return {
+            "index": self.index,
+            "delta": delta,
+            "logprobs": chat_logprobs(self.tokenizer, tokens) if tokens else None,
+            "finish_reason": finish_reason,
+        }
+
+
+def collect(chunks: list[Chunk]) -> dict[str, Any]:
+    """The chunks of one choice put together."""
+    content, call_id, call = [], None, []
+    for delta in (chunk["delta"] for chunk in chunks):
+        content.append(delta.get("content", ""))
+        for part in delta.get("tool_calls", []):  # one at most
+            call_id = part.get("id", call_id)
+            call.append(part["function"])
+        if "function_call" in delta:
+            call.append(delta["function_call"])
+    message = {"role": "assistant", "content": "".join(content) or (None if call else ""), "refusal": None}
+    if call:
+        function = {"name": call[0]["name"], "arguments": "".join(part["arguments"] for part in call)}
+        if call_id is None:
+            message["function_call"] = function
+        else:
+            message["tool_calls"] = [{"id": call_id, "type": "function", "function": function}]
+    shown = [chunk["logprobs"]["content"] for chunk in chunks if chunk["logprobs"] is not None]
+    return {
+        "index": chunks[0]["index"],
+        "message": message,
+        "logprobs": {"content": [entry for part in shown for entry in part], "refusal": None} if shown else None,
+        "finish_reason": chunks[-1]["finish_reason"],
+    }
+
+
+ENVELOPE = Envelope("chat.completion", "chat.completion.chunk", "chatcmpl-", collect)

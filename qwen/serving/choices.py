@@ -1,0 +1,301 @@
+"""The choices of one request, from the engine to the client: all at once or as server-sent events.
+
+Revolves around `Generation`: several streams that run side by side, each read by a writer that makes chunks of it. An
+answer at once is the chunks of a streamed one put together, so that the two cannot differ. What a chunk looks like,
+the writers know; of routes and sockets nothing is known here, but that a client may go away.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+from pydantic_core import to_json
+from sse_starlette import EventSourceResponse
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from .engine import Engine, TextStream
+from .errors import ApiError, from_engine, invalid, server_error, shutting_down
+from .metrics import CLIENT_GONE, Metrics
+from .protocol import SamplingFields
+from .sampler import Constraint, SamplingParams
+from .text import Piece
+
+Chunk = dict[str, Any]
+
+
+class Writer(Protocol):
+    """Makes one choice's chunks of the pieces of its text."""
+
+    def begin(self) -> Iterable[Chunk]: ...
+
+    def write(self, piece: Piece) -> Iterable[Chunk]: ...
+
+    def end(self, reason: str) -> Iterable[Chunk]:
+        """`reason` is "stop" or "length"."""
+
+
+class Choice(NamedTuple):
+    """What the engine needs to know of one choice, and who writes it down."""
+
+    prompt_ids: list[int]
+    params: SamplingParams
+    writer: Writer
+    stop: Sequence[str] = ()
+    trim: bool = False
+    constraint: Constraint | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A request that has been understood.
+
+    Args:
+        choices: in the order of their index.
+        prompt_tokens: counted once, however many choices there are.
+        prompt_param: the field that the prompt comes from.
+    """
+
+    choices: list[Choice]
+    prompt_tokens: int
+    prompt_param: str
+
+
+@dataclass(frozen=True)
+class Envelope:
+    """What surrounds the choices of an answer.
+
+    Args:
+        object: the name of an answer's type.
+        chunk_object: the same for the parts of a streamed one.
+        id_prefix: ids begin with it.
+        collect: puts the chunks of one choice together.
+    """
+
+    object: str
+    chunk_object: str
+    id_prefix: str
+    collect: Callable[[list[Chunk]], dict[str, Any]]
+
+    def head(self, model: str, fingerprint: str) -> dict[str, Any]:
+        return {
+            "id": self.id_prefix + uuid.uuid4().hex,
+            "object": self.object,
+            "created": int(time.time()),
+            "model": model,
+            "system_fingerprint": fingerprint,
+        }
+
+
+def sampling_params(
+    engine: Engine, request: SamplingFields, prompt_tokens: int, **overrides: Any
+) -> list[SamplingParams]:
+    """The settings of each choice of a request.
+
+    Args:
+        overrides: fields of SamplingParams that the two endpoints have different names for.
+
+    Raises:
+        ApiError: settings that are out of range for this model.
+    """
+    bias = {int(token): value for token, value in (request.logit_bias or {}).items()}
+    if unknown := [token for token in bias if token >= len(engine.tokenizer)]:
+        raise invalid(
+            f"logit_bias: {unknown[0]} is no token id of this model, they go from 0 to {len(engine.tokenizer) - 1}.",
+            "logit_bias",
+        )
+    max_tokens = overrides.pop("max_tokens", request.max_tokens)
+    settings = {
+        "temperature": request.temperature,
+        "top_p": request.top_p,
+        "top_k": None if request.top_k is None else max(request.top_k, 0),
+        "repetition_penalty": request.repetition_penalty,
+        "presence_penalty": request.presence_penalty,
+        "frequency_penalty": request.frequency_penalty,
+        "logit_bias": bias or None,
+        "max_tokens": max_tokens,
+        **overrides,
+    }
+    if request.top_p == 0:  # no probability but the likeliest token's: greedy
+        settings |= {"top_p": None, "temperature": 0.0}
+    if request.max_length is not None:
+        room = request.max_length - prompt_tokens
+        if room < 1:
+            raise invalid(
+                f"max_length counts the prompt too, which has {prompt_tokens} tokens: ask for more than that.",
+                "max_length",
+            )
+        settings["max_tokens"] = room if max_tokens is None else min(room, max_tokens)
+    try:
+        return [
+            engine.params(**settings, seed=None if request.seed is None else request.seed + index)
+            for index in range(request.choices)
+        ]
+    except ValueError as error:
+        raise invalid(str(error), str(error).split()[0]) from error
+
+
+class Generation:
+    """All choices of a request while they are being generated.
+
+    Raises:
+        ApiError: the engine refuses one of them; none is generated then.
+    """
+
+    def __init__(self, engine: Engine, plan: Plan, metrics: Metrics):
+        capacity = engine.max_batch_size + engine.max_queue
+        if len(plan.choices) > capacity:
+            raise invalid(
+                f"{len(plan.choices)} choices are asked for in one request, and this server takes {capacity} at most."
+            )
+        self.plan, self.metrics = plan, metrics
+        self.streams: list[TextStream] = []
+        try:
+            for choice in plan.choices:
+                ids, params, _, stop, trim, constraint = choice
+                self.streams.append(engine.start(ids, params, stop=stop, trim=trim, constraint=constraint))
+        except Exception as error:
+            for stream in self.streams:
+                stream.cancel()
+            if (answer := from_engine(error, plan.prompt_param)) is None:
+                raise
+            raise answer from error
+        self.closed = False
+
+    @property
+    def usage(self) -> dict[str, int]:
+        completion = sum(stream.completion_tokens for stream in self.streams)
+        return {
+            "prompt_tokens": self.plan.prompt_tokens,
+            "completion_tokens": completion,
+            "total_tokens": self.plan.prompt_tokens + completion,
+        }
+
+    async def chunks(self) -> AsyncIterator[Chunk]:
+        """The chunks of all choices, as they come.
+
+        Raises:
+            ApiError: the model failed, or the server stops.
+        """
+        arrived: asyncio.Queue[tuple[int, Piece | None | Exception]] = asyncio.Queue()
+
+        async def read(index: int, stream: TextStream) -> None:
+            try:
+                async for piece in stream:
+                    arrived.put_nowait((index, piece))
+                arrived.put_nowait((index, None))
+            except Exception as error:
+                arrived.put_nowait((index, error))
+
+        writers = [choice.writer for choice in self.plan.choices]
+        readers = [asyncio.create_task(read(*pair)) for pair in enumerate(self.streams)]
+        try:
+            for writer in writers:
+                for chunk in writer.begin():
+                    yield chunk
+            running = len(readers)
+            while running:
+                index, item = await arrived.get()
+                if isinstance(item, Exception):
+                    raise from_engine(item, self.plan.prompt_param) or server_error() from item
+                if item is not None:
+                    chunks = writers[index].write(item)
+                elif (reason := self.streams[index].finish_reason) == "cancelled":
+                    raise shutting_down()  # nobody else cancels a stream that is being read
+                else:
+                    chunks = writers[index].end(reason)
+                    running -= 1
+                for chunk in chunks:
+                    yield chunk
+        finally:
+            for reader in readers:
+                reader.cancel()
+            self.close()
+
+    def close(self) -> None:
+        """Stop what still runs, and count what there was. May be called again."""
+        for stream in self.streams:
+            stream.cancel()
+        if not self.closed:
+            self.closed = True
+            seconds = [stream.first_token_seconds for stream in self.streams]
+            usage = self.usage
+            self.metrics.generated(usage["prompt_tokens"], usage["completion_tokens"], seconds)
+
+
+class ChunkResponse(EventSourceResponse):
+    """A generation as server-sent events, which ends with the connection at the latest."""
+
+    def __init__(self, generation: Generation, events: AsyncIterator[str], **arguments: Any):
+        super().__init__(events, sep="\n", **arguments)
+        self.generation = generation
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.generation.close()  # also where not one event was asked for
+
+
+def stream(
+    generation: Generation, envelope: Envelope, head: dict[str, Any], include_usage: bool, grace_seconds: float
+) -> Response:
+    """The answer in chunks.
+
+    Args:
+        include_usage: a last chunk without choices says how many tokens there were.
+        grace_seconds: what it may take to send the rest once the web server shuts down.
+    """
+    head = head | {"object": envelope.chunk_object}
+    more = {"usage": None} if include_usage else {}
+
+    async def events() -> AsyncIterator[str]:
+        try:
+            async with contextlib.aclosing(generation.chunks()) as chunks:
+                async for chunk in chunks:
+                    yield to_json(head | {"choices": [chunk]} | more).decode()
+        except ApiError as error:  # too late for another status
+            yield to_json(error.body).decode()
+            return
+        if include_usage:
+            yield to_json(head | {"choices": [], "usage": generation.usage}).decode()
+        yield "[DONE]"
+
+    return ChunkResponse(generation, events(), shutdown_grace_period=grace_seconds)
+
+
+async def at_once(request: Request, generation: Generation, envelope: Envelope, head: dict[str, Any]) -> Response:
+    """The whole answer in one, unless the client goes away before.
+
+    Raises:
+        ApiError: the model failed, or the server stops.
+    """
+
+    async def collect() -> list[dict[str, Any]]:
+        parts: list[list[Chunk]] = [[] for _ in generation.streams]
+        async with contextlib.aclosing(generation.chunks()) as chunks:
+            async for chunk in chunks:
+                parts[chunk["index"]].append(chunk)
+        return [envelope.collect(part) for part in parts]
+
+    async def left() -> None:
+        await asyncio.sleep(10**6)
+
+    tasks = collecting, leaving = asyncio.create_task(collect()), asyncio.create_task(left())
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if not collecting.done():
+            return Response(status_code=CLIENT_GONE)
+        answer = head | {"choices": collecting.result(), "usage": generation.usage}
+        return Response(to_json(answer), media_type="application/json")
+    finally:
+        for task in tasks:
+            task.cancel()
+        generation.close()

@@ -1,0 +1,188 @@
+"""OpenAI's requests as models: which fields there are, of which type, in which range.
+
+Revolves around two of them, `ChatCompletionRequest` and `CompletionRequest`. It checks each field by itself; how fields
+go together, and what they do, is decided where they are used. Unknown fields are ignored, `null` is a field left out.
+
+Source: https://platform.openai.com/docs/api-reference; beyond it the reference server's `top_k`, `max_length` and
+`repetition_penalty`, and its functions with `name_for_model`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+MAX_CHOICES = 16
+MAX_STOP = 16
+MAX_TOOLS = 128
+MAX_PROMPTS = 128
+
+
+class Fields(BaseModel):
+    """Base of all: JSON's types as they are, no "1" for 1, no NaN."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
+
+
+StopString = Annotated[str, Field(min_length=1, max_length=1000)]
+TokenId = Annotated[str, Field(pattern="^[0-9]{1,9}$")]
+FunctionName = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^\S([^\r\n]*\S)?$")]
+
+
+class StreamOptions(Fields):
+    include_usage: bool | None = None
+
+
+class SamplingFields(Fields):
+    """What both endpoints take. A field left out is as the checkpoint's generation_config.json has it."""
+
+    model: str | None = Field(None, description="any name is accepted: the one model of this server answers")
+    stream: bool | None = Field(None, description="server-sent events in place of one answer")
+    stream_options: StreamOptions | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = Field(None, description="so many choices")
+    max_tokens: Annotated[int, Field(ge=1)] | None = Field(None, description="new tokens at most")
+    max_length: Annotated[int, Field(ge=1)] | None = Field(None, description="tokens of prompt and reply at most")
+    stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOP)] | None = Field(
+        None, description="strings that end a reply; they are not part of it"
+    )
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(None, description="below 0.01 is greedy")
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1)] | None = Field(None, description="0 and -1 are off")
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    logit_bias: dict[TokenId, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
+        None, description="token id → added to its logit"
+    )
+    seed: int | None = Field(None, description="the same seed and request give the same answer")
+
+    @property
+    def choices(self) -> int:
+        return self.n or 1
+
+    @property
+    def stop_strings(self) -> list[str]:
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+
+# Chat
+
+
+class TextPart(Fields):
+    type: Literal["text"]
+    text: str
+
+
+class FunctionCall(Fields):
+    name: str
+    arguments: str
+
+
+class ToolCall(Fields):
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+class ChatMessage(Fields):
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: str | list[TextPart] | None = None
+    name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+    function_call: FunctionCall | None = None
+
+
+class FunctionDefinition(Fields):
+    name: FunctionName
+    description: str | None = None
+    parameters: dict[str, Any] | None = Field(None, description="a JSON schema")
+    strict: bool | None = None
+
+
+class Tool(Fields):
+    type: Literal["function"]
+    function: FunctionDefinition
+
+
+class LegacyFunction(Fields):
+    """A function of the old dialect, or in the style of the first-generation Qwen models (`name_for_model`)."""
+
+    name: FunctionName | None = None
+    description: str | None = None
+    name_for_model: FunctionName | None = None
+    name_for_human: str | None = None
+    description_for_model: str | None = None
+    parameters: dict[str, Any] | list[Any] | None = None
+
+    @model_validator(mode="after")
+    def _is_named(self) -> LegacyFunction:
+        if not (self.name_for_model or self.name):
+            raise ValueError("needs a name")
+        return self
+
+
+class NamedFunction(Fields):
+    name: str
+
+
+class NamedTool(Fields):
+    type: Literal["function"]
+    function: NamedFunction
+
+
+class TextFormat(Fields):
+    type: Literal["text"]
+
+
+class JsonObjectFormat(Fields):
+    type: Literal["json_object"]
+
+
+class JsonSchema(Fields):
+    name: str | None = None
+    description: str | None = None
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    strict: bool | None = None
+
+
+class JsonSchemaFormat(Fields):
+    type: Literal["json_schema"]
+    json_schema: JsonSchema
+
+
+class ChatCompletionRequest(SamplingFields):
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = Field(None, description="counts before max_tokens")
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = Field(None, description="accepted; the model calls one tool a turn")
+    functions: Annotated[list[LegacyFunction], Field(max_length=MAX_TOOLS)] | None = None
+    function_call: Literal["none", "auto"] | NamedFunction | None = None
+    response_format: Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")] | None = (
+        None
+    )
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = Field(None, description="needs logprobs")
+    modalities: list[Literal["text"]] | None = None
+
+
+# Text
+
+
+PromptIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+
+
+class CompletionRequest(SamplingFields):
+    prompt: (
+        str
+        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | PromptIds
+        | Annotated[list[PromptIds], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | None
+    ) = Field(None, description="text, token ids, or a list of either; without one, the beginning of a document")
+    echo: bool | None = Field(None, description="the prompt in front of the reply")
+    best_of: Annotated[int, Field(ge=1)] | None = Field(None, description="accepted where it equals n")
+    suffix: Literal[""] | None = Field(None, description="not supported: these models only continue a text")
+    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
