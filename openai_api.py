@@ -198,6 +198,8 @@ def main() -> int:
         note(f"The server cannot listen at {where} ({error}). Choose with --server-name and --server-port.")
         return 1
     note(BUNDLED_NOTE if arguments.checkpoint_path is None else f"Loading {arguments.checkpoint_path} ...")
+    # Threads of torch that wait for each other spin by default, and take the processor from those that answer requests.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         model, tokenizer = load(arguments)
         return serve(model, tokenizer, arguments, bound)

@@ -286,7 +286,8 @@ async def at_once(request: Request, generation: Generation, envelope: Envelope, 
         return [envelope.collect(part) for part in parts]
 
     async def left() -> None:
-        await asyncio.sleep(10**6)
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
 
     tasks = collecting, leaving = asyncio.create_task(collect()), asyncio.create_task(left())
     try:

@@ -131,8 +131,8 @@ class Scheduler:
         self.batches: dict[int, Batch] = {}  # by reach
         self.prefill: Prefill | None = None
         self.waiting: deque[GenerationSequence] = deque()
-        self.changed = threading.Condition()  # guards `waiting`, `closing` and the flags of sequences
-        self.closing = False
+        self.changed = threading.Condition()  # guards `waiting` and the flags
+        self.closing = self.cancelling = False
         self.thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
         self.thread.start()
 
@@ -181,10 +181,8 @@ class Scheduler:
             self.closing = True
             self.changed.notify()
         self.thread.join(timeout)
-        if self.thread.is_alive():
-            for sequence in self._all():
-                self.cancel(sequence)
-            self.thread.join()
+        self.cancelling = True
+        self.thread.join()
 
     def _all(self) -> list[GenerationSequence]:
         with self.changed:
@@ -241,16 +239,19 @@ class Scheduler:
                 sequence.on_end(EndReason.ERROR, error)
 
     def _drop_cancelled(self) -> None:
+        def gone(sequence: GenerationSequence) -> bool:
+            return sequence.cancelled or self.cancelling
+
         with self.changed:
-            dropped = [sequence for sequence in self.waiting if sequence.cancelled]
+            dropped = [sequence for sequence in self.waiting if gone(sequence)]
             for sequence in dropped:
                 self.waiting.remove(sequence)
-        if self.prefill is not None and all(sequence.cancelled for sequence in self.prefill.sequences):
+        if self.prefill is not None and all(map(gone, self.prefill.sequences)):
             dropped += self.prefill.sequences
             self.prefill = None
         for batch in self.batches.values():
             for row in reversed(range(len(batch.sequences))):
-                if batch.sequences[row].cancelled:
+                if gone(batch.sequences[row]):
                     dropped.append(batch.sequences[row])
                     batch.leave(row)
         for sequence in dropped:
