@@ -24,6 +24,7 @@ from qwen.react import (
     tool_prompt,
 )
 from qwen.serving.constraints import ConstraintFactory
+from qwen.serving.sampler import ConstraintError
 from qwen.tokenization_qwen import QWenTokenizer
 
 PADDING = 16  # rows of the model's matrix that no token belongs to
@@ -355,14 +356,14 @@ def test_a_token_that_was_not_allowed(factory, tokenizer):
         constraint = factory.json_object()
         with pytest.raises(ValueError, match=f"Token {token} is not allowed here"):
             constraint.accept(token)
-        with pytest.raises(RuntimeError, match="llguidance"):
+        with pytest.raises(ConstraintError, match="llguidance"):
             constraint.allowed()
 
 
 def test_a_grammar_that_grows_too_complex_fails_alone(factory, tokenizer):
     pattern = "|".join(f"(.*a{{{n}}}.*b){{{n}}}" for n in range(1, 200))
     bomb, other = factory.json_schema({"type": "string", "pattern": pattern}), factory.json_object()
-    with pytest.raises(RuntimeError, match="llguidance says .*too many"):
+    with pytest.raises(ConstraintError, match="llguidance says .*too many"):
         follow(bomb, tokenizer, '"' + "ab abc " * 20)
     follow(other, tokenizer, "{}")
     assert only_the_end(other, tokenizer)

@@ -24,7 +24,7 @@ from qwen.loading import load_model
 from qwen.qwen_generation_utils import DEFAULT_SYSTEM, make_context
 from qwen.serving import scheduler as scheduler_module
 from qwen.serving.engine import Engine, EngineError, PromptTooLong, QueueFull, SchedulerClosed
-from qwen.serving.sampler import SampledToken, SamplingParams, SamplingState, sample
+from qwen.serving.sampler import ConstraintError, SampledToken, SamplingParams, SamplingState, sample
 from qwen.serving.text import IncrementalText
 
 LENGTHS = (1, 3, 17, 63, 64, 65, 130, 200, 257, 40)  # of prompts, on both sides of 64, 128 and 256
@@ -208,14 +208,15 @@ def test_close_does_not_wait_forever(tiny, prompts):
     assert {stream.finish_reason for stream in streams} == {"cancelled"}
 
 
-def test_a_failing_row_fails_alone(tiny, engine, prompts):
+@pytest.mark.parametrize(("raised", "seen"), [(KeyError, EngineError), (ConstraintError, ConstraintError)])
+def test_a_failing_row_fails_alone(tiny, engine, prompts, raised, seen):
     class Broken:
         def allowed(self):
-            raise ValueError("no such token")
+            raise raised("no such token")
 
     broken = engine.start(prompts[1], engine.params(), constraint=Broken())
     fine = served(engine, [prompts[2]])
-    with pytest.raises(EngineError, match="no such token"):
+    with pytest.raises(seen, match="no such token"):
         list(broken)
     assert fine == [generated(tiny[0], prompts[2], 20)]
 

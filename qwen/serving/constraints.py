@@ -16,6 +16,7 @@ from llguidance.tiktoken import lltokenizer_from_encoding
 
 from ..react import ACTION, ACTION_INPUT, FINAL_ANSWER, MARKERS, STOP_WORD, THOUGHT, Tool, read_tools
 from ..tokenization_qwen import QWenTokenizer
+from .sampler import ConstraintError
 
 # JSON as the models were taught to write it. No other blanks: a weak model would go on with them for ever.
 _STYLE = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
@@ -45,10 +46,10 @@ class GrammarConstraint:
 
     def allowed(self) -> torch.Tensor:
         """Tokens that may come next, (vocab_size,) bool. Once the text may end the end tokens are among them, and once
-        it must, nothing else is. Raises RuntimeError where the text led to what llguidance finds too complex."""
+        it must, nothing else is. Raises ConstraintError where the text led to what llguidance finds too complex."""
         mask = bytearray(self._matcher.compute_logit_bias())
         if self._matcher.is_error():
-            raise RuntimeError(f"The reply cannot be held to its grammar any longer: {_error(self._matcher)}")
+            raise ConstraintError(f"The reply cannot be held to its grammar any longer: {_error(self._matcher)}")
         return torch.frombuffer(mask, dtype=torch.uint8).bool()
 
     def accept(self, token_id: int) -> None:

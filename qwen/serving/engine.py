@@ -14,7 +14,7 @@ from typing import Any
 
 from ..modeling_qwen import QWenLMHeadModel
 from ..tokenization_qwen import QWenTokenizer
-from .sampler import Constraint, SampledToken, SamplingParams
+from .sampler import Constraint, ConstraintError, SampledToken, SamplingParams
 from .scheduler import EndReason, GenerationSequence, Load, QueueFull, Scheduler, SchedulerClosed
 from .text import IncrementalText, Piece
 
@@ -98,6 +98,9 @@ class TextStream:
         return self._text.stopped
 
     def _on_end(self, reason: EndReason, error: Exception | None) -> None:
+        if isinstance(error, ConstraintError):  # of the request, not of the model
+            self._put(error)
+            return
         if reason is EndReason.ERROR:
             failure = EngineError(f"The model failed ({type(error).__name__}: {error}).")
             failure.__cause__ = error

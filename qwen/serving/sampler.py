@@ -12,11 +12,15 @@ from typing import NamedTuple, Protocol
 import torch
 
 
+class ConstraintError(ValueError):
+    """A reply cannot be held to its constraint any longer."""
+
+
 class Constraint(Protocol):
     """What a reply may consist of, for one sequence."""
 
     def allowed(self) -> torch.Tensor:
-        """The tokens that may come next: (vocab_size), bool, on the CPU."""
+        """The tokens that may come next: (vocab_size), bool, on the CPU. May raise ConstraintError."""
 
     def accept(self, token_id: int) -> None:
         """Take note of the token that came."""
