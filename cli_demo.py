@@ -430,19 +430,6 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def load(arguments: argparse.Namespace) -> tuple[Any, Any]:
-    """The model and tokenizer that the arguments name, without the libraries' chatter."""
-    from transformers.utils import logging
-
-    from qwen.loading import load_model
-
-    if "TRANSFORMERS_VERBOSITY" not in os.environ:
-        logging.set_verbosity_error()
-    if arguments.checkpoint_path is None or not sys.stderr.isatty():
-        logging.disable_progress_bar()  # the bundled model loads at once
-    return load_model(arguments.checkpoint_path, cpu_only=arguments.cpu_only)
-
-
 def main() -> int:
     """Returns the exit status: 0 after a conversation, 1 where none could begin, 130 when stopped before it began."""
     arguments = parse_arguments()
@@ -452,7 +439,9 @@ def main() -> int:
     else:
         terminal.note(f"Loading {arguments.checkpoint_path} ...")
     try:
-        model, tokenizer = load(arguments)
+        from qwen.loading import load_model_quietly
+
+        model, tokenizer = load_model_quietly(arguments.checkpoint_path, cpu_only=arguments.cpu_only)
     except KeyboardInterrupt:
         terminal.note("Stopped while loading.")
         return 130

@@ -133,19 +133,6 @@ def bind(host: str, port: int) -> socket.socket:
     return bound
 
 
-def load(arguments: argparse.Namespace) -> tuple[Any, Any]:
-    """The model and tokenizer that the arguments name, without the libraries' chatter."""
-    from transformers.utils import logging
-
-    from qwen.loading import load_model
-
-    if "TRANSFORMERS_VERBOSITY" not in os.environ:
-        logging.set_verbosity_error()
-    if arguments.checkpoint_path is None or not sys.stderr.isatty():
-        logging.disable_progress_bar()
-    return load_model(arguments.checkpoint_path, cpu_only=arguments.cpu_only)
-
-
 def serve(model: Any, tokenizer: Any, arguments: argparse.Namespace, bound: socket.socket) -> int:
     """Answer requests until a signal comes; returns the exit status."""
     import logging
@@ -201,7 +188,9 @@ def main() -> int:
     # Threads of torch that wait for each other spin by default, and take the processor from those that answer requests.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        model, tokenizer = load(arguments)
+        from qwen.loading import load_model_quietly
+
+        model, tokenizer = load_model_quietly(arguments.checkpoint_path, cpu_only=arguments.cpu_only)
         return serve(model, tokenizer, arguments, bound)
     except KeyboardInterrupt:
         note("Stopped while loading.")

@@ -84,22 +84,17 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def load(arguments: argparse.Namespace) -> tuple[Any, Any]:
-    """The model and tokenizer that the arguments name, without the libraries' chatter.
+    """The model and tokenizer that the arguments name.
 
     Raises:
         OSError: no such checkpoint, or one that does not load.
         ValueError: no chat model.
     """
     import gradio  # noqa: F401  # a missing library should be known before gigabytes are loaded
-    from transformers.utils import logging
 
-    from qwen.loading import load_model
+    from qwen.loading import load_model_quietly
 
-    if "TRANSFORMERS_VERBOSITY" not in os.environ:
-        logging.set_verbosity_error()
-    if arguments.checkpoint_path is None or not sys.stderr.isatty():
-        logging.disable_progress_bar()  # the bundled model loads at once
-    model, tokenizer = load_model(arguments.checkpoint_path, cpu_only=arguments.cpu_only)
+    model, tokenizer = load_model_quietly(arguments.checkpoint_path, cpu_only=arguments.cpu_only)
     if (chat_format := getattr(model.generation_config, "chat_format", None)) != "chatml":
         raise ValueError(
             f'{arguments.checkpoint_path} is no chat model: its chat_format is {chat_format!r}, not "chatml". Name a '
@@ -168,6 +163,8 @@ def main() -> int:
     for number in (signal.SIGINT, signal.SIGTERM):  # the latter from service managers and `docker stop`
         signal.signal(number, stop)
     say(f"Loading {arguments.checkpoint_path} ..." if arguments.checkpoint_path else BUNDLED_NOTE)
+    # Threads of torch that wait for each other spin by default, and take the processor from those that serve the page.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     loaded = False
     try:
         check_address(arguments.server_name, arguments.server_port)

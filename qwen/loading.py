@@ -13,6 +13,7 @@ import importlib.util
 import json
 import os
 import re
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,20 @@ def load_model(
             "checkpoint is incomplete, or its config.json belongs to another model. Download it again as a whole."
         )
     return model.eval(), tokenizer
+
+
+def load_model_quietly(
+    name_or_path: str | os.PathLike | None = None, **kwargs: Any
+) -> tuple[QWenLMHeadModel, QWenTokenizer]:
+    """`load_model` for a script with a person in front of it: no chatter of the libraries, and a progress bar where it
+    is seen and loading takes long."""
+    from transformers.utils import logging
+
+    if "TRANSFORMERS_VERBOSITY" not in os.environ:
+        logging.set_verbosity_error()
+    if name_or_path is None or not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    return load_model(name_or_path, **kwargs)
 
 
 def load_tokenizer(name_or_path: str | os.PathLike | None = None, **from_pretrained_kwargs: Any) -> QWenTokenizer:
