@@ -13,6 +13,7 @@ from collections import Counter
 import pytest
 import torch
 from transformers import (
+    DynamicCache,
     LogitsProcessorList,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
@@ -24,7 +25,9 @@ from qwen.loading import load_model
 from qwen.qwen_generation_utils import DEFAULT_SYSTEM, make_context
 from qwen.serving import scheduler as scheduler_module
 from qwen.serving.engine import Engine, EngineError, PromptTooLong, QueueFull, SchedulerClosed
+from qwen.serving.ragged_cache import RaggedCache
 from qwen.serving.sampler import ConstraintError, SampledToken, SamplingParams, SamplingState, sample
+from qwen.serving.scheduler import EndReason, GenerationSequence
 from qwen.serving.text import IncrementalText
 
 LENGTHS = (1, 3, 17, 63, 64, 65, 130, 200, 257, 40)  # of prompts, on both sides of 64, 128 and 256
@@ -232,6 +235,67 @@ def test_an_error_of_the_model_ends_the_batch_and_not_the_engine(tiny, engine, p
     assert served(engine, [prompts[2]]) == [generated(tiny[0], prompts[2], 20)]
 
 
+def test_where_memory_ends_every_sequence_ends_once(tiny, engine, prompts, monkeypatch):
+    """The second of three prompts that were encoded together cannot join the batch; the first goes on."""
+    join, calls, ends = RaggedCache.join, [], []
+
+    def short_of_memory(cache, *arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            raise MemoryError("no room")
+        join(cache, *arguments)
+
+    monkeypatch.setattr(RaggedCache, "join", short_of_memory)
+    hold = threading.Event()
+    monkeypatch.setattr(engine.scheduler, "_admit", lambda admit=engine.scheduler._admit: hold.wait() and admit())
+    params = engine.params(temperature=0, max_tokens=20)
+    for index in range(3):
+        engine.scheduler.submit(
+            GenerationSequence(
+                prompts[2],
+                params,
+                frozenset(),
+                on_token=lambda token: False,
+                on_end=lambda reason, error, index=index: ends.append((index, reason)),
+            )
+        )
+    hold.set()
+    wait_until(lambda: len(ends) == 3)
+    wait_until(lambda: sum(engine.load()) == 0)
+    assert sorted(ends) == [(0, EndReason.LENGTH), (1, EndReason.ERROR), (2, EndReason.ERROR)]
+
+
+def test_a_scheduler_that_dies_says_so(tiny, prompts, monkeypatch):
+    engine = Engine(*tiny)
+
+    def die():
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(engine.scheduler, "_admit", die)
+    assert not engine.failed
+    with pytest.raises(EngineError, match="a bug"):
+        list(engine.start(prompts[0], engine.params()))
+    assert engine.failed
+    with pytest.raises(SchedulerClosed):
+        engine.start(prompts[0], engine.params())
+
+
+def test_short_prompts_pass_a_long_one(tiny, monkeypatch):
+    """A prompt of 100 pieces is being encoded; a short request is answered meanwhile, and both come out right."""
+    monkeypatch.setattr(scheduler_module, "PREFILL_TOKENS", 40)
+    draw = random.Random(2)
+    long, short = ([draw.randrange(256) for _ in range(length)] for length in (4000, 30))
+    engine = Engine(*tiny)
+    try:
+        params = engine.params(temperature=0, max_tokens=4, top_logprobs=0)
+        streams = [engine.start(long, params), engine.start(short, params)]
+        replies = [[token.token_id for piece in stream for token in piece.tokens] for stream in streams]
+        assert replies == [generated(tiny[0], prompt, 4) for prompt in (long, short)]
+        assert streams[1].first_token_seconds < streams[0].first_token_seconds / 2
+    finally:
+        engine.close(timeout=0)
+
+
 def test_async_iteration(engine, prompts):
     async def read(stream):
         return "".join([piece.text async for piece in stream])
@@ -293,6 +357,28 @@ def test_stop_words_of_the_checkpoint_end_a_reply(tiny, prompts):
         del model.generation_config.stop_words_ids
 
 
+@pytest.mark.parametrize("quantized", [False, True])
+def test_what_a_row_leaves_behind_is_cleared(quantized):
+    """NaN of a reply that broke must not reach the one that gets its place."""
+    cache = RaggedCache(1, 64, torch.device("cpu"), quantized)
+
+    def prompt(length: int, value: float) -> DynamicCache:
+        encoded = DynamicCache()
+        encoded.update(torch.full((1, 2, length, 4), value), torch.full((1, 2, length, 4), value), 0)
+        return encoded
+
+    for length, value in ((50, 1.0), (50, float("nan")), (5, 2.0), (50, float("nan"))):
+        cache.join(prompt(length, value), 0, length)
+    cache.leave(3)  # the last one
+    cache.leave(1)  # a short row takes its place
+    cache.join(prompt(3, 3.0), 0, 3)
+    assert cache.lengths.tokens == [50, 5, 3]
+    keys, values = cache.update(torch.ones(3, 2, 1, 4), torch.ones(3, 2, 1, 4), 0)
+    assert keys.isfinite().all() and values.isfinite().all()
+    torch.testing.assert_close(keys[1, :, :5], torch.full((2, 5, 4), 2.0))
+    torch.testing.assert_close(keys[2, :, :3], torch.full((2, 3, 4), 3.0))
+
+
 # The bundled model: whole answers.
 
 
@@ -304,7 +390,10 @@ def test_the_engine_says_what_chat_says(bundled_chat):
     try:
         streams = [
             engine.start(
-                make_context(tokenizer, query, system=DEFAULT_SYSTEM)[1], engine.params(temperature=0), trim=True
+                make_context(tokenizer, query, system=DEFAULT_SYSTEM)[1],
+                engine.params(temperature=0),
+                lstrip=True,
+                rstrip=True,
             )
             for query in queries
         ]
@@ -365,6 +454,23 @@ def test_a_row_is_drawn_as_if_it_were_alone():
         assert [sample(logits[row : row + 1], [alone])[0].token_id for _ in range(20)] == together[row]
 
 
+def test_equally_likely_tokens_are_drawn_as_if_alone():
+    """In 16 bits logits tie all the time; what a sort makes of ties must not depend on the other rows."""
+    logits = torch.randn(2000, generator=torch.Generator().manual_seed(0)).bfloat16().float()
+    for seed in range(60):
+        settings = {"seed": seed, "top_k": 20, "top_p": 0.9}
+        alone = sample(logits[None], [state(2000, **settings)])[0]
+        for neighbour in ({}, {"top_k": 50}, {"top_k": 3}, {"temperature": 0.0}):
+            states = [state(2000, seed=1, **neighbour), state(2000, **settings)]
+            assert sample(logits.expand(2, -1), states)[1] == alone
+
+
+def test_seeds_of_either_sign_differ():
+    logits = torch.zeros(1, 10**4)
+    drawn = {sample(logits, [state(10**4, seed=seed)])[0].token_id for seed in (-2, -1, 0, 1, 2, 2**70, -(2**70))}
+    assert len(drawn) == 7
+
+
 def test_presence_and_frequency_penalties_follow_the_reply():
     logits = torch.zeros(1, 50)
     logits[0, 1] = 9.0  # in the prompt, which does not count
@@ -395,7 +501,7 @@ def test_extreme_settings_do_not_break():
     logits = torch.tensor([[1e30, -1e30, 0.0, -float("inf")]] * 3)
     states = [
         state(4, (0,), temperature=1e-30),
-        state(4, (0,), temperature=1e30, top_k=10**6),
+        state(4, (0,), temperature=1e30, top_k=10**400),
         state(4, (0,), top_p=1e-9),
     ]
     tokens = sample(logits, states)
@@ -426,7 +532,7 @@ def grow(tokenizer, text: str, **settings) -> tuple[list[str], IncrementalText]:
 
 @pytest.mark.parametrize("text", ["plain", "  你好，世界 😀  ", "a\nObs\nObserv\nObservation: x", "ObObservation:", ""])
 def test_text_is_the_same_however_it_grows(tiny, text):
-    pieces, growing = grow(tiny[1], text, stop=["Observation:", "\nObservation:"], trim=True)
+    pieces, growing = grow(tiny[1], text, stop=["Observation:", "\nObservation:"], lstrip=True, rstrip=True)
     assert "".join(piece.text for piece in pieces) == text.split("Observation:")[0].strip()
     assert growing.stopped == ("Observation:" in text)
 

@@ -166,7 +166,7 @@ def _calls(message: dict, index: int) -> list[_Call]:
         raise MalformedConversation(
             f'{where} must be a list of {{"id", "type", "function"}}, not {_shown(tool_calls)}.'
         )
-    if len(ids) > 1 and (None in ids or any(ids.count(id_) > 1 for id_ in ids)):
+    if len(ids) > 1 and (None in ids or len(set(map(str, ids))) < len(ids)):
         raise MalformedConversation(
             f"{where} need an id each, all different, to tell their results apart, not {_shown(ids)}."
         )

@@ -80,7 +80,7 @@ def plan(request: ChatCompletionRequest, engine: Engine, constraints: Constraint
         reader = ReplyReader(continues) if uses_react else None
         writer = ChatWriter(index, engine.tokenizer, reader, offer)
         constraint = _constraint(request, offer, continues, constraints)
-        choices.append(Choice(prompt_ids, params, writer, stop, True, constraint))
+        choices.append(Choice(prompt_ids, params, writer, stop, True, True, constraint))
     return Plan(choices, len(prompt_ids), "messages")
 
 

@@ -49,7 +49,8 @@ class Choice(NamedTuple):
     params: SamplingParams
     writer: Writer
     stop: Sequence[str] = ()
-    trim: bool = False
+    lstrip: bool = False
+    rstrip: bool = False
     constraint: Constraint | None = None
 
 
@@ -159,8 +160,10 @@ class Generation:
         self.streams: list[TextStream] = []
         try:
             for choice in plan.choices:
-                ids, params, _, stop, trim, constraint = choice
-                self.streams.append(engine.start(ids, params, stop=stop, trim=trim, constraint=constraint))
+                ids, params, _, stop, lstrip, rstrip, constraint = choice
+                self.streams.append(
+                    engine.start(ids, params, stop=stop, lstrip=lstrip, rstrip=rstrip, constraint=constraint)
+                )
         except Exception as error:
             for stream in self.streams:
                 stream.cancel()

@@ -178,7 +178,8 @@ class Engine:
         params: SamplingParams,
         *,
         stop: Sequence[str] = (),
-        trim: bool = False,
+        lstrip: bool = False,
+        rstrip: bool = False,
         constraint: Constraint | None = None,
     ) -> TextStream:
         """Have a prompt continued. Returns at once; iterate over the result for the text.
@@ -187,7 +188,7 @@ class Engine:
             prompt_ids: the prompt.
             params: sampling settings; `max_tokens` is cut to what the model has room for.
             stop: the reply ends in front of the first of these strings.
-            trim: leave out white space at both ends of the reply.
+            lstrip, rstrip: leave out white space at the beginning, at the end of the reply.
             constraint: what the reply may consist of.
 
         Raises:
@@ -206,7 +207,8 @@ class Engine:
         for name, ids in (("The prompt", prompt_ids), ("logit_bias", params.logit_bias)):
             if any(token not in known for token in ids):
                 raise ValueError(f"{name} holds token ids that the model does not have: they go from 0 to {known[-1]}.")
-        stream = TextStream(len(prompt_ids), IncrementalText(self.tokenizer, [*stop, *self.stop], trim))
+        text = IncrementalText(self.tokenizer, [*stop, *self.stop], lstrip, rstrip)
+        stream = TextStream(len(prompt_ids), text)
         sequence = GenerationSequence(
             prompt_ids,
             dataclasses.replace(params, max_tokens=min(params.max_tokens, room)),
@@ -222,6 +224,11 @@ class Engine:
     def load(self) -> Load:
         """How many requests are being answered, and how many wait."""
         return self.scheduler.load()
+
+    @property
+    def failed(self) -> bool:
+        """Whether it has stopped because of an error, and answers nothing any more."""
+        return self.scheduler.failed
 
     def close(self, timeout: float | None = None) -> None:
         """Take no more requests, finish those there are (for at most `timeout` seconds), and end the thread."""

@@ -69,11 +69,18 @@ class RaggedLayer(CacheLayerMixin):
         for stored, tensor in zip(self.store, new, strict=True):
             stored[row, : tensor.shape[2]] = tensor[0].transpose(0, 1)
 
-    def move(self, source: int, target: int) -> None:
-        """Overwrite a row with another one."""
-        length = self.lengths.tokens[source]
+    def vacate(self, row: int, last: int) -> None:
+        """Have the last row take the place of another one.
+
+        What they leave is cleared: a NaN behind the end of a later, shorter row would be masked, and yet spoil its
+        weighted sum.
+        """
+        ends = self.lengths.tokens
         for stored in self.store:
-            stored[target, :length] = stored[source, :length]
+            if row != last:
+                stored[row, : ends[last]] = stored[last, : ends[last]]
+                stored[row, ends[last] : ends[row]] = 0
+            stored[last, : ends[last]] = 0
 
     def resize(self, rows: int) -> None:
         """Make room for so many rows, and keep those that fit."""
@@ -143,9 +150,8 @@ class RaggedCache(Cache):
     def leave(self, row: int) -> None:
         """Remove a sequence; the last row takes its place."""
         last = self.rows - 1
-        if row != last:
-            for layer in self.layers:
-                layer.move(last, row)
+        for layer in self.layers:
+            layer.vacate(row, last)
         if self.ntk_alpha is not None:
             self.ntk_alpha[row] = self.ntk_alpha[last].clone()
             self.ntk_alpha = self.ntk_alpha[:last].clone()

@@ -97,7 +97,8 @@ class SamplingState:
         constraint: Constraint | None = None,
     ):
         self.params, self.constraint = params, constraint
-        self.random = random.Random(params.seed)
+        # As text, since random takes -1 and 1 for the same.
+        self.random = random.Random(None if params.seed is None else str(params.seed))
         self.seen = self.counts = self.bias = None
         if params.repetition_penalty != 1:
             self.seen = torch.zeros(vocab_size, dtype=torch.bool, device=device)
@@ -143,7 +144,7 @@ def sample(logits: torch.Tensor, states: Sequence[SamplingState]) -> list[Sample
         drawn = _draw(adjusted[drawing], [states[row] for row in drawing])
         chosen[torch.tensor(drawing, device=chosen.device)] = drawn
     broken = logits.isnan().any(-1)
-    token_ids = torch.where(broken, -1, chosen).tolist()  # the one transfer from the device
+    token_ids = torch.where(broken, -1, chosen).tolist()
     return [
         failures[row] if row in failures else _accept(logits[row], token_id, state)
         for row, (token_id, state) in enumerate(zip(token_ids, states, strict=True))
@@ -179,35 +180,35 @@ def _adjust(logits: torch.Tensor, states: Sequence[SamplingState]) -> tuple[torc
 def _draw(scores: torch.Tensor, states: Sequence[SamplingState]) -> torch.Tensor:
     """Draw from what temperature, top-k and top-p leave of each row. scores: (B, vocab_size) → (B).
 
-    By inversion of the cumulative distribution over the tokens in falling order, with one random number a row: a row
-    needs nothing but its own generator, on any device.
+    By inversion of the cumulative distribution, in the order of the vocabulary, with one random number a row. Top-k and
+    top-p are taken as thresholds on scores and probabilities, so that tokens that are equally likely, as is common in
+    16 bits, stay or go together: which of them a sort puts first would depend on the other rows.
     """
-    device = scores.device
+    vocab_size, params = scores.shape[-1], [state.params for state in states]
 
     def column(values: list[float]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=device)[:, None]
+        return torch.tensor(values, dtype=torch.float64, device=scores.device)[:, None]
 
-    scores = scores - scores.amax(-1, keepdim=True)  # so that a small temperature leads to no inf
-    scores = scores / column([state.params.temperature for state in states])
-    vocab_size = scores.shape[-1]
-    widths = [state.params.top_k or vocab_size for state in states]
-    if (width := min(max(widths), vocab_size)) < vocab_size:
-        scores, order = scores.topk(width)
-    else:
-        scores, order = scores.sort(descending=True, stable=True)
-    ranks = torch.arange(width, device=device)
-    scores = scores.masked_fill(ranks >= column(widths), -float("inf"))
+    scores = scores.double() - scores.amax(-1, keepdim=True)  # so that a small temperature leads to no inf
+    scores /= column([each.temperature for each in params])
+    widths = [min(each.top_k or vocab_size, vocab_size) for each in params]
+    limited = [row for row, width in enumerate(widths) if width < vocab_size]
+    if limited:
+        ranked = scores.topk(max(widths[row] for row in limited)).values
+        for row in limited:
+            scores[row].masked_fill_(scores[row] < ranked[row, widths[row] - 1], -float("inf"))
     probabilities = scores.softmax(-1)
+    top_p = column([each.top_p for each in params])
+    if any(each.top_p < 1 for each in params):
+        ranked = probabilities.sort(-1, descending=True).values
+        reached = (ranked.cumsum(-1) - ranked < top_p).sum(-1, keepdim=True)  # the token that reaches top_p is kept
+        probabilities = probabilities.masked_fill(probabilities < ranked.gather(-1, (reached - 1).clamp(min=0)), 0.0)
     cumulative = probabilities.cumsum(-1)
-    before = cumulative - probabilities
-    kept = before < column([state.params.top_p for state in states])  # the token that reaches top_p is kept
-    kept[:, 0] = True
-    cumulative = (probabilities * kept).cumsum(-1)
     uniform = column([state.random.random() for state in states])
     place = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
     # Rounding may put the number at the very end, behind the last token that has a chance.
-    place = torch.minimum(place, (kept & (probabilities > 0)).sum(-1, keepdim=True) - 1).clamp(min=0)
-    return order.gather(-1, place)[:, 0]
+    last = torch.where(probabilities > 0, torch.arange(vocab_size, device=scores.device), 0).amax(-1, keepdim=True)
+    return torch.minimum(place, last)[:, 0]
 
 
 def _accept(logits: torch.Tensor, token_id: int, state: SamplingState) -> SampledToken | Exception:

@@ -29,9 +29,7 @@ logger = logging.getLogger(__name__)
 
 SHORTEST_REACH = 512  # tokens; the reaches of the caches are this times powers of 4
 PREFILL_TOKENS = 1024  # encoded between two decoding steps: longer prompts come in pieces, short ones share a forward
-# Of the memory that is free once the model is loaded: a prompt exists twice while it moves from its own cache, where it
-# was encoded, to that of its batch.
-MEMORY_SHARE = 0.45
+MEMORY_SHARE = 0.9  # of the memory that is free once the model is loaded
 
 
 class QueueFull(Exception):
@@ -81,6 +79,7 @@ class GenerationSequence:
     last_token: int = field(default=-1, init=False)
     generated: int = field(default=0, init=False)
     cancelled: bool = field(default=False, init=False)
+    ended: bool = field(default=False, init=False)
 
     @property
     def reach(self) -> int:
@@ -94,6 +93,11 @@ class Batch:
     def __init__(self, cache: RaggedCache):
         self.cache = cache
         self.sequences: list[GenerationSequence] = []
+
+    def join(self, sequence: GenerationSequence, prompts: DynamicCache, row: int) -> None:
+        """Take over a sequence, whose prompt is row `row` of `prompts`."""
+        self.cache.join(prompts, row, len(sequence.prompt_ids))
+        self.sequences.append(sequence)
 
     def leave(self, row: int) -> None:
         """Remove a sequence; the last one takes its place."""
@@ -129,10 +133,10 @@ class Scheduler:
         self.max_batch_size, self.max_queue = max_batch_size, max_queue
         self.cache_tokens = cache_tokens or _affordable_tokens(model)
         self.batches: dict[int, Batch] = {}  # by reach
-        self.prefill: Prefill | None = None
+        self.prefills: list[Prefill] = []  # at most two: a long prompt, and short ones that pass it
         self.waiting: deque[GenerationSequence] = deque()
         self.changed = threading.Condition()  # guards `waiting` and the flags
-        self.closing = self.cancelling = False
+        self.closing = self.cancelling = self.failed = False
         self.thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
         self.thread.start()
 
@@ -141,7 +145,7 @@ class Scheduler:
 
         Raises:
             QueueFull: as many sequences wait as may.
-            SchedulerClosed: after `close`.
+            SchedulerClosed: after `close`, or after an error that ended the thread.
             ValueError: an empty prompt, or more tokens than the caches hold.
         """
         if not sequence.prompt_ids:
@@ -167,9 +171,8 @@ class Scheduler:
 
     def load(self) -> Load:
         """How busy it is."""
-        prefill = self.prefill
-        running = sum(len(batch.sequences) for batch in list(self.batches.values()))
-        return Load(running + (len(prefill.sequences) if prefill else 0), len(self.waiting))
+        groups = [*self.prefills, *list(self.batches.values())]
+        return Load(sum(len(group.sequences) for group in groups), len(self.waiting))
 
     def close(self, timeout: float | None = None) -> None:
         """Take no more sequences, finish those there are, and end the thread.
@@ -184,13 +187,6 @@ class Scheduler:
         self.cancelling = True
         self.thread.join()
 
-    def _all(self) -> list[GenerationSequence]:
-        with self.changed:
-            waiting = list(self.waiting)
-        prefill = self.prefill
-        running = [sequence for batch in list(self.batches.values()) for sequence in batch.sequences]
-        return [*waiting, *(prefill.sequences if prefill else []), *running]
-
     # What follows runs in the scheduler's thread.
 
     @torch.inference_mode()
@@ -202,28 +198,29 @@ class Scheduler:
         except Exception as unexpected:  # nobody may wait for a thread that has ended
             logger.exception("The scheduler stopped")
             error = unexpected
-        finally:
-            with self.changed:
-                self.closing = True
-            for sequence in self._all():
-                sequence.on_end(EndReason.ERROR, error)
+        with self.changed:
+            self.closing, self.failed = True, error is not None
+        for group in (*self.prefills, *self.batches.values()):
+            self._fail(group.sequences, error)
+        self._fail(self.waiting, error)
 
     def _wait_for_work(self) -> bool:
         """Blocks while there is nothing to do; False when there will never be anything again."""
         with self.changed:
-            while not (self.waiting or self.prefill or self.batches or self.closing):
+            while not (self.waiting or self.prefills or self.batches or self.closing):
                 self.changed.wait()
-            return bool(self.waiting or self.prefill or self.batches)
+            return bool(self.waiting or self.prefills or self.batches)
 
     def _step(self) -> None:
         self._drop_cancelled()
-        if self.prefill is None:
+        if len(self.prefills) < 2:
             self._admit()
-        if self.prefill is not None:
-            self._guarded(self._encode, self.prefill)
+        for prefill in self.prefills:
+            self._guarded(self._encode, prefill)
         for batch in list(self.batches.values()):
             if batch.sequences:  # else all of them were cancelled
                 self._guarded(self._decode, batch)
+        self.prefills = [prefill for prefill in self.prefills if prefill.sequences]
         self.batches = {reach: batch for reach, batch in self.batches.items() if batch.sequences}
 
     def _guarded(self, work: Callable[[Prefill | Batch], None], group: Prefill | Batch) -> None:
@@ -233,10 +230,11 @@ class Scheduler:
         except Exception as error:
             logger.exception("%d sequences failed", len(group.sequences))
             failed, group.sequences = group.sequences, []
-            if group is self.prefill:
-                self.prefill = None
-            for sequence in failed:
-                sequence.on_end(EndReason.ERROR, error)
+            self._fail(failed, error)
+
+    def _fail(self, sequences: Sequence[GenerationSequence], error: Exception | None) -> None:
+        for sequence in sequences:
+            self._end(sequence, EndReason.ERROR, error)
 
     def _drop_cancelled(self) -> None:
         def gone(sequence: GenerationSequence) -> bool:
@@ -246,16 +244,18 @@ class Scheduler:
             dropped = [sequence for sequence in self.waiting if gone(sequence)]
             for sequence in dropped:
                 self.waiting.remove(sequence)
-        if self.prefill is not None and all(map(gone, self.prefill.sequences)):
-            dropped += self.prefill.sequences
-            self.prefill = None
+        for prefill in self.prefills:
+            if all(map(gone, prefill.sequences)):
+                dropped += prefill.sequences
+                prefill.sequences = []
+        self.prefills = [prefill for prefill in self.prefills if prefill.sequences]
         for batch in self.batches.values():
             for row in reversed(range(len(batch.sequences))):
                 if gone(batch.sequences[row]):
                     dropped.append(batch.sequences[row])
                     batch.leave(row)
         for sequence in dropped:
-            sequence.on_end(EndReason.CANCELLED, None)
+            self._end(sequence, EndReason.CANCELLED)
 
     def _admit(self) -> None:
         """Begin with the prompts that came first, as far as rows and memory allow."""
@@ -263,20 +263,25 @@ class Scheduler:
         with self.changed:
             while self.waiting and self._fits(self.waiting[0], admitted):
                 admitted.append(self.waiting.popleft())
-        if admitted:
-            self.prefill = Prefill(admitted, DynamicCache(config=self.config))
-            lengths = [len(sequence.prompt_ids) for sequence in admitted]
-            # The whole length counts for NTK, also where the first forward sees a piece of the prompt only.
-            self.prefill.cache.prompt_lengths = torch.tensor(lengths, device=self.device)
+            if not admitted:
+                return
+            prefill = Prefill(admitted, DynamicCache(config=self.config))
+            self.prefills.append(prefill)
+        # The whole length counts for NTK, also where the first forward sees a piece of the prompt only.
+        lengths = [len(sequence.prompt_ids) for sequence in admitted]
+        prefill.cache.prompt_lengths = torch.tensor(lengths, device=self.device)
 
     def _fits(self, sequence: GenerationSequence, admitted: list[GenerationSequence]) -> bool:
-        together = [*admitted, sequence]
-        if self.load().running + len(together) > self.max_batch_size:
+        """Whether a sequence can be taken in, after those that have just been."""
+        encoding = [other for prefill in self.prefills for other in prefill.sequences]
+        running = [other for batch in self.batches.values() for other in batch.sequences]
+        together = [*running, *encoding, *admitted, sequence]
+        if len(together) > self.max_batch_size:
             return False
-        longest = max(len(other.prompt_ids) for other in together)
-        if admitted and longest * len(together) > PREFILL_TOKENS:
+        width = max(len(other.prompt_ids) for other in [*admitted, sequence]) * (len(admitted) + 1)
+        if width > PREFILL_TOKENS and (admitted or encoding):  # a long prompt is encoded alone
             return False
-        rows = {reach: len(batch.sequences) for reach, batch in self.batches.items()}
+        rows: dict[int, int] = {}
         for other in together:
             reach = self._capacity(other.reach)
             rows[reach] = rows.get(reach, 0) + 1
@@ -311,16 +316,20 @@ class Scheduler:
             )
         logits = self._logits(hidden[torch.arange(len(ends), device=hidden.device), ends - (end - len(pieces[0]))])
         tokens = sample(logits, [sequence.state for sequence in prefill.sequences])
-        self.prefill = None
-        for row, (sequence, token) in enumerate(zip(prefill.sequences, tokens, strict=True)):
+        for row, (sequence, token) in enumerate(zip(tuple(prefill.sequences), tokens, strict=True)):
             if not self._hand_on(sequence, token):
-                reach = self._capacity(sequence.reach)
-                if reach not in self.batches:
-                    quantized = self.config.use_cache_quantization
-                    cache = RaggedCache(self.config.num_hidden_layers, reach, self.device, quantized)
-                    self.batches[reach] = Batch(cache)
-                self.batches[reach].cache.join(prefill.cache, row, len(sequence.prompt_ids))
-                self.batches[reach].sequences.append(sequence)
+                self._batch(sequence).join(sequence, prefill.cache, row)
+            prefill.sequences.remove(sequence)
+
+    def _batch(self, sequence: GenerationSequence) -> Batch:
+        """The batch of sequences that reach about as far."""
+        reach = self._capacity(sequence.reach)
+        if reach not in self.batches:
+            quantized = self.config.use_cache_quantization
+            self.batches[reach] = Batch(
+                RaggedCache(self.config.num_hidden_layers, reach, self.device, quantized=quantized)
+            )
+        return self.batches[reach]
 
     def _decode(self, batch: Batch) -> None:
         """One token for every row."""
@@ -367,17 +376,23 @@ class Scheduler:
         return False
 
     def _end(self, sequence: GenerationSequence, reason: EndReason, error: Exception | None = None) -> bool:
-        sequence.on_end(reason, error)
+        if not sequence.ended:
+            sequence.ended = True
+            sequence.on_end(reason, error)
         return True
 
 
 def _affordable_tokens(model: QWenLMHeadModel) -> int:
-    """Tokens of key/value cache that the free memory has room for, beside the prompts that are being encoded."""
+    """Tokens of key/value cache that the free memory has room for.
+
+    A prompt exists twice while it moves from the cache that it was encoded in, always in full precision, to that of its
+    batch; and one may be as long as all of it.
+    """
     config = model.config
-    element = 1 if config.use_cache_quantization else model.dtype.itemsize
-    per_token = 2 * config.num_hidden_layers * config.num_attention_heads * config.kv_channels * element
-    devices = {parameter.device for parameter in model.parameters()}
-    gpus = [device for device in devices if device.type == "cuda"]
+    full = config.kv_channels * model.dtype.itemsize
+    stored = config.kv_channels + 2 * model.dtype.itemsize if config.use_cache_quantization else full
+    per_token = 2 * config.num_hidden_layers * config.num_attention_heads * (full + stored)
+    gpus = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
     if gpus:
         # Layers are spread evenly: the fullest device decides.
         free = len(gpus) * min(torch.cuda.mem_get_info(device)[0] for device in gpus)

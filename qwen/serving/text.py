@@ -1,7 +1,7 @@
 """Tokens to text, as it grows.
 
 Revolves around one rule: text that has been given away cannot be taken back. So a character appears when all of its
-bytes are there, and what may still become a stop string, or be trimmed, waits. Knows a tokenizer; of requests and of
+bytes are there, and what may still become a stop string, or be stripped, waits. Knows a tokenizer; of requests and of
 models nothing.
 """
 
@@ -35,11 +35,18 @@ class IncrementalText:
     Args:
         tokenizer: what the tokens are of.
         stop: the reply ends in front of the first of these strings.
-        trim: leave out white space at both ends of the reply.
+        lstrip, rstrip: leave out white space at the beginning, at the end of the reply.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = (), trim: bool = False):
-        self.tokenizer, self.stop, self.trim = tokenizer, tuple(stop), trim
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        stop: Sequence[str] = (),
+        lstrip: bool = False,
+        rstrip: bool = False,
+    ):
+        self.tokenizer, self.stop = tokenizer, tuple(stop)
+        self.lstrip, self.rstrip = lstrip, rstrip
         self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self.held = ""  # decoded, and not given away yet
         self.begun = False
@@ -55,16 +62,15 @@ class IncrementalText:
         if found:
             self.stopped = True
             self.held = self.held[: min(found)]
-            return self._give(len(self.held.rstrip() if self.trim else self.held))
-        end = len(self.held) - max((_overlap(self.held, word) for word in self.stop), default=0)
-        return self._give(len(self.held[:end].rstrip()) if self.trim else end)
+            return self._give(len(self.held))
+        return self._give(len(self.held) - max((_overlap(self.held, word) for word in self.stop), default=0))
 
     def finish(self) -> Piece:
         """What was still waiting, once no token follows."""
         if self.stopped:
             return Piece("", [])
         self.held += self.decoder.decode(b"", final=True)
-        piece = self._give(len(self.held.rstrip() if self.trim else self.held))
+        piece = self._give(len(self.held))
         return Piece(piece.text, [*piece.tokens, *(token for _, token in self.tokens)])
 
     def _decode(self, token_id: int) -> str:
@@ -76,8 +82,10 @@ class IncrementalText:
         return self.decoder.decode(b"", final=True) + token  # a control token ends an unfinished character
 
     def _give(self, end: int) -> Piece:
+        if self.rstrip:  # white space waits until something follows it
+            end = len(self.held[:end].rstrip())
         text, self.held = self.held[:end], self.held[end:]
-        if self.trim and not self.begun:
+        if self.lstrip and not self.begun:
             text = text.lstrip()
         self.begun |= bool(text)
         given = [token for place, token in self.tokens if place < end]

@@ -308,7 +308,7 @@ class Page:
         window = {} if window is None else {"max_window_size": window}
         # In a thread, as a pasted book takes seconds, in which the others' replies should go on.
         _, ids = await asyncio.to_thread(make_context, engine.tokenizer, question, history, system, **window)
-        return engine.start(ids, params, trim=True)
+        return engine.start(ids, params, lstrip=True, rstrip=True)
 
     async def stop(self, request: gr.Request) -> None:
         """End the reply that is being written for this page."""
