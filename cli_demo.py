@@ -441,7 +441,7 @@ def main() -> int:
     try:
         from qwen.loading import load_model_quietly
 
-        model, tokenizer = load_model_quietly(arguments.checkpoint_path, cpu_only=arguments.cpu_only)
+        model, tokenizer = load_model_quietly(arguments.checkpoint_path, chat=True, cpu_only=arguments.cpu_only)
     except KeyboardInterrupt:
         terminal.note("Stopped while loading.")
         return 130

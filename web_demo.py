@@ -83,27 +83,6 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def load(arguments: argparse.Namespace) -> tuple[Any, Any]:
-    """The model and tokenizer that the arguments name.
-
-    Raises:
-        OSError: no such checkpoint, or one that does not load.
-        ValueError: no chat model.
-    """
-    import gradio  # noqa: F401  # a missing library should be known before gigabytes are loaded
-
-    from qwen.loading import load_model_quietly
-
-    model, tokenizer = load_model_quietly(arguments.checkpoint_path, cpu_only=arguments.cpu_only)
-    if (chat_format := getattr(model.generation_config, "chat_format", None)) != "chatml":
-        raise ValueError(
-            f'{arguments.checkpoint_path} is no chat model: its chat_format is {chat_format!r}, not "chatml". Name a '
-            "chat checkpoint such as Qwen/Qwen-7B-Chat. If it is one, its generation_config.json is missing: put it "
-            "beside the weights."
-        )
-    return model, tokenizer
-
-
 def check_address(host: str, port: int) -> None:
     """Find out before the model is loaded, which can take minutes, whether the page can be served here.
 
@@ -168,7 +147,11 @@ def main() -> int:
     loaded = False
     try:
         check_address(arguments.server_name, arguments.server_port)
-        model, tokenizer = load(arguments)
+        import gradio  # noqa: F401  # a missing library should be known before gigabytes are loaded
+
+        from qwen.loading import load_model_quietly
+
+        model, tokenizer = load_model_quietly(arguments.checkpoint_path, chat=True, cpu_only=arguments.cpu_only)
         loaded = True
         serve(model, tokenizer, arguments)
     except KeyboardInterrupt:

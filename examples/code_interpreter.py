@@ -12,7 +12,6 @@ text. What the sandbox protects against, and what not, stands in sandbox/__init_
 
 import argparse
 import json
-import os
 import re
 import sys
 from collections.abc import Iterator
@@ -21,12 +20,11 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # qwen, where it is not installed
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
 from sandbox import Limits, Sandbox, SandboxUnavailable
 
-from qwen.loading import load_model
+from qwen.loading import load_model_quietly
 from qwen.qwen_generation_utils import make_context
 from qwen.react import STOP_WORD, extend_stop_words, parse_messages, parse_response
 
@@ -154,7 +152,7 @@ def main() -> int:
             sandbox.start()  # no use in loading a model if this fails
             for sentence in sandbox.missing:
                 print(f"The sandbox is weaker than it should be. {sentence}", file=sys.stderr)
-            model, tokenizer = load_model(arguments.checkpoint_path, cpu_only=arguments.cpu_only)
+            model, tokenizer = load_model_quietly(arguments.checkpoint_path, chat=True, cpu_only=arguments.cpu_only)
             messages: list[dict] = []
             for question in _questions(arguments.questions):
                 messages.append({"role": "user", "content": question})

@@ -11,7 +11,6 @@ and no agent library takes part. How the prompt comes about, examples/react_prom
 
 import argparse
 import json
-import os
 import random
 import sys
 from collections.abc import Callable
@@ -21,11 +20,10 @@ from typing import Any
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # qwen, where it is not installed
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
 
-from qwen.loading import load_model
+from qwen.loading import load_model_quietly
 from qwen.qwen_generation_utils import DEFAULT_SYSTEM, make_context
 from qwen.react import STOP_WORD, extend_stop_words, observation_text, parse_response, tool_prompt
 
@@ -138,7 +136,7 @@ def main() -> int:
     arguments = parser.parse_args()
 
     try:
-        model, tokenizer = load_model(arguments.checkpoint_path, cpu_only=arguments.cpu_only)
+        model, tokenizer = load_model_quietly(arguments.checkpoint_path, chat=True, cpu_only=arguments.cpu_only)
         for question in arguments.questions:
             print(f"Question: {question}")
             final = answer(model, tokenizer, question, DESCRIPTIONS, lambda text: print(text, end="", flush=True))

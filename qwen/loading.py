@@ -18,6 +18,8 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+from transformers import GenerationConfig
+
 from .configuration_qwen import QWenConfig
 from .modeling_qwen import QWenLMHeadModel
 from .tokenization_qwen import QWenTokenizer
@@ -91,17 +93,40 @@ def load_model(
 
 
 def load_model_quietly(
-    name_or_path: str | os.PathLike | None = None, **kwargs: Any
+    name_or_path: str | os.PathLike | None = None, *, chat: bool = False, **kwargs: Any
 ) -> tuple[QWenLMHeadModel, QWenTokenizer]:
     """`load_model` for a script with a person in front of it: no chatter of the libraries, and a progress bar where it
-    is seen and loading takes long."""
+    is seen and loading takes long.
+
+    Args:
+        chat: only a chat model will do; a base model is refused before its weights are loaded.
+    """
+    from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
     if "TRANSFORMERS_VERBOSITY" not in os.environ:
         logging.set_verbosity_error()
+        hub_logging.set_verbosity_error()
     if name_or_path is None or not sys.stderr.isatty():
         logging.disable_progress_bar()
+    if chat:
+        check_chat(name_or_path)
     return load_model(name_or_path, **kwargs)
+
+
+def check_chat(name_or_path: str | os.PathLike | None) -> None:
+    """Raise CheckpointError unless this is a complete checkpoint, as far as can be seen quickly, of a chat model."""
+    name = _resolve(name_or_path)
+    check_checkpoint(name)
+    try:
+        chat_format = getattr(GenerationConfig.from_pretrained(name), "chat_format", None)
+    except OSError:  # there is none
+        chat_format = None
+    if chat_format != "chatml":
+        raise CheckpointError(
+            f'{name} is no chat model: its chat_format is {chat_format!r}, not "chatml". Name a chat checkpoint such '
+            "as Qwen/Qwen-7B-Chat. If it is one, its generation_config.json is missing: put it beside the weights."
+        )
 
 
 def load_tokenizer(name_or_path: str | os.PathLike | None = None, **from_pretrained_kwargs: Any) -> QWenTokenizer:
@@ -171,6 +196,8 @@ def _folder(name: str, subfolder: str | None = None) -> Path | None:
     if path.is_file():
         raise CheckpointError(f"{name} is a file. Name the folder that it lies in (with config.json and the weights).")
     if HUB_ID.fullmatch(name):
+        if name not in PUBLISHED and (beside := sorted(file.parent.name for file in path.parent.glob("*/config.json"))):
+            raise CheckpointError(f"There is no folder {name!r}; {path.parent} holds {_some(beside)}.")
         return None
     near = difflib.get_close_matches(f"Qwen/{path.name}", PUBLISHED, n=1, cutoff=0.75)
     raise CheckpointError(

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from qwen import loading
-from qwen.loading import CheckpointError, check_checkpoint, load_model, load_tokenizer
+from qwen.loading import CheckpointError, check_chat, check_checkpoint, load_model, load_tokenizer
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 123\n"
 
@@ -250,3 +250,25 @@ def test_checking_alone_reads_no_weights(checkpoint: Path, monkeypatch: pytest.M
 def test_published_names() -> None:
     assert len(loading.PUBLISHED) == 16
     assert all(re.fullmatch(loading.HUB_ID, name) for name in loading.PUBLISHED)
+
+
+def test_a_base_model_is_no_chat_model(bundled_base, bundled_chat, tmp_path):
+    check_chat(bundled_chat)
+    with pytest.raises(CheckpointError, match="no chat model.*'raw'"):
+        check_chat(bundled_base)
+    bare = tmp_path / "bare"
+    shutil.copytree(bundled_chat, bare)
+    (bare / "generation_config.json").unlink()
+    with pytest.raises(CheckpointError, match="generation_config.json is missing"):
+        check_chat(bare)
+
+
+def test_a_mistyped_folder_is_not_looked_for_on_the_hub(bundled_chat, tmp_path, monkeypatch):
+    monkeypatch.chdir(bundled_chat.parent.parent)
+    with pytest.raises(CheckpointError, match="no folder 'checkpoints/qwen-tony-chat'.*qwen-tiny-chat"):
+        load_model("checkpoints/qwen-tony-chat")
+    (tmp_path / "Qwen" / "mine").mkdir(parents=True)
+    (tmp_path / "Qwen" / "mine" / "config.json").touch()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match="Hugging Face hub"):  # which tests cannot reach
+        load_model("Qwen/Qwen-7B-Chat")
