@@ -430,8 +430,7 @@ def test_the_bundled_model_says_that_it_is_a_toy(bundled_chat: Path, tmp_path: P
     assert result.stdout.strip()
 
 
-def test_a_base_model_is_named_as_such(chat: Callable, bundled_base: Path) -> None:
-    child = chat(checkpoint=bundled_base)
-    shown = ask(child, "hello")
-    assert "chat" in shown and "Traceback" not in shown
-    leave(child)
+def test_a_base_model_is_named_as_such(bundled_base: Path, tmp_path: Path) -> None:
+    result = piped("hello\n", bundled_base, tmp_path)
+    assert result.returncode == 1 and not result.stdout
+    assert b"no chat model" in result.stderr and b"Traceback" not in result.stderr
