@@ -199,7 +199,7 @@ def test_ctrl_c_stops_the_answer_and_keeps_it(child: "pexpect.spawn") -> None:
     said = beginning + child.before.rstrip("\r\n").replace("^C", "")
     assert len(said) < 5000
     child.expect_exact(PROMPT)
-    assert f"Qwen: {said}" in ask(child, ":history")
+    assert f"Qwen: {said}" in ask(child, ":history").replace("^C", "")  # the model may babble that, too
     ask(child, ":reset-conf")
     assert reply(child, "next question")
     history = ask(child, ":history")
