@@ -11,6 +11,7 @@ import argparse
 import os
 import socket
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -42,7 +43,7 @@ def seconds(text: str) -> float:
     """The type of an argument that is a duration."""
     try:
         if 0 <= (value := float(text)) < float("inf"):
-            return value
+            return min(value, threading.TIMEOUT_MAX)  # nothing waits longer
     except ValueError:
         pass
     raise argparse.ArgumentTypeError(f"a number of seconds from 0 on is needed, not {text!r}")
@@ -103,10 +104,10 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     arguments.api_auth = _secret(arguments.api_auth, AUTH_VARIABLE)
     arguments.api_key = _secret(arguments.api_key, KEY_VARIABLE)
-    if arguments.api_auth is not None and not arguments.api_auth.partition(":")[2]:
+    if arguments.api_auth is not None and not all(arguments.api_auth.partition(":")):
         parser.error("--api-auth is USER:PASS, a user and a password with a colon between them")
-    if arguments.api_key is not None and not (arguments.api_key.isprintable() and arguments.api_key.strip()):
-        parser.error("--api-key is a text of printable characters")
+    if (key := arguments.api_key) is not None and not (key and key.isprintable() and key == key.strip()):
+        parser.error("--api-key is a text of printable characters, with no blanks around it")
     return arguments
 
 

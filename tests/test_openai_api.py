@@ -224,8 +224,12 @@ def test_many_that_leave_at_random_times(server: ServerProcess) -> None:
 
 
 def test_sigterm_lets_replies_finish(start_server: Callable[..., ServerProcess], bundled_chat) -> None:
-    server = start_server("-c", str(bundled_chat), "--drain-seconds", "120")
-    with httpx.Client(timeout=120) as client, httpx.Client(timeout=60) as late:
+    server = start_server("-c", str(bundled_chat), "--drain-seconds", "1e10")  # longer than a thread can wait
+    host, port = server.url.removeprefix("http://").split(":")
+    slow = socket.create_connection((host, int(port)), timeout=120)
+    with slow, httpx.Client(timeout=120) as client, httpx.Client(timeout=60) as late:
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        slow.sendall(head + b'Content-Length: 100\r\n\r\n{"prompt"')  # and the rest never comes
         lines = begin(server, client, max_tokens=600)
         next(lines)
         server.signal(signal.SIGTERM)
@@ -235,6 +239,7 @@ def test_sigterm_lets_replies_finish(start_server: Callable[..., ServerProcess],
         refused = late.post(f"{server.url}/v1/completions", json={"prompt": "The"})
         assert refused.status_code == 503 and refused.json()["error"]["code"] == "shutting_down"
         *_, last, done = [line for line in lines if line]
+        assert b"shutting_down" in slow.makefile("rb").read()
     assert done == "data: [DONE]"
     assert json.loads(last.removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
     assert server.wait() == 0
@@ -255,7 +260,8 @@ def test_replies_that_are_cut_short_end_in_an_error(
                 assert server.process.poll() is None
             server.signal(signal.SIGTERM)
         *_, last = [line for line in lines if line]
-    assert json.loads(last.removeprefix("data: "))["error"]["code"] == "shutting_down"
+    error = json.loads(last.removeprefix("data: "))["error"]
+    assert error["code"] == "shutting_down" and "breaks off" in error["message"]
     assert server.wait() == signals - 1
     assert "Traceback" not in server.said()
 
@@ -296,7 +302,9 @@ def test_missing_libraries_are_named() -> None:
         (["--max-batch-size", "0"], "from 1 on"),
         (["--drain-seconds", "soon"], "seconds"),
         (["--api-auth", "anna"], "USER:PASS"),
+        (["--api-auth", ":pass"], "USER:PASS"),
         (["--api-key", ""], "printable"),
+        (["--api-key", " x"], "blanks"),
         (["--no-such-flag"], "unrecognized"),
     ],
 )

@@ -15,7 +15,10 @@ from server_process import ServerProcess
 
 from qwen.loading import load_model
 from qwen.qwen_generation_utils import make_context
+from qwen.react import ReplyReader
+from qwen.serving.chat import ChatWriter, Offer, collect
 from qwen.serving.responses import ChatCompletion, ChatCompletionChunk
+from qwen.serving.text import Piece
 
 SUM = [{"role": "user", "content": "What is 47 + 38?"}]
 HI = [{"role": "user", "content": "hi"}]
@@ -124,7 +127,13 @@ def test_developer_role_and_text_parts(client: openai.OpenAI, messages: list) ->
 
 
 def test_an_unfinished_assistant_message_is_continued(client: openai.OpenAI) -> None:
-    assert say(client, [*SUM, {"role": "assistant", "content": "47 + 38"}]) == "= 85."
+    begun = {"role": "assistant", "content": "47 + 38"}
+    for fields in ({}, {"tools": TOOLS}):  # the blank between them belongs to the reply
+        assert say(client, [*SUM, begun], **fields) == " = 85."
+        assert text_of(stream(client, [*SUM, begun], **fields)) == " = 85."
+    assert say(client, [*SUM, begun | {"content": [{"type": "text", "text": "47 + 38"}]}]) == " = 85."
+    assert say(client, [*SUM, begun | {"content": "47 + 38 "}]) == "= 85."
+    assert say(client, [*SUM, begun | {"content": ""}]) == "47 + 38 = 85."
 
 
 def test_the_oldest_turns_of_a_long_history_are_left_out(client: openai.OpenAI) -> None:
@@ -430,6 +439,45 @@ def test_a_call_that_is_cut_off_is_no_call(client: openai.OpenAI) -> None:
     needed = ask(client, BOSTON, tools=TOOLS).usage.completion_tokens
     choice = ask(client, BOSTON, tools=TOOLS, max_tokens=needed - 8).choices[0]
     assert choice.finish_reason == "length"
+
+
+@pytest.mark.parametrize(
+    ("stop", "arguments", "reason"),
+    [
+        ("Bos", '{"location": "', "stop"),
+        ("ton", '{"location": "Bos', "stop"),
+        ("nowhere", '{"location": "Boston"}', "tool_calls"),
+        ("Observation:", '{"location": "Boston"}', "tool_calls"),  # as clients of the format send it
+    ],
+)
+def test_a_call_that_a_stop_string_cuts_off_is_no_call(
+    client: openai.OpenAI, stop: str, arguments: str, reason: str
+) -> None:
+    choice = ask(client, BOSTON, tools=TOOLS, stop=stop).choices[0]
+    assert (choice.message.tool_calls[0].function.arguments, choice.finish_reason) == (arguments, reason)
+    assert finish_of(stream(client, BOSTON, tools=TOOLS, stop=stop)) == reason
+
+
+@pytest.mark.parametrize(
+    ("reply", "content"),
+    [
+        ('Action: look\nAction Input: {"at": 1}', 'Action: look\nAction Input: {"at": 1}'),
+        ('\n Action: look\nAction Input: {"at": 1}\n', 'Action: look\nAction Input: {"at": 1}'),
+        ("Thought: I look.\nAction: look\nAction Input: {}", "I look."),
+        ("Thought: I know.\nFinal Answer: 4", "4"),
+    ],
+)
+@pytest.mark.parametrize("size", [1, 3, 100])
+def test_tools_that_are_not_on_offer_are_not_called(model_and_tokenizer, reply: str, content: str, size: int) -> None:
+    """The model may remember them; the toy model does not, so that its reply is made up here."""
+    _, tokenizer = model_and_tokenizer
+    writer = ChatWriter(0, tokenizer, ReplyReader(), Offer([], "tools"))
+    chunks = [*writer.begin()]
+    for place in range(0, len(reply), size):
+        chunks += writer.write(Piece(reply[place : place + size], []))
+    choice = collect([*chunks, *writer.end("stop")])
+    assert choice["message"] == {"role": "assistant", "content": content, "refusal": None}
+    assert choice["finish_reason"] == "stop"
 
 
 def test_old_functions(client: openai.OpenAI) -> None:

@@ -1,8 +1,9 @@
 """Text completions, and two apps in one process: a chat model beside a base model, each with settings of its own."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 
+import anyio
 import httpx
 import openai
 import pytest
@@ -146,7 +147,7 @@ def test_logprobs(client: openai.OpenAI) -> None:
         shape.tokens, shape.token_logprobs, shape.top_logprobs, shape.text_offset, strict=True
     ):
         assert len(top) == 3 and logprob <= max(top.values())
-        if not token.startswith("bytes:"):
+        if not token.startswith("bytes:"):  # also behind a part of a character
             assert choice.text[offset:].startswith(token)
     assert complete(client, "你", logprobs=0).choices[0].logprobs.top_logprobs[0] == {}
     assert complete(client, "你").choices[0].logprobs is None
@@ -159,6 +160,8 @@ def test_logprobs(client: openai.OpenAI) -> None:
         ({"best_of": 3}, "best_of"),
         ({"echo": True, "logprobs": 1}, "echo"),
         ({"logprobs": 6}, "logprobs"),
+        ({"logprobs": 5, "n": 16, "max_tokens": 8000}, "logprobs"),
+        ({"logprobs": 0, "prompt": ["a"] * 40, "max_tokens": 8000}, "logprobs"),
         ({"prompt": []}, "prompt"),
         ({"prompt": [99999]}, "prompt"),
         ({"prompt": [-1]}, "prompt.0"),
@@ -186,3 +189,45 @@ def test_a_closed_engine_refuses(bundled_chat) -> None:
         assert send(app, "GET", "/health").json() == {"status": "draining"}
         response = send(app, "POST", "/v1/completions", json={"prompt": "The"})
     assert response.status_code == 503 and response.json()["error"]["code"] == "shutting_down"
+
+
+def test_an_engine_that_failed_for_good_is_told_from_one_that_stops(bundled_chat, monkeypatch) -> None:
+    def fail() -> None:
+        raise RuntimeError("out of order")
+
+    with contextlib.closing(Engine(*load_model(bundled_chat, cpu_only=True))) as engine:
+        app = create_app(engine)
+        assert send(app, "GET", "/health").json() == {"status": "ready"}
+        monkeypatch.setattr(engine.scheduler, "_step", fail)
+        assert send(app, "POST", "/v1/completions", json={"prompt": "The"}).status_code == 500
+        engine.scheduler.thread.join(60)
+        health = send(app, "GET", "/health")
+        assert (health.status_code, health.json()) == (503, {"status": "failed"})
+        response = send(app, "POST", "/v1/completions", json={"prompt": "The"})
+    assert response.status_code == 503
+    assert response.json()["error"]["code"] == "engine_failed" and "restarted" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"api_key": ""}, {"api_key": " x"}, {"basic_auth": ""}, {"basic_auth": "anna"}, {"basic_auth": "anna:"}],
+)
+def test_credentials_that_guard_nothing_are_refused(fields: dict) -> None:
+    with pytest.raises(ValueError, match=next(iter(fields))):
+        Settings(**fields)
+
+
+@pytest.mark.parametrize("declared", [{}, {"Content-Length": "99999999"}])
+def test_a_body_that_does_not_arrive_is_not_waited_for(apps: dict[str, FastAPI], declared: dict) -> None:
+    app = create_app(apps["base"].state.service.engine, Settings(body_seconds=0.2))
+
+    async def body() -> AsyncIterator[bytes]:
+        yield b'{"prompt": '
+        await anyio.sleep_forever()
+
+    headers = {"Content-Type": "application/json", **declared}
+    response = send(app, "POST", "/v1/completions", content=body(), headers=headers)
+    assert response.status_code == (413 if declared else 408)
+    assert response.headers["connection"] == "close"
+    if not declared:
+        assert "0.2 seconds" in response.json()["error"]["message"]

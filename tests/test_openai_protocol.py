@@ -2,12 +2,14 @@
 
 import json
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
+from pydantic import ValidationError
 from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import (
@@ -45,6 +47,7 @@ def error_of(response: httpx.Response) -> dict:
         ({"temperature": True}, "temperature", "valid number"),
         ({"top_p": -0.1}, "top_p", "greater than or equal to 0"),
         ({"top_k": 1.5}, "top_k", "integer"),
+        ({"top_k": 10**400}, "top_k", "less than or equal to"),
         ({"repetition_penalty": 0}, "repetition_penalty", "greater than 0"),
         ({"presence_penalty": 3}, "presence_penalty", "2"),
         ({"frequency_penalty": -3}, "frequency_penalty", "-2"),
@@ -62,9 +65,11 @@ def error_of(response: httpx.Response) -> dict:
         ({"logit_bias": {"x": 1}}, "logit_bias.x", "match"),
         ({"logit_bias": {"99999999": 1}}, "logit_bias", "token id"),
         ({"logit_bias": {"1": 101}}, "logit_bias.1", "100"),
+        ({"logit_bias": dict.fromkeys(map(str, range(1025)), 1)}, "logit_bias", "at most 1024"),
         ({"top_logprobs": 1}, "top_logprobs", "logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "20"),
-        ({"messages": []}, "messages", "at least 1"),
+        ({"logprobs": True, "top_logprobs": 20, "n": 16, "max_tokens": 8000}, "logprobs", "fewer"),
+        ({"messages": []}, "messages", "at least 1 item, not 0."),
         ({"messages": "hi"}, "messages", "list"),
         ({"messages": [{"content": "hi"}]}, "messages.0.role", "required"),
         ({"messages": [{"role": "robot", "content": "hi"}]}, "messages.0.role", "'assistant'"),
@@ -142,6 +147,57 @@ def test_bodies_that_are_no_request(server: ServerProcess, path: str, body: byte
     response = httpx.post(f"{server.url}{path}", content=body, headers={"Content-Type": "application/json"})
     assert response.status_code == 400
     error_of(response)
+
+
+def test_numbers_of_any_size(server: ServerProcess) -> None:
+    large = {"top_k": 2**31 - 1, "seed": -(10**400), "max_tokens": 10**400, "max_length": 10**400, "stop": "."}
+    assert post(server, {"messages": HI, "temperature": 0, **large}).status_code == 200
+
+
+WRONG = [1] * 500_000
+WRONG_LISTS = [
+    {"messages": WRONG},
+    {"messages": [{"role": "user", "content": WRONG}]},
+    {"messages": [{"role": "assistant", "tool_calls": WRONG}]},
+    {"messages": HI, "tools": WRONG, "functions": WRONG, "stop": WRONG, "modalities": WRONG},
+    {"messages": HI, "logit_bias": {f"x{number}": 1 for number in range(200_000)}},
+    {"messages": HI * 500_000},
+    {"prompt": [1.5] * 500_000},
+    {"prompt": [[1.5] * 500_000]},
+    {"prompt": [["x"]] * 200_000},
+    {"prompt": ["x"] * 500_000},
+]
+
+
+@pytest.mark.parametrize("fields", WRONG_LISTS)
+def test_half_a_million_mistakes_are_few_errors(fields: dict) -> None:
+    with pytest.raises(ValidationError) as error:
+        (CompletionRequest if "prompt" in fields else ChatCompletionRequest).model_validate(fields)
+    assert error.value.error_count() <= 10
+
+
+def test_half_a_million_mistakes_are_answered(server: ServerProcess) -> None:
+    for fields, param in zip(
+        WRONG_LISTS[:3], ("messages.0", "messages.0.content", "messages.0.tool_calls.0"), strict=True
+    ):
+        response = post(server, fields)
+        assert response.status_code == 400 and error_of(response)["param"].startswith(param)
+
+
+@pytest.mark.parametrize("model", [ChatCompletionRequest, CompletionRequest])
+def test_every_list_stops_at_its_first_mistake(model: type) -> None:
+    def lists(schema: Any) -> Iterator[dict]:
+        if isinstance(schema, dict):
+            if schema.get("type") == "list" and schema["items_schema"]["type"] != "any":
+                yield schema
+            schema = schema.values()
+        elif not isinstance(schema, list | tuple):
+            return
+        for part in list(schema):
+            yield from lists(part)
+
+    found = list(lists(model.__pydantic_core_schema__))
+    assert len(found) >= 4 and all(schema.get("fail_fast") for schema in found)
 
 
 def test_other_errors(server: ServerProcess) -> None:

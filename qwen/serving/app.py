@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from anyio import to_thread
@@ -54,8 +54,12 @@ class Settings:
         api_key: key that is asked for.
         cors_origins: web pages from there may ask, "*" for all.
         max_request_bytes: of one request's body.
+        body_seconds: it may take so long to arrive.
         max_messages: of one conversation.
         drain_seconds: replies that are being written when the server stops get so long to come to their end.
+
+    Raises:
+        ValueError: credentials that would let in whoever sends none, or nobody.
     """
 
     model_name: str | None = None
@@ -63,8 +67,15 @@ class Settings:
     api_key: str | None = None
     cors_origins: tuple[str, ...] = ()
     max_request_bytes: int = 4 * 2**20
+    body_seconds: float = 30.0
     max_messages: int = 1024
     drain_seconds: float = 30.0
+
+    def __post_init__(self) -> None:
+        if self.basic_auth is not None and not all(self.basic_auth.partition(":")):
+            raise ValueError("basic_auth is USER:PASSWORD, a user and a password with a colon between them.")
+        if self.api_key is not None and not (self.api_key and self.api_key == self.api_key.strip()):
+            raise ValueError("api_key is a text, with no blanks around it.")
 
 
 class Service:
@@ -85,6 +96,12 @@ class Service:
         }
         told_apart_by = f"{engine.model.config.to_json_string()} {engine.model.dtype} {torch.__version__}"
         self.fingerprint = "fp_" + hashlib.sha256(told_apart_by.encode()).hexdigest()[:12]
+
+    @property
+    def status(self) -> Literal["ready", "draining", "failed"]:
+        if self.engine.failed:
+            return "failed"
+        return "draining" if self.draining else "ready"
 
     async def answer(
         self, request: Request, body: SamplingFields, envelope: Envelope, understand: Callable[..., Plan], *args: Any
@@ -157,7 +174,7 @@ def create_app(engine: Engine, settings: Settings | None = None) -> FastAPI:
     if settings.basic_auth is not None or settings.api_key is not None:
         credentials = {"basic": settings.basic_auth, "key": settings.api_key}
         middleware.append(Middleware(Authentication, open_paths=[HEALTH], **credentials))
-    middleware.append(Middleware(BodyLimit, max_bytes=settings.max_request_bytes))
+    middleware.append(Middleware(BodyLimit, max_bytes=settings.max_request_bytes, seconds=settings.body_seconds))
     app = FastAPI(
         title="Qwen",
         description="An OpenAI-compatible server of one first-generation Qwen model.",
@@ -183,10 +200,11 @@ def _routes(service: Service) -> APIRouter:
                 status: {"model": ErrorResponse, "description": description}
                 for status, description in {
                     400: "A field that is wrong",
+                    408: "The body did not arrive in time",
                     413: "Too large",
                     415: "Not JSON",
                     429: "The queue is full",
-                    503: "The server shuts down",
+                    503: "The server shuts down, or its model has failed for good",
                 }.items()
             },
         },
@@ -225,8 +243,8 @@ def _routes(service: Service) -> APIRouter:
     @router.get(HEALTH, tags=["operation"], response_model=Health, responses={503: {"model": Health}})
     async def health() -> Response:
         """Whether requests are taken; needs no credentials."""
-        status = "draining" if service.draining else "ready"
-        return Response(to_json({"status": status}), 503 if service.draining else 200, media_type="application/json")
+        status = service.status
+        return Response(to_json({"status": status}), 200 if status == "ready" else 503, media_type="application/json")
 
     @router.get(
         "/metrics", tags=["operation"], response_class=Response, responses={200: {"content": {"text/plain": {}}}}

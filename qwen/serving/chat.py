@@ -12,9 +12,12 @@ import uuid
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal, NamedTuple
 
+from pydantic_core import from_json
+
 from ..qwen_generation_utils import make_context
 from ..react import (
     ACTION,
+    ACTION_INPUT,
     STOP_WORD,
     CallDelta,
     ContentDelta,
@@ -24,7 +27,7 @@ from ..react import (
     parse_messages,
 )
 from ..tokenization_qwen import QWenTokenizer
-from .choices import Choice, Chunk, Envelope, Plan, sampling_params
+from .choices import Choice, Chunk, Envelope, Plan, check_room, sampling_params
 from .constraints import ConstraintFactory
 from .engine import Engine
 from .errors import invalid
@@ -61,6 +64,7 @@ def plan(request: ChatCompletionRequest, engine: Engine, constraints: Constraint
             no chat model.
     """
     _check(request, engine)
+    check_room(engine, request.choices)
     offer = _offer(request)
     messages = [message.model_dump(exclude_none=True) for message in request.messages]
     prompt_ids, continues = _prompt(messages, offer.functions, engine)
@@ -68,20 +72,26 @@ def plan(request: ChatCompletionRequest, engine: Engine, constraints: Constraint
         message["role"] in ("tool", "function") or message.get("tool_calls") or message.get("function_call")
         for message in messages
     )
-    stop = request.stop_strings
-    if uses_react:
-        # Without tools on offer the model may still remember those of an earlier turn.
-        stop = [*stop, f"\n{STOP_WORD}" if offer.functions else f"\n{ACTION}"]
+    # Also without tools on offer: the model may remember those of an earlier turn.
+    stop = [*request.stop_strings, f"\n{STOP_WORD}"] if uses_react else request.stop_strings
     top_logprobs = (request.top_logprobs or 0) if request.logprobs else None
     max_tokens = request.max_completion_tokens or request.max_tokens
-    settings = sampling_params(engine, request, len(prompt_ids), max_tokens=max_tokens, top_logprobs=top_logprobs)
+    (settings,) = sampling_params(engine, request, [len(prompt_ids)], max_tokens=max_tokens, top_logprobs=top_logprobs)
+    # The blank in front of a reply that goes on from a message belongs to it, unless the message brings it along.
+    said = _text(messages[-1]) if messages[-1]["role"] == "assistant" else ""
+    lstrip = not said or said[-1].isspace()
     choices = []
     for index, params in enumerate(settings):
         reader = ReplyReader(continues) if uses_react else None
-        writer = ChatWriter(index, engine.tokenizer, reader, offer)
+        writer = ChatWriter(index, engine.tokenizer, reader, offer, bool(request.stop_strings))
         constraint = _constraint(request, offer, continues, constraints)
-        choices.append(Choice(prompt_ids, params, writer, stop, True, True, constraint))
+        choices.append(Choice(prompt_ids, params, writer, stop, lstrip, True, constraint))
     return Plan(choices, len(prompt_ids), "messages")
+
+
+def _text(message: dict[str, Any]) -> str:
+    content = message.get("content") or ""
+    return content if isinstance(content, str) else "\n".join(part["text"] for part in content)
 
 
 def _check(request: ChatCompletionRequest, engine: Engine) -> None:
@@ -183,12 +193,16 @@ class ChatWriter:
         index: of the choice.
         reader: of the models' tool format, where the reply may be in it.
         offer: the tools on offer, and the dialect to speak of calls in.
+        has_stop: the request has stop strings of its own, which may end a reply in the midst of a call.
     """
 
-    def __init__(self, index: int, tokenizer: QWenTokenizer, reader: ReplyReader | None, offer: Offer):
-        self.index, self.tokenizer, self.reader, self.offer = index, tokenizer, reader, offer
+    def __init__(
+        self, index: int, tokenizer: QWenTokenizer, reader: ReplyReader | None, offer: Offer, has_stop: bool = False
+    ):
+        self.index, self.tokenizer, self.reader, self.offer, self.has_stop = index, tokenizer, reader, offer, has_stop
         self.tokens: list[TokenLogprob] = []  # that no chunk has carried yet
-        self.called = False
+        self.arguments: list[str] | None = None  # of the call, if there is one
+        self.spoke = False
 
     def begin(self) -> Iterable[Chunk]:
         return [self._chunk({"role": "assistant", "content": ""})]
@@ -201,24 +215,39 @@ class ChatWriter:
 
     def end(self, reason: str) -> Iterable[Chunk]:
         yield from self._chunks(self.reader.finish() if self.reader is not None else [])
-        if self.called and reason == "stop":  # a call that was cut off is no call
+        if reason == "stop" and self._called():
             reason = "tool_calls" if self.offer.dialect == "tools" else "function_call"
         yield self._chunk({}, reason)
 
     def _chunks(self, deltas: Iterable[Delta]) -> Iterator[Chunk]:
         for delta in deltas:
             if isinstance(delta, ContentDelta):
+                self.spoke = True
                 yield self._chunk({"content": delta.text})
             elif self.offer.functions:
                 yield from map(self._chunk, self._call(delta))
+            elif not self.spoke:  # tools of an earlier turn: the model's words are more than nothing at all
+                named = "" if delta.name is None else f"{ACTION} {delta.name}\n{ACTION_INPUT} "
+                yield self._chunk({"content": named + delta.arguments})
+
+    def _called(self) -> bool:
+        """Whether there is a call. One that a stop string of the request cut off is none."""
+        if self.arguments is None:
+            return False
+        try:
+            from_json("".join(self.arguments))
+        except ValueError:
+            return not self.has_stop  # else it is what the model takes for JSON
+        return True
 
     def _call(self, delta: CallDelta) -> Iterator[dict[str, Any]]:
         head: dict[str, Any] = {}
         if delta.name is not None:
-            self.called = True
+            self.arguments = []
             head = {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function"}
         function = {} if delta.name is None else {"name": delta.name}
         function["arguments"] = delta.arguments
+        self.arguments.append(delta.arguments)
         if self.offer.dialect == "functions":
             yield {"function_call": function}
         else:

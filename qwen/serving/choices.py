@@ -22,11 +22,15 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from .engine import Engine, TextStream
-from .errors import ApiError, from_engine, invalid, server_error, shutting_down
+from .errors import ApiError, cut_off, engine_failed, from_engine, invalid, server_error
 from .metrics import CLIENT_GONE, Metrics
 from .protocol import SamplingFields
 from .sampler import Constraint, SamplingParams
 from .text import Piece
+
+# Entries of log-probabilities in one answer, at about 100 bytes of JSON: what a whole context with 20 a token comes to
+# fits.
+MAX_LOGPROBS = 2**18
 
 Chunk = dict[str, Any]
 
@@ -95,16 +99,29 @@ class Envelope:
         }
 
 
+def check_room(engine: Engine, choices: int) -> None:
+    """Raises ApiError for more choices than the server has places, before there is work on any of them."""
+    capacity = engine.max_batch_size + engine.max_queue
+    if choices > capacity:
+        raise invalid(f"{choices} choices are asked for in one request, and this server takes {capacity} at most.")
+
+
 def sampling_params(
-    engine: Engine, request: SamplingFields, prompt_tokens: int, **overrides: Any
-) -> list[SamplingParams]:
-    """The settings of each choice of a request.
+    engine: Engine,
+    request: SamplingFields,
+    prompt_lengths: Sequence[int],
+    *,
+    max_tokens: int | None,
+    top_logprobs: int | None,
+) -> list[list[SamplingParams]]:
+    """The settings of a request's choices, for each prompt those of its `n`.
 
     Args:
-        overrides: fields of SamplingParams that the two endpoints have different names for.
+        prompt_lengths: in tokens.
+        max_tokens, top_logprobs: of SamplingParams; the two endpoints have different names for them.
 
     Raises:
-        ApiError: settings that are out of range for this model.
+        ApiError: settings that are out of range for this model, log-probabilities without measure.
     """
     bias = {int(token): value for token, value in (request.logit_bias or {}).items()}
     if unknown := [token for token in bias if token >= len(engine.tokenizer)]:
@@ -112,8 +129,7 @@ def sampling_params(
             f"logit_bias: {unknown[0]} is no token id of this model, they go from 0 to {len(engine.tokenizer) - 1}.",
             "logit_bias",
         )
-    max_tokens = overrides.pop("max_tokens", request.max_tokens)
-    settings = {
+    settings: dict[str, Any] = {
         "temperature": request.temperature,
         "top_p": request.top_p,
         "top_k": None if request.top_k is None else max(request.top_k, 0),
@@ -121,26 +137,43 @@ def sampling_params(
         "presence_penalty": request.presence_penalty,
         "frequency_penalty": request.frequency_penalty,
         "logit_bias": bias or None,
-        "max_tokens": max_tokens,
-        **overrides,
+        "top_logprobs": top_logprobs,
     }
     if request.top_p == 0:  # no probability but the likeliest token's: greedy
         settings |= {"top_p": None, "temperature": 0.0}
-    if request.max_length is not None:
-        room = request.max_length - prompt_tokens
-        if room < 1:
-            raise invalid(
-                f"max_length counts the prompt too, which has {prompt_tokens} tokens: ask for more than that.",
-                "max_length",
-            )
-        settings["max_tokens"] = room if max_tokens is None else min(room, max_tokens)
+    seeds = [None if request.seed is None else request.seed + index for index in range(request.choices)]
     try:
-        return [
-            engine.params(**settings, seed=None if request.seed is None else request.seed + index)
-            for index in range(request.choices)
+        params = [
+            [engine.params(**settings, max_tokens=most, seed=seed) for seed in seeds]
+            for most in (_max_tokens(request, length, max_tokens) for length in prompt_lengths)
         ]
     except ValueError as error:
         raise invalid(str(error), str(error).split()[0]) from error
+    if top_logprobs is not None:
+        tokens = sum(
+            min(each.max_tokens, engine.context_length - length)
+            for length, of_prompt in zip(prompt_lengths, params, strict=True)
+            for each in of_prompt
+        )
+        if tokens * (1 + top_logprobs) > MAX_LOGPROBS:
+            raise invalid(
+                f"The choices may come to {tokens} tokens, with {1 + top_logprobs} log-probabilities each, and one "
+                f"answer takes {MAX_LOGPROBS} of them at most: ask for fewer tokens, choices or log-probabilities.",
+                "logprobs",
+            )
+    return params
+
+
+def _max_tokens(request: SamplingFields, prompt_tokens: int, max_tokens: int | None) -> int | None:
+    if request.max_length is None:
+        return max_tokens
+    room = request.max_length - prompt_tokens
+    if room < 1:
+        raise invalid(
+            f"max_length counts the prompt too, which has {prompt_tokens} tokens: ask for more than that.",
+            "max_length",
+        )
+    return room if max_tokens is None else min(room, max_tokens)
 
 
 class Generation:
@@ -151,11 +184,6 @@ class Generation:
     """
 
     def __init__(self, engine: Engine, plan: Plan, metrics: Metrics):
-        capacity = engine.max_batch_size + engine.max_queue
-        if len(plan.choices) > capacity:
-            raise invalid(
-                f"{len(plan.choices)} choices are asked for in one request, and this server takes {capacity} at most."
-            )
         self.plan, self.metrics = plan, metrics
         self.streams: list[TextStream] = []
         try:
@@ -167,7 +195,8 @@ class Generation:
         except Exception as error:
             for stream in self.streams:
                 stream.cancel()
-            if (answer := from_engine(error, plan.prompt_param)) is None:
+            answer = engine_failed() if engine.failed else from_engine(error, plan.prompt_param)
+            if answer is None:
                 raise
             raise answer from error
         self.closed = False
@@ -211,7 +240,7 @@ class Generation:
                 if item is not None:
                     chunks = writers[index].write(item)
                 elif (reason := self.streams[index].finish_reason) == "cancelled":
-                    raise shutting_down()  # nobody else cancels a stream that is being read
+                    raise cut_off()  # by the drain: nobody else cancels a stream that is being read
                 else:
                     chunks = writers[index].end(reason)
                     running -= 1

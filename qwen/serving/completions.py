@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from ..tokenization_qwen import QWenTokenizer
-from .choices import Choice, Chunk, Envelope, Plan, sampling_params
+from .choices import Choice, Chunk, Envelope, Plan, check_room, sampling_params
 from .engine import Engine
 from .errors import invalid
 from .logprobs import CompletionLogprobs
@@ -28,26 +28,31 @@ def plan(request: CompletionRequest, engine: Engine) -> Plan:
         raise invalid("best_of must equal n: every choice is returned, none is ranked.", "best_of")
     if request.echo and request.logprobs is not None:
         raise invalid("echo and logprobs do not go together: there are no log-probabilities of prompts.", "echo")
+    texts = _texts(request)
+    check_room(engine, len(texts) * request.choices)
+    prompts = _prompts(texts, engine.tokenizer)
+    lengths = [len(ids) for ids in prompts]
+    settings = sampling_params(engine, request, lengths, max_tokens=request.max_tokens, top_logprobs=request.logprobs)
     choices: list[Choice] = []
-    prompts = _prompts(request, engine.tokenizer)
-    for ids in prompts:
+    for ids, params_of_prompt in zip(prompts, settings, strict=True):
         echo = engine.tokenizer.decode(ids) if request.echo else ""
-        for params in sampling_params(engine, request, len(ids), top_logprobs=request.logprobs):
+        for params in params_of_prompt:
             writer = TextWriter(len(choices), engine.tokenizer, echo)
             choices.append(Choice(ids, params, writer, request.stop_strings))
-    return Plan(choices, sum(map(len, prompts)), "prompt")
+    return Plan(choices, sum(lengths), "prompt")
 
 
-def _prompts(request: CompletionRequest, tokenizer: QWenTokenizer) -> list[list[int]]:
-    """The token ids of each prompt. Control tokens in a text are control tokens: whoever sends it writes all of it."""
+def _texts(request: CompletionRequest) -> list[str] | list[list[int]]:
+    """The prompts, as text or token ids."""
     prompt = request.prompt
     if isinstance(prompt, str) or prompt is None:
-        prompts: list[str | list[int]] = [prompt or ""]
-    elif isinstance(prompt[0], int):
-        prompts = [prompt]
-    else:
-        prompts = prompt
-    encoded = [tokenizer.encode(text) if isinstance(text, str) else text for text in prompts]
+        return [prompt or ""]
+    return [prompt] if isinstance(prompt[0], int) else prompt
+
+
+def _prompts(texts: list[str] | list[list[int]], tokenizer: QWenTokenizer) -> list[list[int]]:
+    """The token ids of each prompt. Control tokens in a text are control tokens: whoever sends it writes all of it."""
+    encoded = [tokenizer.encode(text) if isinstance(text, str) else text for text in texts]
     for ids in encoded:
         if unknown := [token for token in ids if token >= len(tokenizer)]:
             raise invalid(

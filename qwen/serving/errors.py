@@ -18,6 +18,7 @@ from starlette.responses import Response
 
 from .engine import EngineError, PromptTooLong, QueueFull, SchedulerClosed
 
+MAX_ERRORS = 100  # of one request that are looked at: the first one is reported, with its alternatives
 RETRY_SECONDS = 1  # a place in the queue becomes free about every so often, a slot more seldom
 
 
@@ -86,6 +87,24 @@ def shutting_down() -> ApiError:
     )
 
 
+def cut_off() -> ApiError:
+    return ApiError(
+        503,
+        "The server is shutting down and did not wait for the end of this reply: what there is of it breaks off.",
+        type="server_error",
+        code="shutting_down",
+    )
+
+
+def engine_failed() -> ApiError:
+    return ApiError(
+        503,
+        "The model of this server has failed for good; its log says why. It takes no requests until it is restarted.",
+        type="server_error",
+        code="engine_failed",
+    )
+
+
 def server_error() -> ApiError:
     # What exactly failed is for the log, not for whoever asks.
     return ApiError(500, "The server failed to answer. Its log says why.", type="server_error")
@@ -101,7 +120,7 @@ def from_validation(errors: Sequence[Mapping[str, Any]], body: Any) -> ApiError:
         errors: as `ValidationError.errors()` has them.
         body: what was validated.
     """
-    located = [(_path(error["loc"], body, error["type"]), error) for error in errors]
+    located = [(_path(error["loc"], body, error["type"]), error) for error in errors[:MAX_ERRORS]]
     first = located[0][0]
     located = [(path, error) for path, error in located if path[: len(first)] == first]
     of_right_type = [(path, error) for path, error in located if not error["type"].endswith("_type")]
@@ -136,7 +155,7 @@ def _reason(error: Mapping[str, Any]) -> str:
     if error["type"].startswith(("model_", "dict_type", "dataclass_")):
         reason = "should be an object"
     else:
-        reason = error["msg"].removesuffix(" after validation")
+        reason = error["msg"].replace(" after validation", "")
         for subject in ("Value error, ", "Input ", "String ", "List ", "Dictionary "):
             reason = reason.removeprefix(subject)
     given = error.get("input")

@@ -67,6 +67,15 @@ class CompletionLogprobs:
             shape["tokens"].append(token_text(content))
             shape["token_logprobs"].append(max(token.logprob, LOWEST))
             shape["top_logprobs"].append(likeliest)
-            shape["text_offset"].append(self.offset)
-            self.offset += len(self.decoder.decode(content))
+            new = self.decoder.decode(content)
+            self.offset += len(new)
+            shape["text_offset"].append(self.offset - len(_own(content, new)))
         return shape
+
+
+def _own(content: bytes, new: str) -> str:
+    """What of the text that a token made certain is its own: not the replacement of a character that broke off."""
+    try:
+        return codecs.getincrementaldecoder("utf-8")().decode(content)
+    except UnicodeDecodeError:  # the rest of a character
+        return new

@@ -9,14 +9,21 @@ Source: https://platform.openai.com/docs/api-reference; beyond it the reference 
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 MAX_CHOICES = 16
 MAX_STOP = 16
 MAX_TOOLS = 128
 MAX_PROMPTS = 128
+MAX_BIASES = 1024
+MAX_MESSAGES = 16384  # a server allows fewer; this bounds what is read before it can look
+MAX_TOP_K = 2**31 - 1
+
+T = TypeVar("T")
+# Half a million wrong elements would be as many errors, of some kilobytes each.
+Array = Annotated[list[T], Field(fail_fast=True)]
 
 
 class Fields(BaseModel):
@@ -27,6 +34,20 @@ class Fields(BaseModel):
 
 StopString = Annotated[str, Field(min_length=1, max_length=1000)]
 TokenId = Annotated[str, Field(pattern="^[0-9]{1,9}$")]
+
+
+def _few(bias: Any) -> Any:
+    """Before the entries are looked at: a dict reports every one that is wrong."""
+    if isinstance(bias, dict) and len(bias) > MAX_BIASES:
+        raise ValueError(f"should have at most {MAX_BIASES} entries, not {len(bias)}")
+    return bias
+
+
+LogitBias = Annotated[
+    dict[TokenId, Annotated[float, Field(ge=-100, le=100)]],
+    Field(json_schema_extra={"maxProperties": MAX_BIASES}),
+    BeforeValidator(_few),
+]
 FunctionName = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^\S([^\r\n]*\S)?$")]
 
 
@@ -43,18 +64,16 @@ class SamplingFields(Fields):
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = Field(None, description="so many choices")
     max_tokens: Annotated[int, Field(ge=1)] | None = Field(None, description="new tokens at most")
     max_length: Annotated[int, Field(ge=1)] | None = Field(None, description="tokens of prompt and reply at most")
-    stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOP)] | None = Field(
+    stop: StopString | Annotated[Array[StopString], Field(max_length=MAX_STOP)] | None = Field(
         None, description="strings that end a reply; they are not part of it"
     )
     temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(None, description="below 0.01 is greedy")
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1)] | None = Field(None, description="0 and -1 are off")
+    top_k: Annotated[int, Field(ge=-1, le=MAX_TOP_K)] | None = Field(None, description="0 and -1 are off")
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    logit_bias: dict[TokenId, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
-        None, description="token id → added to its logit"
-    )
+    logit_bias: LogitBias | None = Field(None, description="token id → added to its logit")
     seed: int | None = Field(None, description="the same seed and request give the same answer")
 
     @property
@@ -87,9 +106,9 @@ class ToolCall(Fields):
 
 class ChatMessage(Fields):
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | list[TextPart] | None = None
+    content: str | Array[TextPart] | None = None
     name: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Annotated[Array[ToolCall], Field(max_length=MAX_TOOLS)] | None = None
     tool_call_id: str | None = None
     function_call: FunctionCall | None = None
 
@@ -153,33 +172,33 @@ class JsonSchemaFormat(Fields):
 
 
 class ChatCompletionRequest(SamplingFields):
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[Array[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = Field(None, description="counts before max_tokens")
-    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    tools: Annotated[Array[Tool], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = Field(None, description="accepted; the model calls one tool a turn")
-    functions: Annotated[list[LegacyFunction], Field(max_length=MAX_TOOLS)] | None = None
+    functions: Annotated[Array[LegacyFunction], Field(max_length=MAX_TOOLS)] | None = None
     function_call: Literal["none", "auto"] | NamedFunction | None = None
     response_format: Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")] | None = (
         None
     )
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = Field(None, description="needs logprobs")
-    modalities: list[Literal["text"]] | None = None
+    modalities: Array[Literal["text"]] | None = None
 
 
 # Text
 
 
-PromptIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+PromptIds = Annotated[Array[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 
 
 class CompletionRequest(SamplingFields):
     prompt: (
         str
-        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[Array[str], Field(min_length=1, max_length=MAX_PROMPTS)]
         | PromptIds
-        | Annotated[list[PromptIds], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[Array[PromptIds], Field(min_length=1, max_length=MAX_PROMPTS)]
         | None
     ) = Field(None, description="text, token ids, or a list of either; without one, the beginning of a document")
     echo: bool | None = Field(None, description="the prompt in front of the reply")

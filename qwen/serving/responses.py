@@ -155,4 +155,4 @@ class ModelList(TypedDict):
 
 
 class Health(TypedDict):
-    status: Literal["ready", "draining"]
+    status: Literal["ready", "draining", "failed"]

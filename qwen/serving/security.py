@@ -1,4 +1,4 @@
-"""Who may ask, and how much at once: credentials and the size of a request.
+"""Who may ask, how much at once and how slowly: credentials, the size of a request and the time it takes to come.
 
 Revolves around two ASGI middlewares that stand in front of everything else. Neither looks into a body or an answer,
 so that streams pass through as they are.
@@ -6,8 +6,10 @@ so that streams pass through as they are.
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
+import contextlib
 import hmac
 from collections.abc import Collection
 
@@ -65,31 +67,52 @@ class Authentication:
 
 
 class BodyLimit:
-    """Refuses bodies of more than so many bytes, whether their length is declared or found out."""
+    """Refuses bodies of more than so many bytes, whether their length is declared or found out, and such as take longer
+    to arrive than so many seconds."""
 
-    def __init__(self, app: ASGIApp, max_bytes: int):
-        self.app, self.max_bytes = app, max_bytes
+    def __init__(self, app: ASGIApp, max_bytes: int, seconds: float):
+        self.app, self.max_bytes, self.seconds = app, max_bytes, seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        received = 0
+        received, complete = 0, False
+        deadline = asyncio.get_running_loop().time() + self.seconds
+        close = {"Connection": "close"}  # what is left of the body is not read
         error = ApiError(
-            413, f"The request is larger than the {self.max_bytes} bytes that this server takes.", code="too_large"
+            413,
+            f"The request is larger than the {self.max_bytes} bytes that this server takes.",
+            code="too_large",
+            headers=close,
         )
 
+        async def arriving() -> Message:
+            try:
+                async with asyncio.timeout_at(deadline):
+                    return await receive()
+            except TimeoutError:
+                raise ApiError(
+                    408,
+                    f"The body of the request did not arrive within {self.seconds:g} seconds.",
+                    code="timeout",
+                    headers=close,
+                ) from None
+
         async def linger() -> None:
-            dropped = 0
-            while dropped < LINGER_BYTES:
-                message = await receive()
-                dropped += len(message.get("body", b""))
-                if not message.get("more_body"):
-                    return
+            dropped, more = 0, True
+            with contextlib.suppress(ApiError):
+                while more and dropped < LINGER_BYTES:
+                    message = await arriving()
+                    dropped += len(message.get("body", b""))
+                    more = message.get("more_body")
 
         async def limited() -> Message:
-            nonlocal received
-            message = await receive()
+            nonlocal received, complete
+            if complete:  # what comes now is that the client leaves
+                return await receive()
+            message = await arriving()
+            complete = not message.get("more_body")
             if message["type"] == "http.request":
                 received += len(message.get("body", b""))
                 if received > self.max_bytes:
