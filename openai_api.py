@@ -9,6 +9,7 @@ Everything that is printed goes to standard error, but for uvicorn's line a requ
 
 import argparse
 import os
+import re
 import socket
 import sys
 import threading
@@ -49,6 +50,13 @@ def seconds(text: str) -> float:
     raise argparse.ArgumentTypeError(f"a number of seconds from 0 on is needed, not {text!r}")
 
 
+def origin(text: str) -> str:
+    """The type of an argument that names where web pages come from."""
+    if text == "*" or re.fullmatch(r"https?://[^/\s]+", text):
+        return text
+    raise argparse.ArgumentTypeError(f"an origin such as http://localhost:3000, or *, is needed, not {text!r}")
+
+
 def parse_arguments() -> argparse.Namespace:
     """The command line, and what the environment says in its place."""
     parser = argparse.ArgumentParser(
@@ -73,6 +81,7 @@ def parse_arguments() -> argparse.Namespace:
         "--cors-origin",
         action="append",
         default=[],
+        type=origin,
         metavar="ORIGIN",
         help="let web pages from there ask, such as http://localhost:3000, or * for all; may be repeated",
     )
@@ -164,6 +173,9 @@ def serve(model: Any, tokenizer: Any, arguments: argparse.Namespace, bound: sock
             note("Anybody who reaches this address can use it: --api-key KEY asks for a key.")
 
     def draining() -> None:
+        if not sum(engine.load()):
+            note("Stopping.")
+            return
         note(f"Stopping: replies get {settings.drain_seconds:g} s to come to their end. A second Ctrl-C stops at once.")
 
     config = uvicorn.Config(app, timeout_graceful_shutdown=LAST_BYTES_SECONDS)

@@ -250,7 +250,7 @@ def main() -> int:
     except openai.APIConnectionError:
         print(
             f"Nobody answers at {arguments.base_url}: start the server (python openai_api.py), or name another "
-            "with --base-url.",
+            "with --base-url (such as http://localhost:8000/v1).",
             file=sys.stderr,
         )
         return 1

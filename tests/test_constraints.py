@@ -351,6 +351,15 @@ def test_constraints_are_independent(factory, tokenizer):
     assert all(only_the_end(constraint, tokenizer) for constraint in constraints)
 
 
+def test_a_copy_goes_its_own_way(factory, tokenizer):
+    first = factory.json_schema({"enum": ["yes", "no"]})
+    follow(first, tokenizer, '"')
+    second = first.copy()
+    follow(first, tokenizer, 'yes"')
+    follow(second, tokenizer, 'no"')
+    assert only_the_end(first, tokenizer) and only_the_end(second, tokenizer)
+
+
 def test_a_token_that_was_not_allowed(factory, tokenizer):
     for token in (tokenizer.encode("x")[0], tokenizer.im_end_id, tokenizer.im_start_id, len(tokenizer), 10**6):
         constraint = factory.json_object()

@@ -28,12 +28,11 @@ from ..react import (
 )
 from ..tokenization_qwen import QWenTokenizer
 from .choices import Choice, Chunk, Envelope, Plan, check_room, sampling_params
-from .constraints import ConstraintFactory
+from .constraints import ConstraintFactory, GrammarConstraint
 from .engine import Engine
 from .errors import invalid
 from .logprobs import chat_logprobs
 from .protocol import ChatCompletionRequest, JsonObjectFormat, JsonSchemaFormat, NamedFunction, NamedTool
-from .sampler import Constraint
 from .text import Piece, TokenLogprob
 
 Dialect = Literal["tools", "functions"]
@@ -80,12 +79,13 @@ def plan(request: ChatCompletionRequest, engine: Engine, constraints: Constraint
     # The blank in front of a reply that goes on from a message belongs to it, unless the message brings it along.
     said = _text(messages[-1]) if messages[-1]["role"] == "assistant" else ""
     lstrip = not said or said[-1].isspace()
+    constraint = _constraint(request, offer, continues, constraints)
     choices = []
     for index, params in enumerate(settings):
         reader = ReplyReader(continues) if uses_react else None
         writer = ChatWriter(index, engine.tokenizer, reader, offer, bool(request.stop_strings))
-        constraint = _constraint(request, offer, continues, constraints)
-        choices.append(Choice(prompt_ids, params, writer, stop, lstrip, True, constraint))
+        own = None if constraint is None else constraint.copy()
+        choices.append(Choice(prompt_ids, params, writer, stop, lstrip, True, own))
     return Plan(choices, len(prompt_ids), "messages")
 
 
@@ -159,7 +159,7 @@ def _param(message: str) -> str:
 
 def _constraint(
     request: ChatCompletionRequest, offer: Offer, continues: bool, constraints: ConstraintFactory
-) -> Constraint | None:
+) -> GrammarConstraint | None:
     """What the reply may consist of, if that is prescribed."""
     wanted = request.response_format
     schema, param = None, "response_format"

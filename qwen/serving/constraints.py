@@ -44,6 +44,12 @@ class GrammarConstraint:
         if self._matcher.is_error():
             raise ValueError(_error(self._matcher))
 
+    def copy(self) -> GrammarConstraint:
+        """Another one that stands where this one does; cheaper than to build the grammar again."""
+        twin = object.__new__(GrammarConstraint)
+        twin._matcher = self._matcher.deep_copy()
+        return twin
+
     def allowed(self) -> torch.Tensor:
         """Tokens that may come next, (vocab_size,) bool. Once the text may end the end tokens are among them, and once
         it must, nothing else is. Raises ConstraintError where the text led to what llguidance finds too complex."""

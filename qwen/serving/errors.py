@@ -189,7 +189,9 @@ def _of_http(request: Request, error: HTTPException) -> ApiError:
     """The errors that the framework finds itself."""
     what = f"{request.method} {request.url.path}"
     if error.status_code == 404:
-        return ApiError(404, f"There is nothing at {what}. /docs lists what there is.", code="unknown_url")
+        return ApiError(
+            404, f"There is nothing at {what}. The API is below /v1, and /docs lists what there is.", code="unknown_url"
+        )
     if error.status_code == 405:
         allowed = (error.headers or {}).get("Allow", "another method")
         return ApiError(
