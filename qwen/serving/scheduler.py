@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 SHORTEST_REACH = 512  # tokens; the reaches of the caches are this times powers of 4
 PREFILL_TOKENS = 1024  # encoded between two decoding steps: longer prompts come in pieces, short ones share a forward
+# Parameters from which on the cores of a CPU share the work. Below, they would spend their time waiting for each other.
+SHARED_FROM = 50_000_000
 MEMORY_SHARE = 0.9  # of the memory that is free once the model is loaded
 
 
@@ -191,6 +193,8 @@ class Scheduler:
 
     @torch.inference_mode()
     def _run(self) -> None:
+        if self.device.type == "cpu" and self.model.num_parameters() < SHARED_FROM:
+            torch.set_num_threads(1)
         error: Exception | None = None
         try:
             while self._wait_for_work():
