@@ -4,9 +4,9 @@
 
 Starts openai_api.py twice with the bundled chat model, or another one: once as it is, once with one slot
 (--max-batch-size 1), which is how the published server worked. Both get the same greedy requests from sixteen clients,
-and each answer is compared with the one that the same request got alone. Two kinds of requests: questions that the
-bundled model answers in 4 to 48 tokens, and replies that are held open (the end tokens are banned by logit_bias) until
-they have 128. Medians of three rounds.
+and each answer is compared with the one that the same request got alone. Three kinds of requests: questions that the
+bundled model answers in 4 to 48 tokens, whole and streamed, and streamed replies that are held open (the end tokens are
+banned by logit_bias) until they have 128. Medians of three rounds.
 """
 
 import argparse
@@ -45,7 +45,7 @@ QUESTIONS = (
 class Answer(NamedTuple):
     text: str
     tokens: int
-    first_token: float  # seconds
+    first_token: float  # seconds; of a whole answer, all of it
 
 
 class Measurement(NamedTuple):
@@ -74,6 +74,8 @@ def server(*arguments: str) -> Iterator[int]:
                     break
             except OSError:
                 time.sleep(0.1)
+        else:
+            raise TimeoutError("The server did not become ready within a minute.")
         yield port
     finally:
         process.terminate()
@@ -81,19 +83,23 @@ def server(*arguments: str) -> Iterator[int]:
 
 
 def ask(port: int, request: dict) -> Answer:
-    """One streamed request."""
+    """One request, streamed or not."""
     connection = http.client.HTTPConnection("127.0.0.1", port)
     started, first, text, usage = time.perf_counter(), None, "", {}
-    request = request | {"stream": True, "stream_options": {"include_usage": True}}
     connection.request("POST", "/v1/chat/completions", json.dumps(request), {"Content-Type": "application/json"})
-    for line in connection.getresponse():
-        if line.startswith(b"data: {"):
-            chunk = json.loads(line[6:])
-            usage = chunk["usage"] or usage
-            for choice in chunk["choices"]:
-                if content := choice["delta"].get("content"):
-                    first = first or time.perf_counter() - started
-                    text += content
+    response = connection.getresponse()
+    if "stream" in request:
+        for line in response:
+            if line.startswith(b"data: {"):
+                chunk = json.loads(line[6:])
+                usage = chunk["usage"] or usage
+                for choice in chunk["choices"]:
+                    if content := choice["delta"].get("content"):
+                        first = first or time.perf_counter() - started
+                        text += content
+    else:
+        answer = json.load(response)
+        text, usage = answer["choices"][0]["message"]["content"], answer["usage"]
     connection.close()
     return Answer(text, usage["completion_tokens"], first or time.perf_counter() - started)
 
@@ -120,11 +126,16 @@ def main() -> None:
     common = ["--max-queue", "256", *(["--cpu-only"] if arguments.cpu_only else [])]
     common += ["--checkpoint-path", arguments.checkpoint_path] if arguments.checkpoint_path else []
     ends = (tokenizer.eod_id, tokenizer.im_start_id, tokenizer.im_end_id)
+    streamed = {"stream": True, "stream_options": {"include_usage": True}}
     open_end = {"max_tokens": 128, "logit_bias": {str(token): -100 for token in ends}}
     asked = [{"messages": [{"role": "user", "content": text}], "temperature": 0} for text in QUESTIONS]
-    kinds = {"questions": asked, "128 tokens each": [request | open_end for request in asked]}
+    kinds = {
+        "questions": asked,
+        "questions, streamed": [request | streamed for request in asked],
+        "128 tokens each, streamed": [request | streamed | open_end for request in asked],
+    }
 
-    print("| requests | server | tok/s | ratio | first token, median | first token, 95% | answers as alone |")
+    print("| requests | server | tok/s | ratio | first text, median | first text, 95% | answers as alone |")
     print("|---|---|---:|---:|---:|---:|---|")
     with server(*common) as shared, server(*common, "--max-batch-size", "1") as single:
         for name, requests in kinds.items():

@@ -353,7 +353,7 @@ def test_libraries_work(sandbox: Sandbox) -> None:
 
 JUNK = """
 import os
-for fd in range(3, 20):
+for fd in range(3, 4096):
     try: os.write(fd, {!r})
     except OSError: pass
 """
