@@ -62,8 +62,9 @@ def test_sixteen_clients_get_what_each_gets_alone(server):
 
 
 def test_clients_that_go_away_leave_nothing_behind(start_server, tiny_chat_checkpoint):
-    """200 requests on a model that never ends by itself, most of them left at a random moment."""
-    server = start_server("-c", str(tiny_chat_checkpoint))
+    """300 requests on a model that never ends by itself, most of them left at a random moment."""
+    # Large blocks go back to the system when they are freed, and are not kept for later: what stays is a leak.
+    server = start_server("-c", str(tiny_chat_checkpoint), MALLOC_MMAP_THRESHOLD_="1000000")
     process = psutil.Process(server.process.pid)
 
     def visit(seed: int) -> None:
@@ -88,5 +89,5 @@ def test_clients_that_go_away_leave_nothing_behind(start_server, tiny_chat_check
     threads_after, files_after, memory_after = wave(range(150, 300))
     assert threads_after <= threads + 2  # the event loop's pool of threads grows and shrinks
     assert files_after <= files + 2
-    assert memory_after - memory < 40 * 2**20
+    assert memory_after - memory < 32 * 2**20  # one row of cache has 8 MiB
     assert ask(server.url, request("still there?", max_tokens=5))
