@@ -87,7 +87,8 @@ def test_clients_that_go_away_leave_nothing_behind(start_server, tiny_chat_check
     wave(range(100))  # whatever is made once, such as pools and buffers, is made now
     threads, files, memory = wave(range(100, 150))
     threads_after, files_after, memory_after = wave(range(150, 300))
-    assert threads_after <= threads + 2  # the event loop's pool of threads grows and shrinks
+    # The event loop's pool grows to 40 threads as it pleases; one that stayed for each request would make 150.
+    assert threads_after <= max(threads, 50)
     assert files_after <= files + 2
     assert memory_after - memory < 32 * 2**20  # one row of cache has 8 MiB
     assert ask(server.url, request("still there?", max_tokens=5))
