@@ -1,0 +1,421 @@
+"""Files of conversations to data sets.
+
+Revolves around one way: a file becomes a sequence of samples (`ConversationFile`), those become ids and labels
+(`SupervisedDataset`), several of those a row (`PackedDataset`), and rows a batch (`Collator`). What a sample is and how
+it is encoded stands in `chat_data`; models and trainers are not known here.
+"""
+
+import codecs
+import json
+import os
+import re
+from array import array
+from bisect import bisect_left, insort
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from .chat_data import MalformedSample, check_sample, encode_sample, pack_samples, pad_samples
+from .qwen_generation_utils import DEFAULT_SYSTEM
+
+_CHUNK = 1 << 18  # bytes read at a time; a window that stays in the processor's cache is read twice as fast
+_BLANK = re.compile(r"[ \t\r\n]*")
+_PROGRESS_DELAY = 2  # seconds; what is done sooner needs no progress bar
+
+
+class DataFileError(ValueError):
+    """A file of conversations that cannot be used as a whole; the text says what is wrong, where, and what to do."""
+
+
+class ConversationFile(Sequence[dict]):
+    """The samples of a file, read from it one by one when they are asked for.
+
+    The file holds a JSON list of samples or JSON Lines, in UTF-8. It is read through once, at construction, to check
+    every sample and to note where it begins and ends: 16 bytes of memory a sample, however long the samples are.
+    Whatever Python's json reads is taken for JSON, NaN included.
+
+    Nothing is kept open, so that data loader workers, forked or spawned, can share it; each access opens the file and
+    makes sure that it is still the same (by size and time).
+
+    Args:
+        path: the file.
+        progress: show a progress bar on standard error where reading takes seconds.
+
+    Raises:
+        DataFileError: the file is missing, empty, no JSON, no list; on access: it was changed.
+        MalformedSample: a sample is not as it should be.
+    """
+
+    def __init__(self, path: str | os.PathLike, progress: bool = False):
+        self.path = Path(path).absolute()
+        self._starts, self._ends = array("Q"), array("Q")  # bytes
+        with self._open() as file:
+            self._version = _version(file)
+            size, _ = self._version
+            with tqdm(
+                desc=f"Reading {self.path.name}",
+                total=size,
+                unit="B",
+                unit_scale=True,
+                delay=_PROGRESS_DELAY,
+                disable=not progress,
+            ) as bar:
+                for start, end, sample in _JsonReader(file, self.path):
+                    self._check(file, start, sample)
+                    self._starts.append(start)
+                    self._ends.append(end)
+                    bar.update(end - bar.n)
+            self._require_unchanged(file)
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, index: int | slice) -> dict | list[dict]:
+        places = range(len(self))[index]
+        if isinstance(places, range):
+            return [self[place] for place in places]
+        start, end = self._starts[places], self._ends[places]
+        with self._open() as file:
+            self._require_unchanged(file)
+            file.seek(start)
+            try:
+                return json.loads(file.read(end - start))
+            except ValueError:  # written to in this very moment
+                raise self._changed() from None
+
+    def _open(self) -> BinaryIO:
+        try:
+            if self.path.is_file():  # opening a pipe would wait for someone to write to it
+                return open(self.path, "rb")
+            if self.path.is_dir():
+                what = "is a folder: name the file in it that holds the conversations."
+            elif self.path.exists():
+                what = "is no regular file: write the conversations to a file first, they are not read in one go."
+            else:
+                what = "does not exist: check the path."
+        except OSError as error:
+            what = f"cannot be read: {error.strerror}."
+        raise DataFileError(f"{self.path} {what}")
+
+    def _check(self, file: BinaryIO, start: int, sample: Any) -> None:
+        try:
+            check_sample(sample, len(self))
+        except MalformedSample as error:
+            if len(self) == 0 and isinstance(sample, dict) and (key := _key_of_samples(sample)) is not None:
+                raise DataFileError(
+                    f"{self.path} holds an object with the samples under {key!r}: write that list alone to the file."
+                ) from None
+            line, _ = _position(file, start)
+            raise MalformedSample(f"{self.path}, line {line}: {error}") from None
+
+    def _require_unchanged(self, file: BinaryIO) -> None:
+        if _version(file) != self._version:
+            raise self._changed()
+
+    def _changed(self) -> DataFileError:
+        return DataFileError(f"{self.path} has changed since it was first read: leave it as it is, and start again.")
+
+
+class _JsonReader:
+    """The values of a JSON list or of JSON Lines, with the bytes where each begins and ends: (start, end, value).
+
+    Sees the text through a window that slides on by `_CHUNK` bytes and grows only where a value is longer.
+
+    Raises DataFileError.
+    """
+
+    def __init__(self, file: BinaryIO, path: Path):
+        self.file, self.path = file, path
+        self.decoder = json.JSONDecoder()
+        self.rest = b""  # the beginning of a character whose end has not been read
+        self.window, self.at = "", 0  # what was read, and where in it the text begins that was not used
+        self.offset = 0  # of window[at] in the file, in bytes
+        opening = file.read(4)
+        if opening.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in opening:
+            raise DataFileError(f"{path} is not UTF-8 (it looks like UTF-16 or binary data): save it as JSON in UTF-8.")
+        if opening.startswith(codecs.BOM_UTF8):
+            self.offset = len(codecs.BOM_UTF8)
+        file.seek(self.offset)
+
+    def __iter__(self) -> Iterator[tuple[int, int, Any]]:
+        form = "a JSON list of samples, [{…}, …], or JSON Lines, a sample {…} on each line"
+        opening = self._peek()
+        if not opening:
+            raise DataFileError(f"{self.path} is empty: it should be {form}.")
+        if opening not in "[{":
+            raise self._mistake(f"this is not JSON: the file should be {form}")
+        if opening == "{":
+            while opening:
+                if opening != "{":
+                    raise self._mistake("this is no sample: in JSON Lines samples {…} follow one another, and no more")
+                yield self._value()
+                opening = self._peek()
+            return
+
+        self._skip_character()
+        if self._peek() == "]":
+            raise DataFileError(f"{self.path} holds an empty list: add samples.")
+        while True:
+            yield self._value()
+            following = self._peek()
+            if not following:
+                raise self._mistake('the file ends before the list does: it was cut off, or a "]" is missing')
+            if following not in ",]":
+                raise self._mistake('"," or "]" should follow a sample')
+            self._skip_character()
+            if following == "]":
+                break
+            if self._peek() == "]":
+                raise self._mistake('a "," stands before the end of the list: remove it')
+        if self._peek():
+            raise self._mistake("text follows the end of the list: remove it, or make it one list")
+
+    def _value(self) -> tuple[int, int, Any]:
+        start = self.offset
+        while True:
+            try:
+                value, end = self.decoder.raw_decode(self.window, self.at)
+            except json.JSONDecodeError as error:
+                # The end of the window looks like this too: within a word such as -Infinity or an escape, or anywhere
+                # behind the beginning of a string.
+                near_end = error.msg.startswith("Unterminated string") or error.pos > len(self.window) - 16
+                if near_end and self._read_on():
+                    continue
+                self._advance(error.pos)
+                what = f"this is not JSON ({error.msg.removesuffix(' starting at').removesuffix(' at')})"
+                if error.msg.startswith("Unterminated string") or self.at == len(self.window):
+                    what = f"the file ends within a sample, it was cut off or something is not closed: {what}"
+            except RecursionError:
+                what = "this is not a sample: brackets are nested too deeply"
+            except ValueError as error:  # a number of thousands of digits
+                what = f"this is not a sample: {error}"
+            else:
+                if end == len(self.window) and self._read_on():
+                    continue
+                self._advance(end)
+                return start, self.offset, value
+            raise self._mistake(what, start) from None
+
+    def _peek(self) -> str:
+        """The next character that is not white space, or "" at the end of the file."""
+        while True:
+            self._advance(_BLANK.match(self.window, self.at).end())
+            if self.at < len(self.window):
+                return self.window[self.at]
+            if not self._read_on():
+                return ""
+
+    def _skip_character(self) -> None:
+        self._advance(self.at + 1)
+
+    def _advance(self, at: int) -> None:
+        self.offset += len(self.window[self.at : at].encode())
+        self.at = at
+
+    def _read_on(self) -> bool:
+        """Slides the window on; False, and nothing changes, at the end of the file."""
+        # As much again as is kept, so that a long value is not parsed anew for every chunk of it.
+        chunk = self.file.read(max(_CHUNK, len(self.window) - self.at))
+        data = self.rest + chunk
+        if not data:
+            return False
+        try:
+            text, used = codecs.utf_8_decode(data, "strict", not chunk)
+        except UnicodeDecodeError as error:
+            line, column = _position(self.file, self.file.tell() - len(data) + error.start)
+            raise DataFileError(
+                f"{self.path}, line {line}, column {column}: the byte 0x{data[error.start]:02x} is not UTF-8. Save the "
+                "file as JSON in UTF-8; unpack it, if it is compressed."
+            ) from None
+        self.rest = data[used:]
+        self.window, self.at = self.window[self.at :] + text, 0
+        return True
+
+    def _mistake(self, what: str, start: int | None = None) -> DataFileError:
+        """What is wrong at the place that was reached, in the sample that begins at `start`."""
+        while len(self.window) - self.at < 30 and self._read_on():  # enough to recognize the place by
+            pass
+        here = self.window[self.at : self.at + 30]
+        seen = f"here: {here!r}" if here else "here the file ends"
+        line, column = _position(self.file, self.offset)
+        if start is not None:
+            seen += f"; the sample begins on line {_position(self.file, start)[0]}"
+        return DataFileError(f"{self.path}, line {line}, column {column}: {what} ({seen}).")
+
+
+class SupervisedDataset(Dataset):
+    """Samples as ids and labels: `[i]` is `encode_sample` of sample i.
+
+    Args:
+        samples: `{"id": …, "conversations": […]}` each: a list or a ConversationFile.
+        tokenizer: a QWenTokenizer.
+        max_length: tokens of a sample at most, what is behind is cut off.
+        system_message: for samples without their own.
+        lazy: encode a sample each time it is asked for, which needs no memory, instead of all of them now, into 8 bytes
+            a token.
+        progress: show a progress bar on standard error where it takes seconds.
+
+    Raises:
+        ValueError: there are no samples, or `max_length` is below 1.
+        MalformedSample: a sample is not as it should be; where `lazy`, when it is asked for.
+    """
+
+    def __init__(
+        self,
+        samples: Sequence[dict],
+        tokenizer: Any,
+        max_length: int,
+        *,
+        system_message: str = DEFAULT_SYSTEM,
+        lazy: bool = False,
+        progress: bool = False,
+    ):
+        if not len(samples):
+            raise ValueError("There are no samples: give at least one.")
+        self.samples = samples
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.system_message = system_message
+        self.lazy = lazy
+        self.progress = progress
+        if lazy:
+            self._encode(0)  # arguments that cannot work show now, not in a worker
+            return
+        self.lengths = array("i")
+        self._input_ids, self._labels = array("i"), array("i")  # of all samples, one behind another
+        for index in self._indices("Encoding"):
+            encoded = self._encode(index)
+            self._input_ids.extend(encoded["input_ids"])
+            self._labels.extend(encoded["labels"])
+            self.lengths.append(len(encoded["input_ids"]))
+        self._ends = array("Q", accumulate(self.lengths))
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        index = range(len(self))[index]
+        if self.lazy:
+            return self._encode(index)
+        end = self._ends[index]
+        start = end - self.lengths[index]
+        return {"input_ids": self._input_ids[start:end].tolist(), "labels": self._labels[start:end].tolist()}
+
+    @cached_property
+    def lengths(self) -> "array[int]":
+        """Tokens of each sample; where `lazy`, counted in a pass over all of them when first asked for."""
+        return array("i", (len(self._encode(index)["input_ids"]) for index in self._indices("Counting tokens")))
+
+    def _encode(self, index: int) -> dict[str, list[int]]:
+        return encode_sample(self.samples[index], self.tokenizer, self.max_length, self.system_message, index)
+
+    def _indices(self, what: str) -> Iterable[int]:
+        return tqdm(range(len(self)), desc=what, unit=" samples", delay=_PROGRESS_DELAY, disable=not self.progress)
+
+
+class PackedDataset(Dataset):
+    """Encoded samples in rows of at most `max_length` tokens: `[i]` is the list of those in row i.
+
+    Every sample is in one row, whole. Rows are filled by best fit decreasing (Ding et al. 2024,
+    https://arxiv.org/abs/2404.10830): the longest sample first, each into the row with the least space
+    that suffices. The same lengths always make the same rows.
+
+    Raises ValueError where a sample is longer than `max_length`.
+    """
+
+    def __init__(self, dataset: SupervisedDataset, max_length: int):
+        lengths = dataset.lengths
+        if max(lengths) > max_length:
+            raise ValueError(
+                f"A sample has {max(lengths)} tokens, which is more than a row of {max_length}: encode samples with "
+                f"max_length={max_length} or less."
+            )
+        self.dataset = dataset
+        self.max_length = max_length
+        rows = torch.frombuffer(best_fit_decreasing(lengths, max_length), dtype=torch.int64)
+        self._members = rows.argsort(stable=True)  # samples by row
+        self._ends = rows.bincount().cumsum(0)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, index: int) -> list[dict[str, list[int]]]:
+        index = range(len(self))[index]
+        start = self._ends[index - 1] if index else 0
+        return [self.dataset[member] for member in self._members[start : self._ends[index]].tolist()]
+
+
+def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> "array[int]":
+    """The number of the row, from 0, that each item of `lengths` goes to, so that no row exceeds `capacity`.
+
+    Lengths are from 1 to `capacity`. O(n log n): rows are kept by the space they have left, and there are no more
+    different spaces than `capacity` + 1.
+    """
+    row_of = array("q", bytes(8 * len(lengths)))
+    rows_with: dict[int, list[int]] = {}  # space → rows that have it left
+    spaces: list[int] = []  # the keys of rows_with, ascending
+    count = 0
+    for item in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
+        length = lengths[item]
+        place = bisect_left(spaces, length)
+        if place == len(spaces):
+            row, space = count, capacity
+            count += 1
+        else:
+            space = spaces[place]
+            row = rows_with[space].pop()
+            if not rows_with[space]:
+                del rows_with[space], spaces[place]
+        row_of[item] = row
+        left = space - length
+        if left not in rows_with:
+            rows_with[left] = []
+            insort(spaces, left)
+        rows_with[left].append(row)
+    return row_of
+
+
+@dataclass(frozen=True)
+class Collator:
+    """A batch of items to tensors: those of a SupervisedDataset padded with `pad_id` on the right (`pad_samples`), all
+    samples of PackedDataset's in a single row, whatever the batch size is (`pack_samples`)."""
+
+    pad_id: int
+
+    def __call__(self, items: list[dict[str, list[int]]] | list[list[dict[str, list[int]]]]) -> dict[str, torch.Tensor]:
+        if isinstance(items[0], dict):
+            return pad_samples(items, self.pad_id)
+        return pack_samples([sample for row in items for sample in row])
+
+
+def _version(file: BinaryIO) -> tuple[int, int]:
+    status = os.fstat(file.fileno())
+    return status.st_size, status.st_mtime_ns
+
+
+def _key_of_samples(value: dict) -> str | None:
+    """The key of an object under which samples stand."""
+    for key, held in value.items():
+        if isinstance(held, list) and held and isinstance(held[0], dict) and "conversations" in held[0]:
+            return key
+    return None
+
+
+def _position(file: BinaryIO, offset: int) -> tuple[int, int]:
+    """Line and column, in characters, of a byte of the file, both from 1."""
+    decoder = codecs.getincrementaldecoder("utf-8-sig")(errors="replace")
+    line = column = 1
+    file.seek(0)
+    while offset > 0 and (chunk := file.read(min(_CHUNK, offset))):
+        offset -= len(chunk)
+        text = decoder.decode(chunk)
+        line += text.count("\n")
+        column = len(text) - text.rfind("\n") if "\n" in text else column + len(text)
+    return line, column
