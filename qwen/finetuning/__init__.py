@@ -1,0 +1,1 @@
+"""Fine-tuning: full, LoRA and Q-LoRA, on the Trainer of transformers."""
