@@ -2,6 +2,7 @@
 #     make chat        make chat ARGS="-c Qwen/Qwen-7B-Chat"
 #     make web         the same in the browser
 #     make serve       the OpenAI-compatible server
+#     make finetune    make finetune ARGS="--data_path examples/identity.json --use_lora"
 #     make test        make test ARGS="-k loading"
 # Each makes its own environment in .venv first; that takes a minute or two, once.
 
@@ -15,10 +16,10 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help chat web serve test lint format clean
+.PHONY: help chat web serve finetune test lint format clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 chat: $(VENV)/.ready  ## talk to a model (ARGS="-c Qwen/Qwen-7B-Chat" for a real one)
 	@$(BIN)/python cli_demo.py $(ARGS)
@@ -28,6 +29,9 @@ web: $(VENV)/.ready-web  ## the same in the browser
 
 serve: $(VENV)/.ready-serve  ## the OpenAI-compatible server
 	@$(BIN)/python openai_api.py $(ARGS)
+
+finetune: $(VENV)/.ready-finetune  ## train a model on conversations (ARGS="--help" lists what can be set)
+	@$(BIN)/python finetune.py $(ARGS)
 
 test: $(VENV)/.ready-dev  ## lint and run all tests
 	$(BIN)/ruff check .
@@ -61,7 +65,11 @@ $(VENV)/.ready-serve: $(VENV)/.ready requirements_openai_api.txt
 	@$(INSTALL) --requirement requirements_openai_api.txt
 	@touch $@
 
-$(VENV)/.ready-dev: $(VENV)/.ready $(VENV)/.ready-web $(VENV)/.ready-serve requirements_dev.txt
+$(VENV)/.ready-finetune: $(VENV)/.ready requirements_finetune.txt
+	@$(INSTALL) --requirement requirements_finetune.txt
+	@touch $@
+
+$(VENV)/.ready-dev: $(VENV)/.ready $(VENV)/.ready-web $(VENV)/.ready-serve $(VENV)/.ready-finetune requirements_dev.txt
 	@$(INSTALL) --requirement requirements_dev.txt
 	@$(INSTALL) --no-deps dashscope
 	@touch $@
