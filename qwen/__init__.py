@@ -4,6 +4,9 @@ Importing this package registers its classes with transformers' Auto classes, so
 with this code, whatever code lies beside its weights.
 """
 
+from . import quiet_imports  # noqa: F401  the first, for it is about the next
+
+# isort: split
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from .configuration_qwen import QWenConfig
