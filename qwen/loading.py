@@ -8,25 +8,39 @@ The model code of this repository is used whatever code lies beside the weights,
 executed and no `trust_remote_code` is needed.
 """
 
+import contextlib
 import difflib
-import importlib.util
-import json
+import io
+import logging
 import os
 import re
 import sys
-import zipfile
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from transformers import GenerationConfig
+from transformers.utils import GENERATION_CONFIG_NAME
 
-from .configuration_qwen import QWenConfig
+from .adapters import ADAPTER_CONFIG, check_adapter, is_adapter, recorded_base, with_adapter
+from .checkpoint_files import (
+    VOCABULARY,
+    CheckpointError,
+    check_config,
+    check_vocabulary,
+    check_weights,
+    download_advice,
+    first_line,
+    listing,
+)
 from .modeling_qwen import QWenLMHeadModel
 from .tokenization_qwen import QWenTokenizer
 
 CHECKPOINTS = Path(__file__).resolve().parent.parent / "checkpoints"
 BUNDLED_CHAT = CHECKPOINTS / "qwen-tiny-chat"
 BUNDLED_BASE = CHECKPOINTS / "qwen-tiny-base"
+BUNDLED_CHAT_INT4 = CHECKPOINTS / "qwen-tiny-chat-int4"
 
 PUBLISHED = tuple(
     f"Qwen/Qwen-{size}{kind}"
@@ -35,17 +49,9 @@ PUBLISHED = tuple(
 )
 """Hub ids of the published checkpoints: every size as base, chat, and chat quantized to 4 and 8 bits."""
 
-SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
-BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
-VOCABULARY = "qwen.tiktoken"
-LFS_POINTER = b"version https://git-lfs"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # The keyword arguments of from_pretrained that say where files come from; the tokenizer must look in the same place.
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
-
-
-class CheckpointError(OSError):
-    """A checkpoint cannot be loaded. The text is for people: what is wrong, where, and what to do."""
 
 
 def load_model(
@@ -65,12 +71,73 @@ def load_model(
         CheckpointError: the checkpoint is missing, incomplete, of another architecture, or out of reach.
         ValueError: the keyword arguments contradict one another (e.g. bf16=True with fp16=True).
     """
-    name = _resolve(name_or_path)
+    name = resolve(name_or_path)
     from_pretrained_kwargs.pop("trust_remote_code", None)  # accepted as in the published examples, but not needed
+    from_pretrained_kwargs.setdefault("device_map", "cpu" if cpu_only else "auto")
     where = {key: from_pretrained_kwargs[key] for key in HUB_KWARGS if key in from_pretrained_kwargs}
+    if adapter := _adapter_folder(name, where):
+        return load_with_adapter(adapter, **from_pretrained_kwargs)
     check_checkpoint(name, **where)
     tokenizer = load_tokenizer(name, **where)  # first, as it fails in a second where the weights take minutes
-    from_pretrained_kwargs.setdefault("device_map", "cpu" if cpu_only else "auto")
+    return _load_weights(name, **from_pretrained_kwargs), tokenizer
+
+
+def load_with_adapter(
+    adapter: Path, base: str | os.PathLike | None = None, **from_pretrained_kwargs: Any
+) -> tuple[QWenLMHeadModel, QWenTokenizer]:
+    """`load_model` for the folder of a LoRA adapter, on its own base model or another.
+
+    The adapter is merged into the weights of its base, or put beside them where they are quantized. Its folder's
+    tokenizer and generation config count, and where it has none, those of the base.
+
+    Args:
+        base: a folder or a hub id; None is the model that adapter_config.json names.
+        from_pretrained_kwargs: for the base. A revision or subfolder would be the adapter's and is not passed on.
+
+    Raises:
+        CheckpointError: as `load_model`; or the adapter does not fit the base.
+    """
+    base, where = _base_of(adapter, base, from_pretrained_kwargs)
+    own_vocabulary = (adapter / VOCABULARY).is_file()
+    tokenizer = load_tokenizer(adapter) if own_vocabulary else load_tokenizer(base, **where)
+    elsewhere = {key: value for key, value in from_pretrained_kwargs.items() if key not in HUB_KWARGS}
+    model = with_adapter(_load_weights(base, **elsewhere, **where), adapter, len(tokenizer))
+    if (adapter / GENERATION_CONFIG_NAME).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(adapter)
+    model.name_or_path = str(adapter)
+    return model.eval(), tokenizer
+
+
+def _adapter_folder(name: str, where: dict[str, Any]) -> Path | None:
+    """The folder, if the name is that of an adapter."""
+    folder = _folder(name, where.get("subfolder"))
+    return folder if folder is not None and is_adapter(folder) else None
+
+
+def _base_of(adapter: Path, base: str | os.PathLike | None, where: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Check an adapter and its base model; the latter's name, and where on the hub it is."""
+    check_adapter(adapter)
+    where = {key: where[key] for key in HUB_KWARGS if key in where and key not in ("revision", "subfolder")}
+    if base is not None:
+        name = resolve(base)
+        advice = "Name the whole model that the adapter was trained on."
+    else:
+        name, revision = recorded_base(adapter)
+        where |= {} if revision is None else {"revision": revision}
+        advice = (
+            f"If it lies elsewhere now, write its folder or hub id as base_model_name_or_path into "
+            f"{adapter / ADAPTER_CONFIG}."
+        )
+    try:
+        if _adapter_folder(name, {}):
+            raise CheckpointError(f"{name} is an adapter itself: merge that one first, `finetune/merge_lora.py`.")
+        check_checkpoint(name, **where)
+    except CheckpointError as error:
+        raise CheckpointError(f"The base model of the adapter in {adapter} cannot be used. {error} {advice}") from error
+    return name, where
+
+
+def _load_weights(name: str, **from_pretrained_kwargs: Any) -> QWenLMHeadModel:
     try:
         model, report = QWenLMHeadModel.from_pretrained(name, output_loading_info=True, **from_pretrained_kwargs)
     except ImportError as error:  # a quantized checkpoint without its library
@@ -80,7 +147,7 @@ def load_model(
             raise
         raise CheckpointError(
             f"The weights in {name} do not have the shapes that its config.json gives: the two come from different "
-            f"models. Download the checkpoint again as a whole. ({_first_line(error)})"
+            f"models. Download the checkpoint again as a whole. ({first_line(error)})"
         ) from error
     except OSError as error:
         raise CheckpointError(f"{name} could not be loaded. {error}") from error
@@ -89,7 +156,7 @@ def load_model(
             f"{len(missing)} tensors are in none of the weight files of {name}, for example {missing[0]}: the "
             "checkpoint is incomplete, or its config.json belongs to another model. Download it again as a whole."
         )
-    return model.eval(), tokenizer
+    return model.eval()
 
 
 def load_model_quietly(
@@ -101,32 +168,58 @@ def load_model_quietly(
     Args:
         chat: only a chat model will do; a base model is refused before its weights are loaded.
     """
-    from huggingface_hub.utils import logging as hub_logging
-    from transformers.utils import logging
+    with libraries_hushed(progress=name_or_path is not None):
+        if chat:
+            check_chat(name_or_path)
+        return load_model(name_or_path, **kwargs)
 
-    if "TRANSFORMERS_VERBOSITY" not in os.environ:
-        logging.set_verbosity_error()
-        hub_logging.set_verbosity_error()
-    if name_or_path is None or not sys.stderr.isatty():
-        logging.disable_progress_bar()
-    if chat:
-        check_chat(name_or_path)
-    return load_model(name_or_path, **kwargs)
+
+@contextlib.contextmanager
+def libraries_hushed(progress: bool = True) -> Iterator[None]:
+    """Keep back what the libraries say while they load and save models: of the ones for quantized checkpoints, which
+    peft uses too, GPTQModel greets on standard output, where only replies belong. TRANSFORMERS_VERBOSITY in the
+    environment shows everything.
+
+    Args:
+        progress: bars where a person sees them.
+    """
+    from huggingface_hub.utils import logging as hub_logging
+    from transformers.utils import logging as transformers_logging
+
+    if not progress or not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+    if "TRANSFORMERS_VERBOSITY" in os.environ:
+        yield
+        return
+    transformers_logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+    logging.getLogger("logbar").setLevel(logging.ERROR)  # GPTQModel's, which sets itself to INFO when it is imported
 
 
 def check_chat(name_or_path: str | os.PathLike | None) -> None:
     """Raise CheckpointError unless this is a complete checkpoint, as far as can be seen quickly, of a chat model."""
-    name = _resolve(name_or_path)
+    name = resolve(name_or_path)
     check_checkpoint(name)
-    try:
-        chat_format = getattr(GenerationConfig.from_pretrained(name), "chat_format", None)
-    except OSError:  # there is none
-        chat_format = None
-    if chat_format != "chatml":
+    if (found := chat_format(name)) != "chatml":
         raise CheckpointError(
-            f'{name} is no chat model: its chat_format is {chat_format!r}, not "chatml". Name a chat checkpoint such '
+            f'{name} is no chat model: its chat_format is {found!r}, not "chatml". Name a chat checkpoint such '
             "as Qwen/Qwen-7B-Chat. If it is one, its generation_config.json is missing: put it beside the weights."
         )
+
+
+def chat_format(name: str, **where: Any) -> str | None:
+    """What the checkpoint's generation config says that it speaks: "chatml" a chat model, "raw" a base model; None
+    where it says nothing."""
+    adapter = _adapter_folder(name, where)
+    if adapter and not (adapter / GENERATION_CONFIG_NAME).is_file():
+        name, where = _base_of(adapter, None, where)
+    try:
+        return getattr(GenerationConfig.from_pretrained(name, **where), "chat_format", None)
+    except OSError:  # there is none
+        return None
 
 
 def load_tokenizer(name_or_path: str | os.PathLike | None = None, **from_pretrained_kwargs: Any) -> QWenTokenizer:
@@ -135,10 +228,10 @@ def load_tokenizer(name_or_path: str | os.PathLike | None = None, **from_pretrai
     Raises:
         CheckpointError: the folder has no qwen.tiktoken, or the hub does not give it.
     """
-    name = _resolve(name_or_path)
+    name = resolve(name_or_path)
     from_pretrained_kwargs.pop("trust_remote_code", None)
     if (folder := _folder(name, from_pretrained_kwargs.get("subfolder"))) is not None:
-        _check_vocabulary(folder)
+        check_vocabulary(folder)
     try:
         return QWenTokenizer.from_pretrained(name, **from_pretrained_kwargs)
     except OSError as error:
@@ -156,28 +249,30 @@ def check_checkpoint(name_or_path: str | os.PathLike, **where: Any) -> None:
     """
     name = os.fspath(name_or_path)
     if (folder := _folder(name, where.get("subfolder"))) is None:
-        _check_config(_config_from_hub(name, **where), name)
+        check_config(_config_from_hub(name, **where), name)
         return
     if not folder.is_dir():
         raise CheckpointError(f"{folder} does not exist. Leave `subfolder` out, or name one that {name} has.")
-    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-        raise CheckpointError(
-            f"{folder} holds an adapter (LoRA), not a whole model. In Python: `import qwen`, then "
-            f'`peft.AutoPeftModelForCausalLM.from_pretrained("{folder}")` loads it together with its base model; a '
-            "LoRA (not a Q-LoRA) becomes a folder that loads here with "
-            "`.merge_and_unload().save_pretrained(NEW_FOLDER)`, the tokenizer saved beside it."
-        )
+    if is_adapter(folder):
+        _base_of(folder, None, where)
+        return
     config = folder / "config.json"
     if not config.is_file():
         raise CheckpointError(
-            f"{folder} has no config.json: it is not a model folder, or its download stopped early. {_download(folder)}"
+            f"{folder} has no config.json: it is not a model folder, or its download stopped early. "
+            + download_advice(folder)
         )
-    _check_config(config, folder)
-    _check_weights(folder)
-    _check_vocabulary(folder)
+    check_config(config, folder)
+    check_weights(folder)
+    check_vocabulary(folder)
 
 
-def _resolve(name_or_path: str | os.PathLike | None) -> str:
+def resolve(name_or_path: str | os.PathLike | None) -> str:
+    """The name as text, with ~ for the home folder understood; None is the bundled chat model.
+
+    Raises:
+        CheckpointError: the bundled model is not there.
+    """
     if name_or_path is not None:
         return os.path.expanduser(os.fspath(name_or_path))
     if not BUNDLED_CHAT.is_dir():
@@ -197,7 +292,7 @@ def _folder(name: str, subfolder: str | None = None) -> Path | None:
         raise CheckpointError(f"{name} is a file. Name the folder that it lies in (with config.json and the weights).")
     if HUB_ID.fullmatch(name):
         if name not in PUBLISHED and (beside := sorted(file.parent.name for file in path.parent.glob("*/config.json"))):
-            raise CheckpointError(f"There is no folder {name!r}; {path.parent} holds {_some(beside)}.")
+            raise CheckpointError(f"There is no folder {name!r}; {path.parent} holds {listing(beside)}.")
         return None
     near = difflib.get_close_matches(f"Qwen/{path.name}", PUBLISHED, n=1, cutoff=0.75)
     raise CheckpointError(
@@ -245,137 +340,11 @@ def _config_from_hub(name: str, **where: Any) -> Path:
     except RevisionNotFoundError as error:
         raise CheckpointError(f"{name} has no revision {where.get('revision')!r} on the Hugging Face hub.") from error
     except EntryNotFoundError as error:
-        raise CheckpointError(f"{name} is on the Hugging Face hub but has no config.json: it is no model.") from error
+        raise CheckpointError(
+            f"{name} is on the Hugging Face hub but has no config.json: it is no model. If it is an adapter (LoRA), "
+            f"fetch it with `hf download {name} --local-dir FOLDER` and name that folder."
+        ) from error
     except HfHubHTTPError as error:
-        raise CheckpointError(f"The Hugging Face hub refused {name}: {_first_line(error)}") from error
+        raise CheckpointError(f"The Hugging Face hub refused {name}: {first_line(error)}") from error
     except OSError as error:  # connection, proxy and TLS errors of the HTTP client
         raise CheckpointError(unreachable) from error
-
-
-def _check_config(path: Path, name: str | Path) -> None:
-    config = _read_json(path, name)
-    model_type = config.get("model_type")
-    if model_type == QWenConfig.model_type:
-        if config.get("quantization_config") and importlib.util.find_spec("gptqmodel") is None:
-            raise CheckpointError(
-                f"{name} is quantized (GPTQ), which needs two more packages: `pip install gptqmodel optimum`. "
-                "Or take the same model without -Int4 or -Int8."
-            )
-        return
-    if model_type is None:
-        raise CheckpointError(
-            f"config.json of {name} names no model_type, so it is not known which model this is. If it is a "
-            'first-generation Qwen, add `"model_type": "qwen"`.'
-        )
-    newer = str(model_type).startswith("qwen")
-    raise CheckpointError(
-        f"{name} is a model of type {model_type!r}, "
-        + ("a newer Qwen" if newer else "another architecture")
-        + ' than the first-generation Qwen (type "qwen") that this code is for. '
-        "transformers loads it by itself: AutoModelForCausalLM.from_pretrained."
-    )
-
-
-def _check_weights(folder: Path) -> None:
-    """Find what interrupted downloads and copies leave behind: missing shards, git-lfs pointers, cut-off files."""
-    for single, index in ((SAFETENSORS, SAFETENSORS_INDEX), (BIN, BIN_INDEX)):  # in transformers' order of preference
-        if (folder / single).is_file():
-            shards = [single]
-        elif (folder / index).is_file():
-            weight_map = _read_json(folder / index, folder).get("weight_map")
-            if not isinstance(weight_map, dict):
-                raise CheckpointError(f"{folder / index} has no weight_map. {_download(folder)}")
-            shards = sorted(set(weight_map.values()))
-        else:
-            continue
-        break
-    else:
-        others = sorted(
-            path.name for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".pt", ".gguf")
-        )
-        raise CheckpointError(
-            f"{folder} has no weights: neither {SAFETENSORS} nor {BIN} nor the index of a sharded checkpoint. "
-            + (f"It does have {_some(others)}, which are not looked for under such names. " if others else "")
-            + _download(folder)
-        )
-    if missing := [shard for shard in shards if not (folder / shard).is_file()]:
-        raise CheckpointError(
-            f"{folder} is half downloaded: {len(missing)} of its {len(shards)} weight files are missing "
-            f"({_some(missing)}). {_download(folder)}"
-        )
-    if pointers := [shard for shard in shards if _is_lfs_pointer(folder / shard)]:
-        raise CheckpointError(_pointer_text(folder, pointers))
-    if broken := [shard for shard in shards if not _is_complete(folder / shard)]:
-        raise CheckpointError(
-            f"{folder} is half downloaded: {_some(broken)} {'is' if len(broken) == 1 else 'are'} cut off or damaged. "
-            f"Delete {'it' if len(broken) == 1 else 'them'} and download again. {_download(folder)}"
-        )
-
-
-def _check_vocabulary(folder: Path) -> None:
-    vocabulary = folder / VOCABULARY
-    if not vocabulary.is_file():
-        raise CheckpointError(
-            f"{folder} has no {VOCABULARY}, the tokenizer's vocabulary. Copy it from the checkpoint that this one was "
-            "made from, or download it from any published one of the same family."
-        )
-    if _is_lfs_pointer(vocabulary):
-        raise CheckpointError(_pointer_text(folder, [VOCABULARY]))
-
-
-def _is_lfs_pointer(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(len(LFS_POINTER)) == LFS_POINTER
-
-
-def _is_complete(path: Path) -> bool:
-    """Whether a weight file is as long as its own directory of tensors says."""
-    if path.suffix != ".safetensors":
-        # A .bin file is a zip archive with its directory at the end; torch < 1.6 wrote bare pickles: let them through.
-        with path.open("rb") as file:
-            return file.read(2) not in (b"PK", b"") or zipfile.is_zipfile(path)
-    # https://github.com/huggingface/safetensors#format: 8 bytes N (little endian), N bytes of JSON, the tensors.
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        header_size = int.from_bytes(file.read(8), "little")
-        if size < 8 + header_size:
-            return False
-        try:
-            tensors = json.loads(file.read(header_size))
-            end = max((t["data_offsets"][1] for name, t in tensors.items() if name != "__metadata__"), default=0)
-        except (ValueError, TypeError, LookupError, AttributeError):
-            return False
-    return size == 8 + header_size + end
-
-
-def _read_json(path: Path, name: str | Path) -> dict[str, Any]:
-    if _is_lfs_pointer(path):
-        raise CheckpointError(_pointer_text(path.parent, [path.name]))
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(
-            f"{path.name} of {name} is not valid JSON ({_first_line(error)}). Mend it, or download it again."
-        ) from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path.name} of {name} is not a JSON object. Mend it, or download it again.")
-    return content
-
-
-def _pointer_text(folder: Path, files: list[str]) -> str:
-    return (
-        f"{folder} was cloned without its large files: {_some(files)} {'is a' if len(files) == 1 else 'are'} git-lfs "
-        f"{'pointer' if len(files) == 1 else 'pointers'}. Run `git lfs install` and `git lfs pull` in that folder."
-    )
-
-
-def _download(folder: Path) -> str:
-    return f"To fetch what is missing: `hf download Qwen/MODEL --local-dir {folder}`."
-
-
-def _some(names: list[str], most: int = 5) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]

@@ -1,5 +1,6 @@
 """qwen.loading: good checkpoints load, and every way in which one can be broken is said in a sentence with a remedy."""
 
+import importlib.util
 import json
 import re
 import shutil
@@ -171,12 +172,12 @@ def test_config_with_more_layers_than_weights(checkpoint: Path) -> None:
 
 
 def test_quantized_checkpoint_names_what_it_needs(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    find_spec = loading.importlib.util.find_spec
+    find_spec = importlib.util.find_spec
 
     def without(name, *rest):
         return None if name == "gptqmodel" else find_spec(name, *rest)
 
-    monkeypatch.setattr(loading.importlib.util, "find_spec", without)
+    monkeypatch.setattr(importlib.util, "find_spec", without)
     edit_config(checkpoint, quantization_config={"quant_method": "gptq", "bits": 4})
     assert "pip install gptqmodel optimum" in complaint(checkpoint)
 
@@ -227,12 +228,6 @@ def test_cut_off_bin(checkpoint: Path, kept: int) -> None:
     torch.save(model.state_dict(), weights)
     weights.write_bytes(weights.read_bytes()[:kept])
     assert "pytorch_model.bin is cut off" in complaint(checkpoint)
-
-
-def test_adapter_folder(tmp_path: Path) -> None:
-    (tmp_path / "adapter_config.json").write_text("{}")
-    text = complaint(tmp_path)
-    assert "AutoPeftModelForCausalLM" in text and "merge_and_unload" in text
 
 
 def test_no_vocabulary(checkpoint: Path) -> None:

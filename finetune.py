@@ -1,0 +1,69 @@
+#!/usr/bin/env python
+"""Fine-tune a first-generation Qwen model on conversations: all weights, LoRA, or Q-LoRA.
+
+    python finetune.py --data_path examples/identity.json --use_lora --output_dir output_qwen
+
+Takes the arguments of transformers' TrainingArguments besides its own; `--help` lists them. Runs in one process, under
+torchrun, with DeepSpeed (`--deepspeed CONFIG.json`) and with FSDP (`--fsdp`); the scripts in finetune/ do that with the
+published settings.
+"""
+
+import os
+import sys
+
+
+def main() -> int:
+    try:
+        return run(sys.argv[1:])
+    except KeyboardInterrupt:  # a second one, or before training: during it, the first one saves a checkpoint
+        if os.environ.get("RANK", "0") == "0":
+            print("\nStopped.", file=sys.stderr)
+        return 130
+
+
+def run(argv: list[str]) -> int:
+    from qwen.finetuning.processes import ProcessFailed, is_main, quiet_libraries
+
+    quiet_libraries()
+    from qwen.finetuning.arguments import ArgumentError, parse
+
+    def say(text: str) -> None:
+        if is_main():
+            print(text, file=sys.stderr, flush=True)
+
+    try:
+        arguments, notes = parse(argv)
+    except ArgumentError as error:
+        say(str(error))
+        return 2
+    for note in notes:
+        say(note)
+
+    from qwen.chat_data import MalformedSample
+    from qwen.chat_files import DataFileError
+    from qwen.finetuning.run import finetune
+    from qwen.loading import CheckpointError
+
+    try:
+        outcome = finetune(arguments)
+    except ArgumentError as error:
+        say(str(error))
+        return 2
+    except (CheckpointError, DataFileError, MalformedSample, ProcessFailed) as error:
+        say(str(error))
+        return 1
+    if outcome.interrupted:
+        say(f"Stopped. The same command with --resume_from_checkpoint True goes on from {outcome.output_dir}.")
+        return 130
+    if "eval_loss" in outcome.metrics:
+        say(
+            "On {eval_data_path}: loss {eval_loss:.4f} nats a token, perplexity {eval_perplexity:.2f}.".format(
+                eval_data_path=arguments.data.eval_data_path, **outcome.metrics
+            )
+        )
+    say(f"Done: {outcome.output_dir}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

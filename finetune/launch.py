@@ -1,0 +1,75 @@
+"""torchrun as the environment says: `python launch.py SCRIPT [arguments of SCRIPT]`, with a process on every GPU.
+
+GPUS_PER_NODE, NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT have the meaning of torchrun's arguments. A process that
+fails has said why: there is no traceback of torchrun's beside it, and the exit status is that process's own.
+"""
+
+import logging
+import os
+import signal
+import sys
+
+import torch
+from torch.distributed import DistNetworkError
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import parse_args, run
+
+
+def main(argv: list[str]) -> int:
+    """The exit status: that of the first process that failed, 128 + N where signal N ended it, 0 without any."""
+    try:
+        processes = number("GPUS_PER_NODE", torch.accelerator.device_count() or 2, least=1)
+        settings = {
+            "nproc_per_node": processes,
+            "nnodes": number("NNODES", 1, least=1),
+            "node_rank": number("NODE_RANK", 0),
+            "master_addr": os.environ.get("MASTER_ADDR") or "localhost",
+            "master_port": number("MASTER_PORT", 6001),
+            # An interrupted process saves a checkpoint first, which may take longer than the usual 30 seconds.
+            "shutdown_timeout": 3600,
+        }
+    except ValueError as error:
+        say(str(error))
+        return 2
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    if "LOGLEVEL" not in os.environ:  # torchrun's; what it logs of failures and signals, people have seen
+        logging.disable(logging.ERROR)
+    try:
+        run(parse_args([*(f"--{name}={value}" for name, value in settings.items()), *argv]))
+    except ChildFailedError as error:
+        failure = error.get_first_failure()[1]
+        if failure.exitcode >= 0:
+            return failure.exitcode
+        name = signal.Signals(-failure.exitcode).name
+        say(f"Process {failure.local_rank} was ended by {name}." + " Is the memory full?" * (name == "SIGKILL"))
+        return 128 - failure.exitcode
+    except SignalException as interrupt:
+        return 128 + interrupt.sigval
+    except DistNetworkError as error:
+        say(
+            f"The processes cannot meet at {settings['master_addr']}:{settings['master_port']}. Where another run uses "
+            f"the port, set MASTER_PORT to a free one. ({str(error).splitlines()[0]})"
+        )
+        return 1
+    return 0
+
+
+def number(name: str, default: int, least: int = 0) -> int:
+    """A whole number from the environment.
+
+    Raises:
+        ValueError: it is not one, or less than `least`.
+    """
+    text = os.environ.get(name) or str(default)
+    if not text.isdecimal() or int(text) < least:
+        raise ValueError(f"{name} is {text}: it must be a whole number, at least {least}.")
+    return int(text)
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

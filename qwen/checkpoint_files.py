@@ -1,0 +1,167 @@
+"""What lies in the folder of a checkpoint: is it all there, and of which model?
+
+Revolves around what interrupted downloads, clones and copies leave behind, and says what to do about it. Looks at
+names, sizes and headers, never at weights; loads nothing.
+"""
+
+import importlib.util
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from .configuration_qwen import QWenConfig
+
+SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
+BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+VOCABULARY = "qwen.tiktoken"
+LFS_POINTER = b"version https://git-lfs"
+
+
+class CheckpointError(OSError):
+    """A checkpoint cannot be loaded. The text is for people: what is wrong, where, and what to do."""
+
+
+def check_config(path: Path, name: str | Path) -> None:
+    """Raise CheckpointError unless the config.json at `path` is a first-generation Qwen's that can be loaded here.
+
+    Args:
+        name: the checkpoint, as errors call it.
+    """
+    config = read_json(path, name)
+    model_type = config.get("model_type")
+    if model_type == QWenConfig.model_type:
+        if config.get("quantization_config") and importlib.util.find_spec("gptqmodel") is None:
+            raise CheckpointError(
+                f"{name} is quantized (GPTQ), which needs two more packages: `pip install gptqmodel optimum`. "
+                "Or take the same model without -Int4 or -Int8."
+            )
+        return
+    if model_type is None:
+        raise CheckpointError(
+            f"config.json of {name} names no model_type, so it is not known which model this is. If it is a "
+            'first-generation Qwen, add `"model_type": "qwen"`.'
+        )
+    newer = str(model_type).startswith("qwen")
+    raise CheckpointError(
+        f"{name} is a model of type {model_type!r}, "
+        + ("a newer Qwen" if newer else "another architecture")
+        + ' than the first-generation Qwen (type "qwen") that this code is for. '
+        "transformers loads it by itself: AutoModelForCausalLM.from_pretrained."
+    )
+
+
+def check_weights(folder: Path) -> None:
+    """Raise CheckpointError where weights are missing: all, a shard, what a git-lfs pointer stands for, or the end."""
+    for single, index in ((SAFETENSORS, SAFETENSORS_INDEX), (BIN, BIN_INDEX)):  # in transformers' order of preference
+        if (folder / single).is_file():
+            shards = [single]
+        elif (folder / index).is_file():
+            weight_map = read_json(folder / index, folder).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise CheckpointError(f"{folder / index} has no weight_map. {download_advice(folder)}")
+            shards = sorted(set(weight_map.values()))
+        else:
+            continue
+        break
+    else:
+        others = sorted(
+            path.name for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".pt", ".gguf")
+        )
+        raise CheckpointError(
+            f"{folder} has no weights: neither {SAFETENSORS} nor {BIN} nor the index of a sharded checkpoint. "
+            + (f"It does have {listing(others)}, which are not looked for under such names. " if others else "")
+            + download_advice(folder)
+        )
+    if missing := [shard for shard in shards if not (folder / shard).is_file()]:
+        raise CheckpointError(
+            f"{folder} is half downloaded: {len(missing)} of its {len(shards)} weight files are missing "
+            f"({listing(missing)}). {download_advice(folder)}"
+        )
+    if pointers := [shard for shard in shards if is_lfs_pointer(folder / shard)]:
+        raise CheckpointError(pointer_text(folder, pointers))
+    if broken := [shard for shard in shards if not is_complete(folder / shard)]:
+        raise CheckpointError(
+            f"{folder} is half downloaded: {listing(broken)} {'is' if len(broken) == 1 else 'are'} cut off or damaged. "
+            f"Delete {'it' if len(broken) == 1 else 'them'} and download again. {download_advice(folder)}"
+        )
+
+
+def check_vocabulary(folder: Path) -> None:
+    """Raise CheckpointError unless the folder has a vocabulary file."""
+    vocabulary = folder / VOCABULARY
+    if not vocabulary.is_file():
+        raise CheckpointError(
+            f"{folder} has no {VOCABULARY}, the tokenizer's vocabulary. Copy it from the checkpoint that this one was "
+            "made from, or download it from any published one of the same family."
+        )
+    if is_lfs_pointer(vocabulary):
+        raise CheckpointError(pointer_text(folder, [VOCABULARY]))
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Whether git left a note in the file's place, as it does where git-lfs is not installed."""
+    with path.open("rb") as file:
+        return file.read(len(LFS_POINTER)) == LFS_POINTER
+
+
+def is_complete(path: Path) -> bool:
+    """Whether a weight file is as long as its own directory of tensors says."""
+    if path.suffix != ".safetensors":
+        # A .bin file is a zip archive with its directory at the end; torch < 1.6 wrote bare pickles: let them through.
+        with path.open("rb") as file:
+            return file.read(2) not in (b"PK", b"") or zipfile.is_zipfile(path)
+    # https://github.com/huggingface/safetensors#format: 8 bytes N (little endian), N bytes of JSON, the tensors.
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        header_size = int.from_bytes(file.read(8), "little")
+        if size < 8 + header_size:
+            return False
+        try:
+            tensors = json.loads(file.read(header_size))
+            end = max((t["data_offsets"][1] for name, t in tensors.items() if name != "__metadata__"), default=0)
+        except (ValueError, TypeError, LookupError, AttributeError):
+            return False
+    return size == 8 + header_size + end
+
+
+def read_json(path: Path, name: str | Path) -> dict[str, Any]:
+    """The object in a JSON file of the checkpoint `name`.
+
+    Raises:
+        CheckpointError: it is a git-lfs pointer, no JSON, or no object.
+    """
+    if is_lfs_pointer(path):
+        raise CheckpointError(pointer_text(path.parent, [path.name]))
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(
+            f"{path.name} of {name} is not valid JSON ({first_line(error)}). Mend it, or download it again."
+        ) from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path.name} of {name} is not a JSON object. Mend it, or download it again.")
+    return content
+
+
+def pointer_text(folder: Path, files: list[str]) -> str:
+    """What to do about git-lfs pointers."""
+    return (
+        f"{folder} was cloned without its large files: {listing(files)} {'is a' if len(files) == 1 else 'are'} git-lfs "
+        f"{'pointer' if len(files) == 1 else 'pointers'}. Run `git lfs install` and `git lfs pull` in that folder."
+    )
+
+
+def download_advice(folder: Path) -> str:
+    """How to complete a folder."""
+    return f"To fetch what is missing: `hf download Qwen/MODEL --local-dir {folder}`."
+
+
+def listing(names: list[str], most: int = 5) -> str:
+    """Some names, in the length of a sentence."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def first_line(error: Exception) -> str:
+    """What a library's error says first; the rest is for its developers."""
+    return str(error).strip().partition("\n")[0]

@@ -1,0 +1,233 @@
+"""What people type after `finetune.py`, today's names and yesterday's → checked settings.
+
+Revolves around the contract of the command line: transformers' TrainingArguments and the ones of these models. Refuses
+what can be seen to be impossible from the words alone; of files it reads the DeepSpeed configuration only, of models
+nothing.
+"""
+
+import difflib
+import importlib.util
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import HfArgumentParser
+
+from ..qwen_generation_utils import DEFAULT_SYSTEM
+from .legacy_arguments import modernized
+from .processes import allow_fsdp_on_cpu, join_deepspeed
+
+LORA_TARGETS = ["c_attn", "c_proj", "w1", "w2"]
+
+
+class ArgumentError(ValueError):
+    """The command line asks for something that cannot be done; the text says what to type instead."""
+
+
+@dataclass
+class ModelArguments:
+    """Which checkpoint is trained."""
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "A folder or a hub id. The bundled toy without it."}
+    )
+    cache_dir: str | None = field(default=None, metadata={"help": "Where downloads are kept."})
+    extra_vocab_file: str | None = field(
+        default=None, metadata={"help": "New tokens for the vocabulary, as examples/add_merges.py writes them."}
+    )
+
+
+@dataclass
+class DataArguments:
+    """Which conversations, and how they become rows of tokens."""
+
+    data_path: str = field(metadata={"help": "Conversations to learn: a JSON list, or JSON Lines."})
+    eval_data_path: str | None = field(
+        default=None, metadata={"help": "Conversations to measure loss and perplexity on, in the same form."}
+    )
+    lazy_preprocess: bool = field(
+        default=False, metadata={"help": "Tokenize a sample when it is needed, not all at the start."}
+    )
+    packing: bool = field(
+        default=False, metadata={"help": "Fill rows with several short samples, which do not see each other."}
+    )
+    system_message: str = field(
+        default=DEFAULT_SYSTEM, metadata={"help": "System message of the samples that have none of their own."}
+    )
+
+
+@dataclass
+class LoraArguments:
+    """Low-rank adapters (Hu et al. 2021, https://arxiv.org/abs/2106.09685)."""
+
+    lora_r: int = field(default=64, metadata={"help": "Rank of the adapter matrices."})
+    lora_alpha: int = field(default=16, metadata={"help": "The adapter's output is scaled by alpha / r."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout in front of the adapter."})
+    lora_target_modules: list[str] = field(
+        default_factory=lambda: list(LORA_TARGETS), metadata={"help": "Layers that get an adapter."}
+    )
+    lora_weight_path: str = field(default="", metadata={"help": "An adapter to go on training."})
+    lora_bias: str = field(
+        default="none", metadata={"help": "Which biases are trained as well.", "choices": ["none", "all", "lora_only"]}
+    )
+    q_lora: bool = field(default=False, metadata={"help": "Adapters on a GPTQ checkpoint (-Chat-Int4)."})
+    modules_to_save: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Modules trained and saved whole beside the adapters, such as wte lm_head for control tokens of "
+            "one's own; 'none' for no module. By default wte and lm_head of a base model, none of a chat model."
+        },
+    )
+
+
+@dataclass
+class TrainingArguments(transformers.TrainingArguments):
+    """transformers' TrainingArguments with a loss curve by default, and two arguments that the published scripts count
+    among them."""
+
+    output_dir: str | None = field(default="output_qwen", metadata={"help": "Where the result is written."})
+    report_to: None | str | list[str] = field(
+        default="tensorboard", metadata={"help": "Where the loss is logged to: tensorboard, wandb, …, or none."}
+    )
+    logging_steps: float = field(default=1, metadata={"help": "Log the loss every so many steps."})
+    model_max_length: int = field(
+        default=8192, metadata={"help": "Longest sample in tokens; what is longer is cut off on the right."}
+    )
+    use_lora: bool = field(default=False, metadata={"help": "Train low-rank adapters instead of all weights."})
+
+    def __post_init__(self):
+        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", os.path.join(self.output_dir, "runs"))
+        super().__post_init__()
+
+
+@dataclass
+class Arguments:
+    """Everything that a run is made of."""
+
+    model: ModelArguments
+    data: DataArguments
+    lora: LoraArguments
+    training: TrainingArguments
+
+
+def parse(argv: list[str]) -> tuple[Arguments, list[str]]:
+    """The settings of a run, and notes for the person about what was understood differently from how it was typed.
+
+    Precision and device are chosen from what is there, where the command line does not name them. The process group of
+    DeepSpeed is set up on the way: TrainingArguments want it.
+
+    Args:
+        argv: what follows `finetune.py`.
+
+    Raises:
+        ArgumentError: an unknown argument, a value that cannot be, or two that exclude each other.
+    """
+    try:
+        argv, notes = modernized(argv)
+        parser = _Parser((ModelArguments, DataArguments, LoraArguments, TrainingArguments), allow_abbrev=False)
+        words, unknown = parser.parse_known_args(argv)
+        if unknown:
+            raise ArgumentError(_unknown(unknown[0], parser))
+        settings = vars(words)
+        typed = {word[2:].partition("=")[0] for word in argv if word.startswith("--")}
+        settings |= _device_and_precision(settings, typed)
+        if settings["deepspeed"]:
+            settings["deepspeed"] = _deepspeed_config(settings["deepspeed"], settings["lr_scheduler_type"], notes)
+            join_deepspeed(cpu=settings["use_cpu"])
+        if settings["modules_to_save"] == ["none"]:
+            settings["modules_to_save"] = []
+        if str(settings["resume_from_checkpoint"]).lower() in ("true", "false"):
+            settings["resume_from_checkpoint"] = settings["resume_from_checkpoint"].lower() == "true"
+        arguments = Arguments(*parser.parse_dict(settings))
+        if arguments.training.fsdp:
+            allow_fsdp_on_cpu()
+    except ArgumentError:
+        raise
+    except (ValueError, ImportError, OSError) as error:
+        raise ArgumentError(" ".join(str(error).split())) from error
+    _check(arguments)
+    return arguments, notes
+
+
+class _Parser(HfArgumentParser):
+    """One that raises instead of printing two hundred options and ending the process."""
+
+    def error(self, message: str) -> None:
+        raise ArgumentError(f"{message[0].upper()}{message[1:]}. `python finetune.py --help` lists all arguments.")
+
+
+def _unknown(word: str, parser: HfArgumentParser) -> str:
+    known = [option for action in parser._actions for option in action.option_strings]
+    near = difflib.get_close_matches(word.partition("=")[0], known, n=1)
+    return f"There is no argument {word}." + (
+        f" Did you mean {near[0]}?" if near else " `python finetune.py --help` lists all."
+    )
+
+
+def _device_and_precision(settings: dict[str, Any], typed: set[str]) -> dict[str, Any]:
+    """What the command line leaves open: bfloat16 on a GPU that computes in it, else float16, float32 on the CPU.
+
+    Adapters on GPTQ weights compute in float16, as these weights are stored.
+    """
+    cpu = settings["use_cpu"] or not torch.accelerator.is_available()
+    if cpu and settings["fp16"]:
+        raise ArgumentError("--fp16 needs a GPU: on the CPU leave it out (float32), or use --bf16.")
+    if settings["bf16"] and settings["fp16"]:
+        raise ArgumentError("--bf16 and --fp16 exclude each other: use one of them.")
+    if cpu or typed & {"bf16", "fp16"}:
+        return {"use_cpu": cpu}
+    bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    half = "bf16" if bf16 and not settings["q_lora"] else "fp16"
+    return {"use_cpu": False, half: True}
+
+
+def _deepspeed_config(file_or_json: str | dict, schedule: str, notes: list[str]) -> dict[str, Any]:
+    """The DeepSpeed configuration without a learning rate schedule of its own, which would win over the arguments'."""
+    if importlib.util.find_spec("deepspeed") is None:
+        raise ArgumentError("--deepspeed needs the package: `pip install deepspeed`.")
+    if isinstance(file_or_json, str) and not file_or_json.startswith("{"):
+        path = Path(file_or_json)
+        if not path.is_file():
+            raise ArgumentError(f"--deepspeed: there is no file {path}. finetune/ has two of them.")
+        file_or_json = path.read_text(encoding="utf-8")
+    try:
+        config = json.loads(file_or_json) if isinstance(file_or_json, str) else file_or_json
+    except ValueError as error:
+        raise ArgumentError(f"--deepspeed: the configuration is not valid JSON ({error}).") from error
+    if dropped := config.pop("scheduler", None):
+        name = dropped.get("type", "schedule") if isinstance(dropped, dict) else "schedule"
+        notes.append(f"The {name} of the DeepSpeed configuration is ignored: --lr_scheduler_type {schedule} runs.")
+    return config
+
+
+def _check(arguments: Arguments) -> None:
+    """Refuse what no checkpoint could make possible."""
+    lora, training = arguments.lora, arguments.training
+    if lora.q_lora:
+        training.use_lora = True
+    sharded = zero_stage(training) == 3
+    if lora.q_lora and (sharded or training.fsdp):
+        raise ArgumentError(
+            "Q-LoRA cannot be combined with ZeRO 3 or FSDP: packed Int4 weights cannot be split among processes. Use "
+            "--deepspeed finetune/ds_config_zero2.json."
+        )
+    if training.model_max_length < 1:
+        raise ArgumentError(f"--model_max_length is {training.model_max_length}: it must be at least 1.")
+    if not 0 <= lora.lora_dropout < 1:
+        raise ArgumentError(f"--lora_dropout is {lora.lora_dropout}: it is a share, from 0 to below 1.")
+    if lora.lora_r < 1:
+        raise ArgumentError(f"--lora_r is {lora.lora_r}: a rank is at least 1.")
+    if training.eval_strategy != "no" and not arguments.data.eval_data_path:
+        raise ArgumentError(
+            f"--eval_strategy {training.eval_strategy.value} needs something to evaluate on: add --eval_data_path FILE."
+        )
+
+
+def zero_stage(training: TrainingArguments) -> int:
+    """How much DeepSpeed shards: 0 without it, else the stage of ZeRO."""
+    config = training.deepspeed if isinstance(training.deepspeed, dict) else {}
+    return config.get("zero_optimization", {}).get("stage", 0)

@@ -1,0 +1,152 @@
+"""Command lines written for transformers 4 → what transformers 5 takes.
+
+Scripts outlive libraries: arguments that were renamed, became a choice or a field of something else are translated, and
+those that need no saying any more are dropped with a note. Knows words only.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+Group = tuple[str, list[str]]
+
+# Arguments that scripts still carry and transformers 5 no longer takes: the same thing under another name,
+_RENAMED = {
+    "evaluation_strategy": "eval_strategy",
+    "warmup_ratio": "warmup_steps",  # below 1 it is a share of all steps
+    "per_gpu_train_batch_size": "per_device_train_batch_size",
+    "per_gpu_eval_batch_size": "per_device_eval_batch_size",
+    "no_cuda": "use_cpu",
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+    "include_tokens_per_second": "include_num_input_tokens_seen",
+    "push_to_hub_token": "hub_token",
+    "push_to_hub_model_id": "hub_model_id",
+}
+# a switch that is a choice today,
+_SWITCHES = {
+    "group_by_length": ("train_sampling_strategy", "group_by_length"),
+    "adafactor": ("optim", "adafactor"),
+}
+# a field of the accelerator configuration,
+_ACCELERATOR_FIELDS = ("dispatch_batches", "split_batches")
+# and what needs no saying any more, with the reason.
+_GONE = {
+    "overwrite_output_dir": "the output folder is always written to",
+    "save_safetensors": "weights are always saved as safetensors",
+    "fp16_opt_level": "--fp16 and --bf16 have no levels today",
+    "fp16_backend": "--fp16 and --bf16 have one implementation today",
+    "half_precision_backend": "--fp16 and --bf16 have one implementation today",
+    "use_mps_device": "the device is found by itself",
+    "use_ipex": "PyTorch does by itself what it did",
+    "jit_mode_eval": "it was for prediction only",
+    "include_inputs_for_metrics": "loss and perplexity need no inputs",
+    "use_legacy_prediction_loop": "there is one loop today",
+    "past_index": "it was for other architectures",
+    "ray_scope": "it was for a search of hyperparameters",
+    "sharded_ddp": "use --fsdp or --deepspeed",
+    "xpu_backend": "use --ddp_backend",
+    "mp_parameters": "it was for one cloud",
+    "tpu_num_cores": "the launcher knows it",
+    "tpu_metrics_debug": "use --debug",
+    "torchdynamo": "use --torch_compile",
+    "push_to_hub_organization": "use --hub_model_id OWNER/NAME",
+    "fsdp_min_num_params": "the blocks of these models are wrapped one by one",
+    "fsdp_transformer_layer_cls_to_wrap": "the blocks of these models are wrapped one by one",
+}
+
+# FSDP 1 was configured by words behind --fsdp; FSDP 2 by fields of --fsdp_config.
+_FSDP_WORDS = {
+    "full_shard": {"reshard_after_forward": True},
+    "shard_grad_op": {"reshard_after_forward": False},
+    "offload": {"cpu_offload": True},
+    "auto_wrap": {},
+}
+
+
+def modernized(argv: list[str]) -> tuple[list[str], list[str]]:
+    """Today's command line for one that was written for transformers 4, and a note for each argument that is dropped.
+
+    Sets the environment variable that replaced `--logging_dir`.
+
+    Raises:
+        ValueError: a word behind `--fsdp` that FSDP 2 has nothing for.
+    """
+    now: list[str] = []
+    notes: list[str] = []
+    accelerator: dict[str, Any] = {}
+    groups = _groups(argv)
+    named = {name: values for name, values in groups}
+    shadowed = None
+    if "warmup_ratio" in named and "warmup_steps" in named:  # a number of steps, where there is one, has always won
+        shadowed = "warmup_ratio" if _at_least_one(named["warmup_steps"]) else "warmup_steps"
+    for name, values in groups:
+        if name == shadowed:
+            continue
+        if name in _RENAMED:
+            now += [f"--{_RENAMED[name]}", *values]
+        elif name in _SWITCHES:
+            if _is_true(values):
+                now += [f"--{_SWITCHES[name][0]}", _SWITCHES[name][1]]
+        elif name in _ACCELERATOR_FIELDS:
+            accelerator[name] = _is_true(values)
+        elif name == "logging_dir" and values:
+            os.environ["TENSORBOARD_LOGGING_DIR"] = values[0]
+        elif name in _GONE:
+            notes.append(f"--{name} is ignored: {_GONE[name]}.")
+        elif name == "fsdp" and values and not _is_bool(values):
+            now += ["--fsdp", "--fsdp_config", _fsdp_config(values, named.get("fsdp_config"))]
+        elif name == "fsdp_config" and named.get("fsdp") and not _is_bool(named["fsdp"]):
+            continue  # taken in with --fsdp
+        else:
+            now += ([f"--{name}"] if name else []) + values
+    if accelerator:
+        now += ["--accelerator_config", json.dumps(accelerator)]
+    return now, notes
+
+
+def _groups(argv: list[str]) -> list[Group]:
+    """The arguments with their values; what stands before the first argument has the name ""."""
+    groups: list[Group] = []
+    for word in argv:
+        if word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
+            groups.append((name.replace("-", "_"), [value] if equals else []))
+        elif groups:
+            groups[-1][1].append(word)
+        else:
+            groups.append(("", [word]))
+    return groups
+
+
+def _at_least_one(values: list[str]) -> bool:
+    try:
+        return len(values) == 1 and float(values[0]) >= 1
+    except ValueError:
+        return False
+
+
+def _is_bool(values: list[str]) -> bool:
+    return len(values) == 1 and values[0].lower() in ("true", "false")
+
+
+def _is_true(values: list[str]) -> bool:
+    return not values or values[0].lower() in ("true", "1", "yes")
+
+
+def _fsdp_config(words: list[str], file: list[str] | None) -> str:
+    config: dict[str, Any] = {}
+    if file:
+        try:
+            config = json.loads(file[0] if file[0].startswith("{") else Path(file[0]).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"--fsdp_config {file[0]} cannot be read: {error}") from error
+    for word in " ".join(words).split():
+        if word not in _FSDP_WORDS:
+            raise ValueError(
+                f"--fsdp {word} belongs to FSDP 1, which is gone. With FSDP 2: {', '.join(_FSDP_WORDS)}, or --fsdp "
+                "alone with the rest in --fsdp_config FILE.json."
+            )
+        config |= _FSDP_WORDS[word]
+    return json.dumps(config)

@@ -1,0 +1,26 @@
+"""The trainer's log → a picture of the loss."""
+
+from pathlib import Path
+
+
+def draw(log_history: list[dict], path: Path) -> bool:
+    """Draw the loss of training and evaluation over the steps; False where nothing was logged that could be drawn.
+
+    Args:
+        log_history: the trainer's entries, {"step": …, "loss": …} or {"step": …, "eval_loss": …}.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for key, label, style in (("loss", "training", "-"), ("eval_loss", "evaluation", "o-")):
+        points = [(entry["step"], entry[key]) for entry in log_history if key in entry]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1.2, markersize=4)
+    if not axes.lines:
+        return False
+    axes.set(xlabel="step", ylabel="loss (nats a token)")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=120)
+    return True

@@ -1,0 +1,185 @@
+"""A checkpoint → the model that is trained: all of it, or adapters on it.
+
+Revolves around which parameters are trained and in which precision they are kept. What cannot work is refused before
+the weights are loaded. Knows the checkpoint and the arguments; data and training it has never heard of.
+"""
+
+import copy
+import os
+from pathlib import Path
+
+import torch
+from transformers import GenerationConfig, GPTQConfig, PreTrainedModel
+
+from ..adapters import ADAPTER_CONFIG, check_adapter, is_adapter
+from ..configuration_qwen import QWenConfig
+from ..loading import BUNDLED_CHAT_INT4, chat_format, check_checkpoint, load_model, load_tokenizer, resolve
+from ..modeling_qwen import QWenLMHeadModel
+from ..tokenization_qwen import QWenTokenizer
+from .arguments import LORA_TARGETS, ArgumentError, Arguments, LoraArguments, TrainingArguments, zero_stage
+from .vocabulary import expand_embeddings
+
+EMBEDDINGS = ["wte", "lm_head"]
+"""What a model must learn anew to know control tokens that it has never seen."""
+
+
+def load_for_training(arguments: Arguments) -> tuple[PreTrainedModel, QWenTokenizer]:
+    """The model with the parameters that the arguments want trained, and its tokenizer.
+
+    The model is a QWenLMHeadModel, or a PeftModel around one; its generation config is a chat model's, since samples
+    are in ChatML whatever the model has learned before. An adapter will record its base by an absolute path or hub id.
+
+    Raises:
+        ArgumentError: the arguments do not go with this checkpoint; says which would.
+        CheckpointError: it cannot be loaded.
+    """
+    given, lora, training = arguments.model, arguments.lora, arguments.training
+    where = {} if given.cache_dir is None else {"cache_dir": given.cache_dir}
+    name = given.model_name_or_path
+    name = resolve(BUNDLED_CHAT_INT4 if name is None and lora.q_lora else name)
+    if is_adapter(Path(name)):
+        raise ArgumentError(
+            f"--model_name_or_path {name} is an adapter. To go on training it, name its base model and add "
+            f"--lora_weight_path {name}; to train on top of it, merge it first with finetune/merge_lora.py."
+        )
+    check_checkpoint(name, **where)
+    if os.path.isdir(name):
+        name = os.path.abspath(name)  # an adapter records it, and must find it from anywhere
+    quantization = getattr(QWenConfig.from_pretrained(name, **where), "quantization_config", None)
+    _check_weights_fit(name, quantization is not None, arguments)
+    if quantization is not None:
+        training.ddp_broadcast_buffers = False  # the packed weights are buffers: gigabytes, at every step
+        if training.device.type == "cpu":
+            # Their kernel would compile itself, which wants a C++ compiler, for no gain.
+            torch.compiler.set_stance("force_eager")
+    is_chat = chat_format(name, **where) == "chatml"
+    whole = _trained_whole(name, is_chat, arguments)
+    if training.use_lora:
+        _check_adapters_fit(lora, whole)
+
+    model, base_tokenizer = load_model(name, **where, **_placement(quantization, training))
+    model.generation_config = chat_generation_config(model.generation_config)
+    model.config.use_cache = False
+    tokenizer = load_tokenizer(
+        name,
+        **where,
+        model_max_length=training.model_max_length,
+        **({} if given.extra_vocab_file is None else {"extra_vocab_file": _file(given.extra_vocab_file)}),
+    )
+    try:
+        expand_embeddings(model, tokenizer, base_tokenizer)
+    except ValueError as error:
+        raise ArgumentError(str(error)) from error
+    if training.use_lora:
+        model = with_adapters(model, lora, whole)
+    return model, tokenizer
+
+
+def with_adapters(model: QWenLMHeadModel, lora: LoraArguments, whole: list[str]) -> PreTrainedModel:
+    """The model with everything frozen but LoRA matrices and the modules named in `whole`.
+
+    Trained parameters are kept in float32, so that small updates are not lost to rounding.
+    """
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    if lora.lora_weight_path:
+        model = PeftModel.from_pretrained(model, lora.lora_weight_path, is_trainable=True)
+        model.peft_config["default"].base_model_name_or_path = model.base_model.model.name_or_path
+    else:
+        config = LoraConfig(
+            r=lora.lora_r,
+            lora_alpha=lora.lora_alpha,
+            lora_dropout=lora.lora_dropout,
+            target_modules=lora.lora_target_modules,
+            bias=lora.lora_bias,
+            modules_to_save=whole or None,
+            task_type="CAUSAL_LM",
+        )
+        model = get_peft_model(model, config)
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dtype != torch.float32:
+            parameter.data = parameter.data.float()
+    return model
+
+
+def chat_generation_config(config: GenerationConfig) -> GenerationConfig:
+    """The generation config of a chat model, whatever the checkpoint's was: a trained base model has become one."""
+    config = copy.deepcopy(config)
+    if getattr(config, "chat_format", None) != "chatml":
+        config.chat_format = "chatml"
+        vars(config).pop("stop_words_ids", None)  # those of a base model
+    return config
+
+
+def _check_weights_fit(name: str, quantized: bool, arguments: Arguments) -> None:
+    lora, training = arguments.lora, arguments.training
+    if lora.q_lora and not quantized:
+        raise ArgumentError(
+            f"--q_lora trains adapters on a checkpoint in 4 bits, and {name} is not quantized. Name one such as "
+            "Qwen/Qwen-7B-Chat-Int4, or leave out --q_lora."
+        )
+    if quantized and not training.use_lora:
+        raise ArgumentError(
+            f"{name} is quantized, and packed integers cannot be trained. Add --q_lora, or name the same model without "
+            "-Int4 or -Int8."
+        )
+    if quantized and not lora.q_lora:
+        raise ArgumentError(f"{name} is quantized: adapters on it are Q-LoRA. Add --q_lora, and --fp16 on a GPU.")
+
+
+def _check_adapters_fit(lora: LoraArguments, whole: list[str]) -> None:
+    for option, names, known in (
+        ("lora_target_modules", lora.lora_target_modules, [*LORA_TARGETS, *EMBEDDINGS]),
+        ("modules_to_save", whole, [*EMBEDDINGS, *LORA_TARGETS, "ln_1", "ln_2", "ln_f"]),
+    ):
+        if unknown := [name for name in names if name not in known]:
+            raise ArgumentError(f"--{option} {' '.join(unknown)}: these models have {', '.join(known)}.")
+    if lora.lora_weight_path:
+        folder = Path(lora.lora_weight_path)
+        if not is_adapter(folder):
+            raise ArgumentError(f"--lora_weight_path {folder} is no folder of an adapter: it has no {ADAPTER_CONFIG}.")
+        check_adapter(folder)
+
+
+def _trained_whole(name: str, is_chat: bool, arguments: Arguments) -> list[str]:
+    """Modules that LoRA trains as a whole: a base model has never seen ChatML's control tokens, no model new words."""
+    reasons = {
+        f"{name} is a base model, which does not know the chat's control tokens": not is_chat,
+        "--extra_vocab_file adds tokens": arguments.model.extra_vocab_file is not None,
+    }
+    needed = [reason for reason, holds in reasons.items() if holds]
+    named = arguments.lora.modules_to_save
+    whole = (EMBEDDINGS if needed else []) if named is None else named
+    if not arguments.training.use_lora:
+        return whole
+    if arguments.model.extra_vocab_file and not set(EMBEDDINGS) <= set(whole):
+        raise ArgumentError(
+            "--extra_vocab_file adds tokens, which only --modules_to_save wte lm_head learns and saves."
+        )
+    if whole and zero_stage(arguments.training) == 3:
+        reason = needed[0] if needed else "--modules_to_save is given"
+        raise ArgumentError(
+            f"{reason}: LoRA must train {' and '.join(whole)} as a whole, which cannot be combined with ZeRO 3. Use "
+            "--deepspeed finetune/ds_config_zero2.json" + ("." if is_chat else ", or start from the chat model.")
+        )
+    return whole
+
+
+def _placement(quantization: dict | None, training: TrainingArguments) -> dict:
+    """Arguments of from_pretrained: precision of the frozen and the trained weights, kernel and device."""
+    half = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
+    if quantization is not None:
+        # Of GPTQModel's kernels the one that passes gradients on every device and from any first call. Without a device
+        # map the weights would stay on the CPU.
+        kernel = GPTQConfig(bits=quantization["bits"], backend="torch")
+        return {"quantization_config": kernel, "dtype": half, "device_map": {"": training.device}}
+    # What is trained in mixed precision is kept in float32. DeepSpeed keeps that copy itself; FSDP wants one precision
+    # for all, and splits it.
+    keeps_half = training.deepspeed or (training.use_lora and not training.fsdp)
+    return {"dtype": half if keeps_half else torch.float32, "device_map": None}
+
+
+def _file(path: str) -> str:
+    if not Path(path).is_file():
+        raise ArgumentError(f"--extra_vocab_file: there is no file {path}. examples/add_merges.py makes one.")
+    return path

@@ -1,0 +1,99 @@
+"""transformers' Trainer, with what a fine-tuned language model is judged and kept by.
+
+Adds to it: the loss of evaluation as the mean over tokens with the perplexity, and final folders that are complete. It
+knows models and batches; how both were made, it does not.
+"""
+
+import copy
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from torch.nn.functional import cross_entropy
+from transformers import EvalPrediction, Trainer
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import EvalLoopOutput
+
+from ..chat_data import IGNORE_INDEX
+from ..modeling_qwen import QWenLMHeadModel
+
+
+class SupervisedTrainer(Trainer):
+    """Trains on {"input_ids", "labels", …} and writes folders that chat."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(
+            *args, compute_metrics=mean_over_tokens, preprocess_logits_for_metrics=sum_over_tokens, **kwargs
+        )
+        self._final_dtype: torch.dtype | None = None
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        """Computes logits only where some row learns its next token: prompts have none, and logits of the whole
+        vocabulary are what takes the memory of long samples."""
+        if model.training:
+            next_labels = inputs["labels"][:, 1:]
+            learned = (next_labels != IGNORE_INDEX).any(0).nonzero()[:, 0]
+            inputs = {**inputs, "logits_to_keep": learned, "shift_labels": next_labels[:, learned].contiguous()}
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        # The Trainer's own is a mean of means, which depends on how samples were batched.
+        output.metrics[f"{metric_key_prefix}_loss"] = output.metrics.pop(f"{metric_key_prefix}_token_loss")
+        return output
+
+    def save_final(self) -> None:
+        """Write the result to `output_dir`: weights in the precision of training (not of its float32 copies),
+        tokenizer, code, and generation config; of an adapter all but the base's weights and code.
+
+        Every process must call it.
+        """
+        if self.is_fsdp_enabled:  # checkpoints may be sharded, the result is not
+            self.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+        self._final_dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
+        try:
+            self.save_model()
+        finally:
+            self._final_dtype = None
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if isinstance(model, PeftModel):
+            super()._save(output_dir, state_dict)
+            (folder / TRAINING_ARGS_NAME).unlink()  # a pickle, and nothing reads it
+            model.generation_config.save_pretrained(folder)
+            return
+        state_dict = model.state_dict() if state_dict is None else state_dict
+        if self._final_dtype is not None:
+            state_dict = {name: tensor.to(self._final_dtype) for name, tensor in state_dict.items()}
+        self._as_published(model, next(iter(state_dict.values())).dtype).save_pretrained(folder, state_dict=state_dict)
+        self.processing_class.save_pretrained(folder)
+
+    def _as_published(self, model: QWenLMHeadModel, dtype: torch.dtype) -> QWenLMHeadModel:
+        """The model without its weights, to save some under its name: FSDP gives the trained one a class of its own."""
+        config = copy.deepcopy(model.config)
+        config.use_cache = True
+        with torch.device("meta"):
+            empty = QWenLMHeadModel(config).to(dtype)
+        empty.generation_config = model.generation_config
+        return empty
+
+
+def sum_over_tokens(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """logits (B, S, V) and labels (B, S) → (B, 2): the summed negative log-likelihood of each row's labels, in nats,
+    and their number. Row by row, for the float32 copy of all logits would not fit beside them."""
+    rows = []
+    for row_logits, row_labels in zip(logits[:, :-1], labels[:, 1:], strict=True):
+        total = cross_entropy(row_logits.float(), row_labels, ignore_index=IGNORE_INDEX, reduction="sum")
+        rows.append(torch.stack((total, (row_labels != IGNORE_INDEX).sum().to(total.dtype))))
+    return torch.stack(rows)
+
+
+def mean_over_tokens(prediction: EvalPrediction) -> dict[str, float]:
+    """Loss in nats a token, and its perplexity e^loss."""
+    total, count = torch.as_tensor(prediction.predictions).double().sum(0)
+    loss = total / count
+    return {"token_loss": loss.item(), "perplexity": loss.exp().item()}
