@@ -22,7 +22,7 @@ def main() -> int:
 
 
 def run(argv: list[str]) -> int:
-    from qwen.finetuning.processes import ProcessFailed, is_main, quiet_libraries
+    from qwen.finetuning.processes import ProcessFailed, is_main, part, quiet_libraries
 
     quiet_libraries()
     from qwen.finetuning.arguments import ArgumentError, parse
@@ -52,6 +52,7 @@ def run(argv: list[str]) -> int:
     except (CheckpointError, DataFileError, MalformedSample, ProcessFailed) as error:
         say(str(error))
         return 1
+    part()
     if outcome.interrupted:
         say(f"Stopped. The same command with --resume_from_checkpoint True goes on from {outcome.output_dir}.")
         return 130

@@ -2,7 +2,7 @@
 
 Revolves around the supervised sample in ChatML: what its form is, what its tokens are, which of them are learned, and
 how several share a tensor, padded or packed. Fine-tuning, calibration and the bundled checkpoint's chat stage share it.
-It knows a tokenizer, but no files (those are in `chat_files`), data sets or trainers.
+It knows a tokenizer, but no files (those are in `chat_files`), data sets (`chat_datasets`) or trainers.
 """
 
 import weakref

@@ -1,8 +1,7 @@
-"""Files of conversations to data sets.
+"""Files of conversations to samples.
 
-Revolves around one way: a file becomes a sequence of samples (`ConversationFile`), those become ids and labels
-(`SupervisedDataset`), several of those a row (`PackedDataset`), and rows a batch (`Collator`). What a sample is and how
-it is encoded stands in `chat_data`; models and trainers are not known here.
+Revolves around one file, a JSON list or JSON Lines, which may be larger than memory: where each sample begins and ends,
+and what is wrong with it. What a sample is stands in `chat_data`; tokens are not known here.
 """
 
 import codecs
@@ -10,24 +9,17 @@ import json
 import os
 import re
 from array import array
-from bisect import bisect_left, insort
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from itertools import accumulate
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import torch
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from .chat_data import MalformedSample, check_sample, encode_sample, pack_samples, pad_samples
-from .qwen_generation_utils import DEFAULT_SYSTEM
+from .chat_data import MalformedSample, check_sample
 
 _CHUNK = 1 << 18  # bytes read at a time; a window that stays in the processor's cache is read twice as fast
 _BLANK = re.compile(r"[ \t\r\n]*")
-_PROGRESS_DELAY = 2  # seconds; what is done sooner needs no progress bar
+PROGRESS_DELAY = 2  # seconds; what is done sooner needs no progress bar
 
 
 class DataFileError(ValueError):
@@ -64,7 +56,7 @@ class ConversationFile(Sequence[dict]):
                 total=size,
                 unit="B",
                 unit_scale=True,
-                delay=_PROGRESS_DELAY,
+                delay=PROGRESS_DELAY,
                 disable=not progress,
             ) as bar:
                 for start, end, sample in _JsonReader(file, self.path):
@@ -248,151 +240,6 @@ class _JsonReader:
         if start is not None:
             seen += f"; the sample begins on line {_position(self.file, start)[0]}"
         return DataFileError(f"{self.path}, line {line}, column {column}: {what} ({seen}).")
-
-
-class SupervisedDataset(Dataset):
-    """Samples as ids and labels: `[i]` is `encode_sample` of sample i.
-
-    Args:
-        samples: `{"id": …, "conversations": […]}` each: a list or a ConversationFile.
-        tokenizer: a QWenTokenizer.
-        max_length: tokens of a sample at most, what is behind is cut off.
-        system_message: for samples without their own.
-        lazy: encode a sample each time it is asked for, which needs no memory, instead of all of them now, into 8 bytes
-            a token.
-        progress: show a progress bar on standard error where it takes seconds.
-
-    Raises:
-        ValueError: there are no samples, or `max_length` is below 1.
-        MalformedSample: a sample is not as it should be; where `lazy`, when it is asked for.
-    """
-
-    def __init__(
-        self,
-        samples: Sequence[dict],
-        tokenizer: Any,
-        max_length: int,
-        *,
-        system_message: str = DEFAULT_SYSTEM,
-        lazy: bool = False,
-        progress: bool = False,
-    ):
-        if not len(samples):
-            raise ValueError("There are no samples: give at least one.")
-        self.samples = samples
-        self.tokenizer = tokenizer
-        self.max_length = max_length
-        self.system_message = system_message
-        self.lazy = lazy
-        self.progress = progress
-        if lazy:
-            self._encode(0)  # arguments that cannot work show now, not in a worker
-            return
-        self.lengths = array("i")
-        self._input_ids, self._labels = array("i"), array("i")  # of all samples, one behind another
-        for index in self._indices("Encoding"):
-            encoded = self._encode(index)
-            self._input_ids.extend(encoded["input_ids"])
-            self._labels.extend(encoded["labels"])
-            self.lengths.append(len(encoded["input_ids"]))
-        self._ends = array("Q", accumulate(self.lengths))
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> dict[str, list[int]]:
-        index = range(len(self))[index]
-        if self.lazy:
-            return self._encode(index)
-        end = self._ends[index]
-        start = end - self.lengths[index]
-        return {"input_ids": self._input_ids[start:end].tolist(), "labels": self._labels[start:end].tolist()}
-
-    @cached_property
-    def lengths(self) -> "array[int]":
-        """Tokens of each sample; where `lazy`, counted in a pass over all of them when first asked for."""
-        return array("i", (len(self._encode(index)["input_ids"]) for index in self._indices("Counting tokens")))
-
-    def _encode(self, index: int) -> dict[str, list[int]]:
-        return encode_sample(self.samples[index], self.tokenizer, self.max_length, self.system_message, index)
-
-    def _indices(self, what: str) -> Iterable[int]:
-        return tqdm(range(len(self)), desc=what, unit=" samples", delay=_PROGRESS_DELAY, disable=not self.progress)
-
-
-class PackedDataset(Dataset):
-    """Encoded samples in rows of at most `max_length` tokens: `[i]` is the list of those in row i.
-
-    Every sample is in one row, whole. Rows are filled by best fit decreasing (Ding et al. 2024,
-    https://arxiv.org/abs/2404.10830): the longest sample first, each into the row with the least space
-    that suffices. The same lengths always make the same rows.
-
-    Raises ValueError where a sample is longer than `max_length`.
-    """
-
-    def __init__(self, dataset: SupervisedDataset, max_length: int):
-        lengths = dataset.lengths
-        if max(lengths) > max_length:
-            raise ValueError(
-                f"A sample has {max(lengths)} tokens, which is more than a row of {max_length}: encode samples with "
-                f"max_length={max_length} or less."
-            )
-        self.dataset = dataset
-        self.max_length = max_length
-        rows = torch.frombuffer(best_fit_decreasing(lengths, max_length), dtype=torch.int64)
-        self._members = rows.argsort(stable=True)  # samples by row
-        self._ends = rows.bincount().cumsum(0)
-
-    def __len__(self) -> int:
-        return len(self._ends)
-
-    def __getitem__(self, index: int) -> list[dict[str, list[int]]]:
-        index = range(len(self))[index]
-        start = self._ends[index - 1] if index else 0
-        return [self.dataset[member] for member in self._members[start : self._ends[index]].tolist()]
-
-
-def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> "array[int]":
-    """The number of the row, from 0, that each item of `lengths` goes to, so that no row exceeds `capacity`.
-
-    Lengths are from 1 to `capacity`. O(n log n): rows are kept by the space they have left, and there are no more
-    different spaces than `capacity` + 1.
-    """
-    row_of = array("q", bytes(8 * len(lengths)))
-    rows_with: dict[int, list[int]] = {}  # space → rows that have it left
-    spaces: list[int] = []  # the keys of rows_with, ascending
-    count = 0
-    for item in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
-        length = lengths[item]
-        place = bisect_left(spaces, length)
-        if place == len(spaces):
-            row, space = count, capacity
-            count += 1
-        else:
-            space = spaces[place]
-            row = rows_with[space].pop()
-            if not rows_with[space]:
-                del rows_with[space], spaces[place]
-        row_of[item] = row
-        left = space - length
-        if left not in rows_with:
-            rows_with[left] = []
-            insort(spaces, left)
-        rows_with[left].append(row)
-    return row_of
-
-
-@dataclass(frozen=True)
-class Collator:
-    """A batch of items to tensors: those of a SupervisedDataset padded with `pad_id` on the right (`pad_samples`), all
-    samples of PackedDataset's in a single row, whatever the batch size is (`pack_samples`)."""
-
-    pad_id: int
-
-    def __call__(self, items: list[dict[str, list[int]]] | list[list[dict[str, list[int]]]]) -> dict[str, torch.Tensor]:
-        if isinstance(items[0], dict):
-            return pad_samples(items, self.pad_id)
-        return pack_samples([sample for row in items for sample in row])
 
 
 def _version(file: BinaryIO) -> tuple[int, int]:

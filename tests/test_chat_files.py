@@ -14,16 +14,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from qwen import chat_files
+from qwen import chat_datasets, chat_files
 from qwen.chat_data import IGNORE_INDEX, MalformedSample, encode_sample, pack_samples, pad_samples
-from qwen.chat_files import (
-    Collator,
-    ConversationFile,
-    DataFileError,
-    PackedDataset,
-    SupervisedDataset,
-    best_fit_decreasing,
-)
+from qwen.chat_datasets import Collator, PackedDataset, SupervisedDataset, best_fit_decreasing
+from qwen.chat_files import ConversationFile, DataFileError
 from qwen.tokenization_qwen import QWenTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -309,7 +303,8 @@ def test_one_enormous_sample(write, monkeypatch):
 
 @pytest.mark.parametrize("progress", [False, True])
 def test_progress(progress, write, tokenizer, monkeypatch, capsys):
-    monkeypatch.setattr(chat_files, "_PROGRESS_DELAY", 0)
+    for module in (chat_files, chat_datasets):
+        monkeypatch.setattr(module, "PROGRESS_DELAY", 0)
     samples = ConversationFile(write(FORMATS["list"]), progress=progress)
     SupervisedDataset(samples, tokenizer, 64, progress=progress)
     assert SupervisedDataset(samples, tokenizer, 64, lazy=True, progress=progress).lengths

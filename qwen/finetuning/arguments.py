@@ -98,9 +98,15 @@ class TrainingArguments(transformers.TrainingArguments):
         default=8192, metadata={"help": "Longest sample in tokens; what is longer is cut off on the right."}
     )
     use_lora: bool = field(default=False, metadata={"help": "Train low-rank adapters instead of all weights."})
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Look for parameters without a gradient, at every step: there are none."}
+    )
 
     def __post_init__(self):
         os.environ.setdefault("TENSORBOARD_LOGGING_DIR", os.path.join(self.output_dir, "runs"))
+        self.prediction_loss_only = False  # loss and perplexity are computed from the logits
+        if str(self.metric_for_best_model).endswith("perplexity") and self.greater_is_better is None:
+            self.greater_is_better = False  # transformers knows this of losses only
         super().__post_init__()
 
 
@@ -215,6 +221,16 @@ def _check(arguments: Arguments) -> None:
             "Q-LoRA cannot be combined with ZeRO 3 or FSDP: packed Int4 weights cannot be split among processes. Use "
             "--deepspeed finetune/ds_config_zero2.json."
         )
+    if not training.use_lora and (lora.lora_weight_path or lora.modules_to_save):
+        option = "lora_weight_path" if lora.lora_weight_path else "modules_to_save"
+        raise ArgumentError(f"--{option} is about adapters: add --use_lora, or --q_lora.")
+    if arguments.data.packing and training.train_sampling_strategy == "group_by_length":
+        raise ArgumentError("--packing makes rows of one length: leave out --group_by_length.")
+    for option in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        if getattr(training, option) < 1:
+            raise ArgumentError(f"--{option} is {getattr(training, option)}: it must be at least 1.")
+    if training.learning_rate < 0:
+        raise ArgumentError(f"--learning_rate is {training.learning_rate}: it cannot be below 0.")
     if training.model_max_length < 1:
         raise ArgumentError(f"--model_max_length is {training.model_max_length}: it must be at least 1.")
     if not 0 <= lora.lora_dropout < 1:

@@ -41,6 +41,7 @@ def quiet_libraries() -> None:
         return
     for beginning in _WARNINGS:
         warnings.filterwarnings("ignore", beginning)
+    logging.getLogger("accelerate").setLevel(logging.WARNING)  # it tells of every file where a library set root to INFO
     for name, beginning in _RECORDS.items():
         logging.getLogger(name).addFilter(lambda record, start=beginning: not str(record.msg).startswith(start))
     if not torch.accelerator.is_available():
@@ -121,6 +122,14 @@ def failing_together() -> Iterator[None]:
             raise ProcessFailed(f"In process {rank}: {text}")
     if error is not None:
         raise error
+
+
+def part() -> None:
+    """Wait until all processes have come here, and end their group: the launcher ends all when one aborts, as a process
+    may whose group is still there when it exits, while the main one is writing the result."""
+    if _together():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 def _together() -> bool:

@@ -5,20 +5,26 @@ it costs time: data is read before weights.
 """
 
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch.utils.data import Dataset
 from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
 
-from ..chat_files import Collator, ConversationFile, PackedDataset, SupervisedDataset
+from ..adapters import ADAPTER_CONFIG, is_adapter
+from ..chat_datasets import Collator, PackedDataset, SupervisedDataset
+from ..chat_files import ConversationFile
 from .arguments import ArgumentError, Arguments
 from .interrupts import SaveOnInterrupt
 from .loss_curve import draw
 from .model import load_for_training
 from .processes import failing_together, is_main
 from .trainer import SupervisedTrainer
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -41,9 +47,14 @@ def finetune(arguments: Arguments) -> Outcome:
     """
     training, data = arguments.training, arguments.data
     with failing_together():
+        _prepare(Path(training.output_dir), training.use_lora)
         checkpoint = _checkpoint_to_resume(arguments)
         train_file = ConversationFile(data.data_path, progress=is_main())
         eval_file = ConversationFile(data.eval_data_path, progress=is_main()) if data.eval_data_path else None
+    try:
+        SupervisedTrainer.get_optimizer_cls_and_kwargs(training)  # its package may be missing
+    except (ValueError, ImportError) as error:
+        raise ArgumentError(f"--optim {training.optim.value}: {' '.join(str(error).split())}") from error
     set_seed(training.seed)  # adapters begin at random
     model, tokenizer = load_for_training(arguments)
 
@@ -58,18 +69,24 @@ def finetune(arguments: Arguments) -> Outcome:
         )
 
     train_dataset: Dataset = supervised(train_file)
+    if not data.lazy_preprocess or data.packing:  # lengths are known
+        _note_cut_samples(train_dataset.lengths, training.model_max_length)
     if data.packing:
         train_dataset = PackedDataset(train_dataset, training.model_max_length)
     interrupts = SaveOnInterrupt()
-    trainer = SupervisedTrainer(
-        model,
-        training,
-        data_collator=Collator(tokenizer.eod_id),
-        train_dataset=train_dataset,
-        eval_dataset=None if eval_file is None else supervised(eval_file),
-        processing_class=tokenizer,
-        callbacks=[interrupts],
-    )
+    eval_dataset = None if eval_file is None else supervised(eval_file)
+    try:
+        trainer = SupervisedTrainer(
+            model,
+            training,
+            data_collator=Collator(tokenizer.eod_id),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            callbacks=[interrupts],
+        )
+    except (ValueError, ImportError, RuntimeError) as error:  # settings that contradict each other, missing packages
+        raise ArgumentError(" ".join(str(error).split())) from error
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     if not interrupts.interrupted:
         trainer.save_final()
@@ -82,7 +99,24 @@ def finetune(arguments: Arguments) -> Outcome:
     return Outcome(Path(training.output_dir), interrupts.interrupted, metrics)
 
 
-def _make_writable(folder: Path) -> None:
+def _note_cut_samples(lengths: Sequence[int], most: int) -> None:
+    """A sample of the full length was probably longer, and what it should teach may have been cut off."""
+    if is_main() and (cut := sum(length == most for length in lengths)):
+        logger.warning(
+            f"{cut} of {len(lengths)} samples fill or exceed --model_max_length {most}: their ends are cut off."
+        )
+
+
+def _prepare(folder: Path, use_lora: bool) -> None:
+    """Make the output folder, unless its content would mix with what is going to be written."""
+    if not use_lora and (folder / ADAPTER_CONFIG).exists():
+        raise ArgumentError(
+            f"--output_dir {folder} holds an adapter, which would go onto a full model beside it. Name another folder."
+        )
+    if use_lora and (folder / "config.json").exists():
+        raise ArgumentError(
+            f"--output_dir {folder} holds a full model, which would be taken for the result. Name another folder."
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -95,13 +129,19 @@ def _make_writable(folder: Path) -> None:
 
 def _checkpoint_to_resume(arguments: Arguments) -> str | None:
     asked, folder = arguments.training.resume_from_checkpoint, arguments.training.output_dir
+    if not asked:
+        return None
     if asked is True:
-        found = get_last_checkpoint(folder) if Path(folder).is_dir() else None
-        if found is None:
+        asked = get_last_checkpoint(folder)
+        if asked is None:
             raise ArgumentError(
-                f"--resume_from_checkpoint: {folder} has no checkpoint-N folder. Leave it out to start."
+                f"--resume_from_checkpoint: {folder} has no checkpoint-N folder. Leave it out at first."
             )
-        return found
-    if asked and not Path(asked, "trainer_state.json").is_file():
+    if not Path(asked, "trainer_state.json").is_file():
         raise ArgumentError(f"--resume_from_checkpoint {asked} is no checkpoint-N folder of a run.")
-    return asked or None
+    if is_adapter(Path(asked)) != arguments.training.use_lora:
+        kind, remedy = ("an adapter's", "add") if is_adapter(Path(asked)) else ("a whole model's", "leave out")
+        raise ArgumentError(
+            f"--resume_from_checkpoint {asked} is {kind}: {remedy} --use_lora, as in the run it is from."
+        )
+    return asked

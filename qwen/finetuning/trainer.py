@@ -30,7 +30,7 @@ class SupervisedTrainer(Trainer):
     def compute_loss(self, model, inputs, *args, **kwargs):
         """Computes logits only where some row learns its next token: prompts have none, and logits of the whole
         vocabulary are what takes the memory of long samples."""
-        if model.training:
+        if model.training and self.label_smoother is None:
             next_labels = inputs["labels"][:, 1:]
             learned = (next_labels != IGNORE_INDEX).any(0).nonzero()[:, 0]
             inputs = {**inputs, "logits_to_keep": learned, "shift_labels": next_labels[:, learned].contiguous()}

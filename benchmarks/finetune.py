@@ -1,0 +1,263 @@
+"""Fine-tuning: memory and time of every method and length, and throughput beside transformers' Qwen2.
+
+    python benchmarks/finetune.py [--shape 7B] [--methods lora qlora …] [--lengths 256 512 …]
+    python benchmarks/finetune.py --beside-qwen2 [--shape …]
+
+Models have random weights and samples random tokens, all learned: neither changes the work. Batch 1, accumulation 8,
+activation checkpointing, as in the published tables. Every cell is a process of its own, so that its peak memory is its
+own: what CUDA reserved, or on the CPU the largest resident size. Times are medians over the steps after the first.
+Prints Markdown tables.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import torch
+from safetensors.torch import save_file
+from transformers import Qwen2Config, Qwen2ForCausalLM, Trainer, TrainerCallback
+
+from qwen import QWenConfig, QWenLMHeadModel
+from qwen.chat_datasets import Collator
+from qwen.finetuning.arguments import LoraArguments, TrainingArguments, parse
+from qwen.finetuning.model import EMBEDDINGS, load_for_training, with_adapters
+from qwen.finetuning.trainer import SupervisedTrainer
+from qwen.loading import BUNDLED_CHAT_INT4
+
+# hidden_size, layers, heads, width of the MLP, rows of the embedding
+SHAPES = {
+    "small": (384, 6, 3, 1024, 4096),  # 14M parameters, for a machine without a GPU
+    "1.8B": (2048, 24, 16, 5504, 151936),
+    "7B": (4096, 32, 32, 11008, 151936),
+}
+METHODS = {"lora": "LoRA", "lora-embeddings": "LoRA (emb)", "qlora": "Q-LoRA", "full": "full"}
+PRECISIONS = {"lora": "bf16", "lora-embeddings": "bf16", "qlora": "fp16", "full": "bf16"}
+ACCUMULATION = 8
+
+
+def main() -> None:
+    gpu = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="1.8B" if gpu else "small")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument(
+        "--lengths", nargs="+", type=int, default=[256, 512, 1024, 2048, 4096, 8192] if gpu else [256, 512, 1024]
+    )
+    parser.add_argument("--steps", type=int, default=4, help="of which the first does not count")
+    parser.add_argument("--beside-qwen2", action="store_true", help="throughput beside transformers' Qwen2 instead")
+    parser.add_argument("--cell", nargs=2, metavar=("METHOD", "LENGTH"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.cell:
+        print(json.dumps(cell(arguments.shape, arguments.cell[0], int(arguments.cell[1]), arguments.steps)))
+    elif arguments.beside_qwen2:
+        beside_qwen2(arguments.shape, arguments.lengths[:2], arguments.steps)
+    else:
+        table(arguments)
+
+
+def table(arguments: argparse.Namespace) -> None:
+    """GB of peak memory / seconds an iteration, a row for each method and a column for each length."""
+    print("| " + " | ".join([arguments.shape, *map(str, arguments.lengths)]) + " |")
+    print("|" + "---|" * (len(arguments.lengths) + 1), flush=True)
+    for method in arguments.methods:
+        cells = []
+        for length in arguments.lengths:
+            command = [sys.executable, __file__, "--shape", arguments.shape, "--steps", str(arguments.steps)]
+            done = subprocess.run([*command, "--cell", method, str(length)], capture_output=True, text=True)
+            if done.returncode == 0:
+                figures = json.loads(done.stdout.splitlines()[-1])
+                cells.append(f"{figures['gigabytes']:.1f} / {figures['seconds']:.1f}")
+            else:
+                cells.append("out of memory" if "OutOfMemory" in done.stderr else "failed")
+                print(done.stderr[-2000:], file=sys.stderr)
+        print(f"| {METHODS[method]} | " + " | ".join(cells) + " |", flush=True)
+
+
+def cell(shape: str, method: str, length: int, steps: int) -> dict[str, float]:
+    """Peak memory in GB and seconds an iteration of one method at one length."""
+    with tempfile.TemporaryDirectory() as folder:
+        model = quantized_model(shape, Path(folder)) if method == "qlora" else random_model(shape, method)
+        if method in ("lora", "lora-embeddings"):
+            whole = EMBEDDINGS if method == "lora-embeddings" else []
+            model = with_adapters(model, LoraArguments(), whole)
+        seconds = train(model, length, steps, settings(method, folder), SupervisedTrainer)
+    if torch.cuda.is_available():
+        memory = torch.cuda.max_memory_reserved()
+    else:
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"gigabytes": memory / 1e9, "seconds": statistics.median(seconds)}
+
+
+def beside_qwen2(shape: str, lengths: list[int], steps: int) -> None:
+    """Tokens a second of both architectures under the same Trainer, in turns; and with ours under SupervisedTrainer,
+    which computes no logits where nothing is learned, on samples of which half is prompt."""
+    print("| trained | length | Qwen2, tok/s | this, tok/s | ratio | half prompt: Qwen2 | this | ratio |")
+    print("|---|---|---|---|---|---|---|---|", flush=True)
+    for method in ("full", "lora"):
+        peer, ours = random_qwen2(shape, method), random_model(shape, method)
+        if method == "lora":
+            names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+            peer = with_adapters(peer, LoraArguments(lora_target_modules=names), [])
+            ours = with_adapters(ours, LoraArguments(), [])
+        for length in lengths:
+            columns = []
+            for prompt, trainer in ((0, Trainer), (length // 2, SupervisedTrainer)):
+                seconds: dict[str, list[float]] = {"peer": [], "ours": []}
+                for _ in range(3):  # in turns, so that both see the machine's moods
+                    with tempfile.TemporaryDirectory() as folder:
+                        seconds["peer"] += train(peer, length, steps, settings(method, folder), Trainer, prompt)
+                        seconds["ours"] += train(ours, length, steps, settings(method, folder), trainer, prompt)
+                speeds = {who: ACCUMULATION * length / statistics.median(times) for who, times in seconds.items()}
+                columns += [f"{speeds['peer']:.0f}", f"{speeds['ours']:.0f}", f"{speeds['ours'] / speeds['peer']:.2f}"]
+            print(f"| {method} | {length} | " + " | ".join(columns) + " |", flush=True)
+
+
+def train(
+    model: torch.nn.Module,
+    length: int,
+    steps: int,
+    arguments: TrainingArguments,
+    trainer: type[Trainer],
+    prompt: int = 0,
+) -> list[float]:
+    """Seconds of each step after the first, on samples of `length` random tokens of which `prompt` are not learned."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, 3000, (steps * ACCUMULATION, length), generator=generator)
+    labels = ids.clone()
+    labels[:, :prompt] = -100
+    samples = [
+        {"input_ids": row, "labels": targets} for row, targets in zip(ids.tolist(), labels.tolist(), strict=True)
+    ]
+    arguments.max_steps = steps
+    clock = Clock()
+    trainer(model, arguments, data_collator=Collator(0), train_dataset=samples, callbacks=[clock]).train()
+    return clock.seconds[1:]
+
+
+class Clock(TrainerCallback):
+    """Seconds from the start to the end of each optimizer step."""
+
+    def __init__(self):
+        self.seconds: list[float] = []
+
+    def on_step_begin(self, *args, **kwargs):
+        self.began = now()
+
+    def on_step_end(self, *args, **kwargs):
+        self.seconds.append(now() - self.began)
+
+
+def now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def settings(method: str, folder: str) -> TrainingArguments:
+    """The published ones, in half precision on a GPU."""
+    precision = {PRECISIONS[method]: True} if torch.cuda.is_available() else {"use_cpu": True}
+    return TrainingArguments(
+        output_dir=folder,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=ACCUMULATION,
+        activation_checkpointing=True,
+        learning_rate=1e-5,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        logging_strategy="no",
+        **precision,
+    )
+
+
+def random_model(shape: str, method: str) -> QWenLMHeadModel:
+    with placed(method):
+        model = QWenLMHeadModel(config(shape))
+    model.config.use_cache = False
+    return model
+
+
+def random_qwen2(shape: str, method: str) -> Qwen2ForCausalLM:
+    hidden, layers, heads, width, rows = SHAPES[shape]
+    with placed(method):
+        return Qwen2ForCausalLM(
+            Qwen2Config(
+                hidden_size=hidden,
+                num_hidden_layers=layers,
+                num_attention_heads=heads,
+                num_key_value_heads=heads,
+                intermediate_size=width,
+                vocab_size=rows,
+                tie_word_embeddings=False,
+                use_cache=False,
+            )
+        )
+
+
+@contextlib.contextmanager
+def placed(method: str) -> Iterator[None]:
+    """Weights are made where they are used; frozen ones in half precision on a GPU, as `load_for_training` does."""
+    gpu = torch.cuda.is_available()
+    torch.set_default_dtype(torch.bfloat16 if gpu and method != "full" else torch.float32)
+    try:
+        with torch.device("cuda" if gpu else "cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def config(shape: str) -> QWenConfig:
+    hidden, layers, heads, width, rows = SHAPES[shape]
+    return QWenConfig(
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        kv_channels=hidden // heads,
+        intermediate_size=2 * width,
+        vocab_size=rows,
+        seq_length=8192,
+    )
+
+
+def quantized_model(shape: str, folder: Path) -> torch.nn.Module:
+    """A GPTQ checkpoint of random integers, through the same door as a real one."""
+    shutil.copy(BUNDLED_CHAT_INT4 / "qwen.tiktoken", folder)
+    shutil.copy(BUNDLED_CHAT_INT4 / "generation_config.json", folder)
+    settings = json.loads((BUNDLED_CHAT_INT4 / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    group = settings["group_size"]
+    with torch.device("meta"):
+        empty = QWenLMHeadModel(config(shape))
+    tensors = {}
+    for name, parameter in empty.state_dict().items():
+        layer = name.removesuffix(".weight")
+        if ".h." in name and parameter.dim() == 2:
+            rows, columns = parameter.shape  # of F.linear: (outputs, inputs)
+            tensors[f"{layer}.qweight"] = torch.randint(-(2**31), 2**31 - 1, (columns // 8, rows), dtype=torch.int32)
+            tensors[f"{layer}.qzeros"] = torch.full((columns // group, rows // 8), 0x77777777, dtype=torch.int32)
+            tensors[f"{layer}.scales"] = torch.full((columns // group, rows), 0.002, dtype=torch.float16)
+            tensors[f"{layer}.g_idx"] = torch.arange(columns, dtype=torch.int32) // group
+        else:
+            tensors[name] = torch.ones(parameter.shape, dtype=torch.float16) * (1 if parameter.dim() == 1 else 0.02)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    document = {**config(shape).to_dict(), "quantization_config": settings, "dtype": "float16"}
+    (folder / "config.json").write_text(json.dumps(document), encoding="utf-8")
+    half = ["--fp16"] if torch.cuda.is_available() else []
+    line = ["--q_lora", "--model_name_or_path", str(folder), "--data_path", "-", "--output_dir", str(folder), *half]
+    return load_for_training(parse(line)[0])[0]
+
+
+if __name__ == "__main__":
+    main()
