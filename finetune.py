@@ -14,15 +14,19 @@ import sys
 
 def main() -> int:
     try:
-        return run(sys.argv[1:])
+        status = run(sys.argv[1:])
     except KeyboardInterrupt:  # a second one, or before training: during it, the first one saves a checkpoint
         if os.environ.get("RANK", "0") == "0":
             print("\nStopped.", file=sys.stderr)
         return 130
+    from qwen.finetuning.processes import leave
+
+    leave()
+    return status
 
 
 def run(argv: list[str]) -> int:
-    from qwen.finetuning.processes import ProcessFailed, is_main, part, quiet_libraries
+    from qwen.finetuning.processes import ProcessFailed, is_main, quiet_libraries, wait_for_all
 
     quiet_libraries()
     from qwen.finetuning.arguments import ArgumentError, parse
@@ -52,7 +56,7 @@ def run(argv: list[str]) -> int:
     except (CheckpointError, DataFileError, MalformedSample, ProcessFailed) as error:
         say(str(error))
         return 1
-    part()
+    wait_for_all()
     if outcome.interrupted:
         say(f"Stopped. The same command with --resume_from_checkpoint True goes on from {outcome.output_dir}.")
         return 130

@@ -73,8 +73,9 @@ def join_deepspeed(cpu: bool) -> None:
         os.environ.update(alone, MASTER_PORT=str(_free_port()))
     import deepspeed
 
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints that its kernels were built
-        deepspeed.init_distributed(dist_backend="gloo" if cpu else None)
+    if cpu:  # gloo does what this kernel would, which had to be compiled first, for a person without a compiler in vain
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend="gloo" if cpu else None)
 
 
 def allow_fsdp_on_cpu() -> None:
@@ -124,11 +125,17 @@ def failing_together() -> Iterator[None]:
         raise error
 
 
-def part() -> None:
-    """Wait until all processes have come here, and end their group: the launcher ends all when one aborts, as a process
-    may whose group is still there when it exits, while the main one is writing the result."""
+def wait_for_all() -> None:
+    """Come back when every process has come here. Launchers end them all when one ends badly: not while the main one
+    writes the result."""
     if _together():
         torch.distributed.barrier()
+
+
+def leave() -> None:
+    """End the process group, the last thing in a process: threads of a group that is still there abort it now and then
+    ("terminate called without an active exception")."""
+    if _together():
         torch.distributed.destroy_process_group()
 
 

@@ -4,6 +4,7 @@ The rooms beside this one each know one thing; here they are put together, in th
 it costs time: data is read before weights.
 """
 
+import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +12,6 @@ from pathlib import Path
 
 from torch.utils.data import Dataset
 from transformers import set_seed
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from ..adapters import ADAPTER_CONFIG, is_adapter
@@ -132,7 +132,10 @@ def _checkpoint_to_resume(arguments: Arguments) -> str | None:
     if not asked:
         return None
     if asked is True:
-        asked = get_last_checkpoint(folder)
+        # The state is written last: a checkpoint without it was interrupted.
+        states = Path(folder).glob("checkpoint-*/trainer_state.json")
+        steps = [int(number) for state in states if (number := state.parent.name.rpartition("-")[2]).isdecimal()]
+        asked = os.path.join(folder, f"checkpoint-{max(steps)}") if steps else None
         if asked is None:
             raise ArgumentError(
                 f"--resume_from_checkpoint: {folder} has no checkpoint-N folder. Leave it out at first."

@@ -30,10 +30,13 @@ class SupervisedTrainer(Trainer):
     def compute_loss(self, model, inputs, *args, **kwargs):
         """Computes logits only where some row learns its next token: prompts have none, and logits of the whole
         vocabulary are what takes the memory of long samples."""
-        if model.training and self.label_smoother is None:
+        if model.training:
             next_labels = inputs["labels"][:, 1:]
             learned = (next_labels != IGNORE_INDEX).any(0).nonzero()[:, 0]
-            inputs = {**inputs, "logits_to_keep": learned, "shift_labels": next_labels[:, learned].contiguous()}
+            # The Trainer's label smoothing compares logits and labels as they stand: it does not know this class as a
+            # language model.
+            shifted = "shift_labels" if self.label_smoother is None else "labels"
+            inputs = {**inputs, "logits_to_keep": learned, shifted: next_labels[:, learned].contiguous()}
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
