@@ -6,6 +6,7 @@ names, sizes and headers, never at weights; loads nothing.
 
 import importlib.util
 import json
+import os
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -165,3 +166,11 @@ def listing(names: list[str], most: int = 5) -> str:
 def first_line(error: Exception) -> str:
     """What a library's error says first; the rest is for its developers."""
     return str(error).strip().partition("\n")[0]
+
+
+def let_others_read(folder: Path) -> None:
+    """Give weight files the permissions of a new file: safetensors writes them for their owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for weights in folder.glob("*.safetensors"):
+        weights.chmod(0o666 & ~mask)

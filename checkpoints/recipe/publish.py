@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 import qwen
+from qwen.checkpoint_files import let_others_read
 
 
 def publish(model: qwen.QWenLMHeadModel, tokenizer: qwen.QWenTokenizer, folder: Path, stage: str) -> None:
@@ -19,7 +20,7 @@ def publish(model: qwen.QWenLMHeadModel, tokenizer: qwen.QWenTokenizer, folder: 
     folder.mkdir(parents=True, exist_ok=True)
     rounded = copy.deepcopy(model).to(torch.bfloat16).eval()
     rounded.save_pretrained(folder)
-    (folder / "model.safetensors").chmod(0o644)  # safetensors writes it for its owner alone
+    let_others_read(folder)
     for code in folder.glob("*.py"):
         code.unlink()
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 
 from ..adapters import ADAPTER_CONFIG, check_adapter, is_adapter, recorded_base
-from ..checkpoint_files import BIN, BIN_INDEX, SAFETENSORS, SAFETENSORS_INDEX, CheckpointError
+from ..checkpoint_files import BIN, BIN_INDEX, SAFETENSORS, SAFETENSORS_INDEX, CheckpointError, let_others_read
 from ..configuration_qwen import QWenConfig
 from ..loading import load_with_adapter, resolve
 
@@ -68,6 +68,7 @@ def merge(
     tokenizer.save_pretrained(out)  # before the weights: a folder without them is not taken for a model
     try:
         model.save_pretrained(out, max_shard_size=max_shard_size)
+        let_others_read(out)
     except SafetensorError as error:  # its name for a full disk
         raise OSError(f"The weights could not be written to {out}, which is incomplete now: {error}") from error
 

@@ -42,6 +42,10 @@ def load_for_training(arguments: Arguments) -> tuple[PreTrainedModel, QWenTokeni
             f"--model_name_or_path {name} is an adapter. To go on training it, name its base model and add "
             f"--lora_weight_path {name}; to train on top of it, merge it first with finetune/merge_lora.py."
         )
+    if given.extra_vocab_file is not None and not Path(given.extra_vocab_file).is_file():
+        raise ArgumentError(
+            f"--extra_vocab_file: there is no file {given.extra_vocab_file}. examples/add_merges.py makes one."
+        )
     check_checkpoint(name, **where)
     if os.path.isdir(name):
         name = os.path.abspath(name)  # an adapter records it, and must find it from anywhere
@@ -57,19 +61,16 @@ def load_for_training(arguments: Arguments) -> tuple[PreTrainedModel, QWenTokeni
     if training.use_lora:
         _check_adapters_fit(lora, whole)
 
-    model, base_tokenizer = load_model(name, **where, **_placement(quantization, training))
+    model, tokenizer = load_model(name, **where, **_placement(quantization, training))
     model.generation_config = chat_generation_config(model.generation_config)
     model.config.use_cache = False
-    tokenizer = load_tokenizer(
-        name,
-        **where,
-        model_max_length=training.model_max_length,
-        **({} if given.extra_vocab_file is None else {"extra_vocab_file": _file(given.extra_vocab_file)}),
-    )
-    try:
-        expand_embeddings(model, tokenizer, base_tokenizer)
-    except ValueError as error:
-        raise ArgumentError(str(error)) from error
+    if given.extra_vocab_file is not None:
+        base_tokenizer = tokenizer
+        tokenizer = load_tokenizer(name, **where, extra_vocab_file=given.extra_vocab_file)
+        try:
+            expand_embeddings(model, tokenizer, base_tokenizer)
+        except ValueError as error:
+            raise ArgumentError(str(error)) from error
     if training.use_lora:
         model = with_adapters(model, lora, whole)
     return model, tokenizer
@@ -177,9 +178,3 @@ def _placement(quantization: dict | None, training: TrainingArguments) -> dict:
     # for all, and splits it.
     keeps_half = training.deepspeed or (training.use_lora and not training.fsdp)
     return {"dtype": half if keeps_half else torch.float32, "device_map": None}
-
-
-def _file(path: str) -> str:
-    if not Path(path).is_file():
-        raise ArgumentError(f"--extra_vocab_file: there is no file {path}. examples/add_merges.py makes one.")
-    return path

@@ -15,6 +15,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput
 
 from ..chat_data import IGNORE_INDEX
+from ..checkpoint_files import let_others_read
 from ..modeling_qwen import QWenLMHeadModel
 
 
@@ -68,12 +69,14 @@ class SupervisedTrainer(Trainer):
             super()._save(output_dir, state_dict)
             (folder / TRAINING_ARGS_NAME).unlink()  # a pickle, and nothing reads it
             model.generation_config.save_pretrained(folder)
+            let_others_read(folder)
             return
         state_dict = model.state_dict() if state_dict is None else state_dict
         if self._final_dtype is not None:
             state_dict = {name: tensor.to(self._final_dtype) for name, tensor in state_dict.items()}
         self._as_published(model, next(iter(state_dict.values())).dtype).save_pretrained(folder, state_dict=state_dict)
         self.processing_class.save_pretrained(folder)
+        let_others_read(folder)
 
     def _as_published(self, model: QWenLMHeadModel, dtype: torch.dtype) -> QWenLMHeadModel:
         """The model without its weights, to save some under its name: FSDP gives the trained one a class of its own."""
