@@ -8,7 +8,6 @@ nothing.
 import difflib
 import importlib.util
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -103,7 +102,6 @@ class TrainingArguments(transformers.TrainingArguments):
     )
 
     def __post_init__(self):
-        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", os.path.join(self.output_dir, "runs"))
         self.prediction_loss_only = False  # loss and perplexity are computed from the logits
         if str(self.metric_for_best_model).endswith("perplexity") and self.greater_is_better is None:
             self.greater_is_better = False  # transformers knows this of losses only
