@@ -19,20 +19,21 @@ def main() -> int:
         if os.environ.get("RANK", "0") == "0":
             print("\nStopped.", file=sys.stderr)
         return 130
-    from qwen.finetuning.processes import leave
+    from qwen.finetuning.processes import destroy_process_group
 
-    leave()
+    destroy_process_group()
     return status
 
 
 def run(argv: list[str]) -> int:
-    from qwen.finetuning.processes import ProcessFailed, is_main, quiet_libraries, wait_for_all
+    from qwen.finetuning.processes import ProcessFailed, barrier, is_main_process
+    from qwen.quiet import quiet_training
 
-    quiet_libraries()
+    quiet_training(main=is_main_process())
     from qwen.finetuning.arguments import ArgumentError, parse
 
     def say(text: str) -> None:
-        if is_main():
+        if is_main_process():
             print(text, file=sys.stderr, flush=True)
 
     try:
@@ -43,20 +44,22 @@ def run(argv: list[str]) -> int:
     for note in notes:
         say(note)
 
+    from safetensors import SafetensorError
+
     from qwen.chat_data import MalformedSample
     from qwen.chat_files import DataFileError
     from qwen.finetuning.run import finetune
-    from qwen.loading import CheckpointError
 
     try:
         outcome = finetune(arguments)
     except ArgumentError as error:
         say(str(error))
         return 2
-    except (CheckpointError, DataFileError, MalformedSample, ProcessFailed) as error:
+    # SafetensorError is a full disk's; CheckpointError an OSError.
+    except (OSError, SafetensorError, DataFileError, MalformedSample, ProcessFailed) as error:
         say(str(error))
         return 1
-    wait_for_all()
+    barrier()
     if outcome.interrupted:
         say(f"Stopped. The same command with --resume_from_checkpoint True goes on from {outcome.output_dir}.")
         return 130

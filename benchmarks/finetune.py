@@ -33,7 +33,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, Trainer, TrainerCallback
 from qwen import QWenConfig, QWenLMHeadModel
 from qwen.chat_datasets import Collator
 from qwen.finetuning.arguments import LoraArguments, TrainingArguments, parse
-from qwen.finetuning.model import EMBEDDINGS, load_for_training, with_adapters
+from qwen.finetuning.model import EMBEDDINGS, add_lora, load_for_training
 from qwen.finetuning.trainer import SupervisedTrainer
 from qwen.loading import BUNDLED_CHAT_INT4
 
@@ -63,7 +63,7 @@ def main() -> None:
     if arguments.cell:
         print(json.dumps(cell(arguments.shape, arguments.cell[0], int(arguments.cell[1]), arguments.steps)))
     elif arguments.beside_qwen2:
-        beside_qwen2(arguments.shape, arguments.lengths[:2], arguments.steps)
+        beside_qwen2(arguments.shape, arguments.lengths, arguments.steps)
     else:
         table(arguments)
 
@@ -92,7 +92,7 @@ def cell(shape: str, method: str, length: int, steps: int) -> dict[str, float]:
         model = quantized_model(shape, Path(folder)) if method == "qlora" else random_model(shape, method)
         if method in ("lora", "lora-embeddings"):
             whole = EMBEDDINGS if method == "lora-embeddings" else []
-            model = with_adapters(model, LoraArguments(), whole)
+            model = add_lora(model, LoraArguments(), whole)
         seconds = train(model, length, steps, settings(method, folder), SupervisedTrainer)
     if torch.cuda.is_available():
         memory = torch.cuda.max_memory_reserved()
@@ -110,8 +110,8 @@ def beside_qwen2(shape: str, lengths: list[int], steps: int) -> None:
         peer, ours = random_qwen2(shape, method), random_model(shape, method)
         if method == "lora":
             names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-            peer = with_adapters(peer, LoraArguments(lora_target_modules=names), [])
-            ours = with_adapters(ours, LoraArguments(), [])
+            peer = add_lora(peer, LoraArguments(lora_target_modules=names), [])
+            ours = add_lora(ours, LoraArguments(), [])
         for length in lengths:
             columns = []
             for prompt, trainer in ((0, Trainer), (length // 2, SupervisedTrainer)):

@@ -46,9 +46,9 @@ def main() -> int:
         import torch
 
         from qwen.finetuning.merging import is_approximate, merge
-        from qwen.loading import libraries_hushed
+        from qwen.quiet import quiet_loading
 
-        with libraries_hushed():
+        with quiet_loading():
             merge(
                 arguments.adapter,
                 arguments.out,

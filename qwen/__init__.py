@@ -4,7 +4,7 @@ Importing this package registers its classes with transformers' Auto classes, so
 with this code, whatever code lies beside its weights.
 """
 
-from . import quiet_imports  # noqa: F401  the first, for it is about the next
+from . import quiet  # noqa: F401  the first, for it is about the next
 
 # isort: split
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer

@@ -8,12 +8,15 @@ used: whoever has no adapters need not have it.
 import importlib.util
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .checkpoint_files import CheckpointError, is_complete, is_lfs_pointer, listing, pointer_text, read_json
 from .modeling_qwen import QWenLMHeadModel
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # in peft's order of preference
@@ -79,8 +82,6 @@ def with_adapter(model: QWenLMHeadModel, folder: Path, tokens: int) -> QWenLMHea
         CheckpointError: the adapter's tensors are not those that belong on this model, or parts of the model lie
             outside the devices that compute.
     """
-    import peft
-
     places = {str(place) for place in getattr(model, "hf_device_map", {}).values()}
     if "disk" in places or (len(places) > 1 and "cpu" in places):
         raise CheckpointError(
@@ -90,9 +91,29 @@ def with_adapter(model: QWenLMHeadModel, folder: Path, tokens: int) -> QWenLMHea
     grown = tokens > model.config.vocab_size
     if grown:
         model.resize_token_embeddings(tokens, mean_resizing=False)
+    adapted = put_on(model, folder, grown=grown)
+    if getattr(model.config, "quantization_config", None) is not None:
+        return adapted.get_base_model()
+    return adapted.merge_and_unload().requires_grad_(True)
+
+
+def put_on(model: QWenLMHeadModel, folder: Path, *, trainable: bool = False, grown: bool = False) -> "PeftModel":
+    """The model with the adapter's layers in it.
+
+    Args:
+        folder: one that `check_adapter` passes.
+        trainable: to go on training the adapter; else everything is frozen.
+        grown: the embedding and the output matrix have new rows, which must be among the adapter's tensors.
+
+    Raises:
+        CheckpointError: the adapter's tensors are not those that belong on this model.
+    """
+    import peft
+
     try:
         config = peft.LoraConfig.from_pretrained(str(folder))
-        config.inference_mode = True
+        config.inference_mode = not trainable
+        config.base_model_name_or_path = model.name_or_path
         weights = peft.load_peft_weights(str(folder), device="cpu")
         adapted = peft.PeftModelForCausalLM(model, config)
         _check_names(set(weights), adapted, grown)
@@ -104,9 +125,7 @@ def with_adapter(model: QWenLMHeadModel, folder: Path, tokens: int) -> QWenLMHea
             f"The adapter in {folder} does not fit {model.name_or_path}. It belongs on the model that it was trained "
             f"on, and its files belong together. ({' '.join(str(error).split())[:500]})"
         ) from error
-    if getattr(model.config, "quantization_config", None) is not None:
-        return adapted.get_base_model()
-    return adapted.merge_and_unload().requires_grad_(True)
+    return adapted
 
 
 def _check_names(found: set[str], adapted: Any, grown: bool) -> None:

@@ -8,15 +8,9 @@ The model code of this repository is used whatever code lies beside the weights,
 executed and no `trust_remote_code` is needed.
 """
 
-import contextlib
 import difflib
-import io
-import logging
 import os
 import re
-import sys
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +29,7 @@ from .checkpoint_files import (
     listing,
 )
 from .modeling_qwen import QWenLMHeadModel
+from .quiet import quiet_loading
 from .tokenization_qwen import QWenTokenizer
 
 CHECKPOINTS = Path(__file__).resolve().parent.parent / "checkpoints"
@@ -168,35 +163,10 @@ def load_model_quietly(
     Args:
         chat: only a chat model will do; a base model is refused before its weights are loaded.
     """
-    with libraries_hushed(progress=name_or_path is not None):
+    with quiet_loading(progress=name_or_path is not None):
         if chat:
             check_chat(name_or_path)
         return load_model(name_or_path, **kwargs)
-
-
-@contextlib.contextmanager
-def libraries_hushed(progress: bool = True) -> Iterator[None]:
-    """Keep back what the libraries say while they load and save models: of the ones for quantized checkpoints, which
-    peft uses too, GPTQModel greets on standard output, where only replies belong. TRANSFORMERS_VERBOSITY in the
-    environment shows everything.
-
-    Args:
-        progress: bars where a person sees them.
-    """
-    from huggingface_hub.utils import logging as hub_logging
-    from transformers.utils import logging as transformers_logging
-
-    if not progress or not sys.stderr.isatty():
-        transformers_logging.disable_progress_bar()
-    if "TRANSFORMERS_VERBOSITY" in os.environ:
-        yield
-        return
-    transformers_logging.set_verbosity_error()
-    hub_logging.set_verbosity_error()
-    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-    logging.getLogger("logbar").setLevel(logging.ERROR)  # GPTQModel's, which sets itself to INFO when it is imported
 
 
 def check_chat(name_or_path: str | os.PathLike | None) -> None:

@@ -567,7 +567,7 @@ def test_the_loss_is_drawn_and_logged(full_run: Run):
 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(full_run.output / "runs")).Reload()
+    events = EventAccumulator(str(next((full_run.output / "runs").iterdir()))).Reload()
     logged = {event.step: event.value for event in events.Scalars("train/loss")}
     assert logged == pytest.approx(dict(enumerate(full_run.losses, 1)))
     assert [event.step for event in events.Scalars("eval/perplexity")][-1] == 16

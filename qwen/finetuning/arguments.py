@@ -138,10 +138,16 @@ def parse(argv: list[str]) -> tuple[Arguments, list[str]]:
             raise ArgumentError(_unknown(unknown[0], parser))
         settings = vars(words)
         typed = {word[2:].partition("=")[0] for word in argv if word.startswith("--")}
-        settings |= _device_and_precision(settings, typed)
         if settings["deepspeed"]:
             settings["deepspeed"] = _deepspeed_config(settings["deepspeed"], settings["lr_scheduler_type"], notes)
-            join_deepspeed(cpu=settings["use_cpu"])
+            for half in ("bf16", "fp16"):  # said there counts as said here
+                if half not in typed and settings["deepspeed"].get(half, {}).get("enabled") is True:
+                    settings[half] = True
+                    typed.add(half)
+        settings |= _device_and_precision(settings, typed)
+        if settings["deepspeed"]:
+            join_deepspeed(settings["use_cpu"], settings["ddp_timeout"])
+        settings["use_lora"] = settings["use_lora"] or settings["q_lora"]
         if settings["modules_to_save"] == ["none"]:
             settings["modules_to_save"] = []
         if str(settings["resume_from_checkpoint"]).lower() in ("true", "false"):
@@ -149,6 +155,9 @@ def parse(argv: list[str]) -> tuple[Arguments, list[str]]:
         arguments = Arguments(*parser.parse_dict(settings))
         if arguments.training.fsdp:
             allow_fsdp_on_cpu()
+        if arguments.training.n_gpu > 1:  # the Trainer would split batches among them, in one process
+            notes.append(f"One of {arguments.training.n_gpu} GPUs is used: finetune/*_ds.sh, and torchrun, use all.")
+            arguments.training._n_gpu = 1
     except ArgumentError:
         raise
     except (ValueError, ImportError, OSError) as error:
@@ -190,7 +199,8 @@ def _device_and_precision(settings: dict[str, Any], typed: set[str]) -> dict[str
 
 
 def _deepspeed_config(file_or_json: str | dict, schedule: str, notes: list[str]) -> dict[str, Any]:
-    """The DeepSpeed configuration without a learning rate schedule of its own, which would win over the arguments'."""
+    """The DeepSpeed configuration without a learning rate schedule of its own, which would win over the arguments', and
+    such that ZeRO 3 can save."""
     if importlib.util.find_spec("deepspeed") is None:
         raise ArgumentError("--deepspeed needs the package: `pip install deepspeed`.")
     if isinstance(file_or_json, str) and not file_or_json.startswith("{"):
@@ -202,6 +212,11 @@ def _deepspeed_config(file_or_json: str | dict, schedule: str, notes: list[str])
         config = json.loads(file_or_json) if isinstance(file_or_json, str) else file_or_json
     except ValueError as error:
         raise ArgumentError(f"--deepspeed: the configuration is not valid JSON ({error}).") from error
+    sections = ("zero_optimization", "bf16", "fp16")
+    if not isinstance(config, dict) or not all(isinstance(config.get(name, {}), dict) for name in sections):
+        raise ArgumentError(f"--deepspeed: the configuration, and its {', '.join(sections)}, must be objects {{…}}.")
+    if config.get("zero_optimization", {}).get("stage") == 3:
+        config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
     if dropped := config.pop("scheduler", None):
         name = dropped.get("type", "schedule") if isinstance(dropped, dict) else "schedule"
         notes.append(f"The {name} of the DeepSpeed configuration is ignored: --lr_scheduler_type {schedule} runs.")
@@ -211,10 +226,7 @@ def _deepspeed_config(file_or_json: str | dict, schedule: str, notes: list[str])
 def _check(arguments: Arguments) -> None:
     """Refuse what no checkpoint could make possible."""
     lora, training = arguments.lora, arguments.training
-    if lora.q_lora:
-        training.use_lora = True
-    sharded = zero_stage(training) == 3
-    if lora.q_lora and (sharded or training.fsdp):
+    if lora.q_lora and (zero_stage(training) == 3 or training.fsdp):
         raise ArgumentError(
             "Q-LoRA cannot be combined with ZeRO 3 or FSDP: packed Int4 weights cannot be split among processes. Use "
             "--deepspeed finetune/ds_config_zero2.json."
@@ -224,17 +236,25 @@ def _check(arguments: Arguments) -> None:
         raise ArgumentError(f"--{option} is about adapters: add --use_lora, or --q_lora.")
     if arguments.data.packing and training.train_sampling_strategy == "group_by_length":
         raise ArgumentError("--packing makes rows of one length: leave out --group_by_length.")
-    for option in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-        if getattr(training, option) < 1:
-            raise ArgumentError(f"--{option} is {getattr(training, option)}: it must be at least 1.")
-    if training.learning_rate < 0:
-        raise ArgumentError(f"--learning_rate is {training.learning_rate}: it cannot be below 0.")
-    if training.model_max_length < 1:
-        raise ArgumentError(f"--model_max_length is {training.model_max_length}: it must be at least 1.")
+    for part, option, least in (
+        (training, "per_device_train_batch_size", 1),
+        (training, "per_device_eval_batch_size", 1),
+        (training, "gradient_accumulation_steps", 1),
+        (training, "model_max_length", 2),  # the first token is not learned
+        (training, "learning_rate", 0),
+        (training, "seed", 0),
+        (training, "dataloader_num_workers", 0),
+        (lora, "lora_r", 1),
+        (lora, "lora_alpha", 1),
+    ):
+        if not getattr(part, option) >= least:  # nor is NaN
+            raise ArgumentError(f"--{option} is {getattr(part, option)}: it must be at least {least}.")
     if not 0 <= lora.lora_dropout < 1:
         raise ArgumentError(f"--lora_dropout is {lora.lora_dropout}: it is a share, from 0 to below 1.")
-    if lora.lora_r < 1:
-        raise ArgumentError(f"--lora_r is {lora.lora_r}: a rank is at least 1.")
+    if training.max_steps <= 0 and not training.num_train_epochs > 0:
+        raise ArgumentError(f"--num_train_epochs is {training.num_train_epochs}: nothing would be trained.")
+    if not training.output_dir:
+        raise ArgumentError("--output_dir is empty: name a folder, or leave it out for output_qwen.")
     if training.eval_strategy != "no" and not arguments.data.eval_data_path:
         raise ArgumentError(
             f"--eval_strategy {training.eval_strategy.value} needs something to evaluate on: add --eval_data_path FILE."

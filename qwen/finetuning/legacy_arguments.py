@@ -95,6 +95,8 @@ def modernized(argv: list[str]) -> tuple[list[str], list[str]]:
             os.environ["TENSORBOARD_LOGGING_DIR"] = values[0]
         elif name in _GONE:
             notes.append(f"--{name} is ignored: {_GONE[name]}.")
+        elif name == "fsdp" and values in (["False"], ["false"], [""]):
+            continue  # off, as it is without
         elif name == "fsdp" and values and not _is_bool(values):
             now += ["--fsdp", "--fsdp_config", _fsdp_config(values, named.get("fsdp_config"))]
         elif name == "fsdp_config" and named.get("fsdp") and not _is_bool(named["fsdp"]):

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig, GPTQConfig, PreTrainedModel
 
-from ..adapters import ADAPTER_CONFIG, check_adapter, is_adapter
+from ..adapters import ADAPTER_CONFIG, check_adapter, is_adapter, put_on
+from ..checkpoint_files import read_json
 from ..configuration_qwen import QWenConfig
 from ..loading import BUNDLED_CHAT_INT4, chat_format, check_checkpoint, load_model, load_tokenizer, resolve
 from ..modeling_qwen import QWenLMHeadModel
@@ -21,6 +22,8 @@ from .vocabulary import expand_embeddings
 
 EMBEDDINGS = ["wte", "lm_head"]
 """What a model must learn anew to know control tokens that it has never seen."""
+
+_RECORDED_AS = {"lora_r": "r", "lora_target_modules": "target_modules", "lora_bias": "bias"}  # in adapter_config.json
 
 
 def load_for_training(arguments: Arguments) -> tuple[PreTrainedModel, QWenTokenizer]:
@@ -57,11 +60,11 @@ def load_for_training(arguments: Arguments) -> tuple[PreTrainedModel, QWenTokeni
             # Their kernel would compile itself, which wants a C++ compiler, for no gain.
             torch.compiler.set_stance("force_eager")
     is_chat = chat_format(name, **where) == "chatml"
-    whole = _trained_whole(name, is_chat, arguments)
+    modules_to_save = _modules_to_save(name, is_chat, arguments)
     if training.use_lora:
-        _check_adapters_fit(lora, whole)
+        _check_modules(lora, modules_to_save)
 
-    model, tokenizer = load_model(name, **where, **_placement(quantization, training))
+    model, tokenizer = load_model(name, **where, **_loading_arguments(quantization, training))
     model.generation_config = chat_generation_config(model.generation_config)
     model.config.use_cache = False
     if given.extra_vocab_file is not None:
@@ -72,20 +75,19 @@ def load_for_training(arguments: Arguments) -> tuple[PreTrainedModel, QWenTokeni
         except ValueError as error:
             raise ArgumentError(str(error)) from error
     if training.use_lora:
-        model = with_adapters(model, lora, whole)
+        model = add_lora(model, lora, modules_to_save)
     return model, tokenizer
 
 
-def with_adapters(model: QWenLMHeadModel, lora: LoraArguments, whole: list[str]) -> PreTrainedModel:
-    """The model with everything frozen but LoRA matrices and the modules named in `whole`.
+def add_lora(model: QWenLMHeadModel, lora: LoraArguments, modules_to_save: list[str]) -> PreTrainedModel:
+    """The model with everything frozen but LoRA matrices and the modules named, or as an adapter that is trained on.
 
     Trained parameters are kept in float32, so that small updates are not lost to rounding.
     """
-    from peft import LoraConfig, PeftModel, get_peft_model
+    from peft import LoraConfig, get_peft_model
 
     if lora.lora_weight_path:
-        model = PeftModel.from_pretrained(model, lora.lora_weight_path, is_trainable=True)
-        model.peft_config["default"].base_model_name_or_path = model.base_model.model.name_or_path
+        model = put_on(model, Path(lora.lora_weight_path).expanduser(), trainable=True)
     else:
         config = LoraConfig(
             r=lora.lora_r,
@@ -93,7 +95,7 @@ def with_adapters(model: QWenLMHeadModel, lora: LoraArguments, whole: list[str])
             lora_dropout=lora.lora_dropout,
             target_modules=lora.lora_target_modules,
             bias=lora.lora_bias,
-            modules_to_save=whole or None,
+            modules_to_save=modules_to_save or None,
             task_type="CAUSAL_LM",
         )
         model = get_peft_model(model, config)
@@ -128,21 +130,31 @@ def _check_weights_fit(name: str, quantized: bool, arguments: Arguments) -> None
         raise ArgumentError(f"{name} is quantized: adapters on it are Q-LoRA. Add --q_lora, and --fp16 on a GPU.")
 
 
-def _check_adapters_fit(lora: LoraArguments, whole: list[str]) -> None:
+def _check_modules(lora: LoraArguments, modules_to_save: list[str]) -> None:
     for option, names, known in (
         ("lora_target_modules", lora.lora_target_modules, [*LORA_TARGETS, *EMBEDDINGS]),
-        ("modules_to_save", whole, [*EMBEDDINGS, *LORA_TARGETS, "ln_1", "ln_2", "ln_f"]),
+        ("modules_to_save", modules_to_save, [*EMBEDDINGS, *LORA_TARGETS, "ln_1", "ln_2", "ln_f"]),
     ):
         if unknown := [name for name in names if name not in known]:
             raise ArgumentError(f"--{option} {' '.join(unknown)}: these models have {', '.join(known)}.")
-    if lora.lora_weight_path:
-        folder = Path(lora.lora_weight_path)
-        if not is_adapter(folder):
-            raise ArgumentError(f"--lora_weight_path {folder} is no folder of an adapter: it has no {ADAPTER_CONFIG}.")
-        check_adapter(folder)
 
 
-def _trained_whole(name: str, is_chat: bool, arguments: Arguments) -> list[str]:
+def _check_adapter_to_train(lora: LoraArguments) -> dict:
+    """The configuration of the adapter that is trained further; arguments that would change it are refused."""
+    folder = Path(lora.lora_weight_path).expanduser()
+    if not is_adapter(folder):
+        raise ArgumentError(f"--lora_weight_path {folder} is no folder of an adapter: it has no {ADAPTER_CONFIG}.")
+    check_adapter(folder)
+    config, untouched = read_json(folder / ADAPTER_CONFIG, folder), LoraArguments()
+    for option in ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_bias", "modules_to_save"):
+        asked, recorded = getattr(lora, option), config.get(_RECORDED_AS.get(option, option))
+        same = set(asked) == set(recorded or []) if isinstance(asked, list) else asked == recorded
+        if not same and asked != getattr(untouched, option):
+            raise ArgumentError(f"--{option}: the adapter in {folder} has {recorded}, which stays. Leave it out.")
+    return config
+
+
+def _modules_to_save(name: str, is_chat: bool, arguments: Arguments) -> list[str]:
     """Modules that LoRA trains as a whole: a base model has never seen ChatML's control tokens, no model new words."""
     reasons = {
         f"{name} is a base model, which does not know the chat's control tokens": not is_chat,
@@ -150,23 +162,25 @@ def _trained_whole(name: str, is_chat: bool, arguments: Arguments) -> list[str]:
     }
     needed = [reason for reason, holds in reasons.items() if holds]
     named = arguments.lora.modules_to_save
-    whole = (EMBEDDINGS if needed else []) if named is None else named
+    if arguments.lora.lora_weight_path:
+        named = _check_adapter_to_train(arguments.lora).get("modules_to_save") or []
+    modules = (EMBEDDINGS if needed else []) if named is None else named
     if not arguments.training.use_lora:
-        return whole
-    if arguments.model.extra_vocab_file and not set(EMBEDDINGS) <= set(whole):
+        return modules
+    if arguments.model.extra_vocab_file and not set(EMBEDDINGS) <= set(modules):
         raise ArgumentError(
             "--extra_vocab_file adds tokens, which only --modules_to_save wte lm_head learns and saves."
         )
-    if whole and zero_stage(arguments.training) == 3:
-        reason = needed[0] if needed else "--modules_to_save is given"
+    if modules and zero_stage(arguments.training) == 3:
+        reason = needed[0] if needed else f"Besides the adapters {' and '.join(modules)} are trained"
         raise ArgumentError(
-            f"{reason}: LoRA must train {' and '.join(whole)} as a whole, which cannot be combined with ZeRO 3. Use "
+            f"{reason}: LoRA must train {' and '.join(modules)} as a whole, which cannot be combined with ZeRO 3. Use "
             "--deepspeed finetune/ds_config_zero2.json" + ("." if is_chat else ", or start from the chat model.")
         )
-    return whole
+    return modules
 
 
-def _placement(quantization: dict | None, training: TrainingArguments) -> dict:
+def _loading_arguments(quantization: dict | None, training: TrainingArguments) -> dict:
     """Arguments of from_pretrained: precision of the frozen and the trained weights, kernel and device."""
     half = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
     if quantization is not None:
@@ -177,4 +191,9 @@ def _placement(quantization: dict | None, training: TrainingArguments) -> dict:
     # What is trained in mixed precision is kept in float32. DeepSpeed keeps that copy itself; FSDP wants one precision
     # for all, and splits it.
     keeps_half = training.deepspeed or (training.use_lora and not training.fsdp)
-    return {"dtype": half if keeps_half else torch.float32, "device_map": None}
+    # Straight to the GPU, not through the memory of every process; what is split comes there in parts.
+    whole = training.device.type != "cpu" and not training.fsdp and zero_stage(training) < 3
+    return {
+        "dtype": half if keeps_half else torch.float32,
+        "device_map": {"": training.device} if whole else None,
+    }

@@ -4,7 +4,9 @@ The rooms beside this one each know one thing; here they are put together, in th
 it costs time: data is read before weights.
 """
 
+import importlib.util
 import os
+import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,19 +14,16 @@ from pathlib import Path
 
 from torch.utils.data import Dataset
 from transformers import set_seed
-from transformers.utils import logging
 
 from ..adapters import ADAPTER_CONFIG, is_adapter
 from ..chat_datasets import Collator, PackedDataset, SupervisedDataset
 from ..chat_files import ConversationFile
-from .arguments import ArgumentError, Arguments
+from .arguments import ArgumentError, Arguments, TrainingArguments
 from .interrupts import SaveOnInterrupt
 from .loss_curve import draw
 from .model import load_for_training
-from .processes import failing_together, is_main
+from .processes import failing_together, is_main_process
 from .trainer import SupervisedTrainer
-
-logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -46,11 +45,12 @@ def finetune(arguments: Arguments) -> Outcome:
         ProcessFailed: one of these in another process.
     """
     training, data = arguments.training, arguments.data
+    _check_packages(training)
     with failing_together():
         _prepare(Path(training.output_dir), training.use_lora)
         checkpoint = _checkpoint_to_resume(arguments)
-        train_file = ConversationFile(data.data_path, progress=is_main())
-        eval_file = ConversationFile(data.eval_data_path, progress=is_main()) if data.eval_data_path else None
+        train_file = ConversationFile(data.data_path, progress=is_main_process())
+        eval_file = ConversationFile(data.eval_data_path, progress=is_main_process()) if data.eval_data_path else None
     try:
         SupervisedTrainer.get_optimizer_cls_and_kwargs(training)  # its package may be missing
     except (ValueError, ImportError) as error:
@@ -65,7 +65,7 @@ def finetune(arguments: Arguments) -> Outcome:
             training.model_max_length,
             system_message=data.system_message,
             lazy=data.lazy_preprocess,
-            progress=is_main(),
+            progress=is_main_process(),
         )
 
     train_dataset: Dataset = supervised(train_file)
@@ -87,23 +87,37 @@ def finetune(arguments: Arguments) -> Outcome:
         )
     except (ValueError, ImportError, RuntimeError) as error:  # settings that contradict each other, missing packages
         raise ArgumentError(" ".join(str(error).split())) from error
-    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    try:
+        metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    except ValueError as error:
+        if "DeepSpeed config values" not in str(error):
+            raise
+        raise ArgumentError(f"--deepspeed: {' '.join(str(error).split())}") from error
     if not interrupts.interrupted:
         trainer.save_final()
         trainer.save_state()
         if eval_file is not None:
             metrics |= trainer.evaluate()
             trainer.save_state()
-    if is_main():
+    if is_main_process():
         draw(trainer.state.log_history, Path(training.output_dir) / "loss.png")
     return Outcome(Path(training.output_dir), interrupts.interrupted, metrics)
 
 
 def _note_cut_samples(lengths: Sequence[int], most: int) -> None:
     """A sample of the full length was probably longer, and what it should teach may have been cut off."""
-    if is_main() and (cut := sum(length == most for length in lengths)):
-        logger.warning(
-            f"{cut} of {len(lengths)} samples fill or exceed --model_max_length {most}: their ends are cut off."
+    if is_main_process() and (cut := sum(length == most for length in lengths)):
+        samples = f"{cut} of {len(lengths)} samples"
+        print(f"{samples} fill or exceed --model_max_length {most}: their ends are cut off.", file=sys.stderr)
+
+
+def _check_packages(training: TrainingArguments) -> None:
+    needed = ["matplotlib", *(["peft"] if training.use_lora else [])]
+    needed += [name for name in training.report_to if name in ("tensorboard", "wandb")]
+    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
+        raise ArgumentError(
+            f"Training like this needs packages that are missing: `pip install {' '.join(missing)}`. "
+            "requirements_finetune.txt names all; --report_to none logs to none."
         )
 
 
@@ -142,8 +156,10 @@ def _checkpoint_to_resume(arguments: Arguments) -> str | None:
             )
     if not Path(asked, "trainer_state.json").is_file():
         raise ArgumentError(f"--resume_from_checkpoint {asked} is no checkpoint-N folder of a run.")
-    if is_adapter(Path(asked)) != arguments.training.use_lora:
-        kind, remedy = ("an adapter's", "add") if is_adapter(Path(asked)) else ("a whole model's", "leave out")
+    adapter = is_adapter(Path(asked))
+    whole = Path(asked, "config.json").is_file()  # shards of FSDP have neither
+    if (adapter and not arguments.training.use_lora) or (whole and arguments.training.use_lora):
+        kind, remedy = ("an adapter's", "add") if adapter else ("a whole model's", "leave out")
         raise ArgumentError(
             f"--resume_from_checkpoint {asked} is {kind}: {remedy} --use_lora, as in the run it is from."
         )

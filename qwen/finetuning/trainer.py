@@ -8,7 +8,6 @@ import copy
 from pathlib import Path
 
 import torch
-from peft import PeftModel
 from torch.nn.functional import cross_entropy
 from transformers import EvalPrediction, Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
@@ -17,28 +16,36 @@ from transformers.trainer_utils import EvalLoopOutput
 from ..chat_data import IGNORE_INDEX
 from ..checkpoint_files import let_others_read
 from ..modeling_qwen import QWenLMHeadModel
+from .arguments import zero_stage
 
 
 class SupervisedTrainer(Trainer):
     """Trains on {"input_ids", "labels", …} and writes folders that chat."""
 
     def __init__(self, *args, **kwargs):
-        super().__init__(
-            *args, compute_metrics=mean_over_tokens, preprocess_logits_for_metrics=sum_over_tokens, **kwargs
-        )
+        super().__init__(*args, compute_metrics=mean_over_tokens, **kwargs)
         self._final_dtype: torch.dtype | None = None
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         """Computes logits only where some row learns its next token: prompts have none, and logits of the whole
         vocabulary are what takes the memory of long samples."""
-        if model.training:
-            next_labels = inputs["labels"][:, 1:]
-            learned = (next_labels != IGNORE_INDEX).any(0).nonzero()[:, 0]
-            # The Trainer's label smoothing compares logits and labels as they stand: it does not know this class as a
-            # language model.
-            shifted = "shift_labels" if self.label_smoother is None else "labels"
-            inputs = {**inputs, "logits_to_keep": learned, shifted: next_labels[:, learned].contiguous()}
+        learned, next_labels = learned_positions(inputs["labels"])
+        # The Trainer's label smoothing compares logits and labels as they stand: it does not know this class as a
+        # language model.
+        shifted = "shift_labels" if self.label_smoother is None else "labels"
+        inputs = {**inputs, "logits_to_keep": learned, shifted: next_labels}
         return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """The mean loss of a batch, and in place of its logits, which take gigabytes, their sums in each row."""
+        inputs = dict(self._prepare_inputs(inputs))
+        labels = inputs.pop("labels")
+        learned, next_labels = learned_positions(labels)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            logits = model(**inputs, logits_to_keep=learned).logits
+        sums = sum_over_tokens(logits, next_labels)
+        total, count = sums.sum(0)
+        return total / count.clamp(min=1), sums, labels
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
@@ -60,12 +67,22 @@ class SupervisedTrainer(Trainer):
         finally:
             self._final_dtype = None
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in transformers, without its copy of all weights, the frozen ones of an adapter included, into the memory
+        of every process where DeepSpeed keeps them whole (ZeRO 1 and 2)."""
+        if not self.is_deepspeed_enabled or zero_stage(self.args) == 3:
+            super().save_model(output_dir, _internal_call)
+            return
+        self._save(output_dir)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if not self.args.should_save:
             return
         folder = Path(output_dir or self.args.output_dir)
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        if isinstance(model, PeftModel):
+        if self.args.use_lora:
             super()._save(output_dir, state_dict)
             (folder / TRAINING_ARGS_NAME).unlink()  # a pickle, and nothing reads it
             model.generation_config.save_pretrained(folder)
@@ -73,7 +90,8 @@ class SupervisedTrainer(Trainer):
             return
         state_dict = model.state_dict() if state_dict is None else state_dict
         if self._final_dtype is not None:
-            state_dict = {name: tensor.to(self._final_dtype) for name, tensor in state_dict.items()}
+            # One by one to the CPU: the optimizer still fills the device.
+            state_dict = {name: tensor.to("cpu", self._final_dtype) for name, tensor in state_dict.items()}
         self._as_published(model, next(iter(state_dict.values())).dtype).save_pretrained(folder, state_dict=state_dict)
         self.processing_class.save_pretrained(folder)
         let_others_read(folder)
@@ -88,11 +106,18 @@ class SupervisedTrainer(Trainer):
         return empty
 
 
+def learned_positions(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """labels (B, S) → the positions (K) at which some row learns its next token, and those next tokens (B, K)."""
+    next_labels = labels[:, 1:]
+    learned = (next_labels != IGNORE_INDEX).any(0).nonzero()[:, 0]
+    return learned, next_labels[:, learned].contiguous()
+
+
 def sum_over_tokens(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """logits (B, S, V) and labels (B, S) → (B, 2): the summed negative log-likelihood of each row's labels, in nats,
-    and their number. Row by row, for the float32 copy of all logits would not fit beside them."""
+    """logits (B, K, V) and labels (B, K) → (B, 2): the summed negative log-likelihood of each row's labels, in nats,
+    and their number. Row by row, to make one row's float32 copy at a time."""
     rows = []
-    for row_logits, row_labels in zip(logits[:, :-1], labels[:, 1:], strict=True):
+    for row_logits, row_labels in zip(logits, labels, strict=True):
         total = cross_entropy(row_logits.float(), row_labels, ignore_index=IGNORE_INDEX, reduction="sum")
         rows.append(torch.stack((total, (row_labels != IGNORE_INDEX).sum().to(total.dtype))))
     return torch.stack(rows)
