@@ -2,7 +2,7 @@
 #     make chat        make chat ARGS="-c Qwen/Qwen-7B-Chat"
 #     make web         the same in the browser
 #     make serve       the OpenAI-compatible server
-#     make finetune    make finetune ARGS="--data_path examples/identity.json --use_lora"
+#     make finetune    teaches the toy another name; make finetune ARGS="--help" lists what can be set
 #     make test        make test ARGS="-k loading"
 # Each makes its own environment in .venv first; that takes a minute or two, once.
 
@@ -30,13 +30,17 @@ web: $(VENV)/.ready-web  ## the same in the browser
 serve: $(VENV)/.ready-serve  ## the OpenAI-compatible server
 	@$(BIN)/python openai_api.py $(ARGS)
 
-finetune: $(VENV)/.ready-finetune  ## train a model on conversations (ARGS="--help" lists what can be set)
-	@$(BIN)/python finetune.py $(ARGS)
+# The recipe of README.md, where ARGS does not say otherwise.
+IDENTITY := --data_path examples/identity.json --use_lora --output_dir output_qwen_lora \
+	--per_device_train_batch_size 4 --num_train_epochs 10 --learning_rate 2e-3
+
+finetune: $(VENV)/.ready-finetune  ## train a model on conversations (ARGS="--data_path data.json ...")
+	@$(BIN)/python finetune.py $(or $(ARGS),$(IDENTITY))
 
 test: $(VENV)/.ready-dev  ## lint and run all tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -rs $(ARGS)
+	$(BIN)/python -m pytest -rs --numprocesses 2 --dist loadfile $(ARGS)
 
 lint: $(VENV)/.ready-dev  ## check style only
 	$(BIN)/ruff check .

@@ -13,8 +13,18 @@ import sys
 
 
 def main() -> int:
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait leave the cores to others
+    if sys.stderr.isatty() and os.environ.get("RANK", "0") == "0":
+        print("Starting ...", file=sys.stderr)  # the libraries take seconds
     try:
         status = run(sys.argv[1:])
+    except ModuleNotFoundError as error:
+        print(
+            f"{error}. Install the requirements (`pip install -r requirements.txt -r requirements_finetune.txt -c "
+            "constraints.txt`), or start with `make finetune`.",
+            file=sys.stderr,
+        )
+        return 1
     except KeyboardInterrupt:  # a second one, or before training: during it, the first one saves a checkpoint
         if os.environ.get("RANK", "0") == "0":
             print("\nStopped.", file=sys.stderr)
@@ -69,7 +79,7 @@ def run(argv: list[str]) -> int:
                 eval_data_path=arguments.data.eval_data_path, **outcome.metrics
             )
         )
-    say(f"Done: {outcome.output_dir}")
+    say(f"Done: {outcome.output_dir}\nTalk to it: python cli_demo.py -c {outcome.output_dir}")
     return 0
 
 

@@ -23,12 +23,15 @@ _WARNINGS = (
     r"`torch\.distributed\.\w+` is deprecated",  # DeepSpeed's and accelerate's calls
     r"`is_gradient_checkpointing` is deprecated",  # peft's
     r"You passed `quantization_config`",  # it names the kernel
+    r"Setting `save_embedding_layers` to `True`",  # peft's, where the vocabulary has grown
+    r"Could not find a config file in",  # peft asks the hub whether it has grown
 )
 # and of log records.
 _RECORDS = {
     "transformers.modeling_utils": "`loss_type=",
     "transformers.trainer": "The model is already on multiple devices",
     "transformers.trainer_utils": "mtime may not be reliable",
+    "accelerate.accelerator": "Gradient accumulation steps mismatch",  # the Trainer's own 1 and DeepSpeed's
 }
 
 
@@ -72,12 +75,12 @@ def quiet_training(main: bool) -> None:
     for beginning in _WARNINGS:
         warnings.filterwarnings("ignore", beginning)
     for name, beginning in _RECORDS.items():
-        logging.getLogger(name).addFilter(lambda record, start=beginning: not str(record.msg).startswith(start))
+        logging.getLogger(name).addFilter(lambda record, start=beginning: start not in str(record.msg))
     logging.getLogger("accelerate").setLevel(logging.WARNING)  # it tells of every file where a library set root to INFO
     _quiet_gptqmodel()
     if not torch.accelerator.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, which accelerate imports, warns that it found none
-    if not main:
+    if not main or not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
 
 

@@ -213,7 +213,7 @@ def test_words_of_fsdp_beside_its_configuration(tmp_path: Path):
         ("--fsdp full_shard --fsdp_config '{not'", ["--fsdp_config {not"]),
         ("--deepspeed '{not'", ["--deepspeed", "not valid JSON"]),
         ("--deepspeed '[]'", ["--deepspeed"]),
-        ("--use_lorra", ["--use_lorra", "Did you mean --use_lora?"]),
+        ("--use_lorra", ["--use_lorra", "Did you mean --use_lora"]),
         ("--zzzzzzzz", ["--zzzzzzzz", "--help"]),
         ("--learning_rate fast", ["--learning_rate", "fast"]),
         ("--learning_rate", ["--learning_rate", "expected one argument"]),

@@ -200,7 +200,7 @@ def assert_quiet(run: Run) -> None:
     ):
         assert word not in run.said
     assert run.said.count("Done: ") == 1
-    assert run.said.count("'loss'") == STEPS
+    assert run.said.count(": loss ") == STEPS
 
 
 def bytes_of(folder: Path, pattern: str) -> list[int]:
@@ -221,7 +221,7 @@ def resumed(runs: Runs, command: list, *arguments: str, run: Run) -> Run:
 def assert_goes_on(resumed: Run, run: Run) -> None:
     assert [entry["step"] for entry in resumed.log] == list(range(1, STEPS + 1))
     assert resumed.losses == pytest.approx(run.losses, rel=1e-5)
-    assert resumed.said.count("'loss'") == STEPS - SAVED, "the first steps were done again"
+    assert resumed.said.count(": loss ") == STEPS - SAVED, "the first steps were done again"
 
 
 def test_plain_torchrun(runs: Runs, full_alone: Run):
@@ -298,7 +298,7 @@ def test_zero_2_lora_can_be_stopped_and_goes_on(runs: Runs, lora_alone: Run):
 
     output = "zero2_lora_stopped"
     process = runs.start(command, *arguments, output=output)
-    wait_until(lambda: "'loss'" in runs.said(output), process)
+    wait_until(lambda: ": loss " in runs.said(output), process)
     os.killpg(process.pid, signal.SIGINT)
     stopped = runs.wait(process, output)
     assert stopped.status == 130, stopped.said
@@ -306,13 +306,13 @@ def test_zero_2_lora_can_be_stopped_and_goes_on(runs: Runs, lora_alone: Run):
     assert stopped.said.count("Stopping after this step") == 1
     assert stopped.said.count("--resume_from_checkpoint True") == 1
     assert "Traceback" not in stopped.said
-    steps_done = stopped.said.count("'loss'")
+    steps_done = stopped.said.count(": loss ")
     assert 1 <= steps_done < STEPS
     assert [path.name for path in stopped.folder.glob("checkpoint-*")] == [f"checkpoint-{steps_done}"]
 
     again = runs(command, *arguments, "--resume_from_checkpoint", "True", output=output)
     assert again.losses == pytest.approx(run.losses, rel=1e-5)
-    assert again.said.count("'loss'") == STEPS
+    assert again.said.count(": loss ") == STEPS
 
 
 def test_qlora_on_two_machines_is_that_of_one_process(runs: Runs):
@@ -332,7 +332,7 @@ def test_qlora_on_two_machines_is_that_of_one_process(runs: Runs):
         kill_group(second)
     assert_the_same_training(run, alone)
     assert_quiet(run)
-    assert "'loss'" not in runs.said("qlora_second_machine")
+    assert ": loss " not in runs.said("qlora_second_machine")
 
 
 def test_one_process_runs_deepspeed_with_the_schedule_of_the_arguments(runs: Runs):

@@ -148,6 +148,10 @@ def parse(argv: list[str]) -> tuple[Arguments, list[str]]:
         if settings["deepspeed"]:
             join_deepspeed(settings["use_cpu"], settings["ddp_timeout"])
         settings["use_lora"] = settings["use_lora"] or settings["q_lora"]
+        if settings["load_best_model_at_end"] and "save_strategy" not in typed:  # what is evaluated must be there
+            settings["save_strategy"] = settings["eval_strategy"]
+            if "save_steps" not in typed and settings["eval_steps"]:
+                settings["save_steps"] = settings["eval_steps"]
         if settings["modules_to_save"] == ["none"]:
             settings["modules_to_save"] = []
         if str(settings["resume_from_checkpoint"]).lower() in ("true", "false"):
@@ -175,9 +179,9 @@ class _Parser(HfArgumentParser):
 
 def _unknown(word: str, parser: HfArgumentParser) -> str:
     known = [option for action in parser._actions for option in action.option_strings]
-    near = difflib.get_close_matches(word.partition("=")[0], known, n=1)
+    near = difflib.get_close_matches(word.partition("=")[0], [name for name in known if "-" not in name[2:]], n=3)
     return f"There is no argument {word}." + (
-        f" Did you mean {near[0]}?" if near else " `python finetune.py --help` lists all."
+        f" Did you mean {' or '.join(near)}?" if near else " `python finetune.py --help` lists all."
     )
 
 

@@ -172,7 +172,7 @@ def _modules_to_save(name: str, is_chat: bool, arguments: Arguments) -> list[str
             "--extra_vocab_file adds tokens, which only --modules_to_save wte lm_head learns and saves."
         )
     if modules and zero_stage(arguments.training) == 3:
-        reason = needed[0] if needed else f"Besides the adapters {' and '.join(modules)} are trained"
+        reason = needed[0] if needed else f"--modules_to_save {' '.join(modules)} is asked for"
         raise ArgumentError(
             f"{reason}: LoRA must train {' and '.join(modules)} as a whole, which cannot be combined with ZeRO 3. Use "
             "--deepspeed finetune/ds_config_zero2.json" + ("." if is_chat else ", or start from the chat model.")

@@ -13,16 +13,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from torch.utils.data import Dataset
-from transformers import set_seed
+from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, set_seed
 
 from ..adapters import ADAPTER_CONFIG, is_adapter
+from ..chat_data import IGNORE_INDEX
 from ..chat_datasets import Collator, PackedDataset, SupervisedDataset
-from ..chat_files import ConversationFile
+from ..chat_files import ConversationFile, DataFileError
+from ..tokenization_qwen import QWenTokenizer
 from .arguments import ArgumentError, Arguments, TrainingArguments
 from .interrupts import SaveOnInterrupt
 from .loss_curve import draw
 from .model import load_for_training
 from .processes import failing_together, is_main_process
+from .progress import ShowProgress
 from .trainer import SupervisedTrainer
 
 
@@ -71,6 +74,7 @@ def finetune(arguments: Arguments) -> Outcome:
     train_dataset: Dataset = supervised(train_file)
     if not data.lazy_preprocess or data.packing:  # lengths are known
         _note_cut_samples(train_dataset.lengths, training.model_max_length)
+    _require_something_to_learn(train_dataset, tokenizer, train_file.path)
     if data.packing:
         train_dataset = PackedDataset(train_dataset, training.model_max_length)
     interrupts = SaveOnInterrupt()
@@ -83,10 +87,14 @@ def finetune(arguments: Arguments) -> Outcome:
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
-            callbacks=[interrupts],
+            callbacks=[interrupts, ShowProgress()],
         )
     except (ValueError, ImportError, RuntimeError) as error:  # settings that contradict each other, missing packages
         raise ArgumentError(" ".join(str(error).split())) from error
+    trainer.pop_callback(ProgressCallback)
+    trainer.pop_callback(PrinterCallback)
+    if is_main_process():
+        _introduce(arguments, model, train_file, checkpoint)
     try:
         metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     except ValueError as error:
@@ -97,11 +105,44 @@ def finetune(arguments: Arguments) -> Outcome:
         trainer.save_final()
         trainer.save_state()
         if eval_file is not None:
-            metrics |= trainer.evaluate()
+            metrics |= _last_evaluation(trainer) or trainer.evaluate()
             trainer.save_state()
     if is_main_process():
         draw(trainer.state.log_history, Path(training.output_dir) / "loss.png")
     return Outcome(Path(training.output_dir), interrupts.interrupted, metrics)
+
+
+def _last_evaluation(trainer: SupervisedTrainer) -> dict[str, float] | None:
+    """What the last step's own evaluation came to, where there was one and its weights are still the model's."""
+    last = next((entry for entry in reversed(trainer.state.log_history) if "eval_loss" in entry), None)
+    if last is None or last["step"] != trainer.state.global_step or trainer.args.load_best_model_at_end:
+        return None
+    return last
+
+
+def _introduce(arguments: Arguments, model: PreTrainedModel, file: ConversationFile, checkpoint: str | None) -> None:
+    training = arguments.training
+    method = "Q-LoRA on" if arguments.lora.q_lora else "LoRA on" if training.use_lora else "All weights of"
+    # Under ZeRO 3 a parameter is empty until it is needed, and says how many numbers it has.
+    sizes = [(getattr(weight, "ds_numel", weight.numel()), weight.requires_grad) for weight in model.parameters()]
+    trained, total = sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)
+    precision = "bfloat16" if training.bf16 else "float16" if training.fp16 else "float32"
+    print(
+        f"{method} {arguments.model.model_name_or_path or 'the bundled toy'}, {len(file)} samples, {precision} on "
+        f"{training.device.type}: {trained:,} of {total:,} parameters are trained"
+        + (f", from {checkpoint} on." if checkpoint else "."),
+        file=sys.stderr,
+    )
+
+
+def _require_something_to_learn(dataset: SupervisedDataset, tokenizer: QWenTokenizer, path: Path) -> None:
+    """Control tokens and their newlines are learned of every sample; one that teaches a word must be among them."""
+    frame = {IGNORE_INDEX, tokenizer.im_start_id, tokenizer.im_end_id, *tokenizer.encode("\n")}
+    if all(frame.issuperset(dataset[index]["labels"]) for index in range(len(dataset))):
+        raise DataFileError(
+            f"{path}: no sample has a word to learn. Either none has an assistant's turn behind a user's, or "
+            f"--model_max_length {dataset.max_length} cuts all of them off."
+        )
 
 
 def _note_cut_samples(lengths: Sequence[int], most: int) -> None:

@@ -85,6 +85,7 @@ class SupervisedTrainer(Trainer):
         if self.args.use_lora:
             super()._save(output_dir, state_dict)
             (folder / TRAINING_ARGS_NAME).unlink()  # a pickle, and nothing reads it
+            (folder / "README.md").unlink(missing_ok=True)  # peft's, a form that nobody has filled in
             model.generation_config.save_pretrained(folder)
             let_others_read(folder)
             return
