@@ -19,7 +19,12 @@ from torch.distributed.run import parse_args, run
 def main(argv: list[str]) -> int:
     """The exit status: that of the first process that failed, 128 + N where signal N ended it, 0 without any."""
     try:
-        processes = number("GPUS_PER_NODE", torch.accelerator.device_count() or 2, least=1)
+        gpus = torch.accelerator.device_count()
+        processes = number("GPUS_PER_NODE", gpus or 2, least=1)
+        if gpus and processes > gpus:
+            raise ValueError(
+                f"GPUS_PER_NODE is {processes}, but this machine has {gpus}: a process needs one of its own."
+            )
         settings = {
             "nproc_per_node": processes,
             "nnodes": number("NNODES", 1, least=1),
