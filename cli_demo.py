@@ -310,7 +310,8 @@ class Session:
                 if not reply:
                     return
                 stopped = True
-            print(reply[shown:], flush=True)
+            # Where it was stopped, what `shown` does not count may be on the screen already.
+            print("" if stopped else reply[shown:], flush=True)
             if reply or not stopped:
                 self.history = [*self.history, (query, reply)]
         if stopped and reply:
