@@ -40,7 +40,7 @@ finetune: $(VENV)/.ready-finetune  ## train a model on conversations (ARGS="--da
 test: $(VENV)/.ready-dev  ## lint and run all tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -rs --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m pytest -rs $(ARGS)
 
 lint: $(VENV)/.ready-dev  ## check style only
 	$(BIN)/ruff check .
