@@ -23,7 +23,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .cache_qwen import QuantizedKVCache
+from .cache_qwen import QuantizedKVCache, QuantizedStates, cache_of_tuples, quantized_attention
 from .configuration_qwen import QWenConfig
 from .options_qwen import PRECISIONS, check_arguments, choose_attention, choose_dtype, target_device
 from .qwen_generation_utils import ChatMixin
@@ -160,7 +160,10 @@ class QWenAttention(nn.Module):
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
 
-        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        if isinstance(key, QuantizedStates):
+            attention = quantized_attention
+        else:
+            attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         output, weights = attention(
             self,
             query,
@@ -332,6 +335,8 @@ class QWenModel(QWenPreTrainedModel):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
         if inputs_embeds is None:
             inputs_embeds = self.wte(input_ids)
+        if isinstance(past_key_values, tuple | list):
+            past_key_values = cache_of_tuples(past_key_values)
         if use_cache and past_key_values is None:
             past_key_values = self.new_cache()
 
@@ -368,7 +373,10 @@ class QWenModel(QWenPreTrainedModel):
 
     def new_cache(self) -> Cache:
         """An empty key/value cache of the kind that the configuration asks for."""
-        return QuantizedKVCache() if self.config.use_cache_quantization else DynamicCache(config=self.config)
+        if not self.config.use_cache_quantization:
+            return DynamicCache(config=self.config)
+        # Written-out attention is asked for by those who want its weights, which the kernel does not compute.
+        return QuantizedKVCache(self.config.use_cache_kernel and self.config._attn_implementation != "eager")
 
     def dynamic_ntk(
         self,
@@ -480,10 +488,26 @@ class QWenLMHeadModel(QWenPreTrainedModel, ChatMixin, GenerationMixin):
             attentions=outputs.attentions,
         )
 
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers.
+
+        Raises:
+            ValueError: with `use_cache_quantization=True`, which its paged cache would ignore.
+        """
+        if self.config.use_cache_quantization:
+            raise ValueError(
+                "transformers' continuous batching (generate_batch) has a paged cache of its own, in full precision: "
+                "load the model without use_cache_quantization=True for it. generate, chat_batch and openai_api.py "
+                "serve many at once from the 8-bit cache."
+            )
+        return super().init_continuous_batching(*args, **kwargs)
+
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
         wants_default = generation_config.cache_implementation is None and generation_config.use_cache is not False
+        if isinstance(model_kwargs.get("past_key_values"), tuple | list):
+            model_kwargs["past_key_values"] = cache_of_tuples(model_kwargs["past_key_values"])
         if self.config.use_cache_quantization and wants_default and model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = self.transformer.new_cache()
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)

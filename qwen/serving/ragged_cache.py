@@ -13,7 +13,7 @@ import torch
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin
 
-from ..cache_qwen import dequantize_cache_torch, quantize_tokens
+from ..cache_qwen import QuantizedStates, quantize_tokens, triton_kernels
 
 
 class Lengths:
@@ -31,11 +31,12 @@ class Lengths:
 
 
 class RaggedLayer(CacheLayerMixin):
-    """Keys and values of one layer; in 8 bits where `quantized`."""
+    """Keys and values of one layer; in 8 bits where `quantized`, and then read as bytes where `fused`."""
 
-    def __init__(self, lengths: Lengths, capacity: int, quantized: bool):
+    def __init__(self, lengths: Lengths, capacity: int, quantized: bool, fused: bool):
         super().__init__()
-        self.lengths, self.capacity, self.quantized = lengths, capacity, quantized
+        self.lengths, self.capacity, self.quantized, self.fused = lengths, capacity, quantized, fused
+        self.states = QuantizedStates()
         # Keys and values, each of them as it is or as (q, scale, zero point): (rows, capacity, H, D or 1).
         self.store: list[torch.Tensor] = []
 
@@ -45,17 +46,22 @@ class RaggedLayer(CacheLayerMixin):
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor] | tuple[QuantizedStates, QuantizedStates]:
         """Append one token to every row: (B, H, 1, D) each → (B, H, longest + 1, D); what lies behind a row's own
         length is left to the attention mask."""
         ends = self.lengths.tensor.to(key_states.device)
-        rows = torch.arange(len(ends), device=ends.device)
-        for stored, new in zip(self.store, self._encode(key_states, value_states), strict=True):
-            stored[rows, ends] = new[:, :, 0]
-        held = [stored[: len(ends), : self.lengths.longest + 1].transpose(1, 2) for stored in self.store]
+        held = tuple(stored[: len(ends)].transpose(1, 2) for stored in self.store)
+        kernels = triton_kernels(key_states.device.type) if self.fused else None
+        if kernels is not None:
+            kernels.append(key_states, value_states, held, ends)
+        else:
+            rows = torch.arange(len(ends), device=ends.device)
+            for stored, new in zip(self.store, self._encode(key_states, value_states), strict=True):
+                stored[rows, ends] = new[:, :, 0]
         if not self.quantized:
-            return held[0], held[1]
-        return dequantize_cache_torch(*held[:3]).to(self.dtype), dequantize_cache_torch(*held[3:]).to(self.dtype)
+            return held[0][:, :, : self.lengths.longest + 1], held[1][:, :, : self.lengths.longest + 1]
+        self.states.segments, self.states.length = [held], self.lengths.longest + 1
+        return (self.states, self.states) if self.fused else self.states.dequantize(self.dtype)
 
     def write(self, row: int, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Put a whole sequence, (1, H, S, D) each, into a row."""
@@ -114,12 +120,17 @@ class RaggedCache(Cache):
         capacity: tokens that a row can hold.
         device: where the lengths live; each layer's tensors go where its keys come from.
         quantized: store in 8 bits.
+        fused: attend to those bits directly, for `use_cache_kernel=True`.
     """
 
-    def __init__(self, num_layers: int, capacity: int, device: torch.device, quantized: bool = False):
+    def __init__(
+        self, num_layers: int, capacity: int, device: torch.device, quantized: bool = False, fused: bool = False
+    ):
         self.lengths = Lengths(device)
         self.capacity = capacity
-        super().__init__(layers=[RaggedLayer(self.lengths, capacity, quantized) for _ in range(num_layers)])
+        super().__init__(
+            layers=[RaggedLayer(self.lengths, capacity, quantized, quantized and fused) for _ in range(num_layers)]
+        )
         self.ntk_alpha: torch.Tensor | None = None  # (B), read by the model: the base that each row was encoded with
 
     @property

@@ -329,9 +329,14 @@ class Scheduler:
         """The batch of sequences that reach about as far."""
         reach = self._capacity(sequence.reach)
         if reach not in self.batches:
-            quantized = self.config.use_cache_quantization
             self.batches[reach] = Batch(
-                RaggedCache(self.config.num_hidden_layers, reach, self.device, quantized=quantized)
+                RaggedCache(
+                    self.config.num_hidden_layers,
+                    reach,
+                    self.device,
+                    quantized=self.config.use_cache_quantization,
+                    fused=self.config.use_cache_kernel,
+                )
             )
         return self.batches[reach]
 
