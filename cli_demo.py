@@ -425,6 +425,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("-s", "--seed", type=seed_number, default=1234, help="random seed (default: %(default)s)")
     parser.add_argument("--cpu-only", action="store_true", help="run on the CPU even if there is a GPU")
+    parser.add_argument("--int8-cache", action="store_true", help="keep the key/value cache in 8 bits, half the memory")
     parser.add_argument(
         "--system", metavar="TEXT", default="You are a helpful assistant.", help="system prompt (default: %(default)r)"
     )
@@ -442,7 +443,9 @@ def main() -> int:
     try:
         from qwen.loading import load_model_quietly
 
-        model, tokenizer = load_model_quietly(arguments.checkpoint_path, chat=True, cpu_only=arguments.cpu_only)
+        model, tokenizer = load_model_quietly(
+            arguments.checkpoint_path, chat=True, cpu_only=arguments.cpu_only, int8_cache=arguments.int8_cache
+        )
     except KeyboardInterrupt:
         terminal.note("Stopped while loading.")
         return 130

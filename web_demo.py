@@ -55,6 +55,7 @@ def parse_arguments() -> argparse.Namespace:
         help="a folder, or a Hugging Face hub id such as Qwen/Qwen-7B-Chat (default: the small bundled model)",
     )
     parser.add_argument("--cpu-only", action="store_true", help="run on the CPU even if there is a GPU")
+    parser.add_argument("--int8-cache", action="store_true", help="keep the key/value cache in 8 bits, half the memory")
     parser.add_argument(
         "--server-port", metavar="PORT", type=port_number, default=8000, help="port to serve on (default: %(default)s)"
     )
@@ -151,7 +152,9 @@ def main() -> int:
 
         from qwen.loading import load_model_quietly
 
-        model, tokenizer = load_model_quietly(arguments.checkpoint_path, chat=True, cpu_only=arguments.cpu_only)
+        model, tokenizer = load_model_quietly(
+            arguments.checkpoint_path, chat=True, cpu_only=arguments.cpu_only, int8_cache=arguments.int8_cache
+        )
         loaded = True
         serve(model, tokenizer, arguments)
     except KeyboardInterrupt:

@@ -155,14 +155,17 @@ def _load_weights(name: str, **from_pretrained_kwargs: Any) -> QWenLMHeadModel:
 
 
 def load_model_quietly(
-    name_or_path: str | os.PathLike | None = None, *, chat: bool = False, **kwargs: Any
+    name_or_path: str | os.PathLike | None = None, *, chat: bool = False, int8_cache: bool = False, **kwargs: Any
 ) -> tuple[QWenLMHeadModel, QWenTokenizer]:
     """`load_model` for a script with a person in front of it: no chatter of the libraries, and a progress bar where it
     is seen and loading takes long.
 
     Args:
         chat: only a chat model will do; a base model is refused before its weights are loaded.
+        int8_cache: keep the key/value cache in 8 bits and decode from those; False leaves it to config.json.
     """
+    if int8_cache:
+        kwargs |= {"use_cache_quantization": True, "use_cache_kernel": True}
     with quiet_loading(progress=name_or_path is not None):
         if chat:
             check_chat(name_or_path)

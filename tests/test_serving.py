@@ -91,8 +91,11 @@ def test_long_prompts_come_in_pieces(tiny, prompts, monkeypatch):
         engine.close(timeout=0)
 
 
-def test_eight_bit_cache(tiny_chat_checkpoint, prompts):
-    model, tokenizer = load_model(tiny_chat_checkpoint, cpu_only=True, use_cache_quantization=True)
+@pytest.mark.parametrize("kernel", [False, True])
+def test_eight_bit_cache(tiny_chat_checkpoint, prompts, kernel):
+    model, tokenizer = load_model(
+        tiny_chat_checkpoint, cpu_only=True, use_cache_quantization=True, use_cache_kernel=kernel
+    )
     engine = Engine(model, tokenizer)
     try:
         assert served(engine, prompts) == [generated(model, prompt, 20) for prompt in prompts]
