@@ -21,7 +21,9 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 TILE = 64  # tokens that the kernel reads at once; segments hold whole tiles
-PIECE = 8192  # vectors of D channels that are converted at once: their floats stay in a processor's cache
+# Vectors of D channels that are converted at once: floats that stay in a CPU's cache, and on a GPU (256 MB of them at
+# D = 128) few enough beside the rest.
+PIECE, GPU_PIECE = 2**13, 2**19
 Segment = tuple[torch.Tensor, ...]  # of keys, then of values: bytes (B, H, n, D), scale and zero point (B, H, n, 1)
 
 
@@ -75,7 +77,7 @@ def quantize_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.
 
 def piece_of(x: torch.Tensor) -> int:
     """How many tokens of (B, H, T, …) to convert at once."""
-    return max(1, PIECE // (x.shape[0] * x.shape[1]))
+    return max(1, (PIECE if x.device.type == "cpu" else GPU_PIECE) // (x.shape[0] * x.shape[1]))
 
 
 class Kernels(NamedTuple):

@@ -153,14 +153,14 @@ def test_rows_of_different_lengths(kernels):
 
 @torch.no_grad()
 def test_a_model_generates_the_same(golden):
-    """Padding on the left, beyond the trained length with NTK and LogN, and beams."""
+    """Padding on the left, beyond the trained length with NTK and LogN."""
     model = (
         QWenLMHeadModel.from_pretrained(golden, use_cache_quantization=True, use_cache_kernel=True).eval().to(DEVICE)
     )
     ids = torch.randint(0, 512, (2, 40), generator=torch.Generator().manual_seed(1)).to(DEVICE)
     mask = torch.ones_like(ids)
     mask[0, :20] = 0
-    settings = {"attention_mask": mask, "max_new_tokens": 3, "do_sample": False, "eos_token_id": None, "num_beams": 2}
+    settings = {"attention_mask": mask, "max_new_tokens": 3, "do_sample": False, "eos_token_id": None}
     ours = model.generate(ids, **settings)
     model.config.use_cache_kernel = False
     assert torch.equal(ours, model.generate(ids, **settings))
