@@ -3,6 +3,7 @@
 #     make web         the same in the browser
 #     make serve       the OpenAI-compatible server
 #     make finetune    teaches the toy another name; make finetune ARGS="--help" lists what can be set
+#     make quantize    the toy in 4 bits; likewise
 #     make test        make test ARGS="-k loading"
 # Each makes its own environment in .venv first; that takes a minute or two, once.
 
@@ -16,7 +17,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help chat web serve finetune test lint format clean
+.PHONY: help chat web serve finetune quantize test lint format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,6 +37,9 @@ IDENTITY := --data_path examples/identity.json --use_lora --output_dir output_qw
 
 finetune: $(VENV)/.ready-finetune  ## train a model on conversations (ARGS="--data_path data.json ...")
 	@$(BIN)/python finetune.py $(or $(ARGS),$(IDENTITY))
+
+quantize: $(VENV)/.ready-gptq  ## write a model in 4 or 8 bits (ARGS="--model_name_or_path MODEL --data_path data.json")
+	@$(BIN)/python run_gptq.py $(ARGS)
 
 test: $(VENV)/.ready-dev  ## lint and run all tests
 	$(BIN)/ruff check .
@@ -69,11 +73,16 @@ $(VENV)/.ready-serve: $(VENV)/.ready requirements_openai_api.txt
 	@$(INSTALL) --requirement requirements_openai_api.txt
 	@touch $@
 
-$(VENV)/.ready-finetune: $(VENV)/.ready requirements_finetune.txt
+$(VENV)/.ready-gptq: $(VENV)/.ready requirements_gptq.txt
+	@$(INSTALL) --requirement requirements_gptq.txt
+	@touch $@
+
+$(VENV)/.ready-finetune: $(VENV)/.ready requirements_finetune.txt requirements_gptq.txt
 	@$(INSTALL) --requirement requirements_finetune.txt
 	@touch $@
 
-$(VENV)/.ready-dev: $(VENV)/.ready $(VENV)/.ready-web $(VENV)/.ready-serve $(VENV)/.ready-finetune requirements_dev.txt
+READY := $(VENV)/.ready $(VENV)/.ready-web $(VENV)/.ready-serve $(VENV)/.ready-finetune $(VENV)/.ready-gptq
+$(VENV)/.ready-dev: $(READY) requirements_dev.txt
 	@$(INSTALL) --requirement requirements_dev.txt
 	@$(INSTALL) --no-deps dashscope
 	@touch $@

@@ -14,7 +14,6 @@ import contextlib
 import json
 import os
 import resource
-import shutil
 import statistics
 import subprocess
 import sys
@@ -27,22 +26,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
-from safetensors.torch import save_file
+from random_models import SHAPES, config, write_quantized
 from transformers import Qwen2Config, Qwen2ForCausalLM, Trainer, TrainerCallback
 
-from qwen import QWenConfig, QWenLMHeadModel
+from qwen import QWenLMHeadModel
 from qwen.chat_datasets import Collator
 from qwen.finetuning.arguments import LoraArguments, TrainingArguments, parse
 from qwen.finetuning.model import EMBEDDINGS, add_lora, load_for_training
 from qwen.finetuning.trainer import SupervisedTrainer
-from qwen.loading import BUNDLED_CHAT_INT4
 
-# hidden_size, layers, heads, width of the MLP, rows of the embedding
-SHAPES = {
-    "small": (384, 6, 3, 1024, 4096),  # 14M parameters, for a machine without a GPU
-    "1.8B": (2048, 24, 16, 5504, 151936),
-    "7B": (4096, 32, 32, 11008, 151936),
-}
 METHODS = {"lora": "LoRA", "lora-embeddings": "LoRA (emb)", "qlora": "Q-LoRA", "full": "full"}
 PRECISIONS = {"lora": "bf16", "lora-embeddings": "bf16", "qlora": "fp16", "full": "bf16"}
 ACCUMULATION = 8
@@ -219,41 +211,9 @@ def placed(method: str) -> Iterator[None]:
         torch.set_default_dtype(torch.float32)
 
 
-def config(shape: str) -> QWenConfig:
-    hidden, layers, heads, width, rows = SHAPES[shape]
-    return QWenConfig(
-        hidden_size=hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        kv_channels=hidden // heads,
-        intermediate_size=2 * width,
-        vocab_size=rows,
-        seq_length=8192,
-    )
-
-
 def quantized_model(shape: str, folder: Path) -> torch.nn.Module:
     """A GPTQ checkpoint of random integers, through the same door as a real one."""
-    shutil.copy(BUNDLED_CHAT_INT4 / "qwen.tiktoken", folder)
-    shutil.copy(BUNDLED_CHAT_INT4 / "generation_config.json", folder)
-    settings = json.loads((BUNDLED_CHAT_INT4 / "config.json").read_text(encoding="utf-8"))["quantization_config"]
-    group = settings["group_size"]
-    with torch.device("meta"):
-        empty = QWenLMHeadModel(config(shape))
-    tensors = {}
-    for name, parameter in empty.state_dict().items():
-        layer = name.removesuffix(".weight")
-        if ".h." in name and parameter.dim() == 2:
-            rows, columns = parameter.shape  # of F.linear: (outputs, inputs)
-            tensors[f"{layer}.qweight"] = torch.randint(-(2**31), 2**31 - 1, (columns // 8, rows), dtype=torch.int32)
-            tensors[f"{layer}.qzeros"] = torch.full((columns // group, rows // 8), 0x77777777, dtype=torch.int32)
-            tensors[f"{layer}.scales"] = torch.full((columns // group, rows), 0.002, dtype=torch.float16)
-            tensors[f"{layer}.g_idx"] = torch.arange(columns, dtype=torch.int32) // group
-        else:
-            tensors[name] = torch.ones(parameter.shape, dtype=torch.float16) * (1 if parameter.dim() == 1 else 0.02)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    document = {**config(shape).to_dict(), "quantization_config": settings, "dtype": "float16"}
-    (folder / "config.json").write_text(json.dumps(document), encoding="utf-8")
+    write_quantized(shape, folder)
     half = ["--fp16"] if torch.cuda.is_available() else []
     line = ["--q_lora", "--model_name_or_path", str(folder), "--data_path", "-", "--output_dir", str(folder), *half]
     return load_for_training(parse(line)[0])[0]

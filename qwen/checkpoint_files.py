@@ -32,11 +32,8 @@ def check_config(path: Path, name: str | Path) -> None:
     config = read_json(path, name)
     model_type = config.get("model_type")
     if model_type == QWenConfig.model_type:
-        if config.get("quantization_config") and importlib.util.find_spec("gptqmodel") is None:
-            raise CheckpointError(
-                f"{name} is quantized (GPTQ), which needs two more packages: `pip install gptqmodel optimum`. "
-                "Or take the same model without -Int4 or -Int8."
-            )
+        if quantization := config.get("quantization_config"):
+            check_quantization(quantization, name)
         return
     if model_type is None:
         raise CheckpointError(
@@ -50,6 +47,33 @@ def check_config(path: Path, name: str | Path) -> None:
         + ' than the first-generation Qwen (type "qwen") that this code is for. '
         "transformers loads it by itself: AutoModelForCausalLM.from_pretrained."
     )
+
+
+def check_quantization(quantization: Any, name: str | Path) -> None:
+    """Raise CheckpointError unless weights quantized like this can be loaded here.
+
+    Args:
+        quantization: `quantization_config` of config.json.
+    """
+    known = {
+        "quant_method": ("gptq",),
+        "bits": (2, 3, 4, 8),
+        "group_size": (-1, 16, 32, 64, 128, 256, 512, 1024),
+        "checkpoint_format": ("gptq", "gptq_v2"),
+    }
+    usual = {"group_size": 128, "checkpoint_format": "gptq"}  # where the file names none
+    found = usual | quantization if isinstance(quantization, dict) else {}
+    for field, values in known.items():
+        if type(found.get(field)) not in (int, str) or found[field] not in values:
+            raise CheckpointError(
+                f"quantization_config in config.json of {name} cannot be used: {field} is {found.get(field)!r} and "
+                f"should be {' or '.join(map(json.dumps, values))}. Mend it, or take the same model in another form."
+            )
+    if importlib.util.find_spec("gptqmodel") is None:
+        raise CheckpointError(
+            f"{name} is quantized (GPTQ), which needs two more packages: `pip install gptqmodel optimum`. "
+            "Or take the same model without -Int4 or -Int8."
+        )
 
 
 def check_weights(folder: Path) -> None:

@@ -25,7 +25,8 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .cache_qwen import QuantizedKVCache, QuantizedStates, cache_of_tuples, quantized_attention
 from .configuration_qwen import QWenConfig
-from .options_qwen import PRECISIONS, check_arguments, choose_attention, choose_dtype, target_device
+from .gptq_qwen import GPTQMixin, with_kernel
+from .options_qwen import PRECISIONS, check_arguments, choose_attention, choose_dtype, is_gptq, target_device
 from .qwen_generation_utils import ChatMixin
 
 # 2^24 times the trained length is more than anyone will ask for.
@@ -224,7 +225,7 @@ class QWenBlock(GradientCheckpointingLayer):
         return hidden_states + self.mlp(self.ln_2(hidden_states))
 
 
-class QWenPreTrainedModel(PreTrainedModel):
+class QWenPreTrainedModel(GPTQMixin, PreTrainedModel):
     """Loading, initialisation and what the architecture can do."""
 
     config: QWenConfig
@@ -275,12 +276,16 @@ class QWenPreTrainedModel(PreTrainedModel):
                 config or pretrained_model_name_or_path, return_unused_kwargs=True, **kwargs, **named
             )
             kwargs |= hub
+
+        device_map = kwargs.get("device_map")
+        # Where none is named, transformers loads GPTQ weights for the CPU.
+        device = target_device("cpu" if device_map is None and is_gptq(config) else device_map)
+        flagged = any(getattr(config, name) for name in PRECISIONS)
+        if dtype is None or (dtype == "auto" and (flagged or is_gptq(config))):
+            dtype = choose_dtype(config, device)
+        config, quantization_config = with_kernel(config, quantization_config, dtype, device)
         if quantization_config is not None:
             kwargs["quantization_config"] = quantization_config
-
-        device = target_device(kwargs.get("device_map"))
-        if dtype is None or (dtype == "auto" and any(getattr(config, name) for name in PRECISIONS)):
-            dtype = choose_dtype(config, device)
         requested = kwargs.get("attn_implementation", config._attn_implementation)
         kwargs["attn_implementation"] = choose_attention(config, dtype, device, requested)
         try:

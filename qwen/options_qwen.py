@@ -3,6 +3,7 @@
 Knows devices and dtypes, not layers.
 """
 
+import sys
 from typing import Any
 
 import torch
@@ -71,11 +72,15 @@ def choose_dtype(config: PreTrainedConfig, device: torch.device) -> torch.dtype 
     """The precision to load in when the caller names no dtype.
 
     The flag that is set; else bfloat16 on a GPU that computes in it, float16 on one that does not, and float32 on the
-    CPU, whatever the weights are stored in. GPTQ weights keep the precision that their quantizer chooses.
+    CPU, whatever the weights are stored in. What surrounds quantized weights stays as it is stored, and with GPTQ
+    weights on the CPU is bfloat16, the only half precision that the kernels there are fast in: published files flag
+    fp16, which was meant for a GPU.
     """
-    for name, dtype in PRECISIONS.items():
-        if getattr(config, name):
-            return dtype
+    flagged = next((dtype for name, dtype in PRECISIONS.items() if getattr(config, name)), None)
+    if is_gptq(config) and device.type == "cpu" and flagged is not torch.float32:
+        return torch.bfloat16
+    if flagged is not None:
+        return flagged
     if getattr(config, "quantization_config", None) is not None:
         return "auto"
     if device.type == "cpu":
@@ -83,6 +88,31 @@ def choose_dtype(config: PreTrainedConfig, device: torch.device) -> torch.dtype 
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     return torch.float16 if device.type == "mps" else torch.bfloat16
+
+
+def is_gptq(config: PreTrainedConfig) -> bool:
+    """Whether the weights of the checkpoint are quantized with GPTQ, as the published Int4 and Int8 ones are."""
+    quantization = getattr(config, "quantization_config", None)
+    if not isinstance(quantization, dict):
+        quantization = vars(quantization) if quantization is not None else {}
+    return quantization.get("quant_method") == "gptq"
+
+
+def choose_kernel(quantization: dict[str, Any], dtype: torch.dtype | str, device: torch.device) -> str:
+    """The `backend` of GPTQModel that multiplies with GPTQ weights of this kind fastest, on this device.
+
+    Its automatic choice on an accelerator, and on the CPU for what the kernel of 4 bits there takes. All else on the
+    CPU is computed in 8 bits with one scale a row, which is fast in bfloat16 alone, and in other precisions unpacked in
+    every pass, which is slow and exact.
+
+    Args:
+        quantization: `quantization_config` of config.json.
+    """
+    bits, group_size = quantization.get("bits"), quantization.get("group_size", 128)
+    if device.type != "cpu" or (bits == 4 and group_size in (32, 64, 128)):
+        return "auto"
+    convertible = bits in (2, 4, 8) and group_size in (-1, 16, 32, 64, 128) and sys.platform in ("linux", "win32")
+    return "gptq_torch_int8" if convertible and dtype is torch.bfloat16 else "torch"
 
 
 def choose_attention(

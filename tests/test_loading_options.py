@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from qwen import QWenConfig, QWenLMHeadModel
-from qwen.options_qwen import choose_attention, choose_dtype, target_device
+from qwen.options_qwen import choose_attention, choose_dtype, choose_kernel, target_device
 
 CPU = torch.device("cpu")
 
@@ -129,11 +129,68 @@ def test_a_quantization_config_is_left_to_transformers_to_merge(checkpoint, monk
         quantization_config={"quant_method": "gptq", "bits": 4, "group_size": 64, "desc_act": True},
     )
     seen = {}
-    record = classmethod(lambda cls, *args, **kwargs: seen.update(kwargs))
+    record = classmethod(lambda cls, *args, **kwargs: seen.update(kwargs) or torch.nn.Module())
     monkeypatch.setattr(PreTrainedModel, "from_pretrained", record)
     QWenLMHeadModel.from_pretrained(checkpoint, quantization_config=GPTQConfig(bits=4, backend="torch"))
     assert seen["config"].quantization_config["group_size"] == 64
-    assert seen["quantization_config"].backend == "torch" and seen["dtype"] == "auto"
+    assert seen["quantization_config"].backend == "torch" and seen["dtype"] == torch.bfloat16
+
+
+GPU = torch.device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("quantization", "dtype", "device", "kernel"),
+    [
+        ({"bits": 4, "group_size": 128}, torch.bfloat16, CPU, "auto"),
+        ({"bits": 4}, torch.float32, CPU, "auto"),
+        ({"bits": 8, "group_size": 128}, torch.bfloat16, CPU, "gptq_torch_int8"),
+        ({"bits": 4, "group_size": -1}, torch.bfloat16, CPU, "gptq_torch_int8"),
+        ({"bits": 8, "group_size": 128}, torch.float16, CPU, "torch"),  # 30 times slower than unpacking, there
+        ({"bits": 3, "group_size": 128}, torch.bfloat16, CPU, "torch"),
+        ({"bits": 8, "group_size": 1024}, torch.bfloat16, CPU, "torch"),
+        ({"bits": 8, "group_size": 128}, "auto", GPU, "auto"),
+        ({"bits": 4, "group_size": 128}, torch.float16, GPU, "auto"),
+    ],
+    ids=str,
+)
+def test_the_fastest_kernel_of_each_device(quantization, dtype, device, kernel):
+    assert choose_kernel(quantization, dtype, device) == kernel
+
+
+def test_the_precision_beside_quantized_weights():
+    quantization = {"quant_method": "gptq", "bits": 4}
+    chosen = [
+        choose_dtype(QWenConfig(quantization_config=quantization, **flag), device)
+        for flag in ({}, {"fp16": True}, {"bf16": True}, {"fp32": True})
+        for device in (CPU, GPU)
+    ]
+    half, bfloat, full = torch.float16, torch.bfloat16, torch.float32
+    assert chosen == [bfloat, "auto", bfloat, half, bfloat, bfloat, full, full]
+
+
+@pytest.mark.parametrize("load", LOADERS)
+def test_the_kernel_reaches_transformers(checkpoint, load, monkeypatch):
+    from transformers import GPTQConfig, PreTrainedModel
+
+    quantization = {"quant_method": "gptq", "bits": 8, "group_size": 128, "backend": "of another machine"}
+    edit_config(checkpoint, fp32=False, fp16=True, quantization_config=quantization)
+    seen = {}
+    record = classmethod(lambda cls, *args, **kwargs: seen.update(kwargs) or torch.nn.Module())
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", record)
+    for device_map in (None, "cpu", {"": "cpu"}):
+        load(checkpoint, device_map=device_map)
+        assert seen["config"].quantization_config["backend"] == "gptq_torch_int8" and seen["dtype"] == torch.bfloat16
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    for device_map in ("auto", {"": 0}):
+        load(checkpoint, device_map=device_map)
+        assert seen["config"].quantization_config["backend"] == "auto" and seen["dtype"] == torch.float16
+    monkeypatch.undo()
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", record)
+    asked = GPTQConfig(bits=8, disable_exllama=True)
+    load(checkpoint, quantization_config=asked)
+    assert seen["quantization_config"].backend == "gptq_torch_int8" and asked.backend == "auto"
 
 
 def test_where_and_how_a_model_is_loaded():

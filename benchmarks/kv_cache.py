@@ -1,0 +1,411 @@
+"""The 8-bit key/value cache beside the usual one: bytes, memory, speed and error.
+
+    python benchmarks/kv_cache.py [--parts arithmetic memory bytes speed accuracy] [--plot FILE]
+
+- arithmetic: weights and cache of the 7B shape in bfloat16, in the form of the published tables.
+- memory: the peak while tokens are generated from a prompt of one token, each cell a process of its own: what CUDA
+  allocated / reserved, or on the CPU the growth of the resident set, with the weights added.
+- bytes: what a cache holds after prompts and single tokens went through a model with random weights, beside the
+  formula: what CUDA allocated, or on the CPU the memory behind all tensors that live. And whether any of it moved.
+- speed: attention of one token alone (32 heads of 128 channels), and whole decoding steps of a model. In turns,
+  medians after a warm-up. On a GPU by CUDA events; each run follows a write of 1 GiB, which empties the GPU's caches
+  and hides the launch. On the CPU by processor time of one thread.
+- accuracy: logits of the reference vectors in tests/golden beside full precision.
+
+Without a GPU the model has 14M parameters; 7B needs 80 GB of one. Prints Markdown tables; GB are 10^9 bytes.
+"""
+
+import argparse
+import functools
+import gc
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+import torch
+from random_models import SHAPES, config
+from safetensors.torch import load_file
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import Cache
+
+from qwen import QWenLMHeadModel
+from qwen.cache_qwen import (
+    QuantizedKVCache,
+    QuantizedKVLayer,
+    dequantize_cache_torch,
+    quantized_attention,
+    triton_kernels,
+)
+
+GOLDEN = Path(__file__).resolve().parent.parent / "tests" / "golden"
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+UNIT, UNIT_BYTES = ("GB", 1e9) if GPU else ("MB", 1e6)
+CACHES = {  # what the config says for each
+    "float": {},
+    "int8": {"use_cache_quantization": True},
+    "int8, kernel": {"use_cache_quantization": True, "use_cache_kernel": True},
+}
+
+# The publication's GB on an A100-80G; None where it ran out of memory.
+BATCHES, LENGTHS = (1, 4, 16, 32, 64, 100), (512, 1024, 2048, 4096, 8192)
+PUBLISHED_BATCHES = {"float": (16.3, 24.1, 31.7, 48.7, None, None), "int8": (15.5, 17.2, 22.3, 30.2, 48.2, 72.4)}
+PUBLISHED_LENGTHS = {"float": (15.2, 16.3, 17.6, 19.5, 23.2), "int8": (15.0, 15.5, 15.8, 16.6, 17.6)}
+
+
+def main() -> None:
+    parts = {"arithmetic": arithmetic, "memory": memory, "bytes": held, "speed": speed, "accuracy": accuracy}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts))
+    parser.add_argument("--shape", choices=SHAPES, default="7B" if GPU else "small", help="of the model that is run")
+    parser.add_argument(
+        "--batches", nargs="*", type=int, default=BATCHES if GPU else (16, 64), help="rows, for the part memory"
+    )
+    parser.add_argument(
+        "--tokens", type=int, default=1024 if GPU else 192, help="that each row generates, for the part memory"
+    )
+    parser.add_argument(
+        "--lengths", nargs="*", type=int, default=LENGTHS if GPU else (), help="tokens of one row, for the part memory"
+    )
+    parser.add_argument("--runs", type=int, default=50 if GPU else 9, help="of which the median counts")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw the arithmetic; needs matplotlib")
+    parser.add_argument("--cell", nargs=3, metavar=("CACHE", "BATCH", "TOKENS"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.cell:
+        kind, batch, tokens = arguments.cell
+        print(json.dumps(peak(arguments.shape, kind, int(batch), int(tokens))))
+        return
+    print(f"{torch.cuda.get_device_name() if GPU else 'CPU'}, torch {torch.__version__}")
+    for name, part in parts.items():  # in this order: `memory` needs the whole GPU
+        if name in arguments.parts:
+            part(arguments)
+    if arguments.plot:
+        plot(arguments.plot)
+
+
+def token_bytes(shape: str, kind: str, itemsize: int = 2) -> float:
+    """Bytes that the cache needs for a token, with `itemsize` for each float."""
+    hidden, layers, heads, *_ = SHAPES[shape]
+    return 2 * layers * hidden * (itemsize if kind == "float" else 1 + 2 * itemsize / (hidden // heads))
+
+
+def weight_bytes(shape: str) -> int:
+    with torch.device("meta"):
+        return 2 * sum(parameter.numel() for parameter in QWenLMHeadModel(config(shape)).parameters())
+
+
+def arithmetic(arguments: argparse.Namespace) -> None:
+    weights = weight_bytes("7B")
+    for head, columns, tokens_of, figures in (
+        ("rows of 1024 tokens", BATCHES, lambda batch: 1024 * batch, PUBLISHED_BATCHES),
+        ("tokens of one row", LENGTHS, lambda length: length, PUBLISHED_LENGTHS),
+    ):
+        print(f"\n| 7B, {head} | " + " | ".join(map(str, columns)) + " |\n|---|" + "---:|" * len(columns))
+        for kind, quoted in figures.items():
+            sums = ((weights + tokens_of(column) * token_bytes("7B", kind)) / 1e9 for column in columns)
+            print(f"| {kind}: weights and cache, GB | " + " | ".join(f"{figure:.1f}" for figure in sums) + " |")
+            print(f"| {kind}: published, whole process | " + " | ".join(map(figure_or_none, quoted)) + " |", flush=True)
+
+
+def memory(arguments: argparse.Namespace) -> None:
+    if not GPU and not Path("/proc/self/status").exists():
+        print("\nThe peak of the resident set is read from Linux' /proc: left out here.")
+        return
+    shape, weights = arguments.shape, weight_bytes(arguments.shape)
+    sizes = [(batch, arguments.tokens) for batch in arguments.batches] + [(1, length) for length in arguments.lengths]
+    head = f"\n| {shape}, rows × tokens | cache | weights and cache, {UNIT} | peak, {UNIT} |"
+    print(head + " published, GB |\n|---|---|---:|---:|---:|" if shape == "7B" else head + "\n|---|---|---:|---:|")
+    for batch, tokens in sizes:
+        for kind in ("float", "int8, kernel"):
+            formula = (weights + batch * tokens * token_bytes(shape, kind)) / UNIT_BYTES
+            row = [f"{batch} × {tokens}", kind, f"{formula:.1f}", peak_cell(shape, kind, batch, tokens)]
+            if shape == "7B":
+                row.append(published(kind.split(",")[0], batch, tokens))
+            print("| " + " | ".join(row) + " |", flush=True)
+
+
+def published(kind: str, batch: int, tokens: int) -> str:
+    if batch == 1 and tokens in LENGTHS:
+        return figure_or_none(PUBLISHED_LENGTHS[kind][LENGTHS.index(tokens)])
+    if tokens == 1024 and batch in BATCHES:
+        return figure_or_none(PUBLISHED_BATCHES[kind][BATCHES.index(batch)])
+    return ""
+
+
+def figure_or_none(figure: float | None) -> str:
+    return "out of memory" if figure is None else f"{figure:.1f}"
+
+
+def peak_cell(shape: str, kind: str, batch: int, tokens: int) -> str:
+    """`peak` in a process of its own."""
+    command = [sys.executable, __file__, "--shape", shape, "--cell", kind, str(batch), str(tokens)]
+    # Linux' C library otherwise keeps freed memory of changing sizes.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode == 0:
+        return " / ".join(f"{figure / UNIT_BYTES:.1f}" for figure in json.loads(done.stdout.splitlines()[-1]))
+    if "OutOfMemory" in done.stderr:
+        return "out of memory"
+    print(done.stderr[-2000:], file=sys.stderr)
+    return "failed"
+
+
+@torch.no_grad()
+def peak(shape: str, kind: str, batch: int, tokens: int) -> list[int]:
+    """Bytes while `tokens` tokens come into the cache of each row: allocated and reserved, or resident."""
+    model = random_model(shape, torch.bfloat16, kind)
+    ids = torch.ones(batch, 1, dtype=torch.long, device=DEVICE)
+    if not GPU:
+        model.generate(ids, **exactly(4))  # what libraries load is none of the cache's
+        before = resident("VmRSS")
+    model.generate(ids, **exactly(tokens))
+    if GPU:
+        return [torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()]
+    return [resident("VmHWM") - before + weight_bytes(shape)]
+
+
+def exactly(tokens: int) -> dict:
+    return {"min_new_tokens": tokens, "max_new_tokens": tokens, "do_sample": False}
+
+
+def resident(name: str) -> int:
+    """Bytes that are resident now, VmRSS, or were at most, VmHWM. What `resource` tells counts the parent in."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(name)).split()[1])
+
+
+@torch.no_grad()
+def held(arguments: argparse.Namespace) -> None:
+    shape = arguments.shape
+    model = random_model(shape, torch.bfloat16)
+    model(torch.ones(1, 2, dtype=torch.long, device=DEVICE))  # libraries take what they need at the first call
+    print(f"\n| {shape}, rows × tokens | cache | held, bytes | formula | more than that | moved since the prompt |")
+    print("|---|---|---:|---:|---:|---|")
+    for batch, prompt in ((1, 1024), (4, 512), (16, 256), (1, 2048)):
+        ids = torch.randint(SHAPES[shape][-1], (batch, prompt), device=DEVICE)
+        for kind in ("float", "int8"):
+            before = live_bytes()
+            cache, tokens, places = new_cache(model, kind), 0, []
+            for new in (prompt, 1, 127):
+                model(ids[:, :new], past_key_values=cache, use_cache=True, logits_to_keep=1)
+                found = live_bytes() - before
+                tokens += new
+                formula = batch * tokens * token_bytes(shape, kind)
+                now = addresses(cache)
+                moved = "" if not places else "no" if now[: len(places)] == places else "yes"
+                places = places or now
+                row = (kind, f"{found:,}", f"{formula:,.0f}", f"{found / formula - 1:.1%}", moved)
+                print(f"| {batch} × {tokens} | " + " | ".join(row) + " |", flush=True)
+            del cache
+
+
+def live_bytes() -> int:
+    """Bytes of all tensors on the device."""
+    gc.collect()
+    if GPU:
+        return torch.cuda.memory_allocated()
+    tensors = (thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor))
+    storages = (tensor.untyped_storage() for tensor in tensors if tensor.device.type == "cpu")
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def addresses(cache: Cache) -> list[int]:
+    """Where the tensors of the first layer lie, in the order in which they were made."""
+    layer = cache.layers[0]
+    if isinstance(layer, QuantizedKVLayer):
+        return [tensor.data_ptr() for segment in layer.states.segments for tensor in segment]
+    return [layer.keys.data_ptr(), layer.values.data_ptr()]
+
+
+@torch.no_grad()
+def speed(arguments: argparse.Namespace) -> None:
+    if not GPU:
+        torch.set_num_threads(1)
+    attention(arguments.runs)
+    steps(arguments.shape, arguments.runs)
+
+
+def attention(runs: int) -> None:
+    """One token alone. The bytes that count are those of the cache; the copy's are counted once read, once written."""
+    copy = copy_bandwidth(runs)
+    reader = "torch" if triton_kernels(DEVICE) is None else "the Triton kernel"
+    print(f"\nBytes are read by {reader}. Copy on the device: {copy / 1e9:.0f} GB/s.\n")
+    print(
+        "| rows × tokens | precision | float cache, sdpa, ms | int8, dequantized, sdpa, ms | int8, from the bytes, ms "
+        "| times as fast as dequantized | as float | GB/s | of copy |"
+    )
+    print("|---|---|" + "---:|" * 7, flush=True)
+    for batch, tokens in ((1, 32768), (8, 8192), (32, 4096)) if GPU else ((1, 1024), (1, 4096), (8, 1024)):
+        for dtype in (torch.bfloat16,) if GPU else (torch.float32, torch.bfloat16):
+            query = torch.randn(batch, 32, 1, 128, dtype=dtype, device=DEVICE)
+            key, value = torch.randn(2, batch, 32, tokens, 128, dtype=dtype, device=DEVICE)
+            layer = QuantizedKVLayer()
+            layer.update(key, value)
+            found = medians(attention_ways(query, key, value, layer), runs)
+            # In pieces on a processor, whose cache they fit, and at once on a GPU.
+            dequantized = min(found["in pieces"], found["at once"])
+            read = sum(tensor.nbytes for tensor in layer.states.segments[0]) / found["bytes"]
+            cells = [f"{1000 * seconds:.2f}" for seconds in (found["float"], dequantized, found["bytes"])]
+            cells += [f"{seconds / found['bytes']:.1f}" for seconds in (dequantized, found["float"])]
+            cells += [f"{read / 1e9:.0f}", f"{read / copy:.0%}"]
+            name = str(dtype).removeprefix("torch.")
+            print(f"| {batch} × {tokens} | {name} | " + " | ".join(cells) + " |", flush=True)
+
+
+def copy_bandwidth(runs: int) -> float:
+    """Bytes a second, read and written."""
+    source = torch.ones(2**31 if GPU else 2**28, dtype=torch.uint8, device=DEVICE)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / medians({"copy": lambda: target.copy_(source)}, runs)["copy"]
+
+
+def attention_ways(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layer: QuantizedKVLayer
+) -> dict[str, Callable[[], torch.Tensor]]:
+    """query: (B, H, 1, D); key, value: (B, H, T, D), and the layer that holds them."""
+    states, segment = layer.states, layer.states.segments[0]
+    return {
+        "float": lambda: scaled_dot_product_attention(query, key, value),
+        "in pieces": lambda: scaled_dot_product_attention(query, *states.dequantize(query.dtype)),
+        "at once": lambda: scaled_dot_product_attention(
+            query, dequantize_cache_torch(*segment[:3]), dequantize_cache_torch(*segment[3:])
+        ),
+        "bytes": lambda: quantized_attention(None, query, states, states, None, query.shape[-1] ** -0.5)[0],
+    }
+
+
+def steps(shape: str, runs: int) -> None:
+    """Tokens a second of all rows together, as caches grow behind so many tokens."""
+    print(f"\n| {shape}, rows × tokens | precision | " + " | ".join(f"{kind}, tok/s" for kind in CACHES) + " |")
+    print("|---|---|" + "---:|" * len(CACHES), flush=True)
+    for dtype in (torch.bfloat16,) if GPU else (torch.float32, torch.bfloat16):
+        model = random_model(shape, dtype)
+        for batch, tokens in ((1, 4096), (8, 4096), (32, 1024)) if GPU else ((1, 1024), (1, 4096), (8, 1024)):
+            try:
+                seconds = medians(step_ways(model, batch, tokens), runs).values()
+                cells = [f"{batch / each:.0f}" for each in seconds]
+            except torch.OutOfMemoryError:
+                cells = ["out of memory"] * len(CACHES)
+            name = str(dtype).removeprefix("torch.")
+            print(f"| {batch} × {tokens} | {name} | " + " | ".join(cells) + " |", flush=True)
+
+
+def step_ways(model: QWenLMHeadModel, batch: int, tokens: int) -> dict[str, Callable[[], object]]:
+    """One more token in each row, behind `tokens` random ones, with each kind of cache."""
+    settings = model.config
+    shape = (2, batch, settings.num_attention_heads, tokens, settings.kv_channels)
+    ids = torch.randint(settings.vocab_size, (batch, 1), device=DEVICE)
+    ways = {}
+    for kind in CACHES:
+        cache = new_cache(model, kind)
+        for layer in range(settings.num_hidden_layers):
+            cache.update(*torch.randn(shape, dtype=model.dtype, device=DEVICE), layer)
+        ways[kind] = functools.partial(model, ids, past_key_values=cache, use_cache=True)
+    return ways
+
+
+def medians(ways: dict[str, Callable[[], object]], runs: int) -> dict[str, float]:
+    """Seconds of each way, in turns, after two runs that compile and warm up."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(2 + runs):
+        for name, way in ways.items():
+            seconds[name].append(seconds_of(way))
+    return {name: statistics.median(found[2:]) for name, found in seconds.items()}
+
+
+def seconds_of(way: Callable[[], object]) -> float:
+    if not GPU:
+        start = time.process_time()
+        way()
+        return time.process_time() - start
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    written_before().zero_()
+    start.record()
+    way()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1000
+
+
+@functools.cache
+def written_before() -> torch.Tensor:
+    return torch.empty(2**30, dtype=torch.uint8, device=DEVICE)
+
+
+@torch.no_grad()
+def accuracy(arguments: argparse.Namespace) -> None:
+    name = "int8kv/decode"
+    expected = load_file(GOLDEN / "expected.safetensors")
+    case = next(case for case in json.loads((GOLDEN / "cases.json").read_text()) if case["name"] == name)
+    ids = expected[f"{name}.input_ids"].long().to(DEVICE)
+    exact = QWenLMHeadModel.from_pretrained(GOLDEN, fp32=True).eval().to(DEVICE)(ids).logits
+    print("\n| 8-bit cache | largest error of a logit, of the largest logit |\n|---|---:|")
+    print(f"| reference | {relative_error(expected[f'{name}.logits'].to(DEVICE), exact):.2%} |")
+    for kind in ("int8", "int8, kernel"):
+        model = QWenLMHeadModel.from_pretrained(GOLDEN, fp32=True, **CACHES[kind]).eval().to(DEVICE)
+        outputs = model(ids[:, : case["n_prompt"]], use_cache=True)
+        logits = [outputs.logits]
+        for position in range(case["n_prompt"], ids.shape[1]):
+            outputs = model(ids[:, position : position + 1], past_key_values=outputs.past_key_values, use_cache=True)
+            logits.append(outputs.logits)
+        print(f"| {kind} | {relative_error(torch.cat(logits, dim=1), exact):.2%} |", flush=True)
+
+
+def relative_error(found: torch.Tensor, exact: torch.Tensor) -> float:
+    return ((found - exact).abs().max() / exact.abs().max()).item()
+
+
+def random_model(shape: str, dtype: torch.dtype, kind: str = "float") -> QWenLMHeadModel:
+    settings = config(shape)
+    for name, value in CACHES[kind].items():
+        setattr(settings, name, value)
+    with torch.device(DEVICE):
+        return QWenLMHeadModel._from_config(settings, dtype=dtype).eval()
+
+
+def new_cache(model: QWenLMHeadModel, kind: str) -> Cache:
+    """As `generate` would make it."""
+    if kind == "float":
+        return model.transformer.new_cache()
+    return QuantizedKVCache("use_cache_kernel" in CACHES[kind])
+
+
+def plot(path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    weights = weight_bytes("7B") / 1e9
+    panels = (
+        (axes[0], "rows, 1024 tokens each", BATCHES, 1024, PUBLISHED_BATCHES),
+        (axes[1], "tokens, one row", LENGTHS, 1, PUBLISHED_LENGTHS),
+    )
+    for axis, label, places, each, figures in panels:
+        for colour, kind, name in (("tab:blue", "float", "bfloat16 cache"), ("tab:orange", "int8", "int8 cache")):
+            sums = [weights + place * each * token_bytes("7B", kind) / 1e9 for place in places]
+            axis.plot(places, sums, color=colour, label=f"{name}: weights and cache")
+            known = [(place, value) for place, value in zip(places, figures[kind], strict=True) if value is not None]
+            axis.plot(*zip(*known, strict=True), "o", color=colour, fillstyle="none", label=f"{name}: published")
+        axis.set(xlabel=label, xlim=(0, None), ylim=(0, None))
+        axis.grid(alpha=0.3)
+    axes[0].axhline(80, color="gray", linestyle=":", linewidth=1)
+    axes[0].text(1, 81, "A100-80G", color="gray", fontsize=8)
+    axes[0].set(ylabel="memory (GB)", ylim=(0, 90))
+    axes[1].legend(fontsize=8, loc="lower right")
+    figure.suptitle("7B in bfloat16", fontsize=11)
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    main()

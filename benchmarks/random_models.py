@@ -1,0 +1,58 @@
+"""Models of the published shapes with made-up weights, which change neither work nor memory."""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from qwen import QWenConfig, QWenLMHeadModel
+from qwen.loading import BUNDLED_CHAT_INT4
+
+# hidden_size, layers, heads, width of the MLP, rows of the embedding
+SHAPES = {
+    "small": (384, 6, 3, 1024, 4096),  # 14M parameters, for a machine without a GPU
+    "1.8B": (2048, 24, 16, 5504, 151936),
+    "7B": (4096, 32, 32, 11008, 151936),
+}
+
+
+def config(shape: str) -> QWenConfig:
+    hidden, layers, heads, width, rows = SHAPES[shape]
+    return QWenConfig(
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        kv_channels=hidden // heads,
+        intermediate_size=2 * width,
+        vocab_size=rows,
+        seq_length=8192,
+    )
+
+
+def write_quantized(shape: str, folder: Path, bits: int = 4) -> None:
+    """A complete GPTQ checkpoint of random integers, with the tokenizer of the bundled one."""
+    shutil.copy(BUNDLED_CHAT_INT4 / "qwen.tiktoken", folder)
+    shutil.copy(BUNDLED_CHAT_INT4 / "generation_config.json", folder)
+    settings = json.loads((BUNDLED_CHAT_INT4 / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    settings["bits"], group, packed = bits, settings["group_size"], 32 // bits
+    zero = {4: 0x77777777, 8: 0x7F7F7F7F}[bits]  # in the middle, less the one that this layout subtracts
+    with torch.device("meta"):
+        empty = QWenLMHeadModel(config(shape))
+    tensors = {}
+    for name, parameter in empty.state_dict().items():
+        layer = name.removesuffix(".weight")
+        if ".h." in name and parameter.dim() == 2:
+            rows, columns = parameter.shape  # of F.linear: (outputs, inputs)
+            words = torch.randint(-(2**31), 2**31 - 1, (columns // packed, rows), dtype=torch.int32)
+            tensors[f"{layer}.qweight"] = words
+            tensors[f"{layer}.qzeros"] = torch.full((columns // group, rows // packed), zero, dtype=torch.int32)
+            scale = 0.002 * 2 ** (4 - bits)
+            tensors[f"{layer}.scales"] = torch.full((columns // group, rows), scale, dtype=torch.float16)
+            tensors[f"{layer}.g_idx"] = torch.arange(columns, dtype=torch.int32) // group
+        else:
+            tensors[name] = torch.ones(parameter.shape, dtype=torch.float16) * (1 if parameter.dim() == 1 else 0.02)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    document = {**config(shape).to_dict(), "quantization_config": settings, "dtype": "float16"}
+    (folder / "config.json").write_text(json.dumps(document), encoding="utf-8")

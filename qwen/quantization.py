@@ -1,0 +1,446 @@
+"""A float checkpoint and conversations → the same model in 4 or 8 bits, as the published -Int4 and -Int8 ones are.
+
+Revolves around a folder that is complete or not there at all: what cannot work is refused before anything slow begins,
+and what stops halfway leaves no trace. GPTQModel does the arithmetic (GPTQ: Frantar et al. 2022,
+https://arxiv.org/abs/2210.17323). How quantized checkpoints are loaded, it does not know.
+"""
+
+import contextlib
+import importlib.util
+import json
+import logging
+import os
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from safetensors import SafetensorError
+from torch import nn
+from tqdm import tqdm
+from transformers.dynamic_module_utils import custom_object_save
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, cached_file
+from transformers.utils.hub import convert_file_size_to_int
+
+from .adapters import ADAPTER_CONFIG, is_adapter
+from .chat_data import encode_sample
+from .checkpoint_files import (
+    BIN,
+    BIN_INDEX,
+    SAFETENSORS,
+    SAFETENSORS_INDEX,
+    CheckpointError,
+    first_line,
+    let_others_read,
+    read_json,
+)
+from .configuration_qwen import QWenConfig
+from .loading import check_checkpoint, load_model, resolve
+from .modeling_qwen import QWenLMHeadModel
+from .options_qwen import PRECISIONS
+from .tokenization_qwen import QWenTokenizer
+
+GROUP_SIZES = (32, 64, 128, 256, 512, 1024)
+PUBLISHED_SETTINGS = {
+    "damp_percent": 0.01,
+    "desc_act": False,
+    "static_groups": False,
+    "sym": True,
+    "true_sequential": True,
+}
+"""What the config.json of every published quantized checkpoint says, beside the bits and the group size."""
+
+_WORD = 32  # bits of the integers that hold packed weights; rows and columns come in multiples of it
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What rounding cost the matrices of one kind: half the squared error of their outputs, per token."""
+
+    mean: float
+    worst: float
+    worst_layer: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a quantization came to.
+
+    Args:
+        folder: where the model is.
+        bytes_before: of the weights in 16 bits.
+        bytes_after: of the files of weights.
+        seconds: with loading and saving.
+        losses: by kind of matrix, "attn.c_attn" first.
+    """
+
+    folder: Path
+    bytes_before: int
+    bytes_after: int
+    seconds: float
+    losses: dict[str, Loss]
+
+
+def calibration_samples(
+    samples: Sequence[dict], tokenizer: QWenTokenizer, max_length: int, count: int = 128, seed: int = 1234
+) -> list[list[int]]:
+    """Token ids of conversations, each cut to `max_length`: those of a random choice where there are more than `count`.
+
+    Args:
+        samples: in the form of fine-tuning data: a list, or a ConversationFile of any size, of which only the chosen
+            ones are read again.
+
+    Raises:
+        MalformedSample: a sample is not as it should be.
+        ValueError: `max_length` or `count` is below 1.
+    """
+    if count < 1:
+        raise ValueError(f"{count} samples are too few: calibration needs at least 1.")
+    chosen = random.Random(seed).sample(range(len(samples)), min(count, len(samples)))
+    return [encode_sample(samples[index], tokenizer, max_length, index=index)["input_ids"] for index in sorted(chosen)]
+
+
+def check(
+    source: str | os.PathLike | None,
+    target: str | os.PathLike,
+    *,
+    bits: int = 4,
+    group_size: int = 128,
+    max_shard_size: str = "2GB",
+    overwrite: bool = False,
+) -> QWenConfig:
+    """Refuse what `quantize` could not do, as far as can be seen in a second; the configuration of `source`.
+
+    Raises:
+        CheckpointError: `source` is no float checkpoint of these models, or a package is missing.
+        OSError: `target` is not empty, cannot be written to, or has no room.
+        ValueError: the bits, the group size or the shard size do not go with this model.
+    """
+    name, target = resolve(source), Path(target).expanduser()
+    if bits not in (4, 8):
+        raise ValueError(f"{bits} bits: these models are quantized to 4 or 8.")
+    try:
+        convert_file_size_to_int(max_shard_size)
+    except ValueError as error:
+        raise ValueError(f"{max_shard_size!r} is no size: write a number and MB or GB, such as 2GB.") from error
+    config = _check_source(name, target)
+    with torch.device("meta"):
+        empty = QWenLMHeadModel(config)
+    _check_shapes(empty, group_size)
+    _check_target(target, Path(name), overwrite)
+    needed = _bytes_after(empty, bits, group_size)
+    place = next(folder for folder in (target, *target.absolute().parents) if folder.is_dir())
+    if (free := shutil.disk_usage(place).free) < needed:
+        raise OSError(f"There is no room for {target}: it takes {gigabytes(needed)}, and {gigabytes(free)} are free.")
+    return config
+
+
+def quantize(
+    source: str | os.PathLike | None,
+    target: str | os.PathLike,
+    samples: Sequence[list[int]],
+    *,
+    bits: int = 4,
+    group_size: int = 128,
+    max_shard_size: str = "2GB",
+    overwrite: bool = False,
+    cpu_only: bool = False,
+    progress: bool = False,
+) -> Outcome:
+    """Write a complete folder: packed weights, configuration, code, tokenizer, generation config.
+
+    The whole model is in the main memory, in 16 bits. Where there is a GPU, one layer after the other goes there, with
+    what the samples look like at that depth.
+
+    Args:
+        source: a folder or a hub id; None is the bundled chat model.
+        target: a folder that is made, or an empty one. It is filled at the very end: an exception leaves it as it was.
+        samples: token ids, of `calibration_samples`.
+        bits: 4 or 8.
+        group_size: how many weights of a row share a scale.
+        max_shard_size: most bytes in a file of weights, such as "2GB".
+        overwrite: replace the model that `target` holds; other files in it stay.
+        cpu_only: stay off the GPU.
+        progress: show it on standard error, as a bar on a terminal and else in lines.
+
+    Raises:
+        as `check`; ValueError also for no samples, and for a model that leaves the range of float16.
+    """
+    began = time.perf_counter()
+    options = {"bits": bits, "group_size": group_size}
+    config = check(source, target, **options, max_shard_size=max_shard_size, overwrite=overwrite)
+    if not samples:
+        raise ValueError("There are no samples to calibrate with: give at least one.")
+    name, target = resolve(source), Path(target).expanduser().absolute()
+    if os.path.isdir(name):
+        name = os.path.abspath(name)
+    with _filled_at_the_end(target) as folder:
+        model, tokenizer = load_model(name, cpu_only=True, dtype=torch.float16)
+        _check_numbers(model, samples[0])
+        before = sum(2 * weight.numel() for weight in model.parameters())
+        log = _run_gptq(model, samples, options, cpu_only, _Progress(config.num_hidden_layers) if progress else None)
+        _save(model, tokenizer, name, folder, options, max_shard_size)
+    after = sum(path.stat().st_size for path in target.glob("*.safetensors"))
+    return Outcome(target, before, after, time.perf_counter() - began, _losses(log))
+
+
+def gigabytes(size: float) -> str:
+    """A number of bytes for people: "5.81 MB"."""
+    for unit in ("kB", "MB", "GB"):
+        size /= 1000
+        if size < 1000 or unit == "GB":
+            return f"{size:.3g} {unit}"
+    raise AssertionError
+
+
+# ---- what can be known beforehand ----
+
+
+def _check_source(name: str, target: Path) -> QWenConfig:
+    """The configuration, unless this is no float checkpoint, as a whole and of these models."""
+    if is_adapter(Path(name)):
+        raise CheckpointError(
+            f"{name} is an adapter (LoRA), and a whole model is quantized. Merge it into its base first, and quantize "
+            f"the result: `python finetune/merge_lora.py {name} {target}-merged`."
+        )
+    if missing := [package for package in ("gptqmodel", "optimum") if importlib.util.find_spec(package) is None]:
+        raise CheckpointError(
+            f"Quantizing needs packages that are missing: `pip install {' '.join(missing)}`. requirements_gptq.txt "
+            "names all."
+        )
+    check_checkpoint(name)
+    config = QWenConfig.from_pretrained(name)
+    if getattr(config, "quantization_config", None) is not None:
+        raise CheckpointError(
+            f"{name} is quantized already. Name the model that it was made from, such as Qwen/Qwen-7B-Chat for "
+            "Qwen/Qwen-7B-Chat-Int4."
+        )
+    return config
+
+
+def _linears(model: QWenLMHeadModel) -> dict[str, nn.Linear]:
+    """The matrices of a layer that are quantized, by their kind."""
+    return {name: module for name, module in model.transformer.h[0].named_modules() if isinstance(module, nn.Linear)}
+
+
+def _check_shapes(model: QWenLMHeadModel, group_size: int) -> None:
+    if group_size not in GROUP_SIZES:
+        raise ValueError(f"A group size of {group_size} is not among {', '.join(map(str, GROUP_SIZES))}.")
+    for name, linear in _linears(model).items():
+        for side, width in (("inputs", linear.in_features), ("outputs", linear.out_features)):
+            if width % _WORD:
+                raise ValueError(
+                    f"{name} has {width} {side}, and weights are packed in multiples of {_WORD}: a model of this shape "
+                    "cannot be quantized."
+                )
+        if linear.in_features % group_size:
+            fitting = [str(size) for size in GROUP_SIZES if linear.in_features % size == 0]
+            raise ValueError(
+                f"A group size of {group_size} does not divide the {linear.in_features} inputs of {name}: take "
+                f"{' or '.join(fitting)}."
+            )
+
+
+def _check_target(target: Path, source: Path, overwrite: bool) -> None:
+    if target.resolve() == source.resolve() or (target / ADAPTER_CONFIG).is_file():
+        raise FileExistsError(f"{target} holds what is to be quantized, or an adapter. Name a folder of its own.")
+    if target.exists() and not target.is_dir():
+        raise FileExistsError(f"{target} is a file. Name a folder.")
+    if target.is_dir() and any(target.iterdir()):
+        if not overwrite:
+            raise FileExistsError(
+                f"{target} is not empty. Name another folder, or add --overwrite to replace the model in it."
+            )
+        if not (target / CONFIG_NAME).is_file():
+            raise FileExistsError(f"{target} holds no model that could be replaced. Name another folder.")
+    place = next(folder for folder in (target, *target.absolute().parents) if folder.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise PermissionError(f"{target} cannot be written to: {place} does not allow it. Name another folder.")
+
+
+def _bytes_after(model: QWenLMHeadModel, bits: int, group_size: int) -> int:
+    """Of the files of weights: packed integers, 16-bit scales and packed zero points per group, the rest in 16 bits."""
+    packed = scales = 0
+    for linear in _linears(model).values():
+        packed += linear.weight.numel()
+        scales += linear.weight.numel() // group_size
+    layers = len(model.transformer.h)
+    others = sum(weight.numel() for weight in model.parameters()) - layers * packed
+    return 2 * others + layers * (packed * bits + scales * (16 + bits)) // 8
+
+
+# ---- the arithmetic ----
+
+
+class _Progress:
+    """A bar on a terminal, a line a layer elsewhere; GPTQModel tells it of each step."""
+
+    def __init__(self, layers: int):
+        self.layers = layers
+        self.layer = -1
+        self.bar: tqdm | None = None
+
+    def subset_event(self, stage: str, layer_idx: int, subset_total: int, **event: Any) -> None:
+        """Called by GPTQModel. A subset is matrices with the same input; layers have the same number of them."""
+        if stage == "forward_start" and layer_idx != self.layer:
+            self.layer = layer_idx
+            if not sys.stderr.isatty():
+                print(f"Quantizing layer {layer_idx + 1} of {self.layers}", file=sys.stderr, flush=True)
+            elif self.bar is None:
+                self.bar = tqdm(total=self.layers * subset_total, desc="Quantizing", unit=" steps", dynamic_ncols=True)
+        if stage == "quant_complete" and self.bar is not None:
+            self.bar.update()
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def _run_gptq(
+    model: QWenLMHeadModel,
+    samples: Sequence[list[int]],
+    options: dict[str, int],
+    cpu_only: bool,
+    progress: _Progress | None,
+) -> list[dict[str, Any]]:
+    """Put packed matrices in the place of the model's own; GPTQModel's log, an entry a matrix."""
+    # With one or two cores GPTQModel gives itself one worker, and then fails because it wants two.
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
+    root_level = logging.getLogger().level
+    with tempfile.TemporaryDirectory() as work, contextlib.chdir(work):  # where GPTQModel leaves its logs
+        from gptqmodel import QuantizeConfig
+        from gptqmodel.models._const import DEVICE
+        from gptqmodel.models.definitions.qwen import QwenQModel
+        from gptqmodel.utils.importer import auto_select_device
+
+        settings = QuantizeConfig(
+            **options,
+            **PUBLISHED_SETTINGS,
+            device=DEVICE.CPU if cpu_only else auto_select_device(None, None),
+            offload_to_disk=False,  # the model is in memory
+            fallback=None,  # where GPTQ fails, an error is better than plain rounding that nobody was told of
+        )
+        wrapped = QwenQModel(model, quantized=False, quantize_config=settings)
+        wrapped.subset_callback = progress
+        try:
+            # Batches of one: the length of a prompt decides about its NTK base, and padding costs time.
+            return wrapped.quantize([list(ids) for ids in samples], batch_size=1, calibration_data_min_length=1)["gptq"]
+        except ValueError as error:
+            if "NaN" not in str(error):
+                raise
+            raise _out_of_range(model, "its hidden states") from error
+        finally:
+            logging.getLogger().setLevel(root_level)  # GPTQModel lets every library say all that it does
+            if progress is not None:
+                progress.close()
+
+
+@torch.no_grad()
+def _check_numbers(model: QWenLMHeadModel, ids: list[int]) -> None:
+    """Refuse a model that leaves the range of float16, with its weights or on the way through it."""
+    logits = model(torch.tensor([ids[:32]]), use_cache=False).logits
+    for name, tensor in (*model.named_parameters(), ("its logits", logits)):
+        if not tensor.isfinite().all():
+            raise _out_of_range(model, name)
+
+
+def _out_of_range(model: QWenLMHeadModel, what: str) -> ValueError:
+    return ValueError(
+        f"{model.name_or_path} leaves the range of float16, in which quantized models compute: see {what}."
+    )
+
+
+def _losses(log: list[dict[str, Any]]) -> dict[str, Loss]:
+    by_kind = defaultdict(list)
+    for entry in sorted(log, key=lambda entry: (entry["layer"], entry["module"])):
+        by_kind[entry["module"]].append((float(entry["loss"]), entry["layer"]))
+    return {
+        kind: Loss(sum(loss for loss, _ in found) / len(found), *max(found)) for kind, found in sorted(by_kind.items())
+    }
+
+
+# ---- the folder ----
+
+
+@contextlib.contextmanager
+def _filled_at_the_end(target: Path) -> Iterator[Path]:
+    """A temporary folder inside `target`, whose files take their places there when all is done, and which otherwise
+    goes without a trace.
+
+    Inside, because that is where there is room and permission for sure: `target` may be a mounted volume.
+    """
+    made = [folder for folder in (target, *target.parents) if not folder.exists()]
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".quantizing-", dir=target) as work:
+            yield Path(work)
+            _move(Path(work), target)
+    except BaseException:
+        for folder in made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
+
+
+def _move(work: Path, target: Path) -> None:
+    # Without its config.json a folder is no model: it is none for the moment that the others take.
+    (target / CONFIG_NAME).unlink(missing_ok=True)
+    for index in (SAFETENSORS_INDEX, BIN_INDEX):  # shards are known by the index alone
+        if (target / index).is_file():
+            for shard in set(read_json(target / index, target).get("weight_map", {}).values()):
+                (target / Path(shard).name).unlink(missing_ok=True)
+    for name in (SAFETENSORS, SAFETENSORS_INDEX, BIN, BIN_INDEX):
+        (target / name).unlink(missing_ok=True)  # some of these would be loaded instead of what is written now
+    for path in sorted(work.iterdir(), key=lambda path: path.name == CONFIG_NAME):
+        path.replace(target / path.name)
+
+
+def _save(
+    model: QWenLMHeadModel,
+    tokenizer: QWenTokenizer,
+    source: str,
+    folder: Path,
+    options: dict[str, int],
+    max_shard_size: str,
+) -> None:
+    weights = {
+        name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in model.state_dict().items()
+    }
+    try:
+        save_torch_state_dict(
+            weights, folder, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
+        )
+    except SafetensorError as error:  # its name for a full disk
+        raise OSError(f"The weights could not be written: {first_line(error)}") from error
+    let_others_read(folder)
+    tokenizer.save_pretrained(folder)
+    custom_object_save(model, folder, config=model.config)
+    model.config.save_pretrained(folder)
+    _write_config(source, folder, options)
+    found = cached_file(source, GENERATION_CONFIG_NAME, _raise_exceptions_for_missing_entries=False)
+    if found is not None:
+        shutil.copyfile(found, folder / GENERATION_CONFIG_NAME)
+
+
+def _write_config(source: str, folder: Path, options: dict[str, int]) -> None:
+    """In the place of what transformers wrote: the configuration of `source`, field by field, and what is new."""
+    config = read_json(Path(cached_file(source, CONFIG_NAME)), source)
+    config["auto_map"] = read_json(folder / CONFIG_NAME, folder)["auto_map"]
+    config["torch_dtype" if "torch_dtype" in config else "dtype"] = "float16"
+    config |= {flag: False for flag in PRECISIONS if config.get(flag)}  # they would win over that
+    config["quantization_config"] = {
+        **options,
+        **PUBLISHED_SETTINGS,
+        "model_file_base_name": "model",
+        "quant_method": "gptq",
+    }
+    text = json.dumps(config, indent=2, ensure_ascii=False, sort_keys=True)
+    (folder / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
