@@ -18,6 +18,7 @@ Without a GPU the model has 14M parameters; 7B needs 80 GB of one. Prints Markdo
 import argparse
 import functools
 import gc
+import importlib.util
 import json
 import os
 import statistics
@@ -80,6 +81,8 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw the arithmetic; needs matplotlib")
     parser.add_argument("--cell", nargs=3, metavar=("CACHE", "BATCH", "TOKENS"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.plot and importlib.util.find_spec("matplotlib") is None:
+        parser.error("--plot needs matplotlib: pip install matplotlib.")
     if arguments.cell:
         kind, batch, tokens = arguments.cell
         print(json.dumps(peak(arguments.shape, kind, int(batch), int(tokens))))

@@ -29,7 +29,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from checkpoints.recipe.evaluate import all_cases, answer, score
 from qwen import QWenLMHeadModel
-from qwen.loading import BUNDLED_CHAT, load_model
+from qwen.loading import BUNDLED_CHAT, load_model_quietly
+from qwen.quiet import quiet_loading
 
 WEIGHTS = {"float32": 32, "bfloat16": 16, "Int8": 8, "Int4": 4}
 PROMPT = 16
@@ -66,7 +67,8 @@ def scores() -> None:
         int8, int4 = Path(work, "int8"), Path(work, "int4")
         samples = calibration(BUNDLED_CHAT)
         for folder, bits in ((int8, 8), (int4, 4)):
-            quantize(BUNDLED_CHAT, folder, samples, bits=bits, cpu_only=True)
+            with quiet_loading(progress=False):
+                quantize(BUNDLED_CHAT, folder, samples, bits=bits, cpu_only=True)
         exact = None
         for weights, cache, folder, options in (
             ("float32", "float32", BUNDLED_CHAT, {}),
@@ -75,7 +77,7 @@ def scores() -> None:
             ("Int4", "bfloat16", int4, {}),
             ("float32", "int8", BUNDLED_CHAT, {"use_cache_quantization": True}),
         ):
-            model, tokenizer = load_model(folder, cpu_only=True, **options)
+            model, tokenizer = load_model_quietly(folder, cpu_only=True, **options)
             cases = all_cases()
             answer(cases, model, tokenizer)
             right, asked = score(cases)["overall"]
@@ -114,7 +116,7 @@ def speeds(arguments: argparse.Namespace) -> None:
 def random_model(shape: str, weights: str, folder: Path) -> QWenLMHeadModel:
     """As `load_model` gives it: float weights as they are made here, quantized ones from `folder`."""
     if WEIGHTS[weights] <= 8:
-        return load_model(folder)[0]
+        return load_model_quietly(folder)[0]
     with torch.device("meta"):
         model = QWenLMHeadModel(config(shape)).to(getattr(torch, weights))
     model.to_empty(device="cuda" if torch.cuda.is_available() else "cpu")

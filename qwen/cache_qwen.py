@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import os
+import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -93,9 +94,15 @@ def triton_kernels(device_type: str) -> Kernels | None:
     if device_type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return None
     try:
-        from .kernels_qwen import append_tokens, decode_attention
-    except ImportError as error:
-        logger.warning(f"use_cache_kernel=True falls back on torch, since Triton cannot be imported ({error}).")
+        from .kernels_qwen import append_tokens, check_driver, decode_attention
+
+        if device_type == "cuda":
+            check_driver()
+    except (ImportError, OSError, RuntimeError, subprocess.SubprocessError) as error:
+        logger.warning(
+            f"use_cache_kernel=True falls back on torch, since Triton does not run here: {error}. It comes with torch "
+            "on Linux, and wants a C compiler and Python's headers (`apt install gcc python3-dev`)."
+        )
         return None
     return Kernels(append_tokens, decode_attention)
 

@@ -1,7 +1,8 @@
 """Triton kernels for the 8-bit key/value cache: new tokens are quantized into it, and one token attends to its bytes.
 
-They are compiled where they run, for CUDA and ROCm, and need no compiler there. `cache_qwen` imports this file when a
-model that decodes with `use_cache_kernel=True` comes to its first token; the same arithmetic in torch stands there.
+Triton compiles them where they run, for CUDA and ROCm, and brings what it needs but for the C compiler with which it
+builds its launcher once. `cache_qwen` imports this file when a model that decodes with `use_cache_kernel=True` comes to
+its first token; the same arithmetic in torch stands there, for machines where this does not run.
 
 Decoding follows flash-decoding (Dao et al. 2023, https://pytorch.org/blog/flash-decoding/): the tokens of each row and
 head are split over programs, each of which keeps a running softmax (Milakov and Gimelshein 2018,
@@ -165,6 +166,15 @@ def combine_kernel(
     share = tl.load(shares + at[:, None] * D + d[None, :], mask=inside[:, None] & (d < D)[None, :], other=0.0)
     result = tl.sum(share * shrink[:, None], 0) / tl.maximum(weight, 1e-30)  # 0 where every token is masked
     tl.store(output + row * D + d, result.to(output.dtype.element_ty), mask=d < D)
+
+
+def check_driver() -> None:
+    """Have Triton find the GPU and build what it launches kernels with.
+
+    Raises:
+        RuntimeError, OSError, subprocess.SubprocessError: there is no GPU, or no C compiler with Python's headers.
+    """
+    triton.runtime.driver.active  # noqa: B018  made when it is first asked for
 
 
 def append_tokens(key: torch.Tensor, value: torch.Tensor, slot: Segment, starts: torch.Tensor | None = None) -> None:

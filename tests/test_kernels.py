@@ -1,5 +1,6 @@
 """The Triton kernels of the 8-bit cache: their arithmetic, and that they compile for NVIDIA and AMD without a GPU."""
 
+import logging
 import os
 import re
 import subprocess
@@ -82,13 +83,21 @@ def test_their_arithmetic():
     assert "skipped" not in done.stdout.splitlines()[-1]
 
 
-def test_without_triton_torch_does_it(monkeypatch, caplog):
-    monkeypatch.setitem(sys.modules, "triton", None)
-    monkeypatch.delitem(sys.modules, "qwen.kernels_qwen")
-    monkeypatch.setattr(cache_qwen.logger, "propagate", True)
+@pytest.fixture
+def asked_anew():
     cache_qwen.triton_kernels.cache_clear()
-    try:
-        assert cache_qwen.triton_kernels("cuda") is None
-        assert "use_cache_kernel=True falls back on torch" in caplog.text and "pip install triton" in caplog.text
-    finally:
-        cache_qwen.triton_kernels.cache_clear()
+    yield
+    cache_qwen.triton_kernels.cache_clear()
+
+
+@pytest.mark.usefixtures("asked_anew")
+@pytest.mark.parametrize("lacking", ["Triton", "a GPU"])
+def test_where_triton_does_not_run_torch_does_it(lacking, monkeypatch, caplog):
+    if lacking == "Triton":
+        monkeypatch.setitem(sys.modules, "triton", None)
+        monkeypatch.delitem(sys.modules, "qwen.kernels_qwen")
+    elif torch.cuda.is_available():
+        pytest.skip("it runs here")
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    assert cache_qwen.triton_kernels("cuda") is None
+    assert "use_cache_kernel=True falls back on torch" in caplog.text and "a C compiler" in caplog.text
