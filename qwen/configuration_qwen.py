@@ -168,7 +168,9 @@ class QWenConfig(PreTrainedConfig):
         """
         kwargs.pop("resume_download", None)  # the published examples pass it; downloads always resume today
         check_arguments(kwargs)
-        if any(name in kwargs for name in (*PRECISIONS, "dtype", "torch_dtype")):
+        asked = any(name in kwargs for name in (*PRECISIONS, "dtype", "torch_dtype"))
+        # The published quantized files flag the precision of the GPU kernels of their day.
+        if asked or config_dict.get("quantization_config"):
             config_dict = {name: value for name, value in config_dict.items() if name not in PRECISIONS}
         for name in ("dtype", "torch_dtype"):
             if kwargs.get(name) == "auto":  # what the file says; transformers would keep the word as the dtype

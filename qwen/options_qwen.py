@@ -72,17 +72,14 @@ def choose_dtype(config: PreTrainedConfig, device: torch.device) -> torch.dtype 
     """The precision to load in when the caller names no dtype.
 
     The flag that is set; else bfloat16 on a GPU that computes in it, float16 on one that does not, and float32 on the
-    CPU, whatever the weights are stored in. What surrounds quantized weights stays as it is stored, and with GPTQ
-    weights on the CPU is bfloat16, the only half precision that the kernels there are fast in: published files flag
-    fp16, which was meant for a GPU.
+    CPU, whatever the weights are stored in. What surrounds quantized weights stays as it is stored, and beside GPTQ
+    weights on the CPU is bfloat16, the only precision that the kernels there are fast in.
     """
-    flagged = next((dtype for name, dtype in PRECISIONS.items() if getattr(config, name)), None)
-    if is_gptq(config) and device.type == "cpu" and flagged is not torch.float32:
-        return torch.bfloat16
-    if flagged is not None:
-        return flagged
+    for name, dtype in PRECISIONS.items():
+        if getattr(config, name):
+            return dtype
     if getattr(config, "quantization_config", None) is not None:
-        return "auto"
+        return torch.bfloat16 if is_gptq(config) and device.type == "cpu" else "auto"
     if device.type == "cpu":
         return torch.float32
     if device.type == "cuda":

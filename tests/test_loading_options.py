@@ -166,7 +166,7 @@ def test_the_precision_beside_quantized_weights():
         for device in (CPU, GPU)
     ]
     half, bfloat, full = torch.float16, torch.bfloat16, torch.float32
-    assert chosen == [bfloat, "auto", bfloat, half, bfloat, bfloat, full, full]
+    assert chosen == [bfloat, "auto", half, half, bfloat, bfloat, full, full]
 
 
 @pytest.mark.parametrize("load", LOADERS)
@@ -181,11 +181,13 @@ def test_the_kernel_reaches_transformers(checkpoint, load, monkeypatch):
     for device_map in (None, "cpu", {"": "cpu"}):
         load(checkpoint, device_map=device_map)
         assert seen["config"].quantization_config["backend"] == "gptq_torch_int8" and seen["dtype"] == torch.bfloat16
+    load(checkpoint, fp16=True)  # what the caller says counts, unlike the flag in the file
+    assert seen["config"].quantization_config["backend"] == "torch" and seen["dtype"] == torch.float16
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
     for device_map in ("auto", {"": 0}):
         load(checkpoint, device_map=device_map)
-        assert seen["config"].quantization_config["backend"] == "auto" and seen["dtype"] == torch.float16
+        assert seen["config"].quantization_config["backend"] == "auto" and seen["dtype"] == "auto"
     monkeypatch.undo()
     monkeypatch.setattr(PreTrainedModel, "from_pretrained", record)
     asked = GPTQConfig(bits=8, disable_exllama=True)
