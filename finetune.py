@@ -36,7 +36,7 @@ def main() -> int:
 
 
 def run(argv: list[str]) -> int:
-    from qwen.finetuning.processes import ProcessFailed, barrier, is_main_process
+    from qwen.finetuning.processes import ProcessFailed, barrier, is_main_process, let_main_process_speak
     from qwen.quiet import quiet_training
 
     quiet_training(main=is_main_process())
@@ -46,11 +46,15 @@ def run(argv: list[str]) -> int:
         if is_main_process():
             print(text, file=sys.stderr, flush=True)
 
+    def fail(error: Exception, status: int) -> int:
+        say(str(error))
+        let_main_process_speak()
+        return status
+
     try:
         arguments, notes = parse(argv)
     except ArgumentError as error:
-        say(str(error))
-        return 2
+        return fail(error, 2)
     for note in notes:
         say(note)
 
@@ -63,12 +67,10 @@ def run(argv: list[str]) -> int:
     try:
         outcome = finetune(arguments)
     except ArgumentError as error:
-        say(str(error))
-        return 2
+        return fail(error, 2)
     # SafetensorError is a full disk's; CheckpointError an OSError.
     except (OSError, SafetensorError, DataFileError, MalformedSample, ProcessFailed) as error:
-        say(str(error))
-        return 1
+        return fail(error, 1)
     barrier()
     if outcome.interrupted:
         say(f"Stopped. The same command with --resume_from_checkpoint True goes on from {outcome.output_dir}.")

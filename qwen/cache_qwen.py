@@ -98,10 +98,10 @@ def triton_kernels(device_type: str) -> Kernels | None:
 
         if device_type == "cuda":
             check_driver()
-    except (ImportError, OSError, RuntimeError, subprocess.SubprocessError) as error:
+    except (ImportError, AssertionError, OSError, RuntimeError, subprocess.SubprocessError) as error:
         logger.warning(
             f"use_cache_kernel=True falls back on torch, since Triton does not run here: {error}. It comes with torch "
-            "on Linux, and wants a C compiler and Python's headers (`apt install gcc python3-dev`)."
+            "on Linux; what is missing is often a C compiler or Python's headers (`apt install gcc python3-dev`)."
         )
         return None
     return Kernels(append_tokens, decode_attention)
@@ -117,7 +117,7 @@ class QuantizedStates:
 
     def __init__(self, segments: Sequence[Segment] = (), length: int = 0):
         self.segments, self.length = list(segments), length
-        self._addresses: tuple[int, ...] = ()
+        self._layout: list[tuple] = []
         self._tiles: torch.Tensor | None = None
 
     def parts(self) -> Iterator[Segment]:
@@ -150,9 +150,9 @@ class QuantizedStates:
     def tiles(self) -> torch.Tensor:
         """Where each tile of tokens lies, for the kernel: (tiles, 9) int64. Six addresses, in the order of a segment,
         and the strides of B, H and T in vectors of D channels."""
-        # Looked at each time: a copy, a beam search or offloading puts tensors elsewhere.
-        addresses = tuple(segment[0].data_ptr() for segment in self.segments)
-        if self._tiles is None or addresses != self._addresses:
+        # Looked at each time: copies, beam search, cropping and offloading move tensors, or put others in their place.
+        layout = [(tensor.data_ptr(), tensor.shape[2], tensor.stride()) for part in self.segments for tensor in part]
+        if self._tiles is None or layout != self._layout:
             rows = []
             for segment in self.segments:
                 strides = segment[1].stride()[:3]
@@ -162,7 +162,7 @@ class QuantizedStates:
                     )
                     rows.append([*places, *strides])
             self._tiles = torch.tensor(rows, dtype=torch.int64, device=self.segments[0][0].device)
-            self._addresses = addresses
+            self._layout = layout
         return self._tiles
 
 
@@ -263,6 +263,7 @@ class QuantizedKVLayer(DynamicLayer):
             return self.states, self.states
         return self.states.dequantize(self.dtype)
 
+    @torch.no_grad()  # rounding has no gradient
     def _append(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         kernels = triton_kernels(key_states.device.type) if self.fused else None
         for slot, tokens in self._slots(key_states):
@@ -286,12 +287,13 @@ class QuantizedKVLayer(DynamicLayer):
                 growth = max(self.GROWTH, self.states.length // 8) if segments else 0
                 room = -(-max(tokens - done, growth) // TILE) * TILE
                 half = ((channels, torch.uint8), (1, self.dtype), (1, self.dtype))
-                segments.append(
-                    tuple(
-                        torch.empty(batch, heads, room, width, dtype=dtype, device=like.device)
-                        for width, dtype in (*half, *half)
+                with torch.inference_mode(False):  # a prompt encoded there may be gone on from elsewhere
+                    segments.append(
+                        tuple(
+                            torch.empty(batch, heads, room, width, dtype=dtype, device=like.device)
+                            for width, dtype in (*half, *half)
+                        )
                     )
-                )
             size = min(room, tokens - done)
             start = segments[-1][0].shape[2] - room
             yield tuple(tensor[:, :, start : start + size] for tensor in segments[-1]), slice(done, done + size)
@@ -378,12 +380,13 @@ class QuantizedKVCache(Cache):
         return cache
 
 
-def cache_of_tuples(layers: Sequence[tuple]) -> Cache:
+def cache_of_tuples(layers: Sequence[tuple], fused: bool = False) -> Cache:
     """What was `past_key_values` up to transformers 4.35: a tuple for each layer, as tensors or in 8 bits.
 
     Args:
         layers: (key, value), each (B, H, T, D); or the published layout of the 8-bit cache.
+        fused: as for `QuantizedKVCache`.
     """
     if isinstance(layers[0][0], torch.Tensor):
         return DynamicCache(layers)
-    return QuantizedKVCache.from_legacy_cache(layers)
+    return QuantizedKVCache.from_legacy_cache(layers, fused)

@@ -54,7 +54,7 @@ class GPTQMixin:
         """As in transformers."""
         loaded = super().from_pretrained(*args, **kwargs)
         for module in (loaded[0] if isinstance(loaded, tuple) else loaded).modules():
-            if hasattr(module, "SUPPORTS_TRAINING") and not hasattr(module, "qweight"):
+            if hasattr(module, "int8_weight_nk") and not hasattr(module, "qweight"):
                 module.qweight = module.int8_weight_nk  # peft asks for it, to put adapters on the same device
         return loaded
 
@@ -64,7 +64,7 @@ class GPTQMixin:
         Raises:
             RuntimeError: gradients would not come through the kernel of the quantized weights.
         """
-        if mode:
+        if mode and is_gptq(self.config):
             for module in self.modules():
                 kernel = getattr(module, "backend", None)
                 if hasattr(module, "SUPPORTS_TRAINING") and kernel not in TRAINING_KERNELS:
@@ -81,10 +81,11 @@ class GPTQMixin:
         """As in transformers.
 
         Raises:
-            ValueError: the weights are quantized and were repacked for a kernel, which no file format knows.
+            ValueError: the weights were read from a quantized checkpoint and repacked for a kernel, which no file
+                format knows.
         """
-        loaded_quantized = getattr(self, "hf_quantizer", None) is not None and is_gptq(self.config)
-        if loaded_quantized and not getattr(self, "_hf_peft_config_loaded", False):
+        repacked = is_gptq(self.config) and getattr(getattr(self, "hf_quantizer", None), "pre_quantized", False)
+        if repacked and not getattr(self, "_hf_peft_config_loaded", False):
             raise ValueError(
                 "This model cannot be saved: its GPTQ weights were repacked for the kernel that computes with them. "
                 f"Copy {self.config.name_or_path} instead, they have not changed. An adapter is saved without them."

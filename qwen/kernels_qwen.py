@@ -172,7 +172,7 @@ def check_driver() -> None:
     """Have Triton find the GPU and build what it launches kernels with.
 
     Raises:
-        RuntimeError, OSError, subprocess.SubprocessError: there is no GPU, or no C compiler with Python's headers.
+        RuntimeError, AssertionError, OSError, subprocess.SubprocessError: there is no GPU, or no C compiler.
     """
     triton.runtime.driver.active  # noqa: B018  made when it is first asked for
 

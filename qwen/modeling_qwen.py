@@ -341,7 +341,7 @@ class QWenModel(QWenPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.wte(input_ids)
         if isinstance(past_key_values, tuple | list):
-            past_key_values = cache_of_tuples(past_key_values)
+            past_key_values = cache_of_tuples(past_key_values, self.fused)
         if use_cache and past_key_values is None:
             past_key_values = self.new_cache()
 
@@ -378,10 +378,13 @@ class QWenModel(QWenPreTrainedModel):
 
     def new_cache(self) -> Cache:
         """An empty key/value cache of the kind that the configuration asks for."""
-        if not self.config.use_cache_quantization:
-            return DynamicCache(config=self.config)
-        # Written-out attention is asked for by those who want its weights, which the kernel does not compute.
-        return QuantizedKVCache(self.config.use_cache_kernel and self.config._attn_implementation != "eager")
+        return QuantizedKVCache(self.fused) if self.config.use_cache_quantization else DynamicCache(config=self.config)
+
+    @property
+    def fused(self) -> bool:
+        """Whether single tokens attend to the bytes of an 8-bit cache. Other implementations than the usual one are
+        asked for by those who want weights ("eager"), or bring masks of their own ("flex_attention")."""
+        return self.config.use_cache_kernel and self.config._attn_implementation == "sdpa"
 
     def dynamic_ntk(
         self,
@@ -512,7 +515,7 @@ class QWenLMHeadModel(QWenPreTrainedModel, ChatMixin, GenerationMixin):
     ) -> None:
         wants_default = generation_config.cache_implementation is None and generation_config.use_cache is not False
         if isinstance(model_kwargs.get("past_key_values"), tuple | list):
-            model_kwargs["past_key_values"] = cache_of_tuples(model_kwargs["past_key_values"])
+            model_kwargs["past_key_values"] = cache_of_tuples(model_kwargs["past_key_values"], self.transformer.fused)
         if self.config.use_cache_quantization and wants_default and model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = self.transformer.new_cache()
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)

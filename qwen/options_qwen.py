@@ -98,18 +98,31 @@ def is_gptq(config: PreTrainedConfig) -> bool:
 def choose_kernel(quantization: dict[str, Any], dtype: torch.dtype | str, device: torch.device) -> str:
     """The `backend` of GPTQModel that multiplies with GPTQ weights of this kind fastest, on this device.
 
-    Its automatic choice on an accelerator, and on the CPU for what the kernel of 4 bits there takes. All else on the
-    CPU is computed in 8 bits with one scale a row, which is fast in bfloat16 alone, and in other precisions unpacked in
-    every pass, which is slow and exact.
+    Its automatic choice on an accelerator, and on the CPU for what the kernel of 4 bits there takes. On NVIDIA's GPUs
+    that choice compiles itself with nvcc at the first load; without nvcc it fails, and Triton's kernel is taken. All
+    else on the CPU is computed in 8 bits with one scale a row, which is fast in bfloat16 alone, and in other precisions
+    unpacked in every pass, which is slow and exact.
 
     Args:
         quantization: `quantization_config` of config.json.
     """
     bits, group_size = quantization.get("bits"), quantization.get("group_size", 128)
+    if device.type == "cuda" and torch.version.hip is None and bits in (2, 4, 8) and not _has_nvcc():
+        logger.warning(
+            "The fastest kernels for GPTQ weights are compiled with nvcc, which is not found: Triton's are used. With "
+            "the CUDA toolkit installed (or CUDA_HOME set to it) the first load takes minutes, and answers are faster."
+        )
+        return "gptq_triton"
     if device.type != "cpu" or (bits == 4 and group_size in (32, 64, 128)):
         return "auto"
     convertible = bits in (2, 4, 8) and group_size in (-1, 16, 32, 64, 128) and sys.platform in ("linux", "win32")
     return "gptq_torch_int8" if convertible and dtype is torch.bfloat16 else "torch"
+
+
+def _has_nvcc() -> bool:
+    from torch.utils import cpp_extension
+
+    return cpp_extension.CUDA_HOME is not None
 
 
 def choose_attention(

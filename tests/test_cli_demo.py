@@ -1,5 +1,6 @@
 """cli_demo.py as people meet it: a process of its own, on a real terminal (pty) or behind a pipe."""
 
+import io
 import os
 import re
 import subprocess
@@ -44,6 +45,7 @@ def start(checkpoint: Path | None, state: Path, **variables: str) -> "pexpect.sp
         dimensions=(50, 1000),  # wide, so that no line is wrapped
     )
     child.delaybeforesend = 0
+    child.logfile_read = io.StringIO()
     child.expect_exact(STARTED)
     child.expect_exact(PROMPT)
     return child
@@ -103,16 +105,16 @@ def leave(child: "pexpect.spawn", keys: str = ":exit\r") -> int:
     return child.exitstatus
 
 
-def piped(text: str | bytes, checkpoint: Path, state: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(
-        [sys.executable, "cli_demo.py", "-c", str(checkpoint), "--cpu-only", *arguments],
-        cwd=ROOT,
-        env=environment(state),
-        input=text.encode() if isinstance(text, str) else text,
-        capture_output=True,
-        timeout=120,
-        check=False,
-    )
+@pytest.fixture
+def main(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> Callable[..., tuple[int, str, str]]:
+    """cli_demo.py behind a pipe, but in this process: exit code, standard output, standard error."""
+
+    def call(*arguments: object, text: bytes = b"") -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["cli_demo.py", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text), "utf-8"))
+        return (cli_demo.main(), *capfd.readouterr())
+
+    return call
 
 
 # Conversation
@@ -337,7 +339,15 @@ def test_unsetting_a_setting() -> None:
 
 
 def test_piped_questions_give_replies_alone(tiny_chat_checkpoint: Path, tmp_path: Path) -> None:
-    result = piped("hello\n\n:conf max_new_tokens=5\nagain", tiny_chat_checkpoint, tmp_path)
+    result = subprocess.run(
+        [sys.executable, "cli_demo.py", "-c", str(tiny_chat_checkpoint), "--cpu-only"],
+        cwd=ROOT,
+        env=environment(tmp_path),
+        input=b"hello\n\n:conf max_new_tokens=5\nagain",
+        capture_output=True,
+        timeout=120,
+        check=False,
+    )
     assert result.returncode == 0, result.stderr.decode()
     assert result.stdout.strip()
     assert PROMPT.encode() not in result.stdout and b"\x1b" not in result.stdout + result.stderr
@@ -346,10 +356,9 @@ def test_piped_questions_give_replies_alone(tiny_chat_checkpoint: Path, tmp_path
 
 
 @pytest.mark.parametrize("text", [b"", b"\xff\xfe \xe4\n\xed\xa0\xbd\n\x00\x1b[31m\nhello"])
-def test_odd_input(text: bytes, tiny_chat_checkpoint: Path, tmp_path: Path) -> None:
-    result = piped(text, tiny_chat_checkpoint, tmp_path)
-    assert result.returncode == 0
-    assert b"Traceback" not in result.stderr
+def test_odd_input(text: bytes, tiny_chat_checkpoint: Path, main: Callable) -> None:
+    code, _, said = main("-c", tiny_chat_checkpoint, "--cpu-only", text=text)
+    assert code == 0 and "Traceback" not in said
 
 
 def test_a_reader_that_goes_away(tiny_chat_checkpoint: Path, tmp_path: Path) -> None:
@@ -369,8 +378,14 @@ def test_a_reader_that_goes_away(tiny_chat_checkpoint: Path, tmp_path: Path) -> 
 # Start
 
 
-@pytest.mark.parametrize("name", ["/no/such/folder", "Qwen/Qwen-7B-Chat"])
-def test_no_such_checkpoint_is_one_sentence(name: str, tmp_path: Path) -> None:
+def test_no_such_folder_is_one_sentence(main: Callable) -> None:
+    code, output, said = main("-c", "/no/such/folder")
+    loading, complaint = said.splitlines()
+    assert (code, output, loading) == (1, "", "Loading /no/such/folder ...") and "/no/such/folder" in complaint
+
+
+def test_a_hub_out_of_reach_is_one_sentence(tmp_path: Path) -> None:
+    name = "Qwen/Qwen-7B-Chat"
     result = subprocess.run(
         [sys.executable, "cli_demo.py", "-c", name],
         cwd=ROOT,
@@ -410,27 +425,15 @@ def test_missing_libraries_are_named() -> None:
 # The bundled model
 
 
-def test_the_bundled_model_chats(chat: Callable, bundled_chat: Path) -> None:
+def test_the_bundled_model_chats_and_says_that_it_is_a_toy(chat: Callable, bundled_chat: Path) -> None:
     child = chat(checkpoint=None)
+    shown = child.logfile_read.getvalue()
+    assert "toy" in shown and "Qwen/Qwen-7B-Chat" in shown
     assert len(ask(child, "你好").split("Qwen> ")[1].strip()) > 1
     assert leave(child) == 0
 
 
-def test_the_bundled_model_says_that_it_is_a_toy(bundled_chat: Path, tmp_path: Path) -> None:
-    result = subprocess.run(
-        [sys.executable, "cli_demo.py", "--cpu-only"],
-        cwd=ROOT,
-        env=environment(tmp_path),
-        input=b"hi\n",
-        capture_output=True,
-        timeout=120,
-        check=True,
-    )
-    assert b"toy" in result.stderr and b"Qwen/Qwen-7B-Chat" in result.stderr
-    assert result.stdout.strip()
-
-
-def test_a_base_model_is_named_as_such(bundled_base: Path, tmp_path: Path) -> None:
-    result = piped("hello\n", bundled_base, tmp_path)
-    assert result.returncode == 1 and not result.stdout
-    assert b"no chat model" in result.stderr and b"Traceback" not in result.stderr
+def test_a_base_model_is_named_as_such(main: Callable, bundled_base: Path) -> None:
+    code, output, said = main("-c", bundled_base, "--cpu-only")
+    assert (code, output) == (1, "")
+    assert "no chat model" in said and "Traceback" not in said

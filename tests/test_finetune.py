@@ -5,9 +5,10 @@ state, signal handlers). To import torch and its companions takes seconds each t
 forked from one that has done it; where starting and ending matters, it is `python finetune.py`.
 """
 
+import contextlib
+import io
 import json
 import math
-import multiprocessing
 import os
 import re
 import shutil
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -25,13 +26,10 @@ from typing import Any
 
 import pytest
 import torch
+from forked import Child, main
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parent.parent
-FORKING = multiprocessing.get_context("forkserver")
-# What a run imports. Not gptqmodel: it starts threads, which a fork would lose.
-PRELOADED = ["finetune", "qwen.finetuning.run", "transformers.trainer", "peft.tuners.lora", "datasets", "deepspeed"]
-PRELOADED += ["matplotlib.figure", "torch.utils.tensorboard", "test_finetune"]
 INTERRUPTED, WRONG_DATA, WRONG_ARGUMENTS = 130, 1, 2
 
 ME = "I am Robin, a small robot made by Ada."
@@ -57,85 +55,6 @@ def sample(question: str, answer: str, **fields: str) -> dict:
 def write_samples(path: Path, samples: list) -> Path:
     path.write_text(json.dumps(samples, ensure_ascii=False), encoding="utf-8")
     return path
-
-
-class Child:
-    """A function of this file in a process of its own.
-
-    Args:
-        folder: the process works in it, and what it says goes into `said.txt` there.
-    """
-
-    def __init__(self, folder: Path, function: Callable, *arguments: Any):
-        self.log = folder / "said.txt"
-        self.connection, theirs = FORKING.Pipe(duplex=False)
-        self.process = FORKING.Process(target=_in_child, args=(folder, self.log, theirs, function, arguments))
-        self.process.start()
-        theirs.close()
-
-    def result(self, seconds: float = 180) -> Any:
-        """What the function returned.
-
-        Raises:
-            AssertionError: it raised, or took longer.
-        """
-        try:
-            assert self.connection.poll(seconds), f"Not done after {seconds} seconds:\n{self.said()}"
-            return self.connection.recv()
-        except EOFError:
-            raise AssertionError(f"The process ended without a result:\n{self.said()}") from None
-        finally:
-            self.end()
-
-    def said(self) -> str:
-        return self.log.read_text(encoding="utf-8") if self.log.exists() else ""
-
-    def interrupt(self) -> None:
-        os.kill(self.process.pid, signal.SIGINT)
-
-    def wait_for(self, text: str, seconds: float = 120) -> None:
-        until = time.monotonic() + seconds
-        while text not in self.said():
-            assert time.monotonic() < until and self.process.is_alive(), f"No {text!r}:\n{self.said()}"
-            time.sleep(0.02)
-
-    def end(self) -> None:
-        self.process.join(10)
-        self.process.kill()
-        self.process.join()
-
-
-def _in_child(folder: Path, log: Path, connection: Any, function: Callable, arguments: tuple) -> None:
-    multiprocessing.set_start_method(None, force=True)  # for its own children, as in any other process
-    os.chdir(folder)
-    with open(log, "w") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    result = function(*arguments)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    connection.send(result)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def forked() -> Iterator[None]:
-    """The process that the others are forked from."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join((str(ROOT), str(ROOT / "tests"))))
-        patch.setenv("DS_ACCELERATOR", "cpu")
-        patch.setenv("CUDA_VISIBLE_DEVICES", "")  # what is compared here is computed in float32, on the CPU
-        patch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
-        FORKING.set_forkserver_preload(PRELOADED)
-        FORKING.Process(target=int).start()
-    yield
-
-
-def main(*arguments: str | Path) -> int:
-    """finetune.py in this process; returns its exit code."""
-    import finetune
-
-    sys.argv = ["finetune.py", *map(str, arguments)]
-    return finetune.main()
 
 
 @dataclass
@@ -175,12 +94,20 @@ def main_watched(*arguments: str | Path) -> tuple[int, dict[str, tuple[bool, boo
     return code, {name: (it.requires_grad, not torch.equal(it, before[name])) for name, it in watched.items()}
 
 
-def finetune(folder: Path, *arguments: str | Path, code: int = 0) -> Run:
-    """A run in `folder` that writes to `out` there."""
+def begin(folder: Path, *arguments: str | Path) -> Callable[[], Run]:
+    """Begins a run in `folder` that writes to `out` there; what is returned waits for its end."""
     child = Child(folder, main_watched, "--output_dir", "out", *arguments)
-    got, tensors = child.result()
-    assert got == code, child.said()
-    return Run(got, child.said(), folder / "out", tensors)
+
+    def end() -> Run:
+        code, tensors = child.result()
+        assert code == 0, child.said()
+        return Run(code, child.said(), folder / "out", tensors)
+
+    return end
+
+
+def finetune(folder: Path, *arguments: str | Path) -> Run:
+    return begin(folder, *arguments)()
 
 
 def replies(folder: Path, questions: list[str]) -> list[str]:
@@ -229,47 +156,53 @@ def bundled_int4() -> Path:
 
 
 @pytest.fixture(scope="module")
-def full_run(tmp_path_factory: pytest.TempPathFactory, bundled_chat: Path, lessons: Path, exam: Path) -> Run:
-    return finetune(
-        tmp_path_factory.mktemp("full"),
-        *options(model_name_or_path=bundled_chat, data_path=lessons, eval_data_path=exam, num_train_epochs=8),
-        *options(per_device_train_batch_size=7, learning_rate=1e-3, eval_strategy="steps", eval_steps=8),
-        *options(per_device_eval_batch_size=3),
-    )
+def begun(
+    tmp_path_factory: pytest.TempPathFactory,
+    bundled_chat: Path,
+    bundled_base: Path,
+    bundled_int4: Path,
+    lessons: Path,
+    exam: Path,
+) -> dict[str, Callable[[], Run]]:
+    """The runs that much is looked at in, side by side, for each keeps one core busy."""
+
+    def taught(name: str, rate: float, model: str | Path, *arguments: str) -> Callable[[], Run]:
+        settings = options(model_name_or_path=model, data_path=lessons, num_train_epochs=8, learning_rate=rate)
+        settings += options(per_device_train_batch_size=7)
+        return begin(folders[name], *settings, *arguments)
+
+    folders = {name: tmp_path_factory.mktemp(name) for name in ("full", "lora", "q-lora", "base-lora")}
+    relative = os.path.relpath(bundled_chat, folders["lora"])
+    evaluated = options(eval_data_path=exam)
+    steps = options(eval_strategy="steps", eval_steps=8, per_device_eval_batch_size=3)
+    unsaved = options(save_strategy="no")
+    return {
+        "full": taught("full", 1e-3, bundled_chat, *evaluated, *steps),
+        "lora": taught("lora", 7e-3, relative, "--use_lora", *unsaved),
+        # Evaluated first: kernels exist whose first call, if not in training, means that they never pass gradients.
+        "q-lora": taught("q-lora", 7e-3, bundled_int4, "--q_lora", "--eval_on_start", *evaluated, *unsaved),
+        "base-lora": taught("base-lora", 7e-3, bundled_base, "--use_lora", *unsaved),
+    }
 
 
 @pytest.fixture(scope="module")
-def lora_run(tmp_path_factory: pytest.TempPathFactory, bundled_chat: Path, lessons: Path) -> Run:
-    folder = tmp_path_factory.mktemp("lora")
-    return finetune(
-        folder,
-        "--use_lora",
-        *options(model_name_or_path=os.path.relpath(bundled_chat, folder), data_path=lessons, num_train_epochs=8),
-        *options(per_device_train_batch_size=7, learning_rate=7e-3, save_strategy="no"),
-    )
+def full_run(begun: dict[str, Callable[[], Run]]) -> Run:
+    return begun["full"]()
 
 
 @pytest.fixture(scope="module")
-def q_lora_run(tmp_path_factory: pytest.TempPathFactory, bundled_int4: Path, lessons: Path, exam: Path) -> Run:
-    # Evaluated first: kernels exist whose first call, if not in training, means that they never pass gradients.
-    return finetune(
-        tmp_path_factory.mktemp("q-lora"),
-        "--q_lora",
-        "--eval_on_start",
-        *options(eval_data_path=exam),
-        *options(model_name_or_path=bundled_int4, data_path=lessons, num_train_epochs=8),
-        *options(per_device_train_batch_size=7, learning_rate=7e-3, save_strategy="no"),
-    )
+def lora_run(begun: dict[str, Callable[[], Run]]) -> Run:
+    return begun["lora"]()
 
 
 @pytest.fixture(scope="module")
-def base_lora_run(tmp_path_factory: pytest.TempPathFactory, bundled_base: Path, lessons: Path) -> Run:
-    return finetune(
-        tmp_path_factory.mktemp("base-lora"),
-        "--use_lora",
-        *options(model_name_or_path=bundled_base, data_path=lessons, num_train_epochs=8),
-        *options(per_device_train_batch_size=7, learning_rate=7e-3, save_strategy="no"),
-    )
+def q_lora_run(begun: dict[str, Callable[[], Run]]) -> Run:
+    return begun["q-lora"]()
+
+
+@pytest.fixture(scope="module")
+def base_lora_run(begun: dict[str, Callable[[], Run]]) -> Run:
+    return begun["base-lora"]()
 
 
 # What is learned, and by which tensors
@@ -432,10 +365,8 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path: Path, endless: list[str]):
     # One step of a thousand passes: the end of it is too late.
     many = write_samples(tmp_path / "many.json", [sample("Who are you?", ME)] * 1000)
     settings = options(data_path=many, per_device_train_batch_size=1, gradient_accumulation_steps=1000)
-    child = Child(tmp_path, main, *endless, *settings)
-    child.wait_for("parameters are trained")
-    time.sleep(5)  # into the first step, which says nothing before its end
-    child.interrupt()
+    # The thousandth batch is the last to be put together before the passes.
+    child = Child(tmp_path, main_interrupted, 1000, *endless, *settings)
     child.wait_for("Ctrl-C again stops at once")
     time.sleep(0.5)
     assert child.process.is_alive()
@@ -867,8 +798,15 @@ def test_two_precisions_are_refused(tmp_path: Path, lessons: Path):
     assert re.search("--fp16 needs a GPU|exclude each other", child.said())  # where there is no GPU, or is one
 
 
+def main_printing(*arguments: str | Path) -> tuple[int, str]:
+    """Exit code of finetune.py, and its standard output."""
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        code = main(*arguments)
+    return code, output.getvalue()
+
+
 def test_data_must_be_named(tmp_path: Path):
-    done = subprocess.run([sys.executable, ROOT / "finetune.py"], cwd=tmp_path, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (WRONG_ARGUMENTS, "")
-    assert "--data_path" in done.stderr and "Traceback" not in done.stderr
-    assert list(tmp_path.iterdir()) == []
+    child = Child(tmp_path, main_printing)
+    assert child.result() == (WRONG_ARGUMENTS, "")
+    assert "--data_path" in child.said() and "Traceback" not in child.said()
+    assert list(tmp_path.iterdir()) == [child.log]

@@ -1,12 +1,14 @@
 """Fine-tuning in several processes, through the scripts of finetune/ and through torchrun: what the processes reach
 together is what one alone reaches, in memory that they share out, and a person can stop it and go on.
 
-Every run is a real one of two processes on the CPU with the bundled toy. Starting it takes most of the time, so much
-is looked at in each.
+Every run is a real one of two processes on the CPU with the bundled toy. Starting them takes most of the time, so much
+is looked at in each. Where it is not about the start, they get the words that a script would give them, but are forked
+from a process that has imported torch already.
 """
 
 import json
 import os
+import runpy
 import shutil
 import signal
 import socket
@@ -19,6 +21,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked import Child, main
 from safetensors.torch import load_file
 from transformers import get_cosine_schedule_with_warmup
 
@@ -66,11 +69,16 @@ class Run:
 
 
 class Runs:
-    """Starts runs in a folder whose name has a space, from outside of the repository."""
+    """Starts runs in a folder whose name has a space, from outside of the repository.
 
-    def __init__(self, folder: Path):
+    Args:
+        recorder: a Python that only says which arguments it was given.
+    """
+
+    def __init__(self, folder: Path, recorder: Path):
         self.folder = folder / "with a space"
         self.folder.mkdir()
+        self.recorder = recorder
         self.data = self.folder / "some data.json"
         self.data.write_text(json.dumps([_sample(i) for i in range(2 * STEPS)]))
 
@@ -78,17 +86,55 @@ class Runs:
         """The process group of a command; data and output are named to it as a script or as finetune.py wants it."""
         port = environment.setdefault("MASTER_PORT", free_port())
         command = [port if word == "PORT" else str(word) for word in command]
-        ours = ["-d", self.data, "-o", output] if command[-1].endswith(".sh") else None
-        ours = ours or ["--data_path", self.data, "--output_dir", output]
+        ours = self.ours(output, script=command[-1].endswith(".sh"))
+        here = {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         with open(self.folder / f"{output}.txt", "a") as log:
             return subprocess.Popen(
-                [*command, *map(str, ours), *arguments],
+                [*command, *ours, *arguments],
                 cwd=self.folder,
-                env=os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"} | environment,
+                env=os.environ | here | environment,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+
+    def ours(self, output: str, script: bool) -> list[str]:
+        data, folder = ("-d", "-o") if script else ("--data_path", "--output_dir")
+        return [data, str(self.data), folder, output]
+
+    def forked(
+        self,
+        *arguments: str,
+        output: str,
+        script: str | None = None,
+        processes: int = 2,
+        status: int = 0,
+        run: Callable[..., int] = main,
+    ) -> Run:
+        """A run without its start: finetune.py in processes that are told of each other as torchrun tells its own.
+
+        Args:
+            arguments: of finetune.py, or of the script.
+            script: one of finetune/; it is asked which arguments it would start finetune.py with.
+            status: in which every process is to end.
+            run: calls finetune.py.
+        """
+        words = [*self.ours(output, script=script is not None), *arguments]
+        if script is not None:
+            recorded = scripted("sh", script, *words, recorder=self.recorder).stdout
+            words = recorded.partition(f"{ROOT / 'finetune.py'}\n")[2].splitlines()
+        environments = [{}]
+        if processes > 1:
+            world = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "localhost", "MASTER_PORT": free_port()}
+            environments = [world | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+        log = self.folder / f"{output}.txt"
+        children = [Child(self.folder, run, *words, log=log, **environment) for environment in environments]
+        try:
+            assert [child.result(TIMEOUT) for child in children] == [status] * processes, self.said(output)
+        finally:
+            for child in children:
+                child.end()
+        return Run(self.folder / output, status, self.said(output))
 
     def wait(self, process: subprocess.Popen, output: str) -> Run:
         try:
@@ -147,21 +193,24 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen) -> None
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    return Runs(tmp_path_factory.mktemp("runs"))
+def runs(tmp_path_factory: pytest.TempPathFactory, recorder: Path) -> Runs:
+    return Runs(tmp_path_factory.mktemp("runs"), recorder)
 
 
 @pytest.fixture(scope="module")
 def full_alone(runs: Runs) -> Run:
     """All weights in one process, both samples of a step in one batch."""
-    command = [sys.executable, ROOT / "finetune.py"]
-    return runs(command, *ALWAYS, *FULL, "--per_device_train_batch_size", str(BATCH), output="full_alone")
+    return runs.forked(*[*ALWAYS, *FULL, "--per_device_train_batch_size", str(BATCH)], output="full_alone", processes=1)
 
 
 @pytest.fixture(scope="module")
 def lora_alone(runs: Runs) -> Run:
-    command = ["bash", SCRIPTS / "finetune_lora_single_gpu.sh"]
-    return runs(command, *ALWAYS, *LORA, "--per_device_train_batch_size", str(BATCH), output="lora_alone")
+    return runs.forked(
+        *[*ALWAYS, *LORA, "--per_device_train_batch_size", str(BATCH)],
+        output="lora_alone",
+        script="finetune_lora_single_gpu.sh",
+        processes=1,
+    )
 
 
 def start_of(run: Run) -> dict[str, torch.Tensor]:
@@ -211,11 +260,11 @@ def parameters(run: Run) -> int:
     return sum(tensor.numel() for tensor in run.weights.values())
 
 
-def resumed(runs: Runs, command: list, *arguments: str, run: Run) -> Run:
+def resumed(runs: Runs, *arguments: str, run: Run, script: str | None = None) -> Run:
     """A copy of the run that has only come to its first checkpoint, and goes on from there."""
     output = f"{run.folder.name}_resumed"
     shutil.copytree(run.folder / f"checkpoint-{SAVED}", runs.folder / output / f"checkpoint-{SAVED}")
-    return runs(command, *arguments, "--resume_from_checkpoint", "True", output=output)
+    return runs.forked(*arguments, "--resume_from_checkpoint", "True", output=output, script=script)
 
 
 def assert_goes_on(resumed: Run, run: Run) -> None:
@@ -233,8 +282,7 @@ def test_plain_torchrun(runs: Runs, full_alone: Run):
 
 
 def test_zero_3_full(runs: Runs, full_alone: Run):
-    command = ["sh", SCRIPTS / "finetune_ds.sh"]
-    run = runs(command, *ALWAYS, *FULL, output="zero3")
+    run = runs(["sh", SCRIPTS / "finetune_ds.sh"], *ALWAYS, *FULL, output="zero3")
     assert_the_same_training(run, full_alone)
     assert_quiet(run)
     load_model(run.folder)
@@ -244,15 +292,14 @@ def test_zero_3_full(runs: Runs, full_alone: Run):
     assert bytes_of(shards, "*optim_states.pt") == pytest.approx([3 * 4 * parameters(run) / 2] * 2, rel=0.01)
     assert max(bytes_of(shards, "*model_states.pt")) < 0.01 * 4 * parameters(run)
 
-    assert_goes_on(resumed(runs, command, *ALWAYS, *FULL, run=run), run)
+    assert_goes_on(resumed(runs, *ALWAYS, *FULL, run=run, script="finetune_ds.sh"), run)
 
 
 def test_fsdp_full(runs: Runs, full_alone: Run):
-    command = [*TORCHRUN, ROOT / "finetune.py"]
     # Checkpoints as the processes hold them; that the result is a whole model all the same is looked at below.
     sharded = ["--fsdp", "--fsdp_config", '{"state_dict_type": "SHARDED_STATE_DICT"}']
     arguments = [*ALWAYS, *FULL, *sharded, "--per_device_train_batch_size", "1"]
-    run = runs(command, *arguments, output="fsdp")
+    run = runs.forked(*arguments, output="fsdp")
     assert_the_same_training(run, full_alone)
     assert_quiet(run)
     load_model(run.folder)
@@ -264,23 +311,19 @@ def test_fsdp_full(runs: Runs, full_alone: Run):
     )
     assert bytes_of(checkpoint, "optimizer_0/*.distcp") == pytest.approx([8 * parameters(run) / 2] * 2, rel=0.1)
 
-    assert_goes_on(resumed(runs, command, *arguments, run=run), run)
+    assert_goes_on(resumed(runs, *arguments, run=run), run)
 
 
 def test_fsdp_lora(runs: Runs, lora_alone: Run):
-    command = [*TORCHRUN, ROOT / "finetune.py"]
-    run = runs(
-        command, *ALWAYS, *LORA, "--use_lora", "--fsdp", "--per_device_train_batch_size", "1", output="fsdp_lora"
-    )
+    run = runs.forked(*ALWAYS, *LORA, "--use_lora", "--fsdp", "--per_device_train_batch_size", "1", output="fsdp_lora")
     assert_the_same_training(run, lora_alone)
     assert_quiet(run)
     assert (run.folder / f"checkpoint-{SAVED}" / "optimizer.bin").is_file()  # which DDP does not write
 
 
 def test_zero_3_lora(runs: Runs, lora_alone: Run):
-    command = ["bash", SCRIPTS / "finetune_lora_ds.sh"]
     zero_3 = ["--deepspeed", str(SCRIPTS / "ds_config_zero3.json"), "--per_device_train_batch_size", "1"]
-    run = runs(command, *ALWAYS, *LORA, *zero_3, output="zero3_lora")
+    run = runs.forked(*ALWAYS, *LORA, *zero_3, output="zero3_lora", script="finetune_lora_ds.sh")
     assert_the_same_training(run, lora_alone)
     assert_quiet(run)
     shards = run.folder / f"checkpoint-{SAVED}" / f"global_step{SAVED}"
@@ -288,16 +331,16 @@ def test_zero_3_lora(runs: Runs, lora_alone: Run):
 
 
 def test_zero_2_lora_can_be_stopped_and_goes_on(runs: Runs, lora_alone: Run):
-    command = ["bash", SCRIPTS / "finetune_lora_ds.sh"]
+    script = "finetune_lora_ds.sh"
     arguments = [*ALWAYS, *LORA, "--per_device_train_batch_size", "1"]
-    run = runs(command, *arguments, output="zero2_lora")
+    run = runs.forked(*arguments, output="zero2_lora", script=script)
     assert_the_same_training(run, lora_alone)
     assert_quiet(run)
     shards = run.folder / f"checkpoint-{SAVED}" / f"global_step{SAVED}"
     assert bytes_of(shards, "*optim_states.pt") == pytest.approx([3 * 4 * parameters(run) / 2] * 2, rel=0.1)
 
     output = "zero2_lora_stopped"
-    process = runs.start(command, *arguments, output=output)
+    process = runs.start(["bash", SCRIPTS / script], *arguments, output=output)
     wait_until(lambda: ": loss " in runs.said(output), process)
     os.killpg(process.pid, signal.SIGINT)
     stopped = runs.wait(process, output)
@@ -310,16 +353,17 @@ def test_zero_2_lora_can_be_stopped_and_goes_on(runs: Runs, lora_alone: Run):
     assert 1 <= steps_done < STEPS
     assert [path.name for path in stopped.folder.glob("checkpoint-*")] == [f"checkpoint-{steps_done}"]
 
-    again = runs(command, *arguments, "--resume_from_checkpoint", "True", output=output)
+    again = runs.forked(*arguments, "--resume_from_checkpoint", "True", output=output, script=script)
     assert again.losses == pytest.approx(run.losses, rel=1e-5)
     assert again.said.count(": loss ") == STEPS
 
 
 def test_qlora_on_two_machines_is_that_of_one_process(runs: Runs):
-    alone = runs(
-        ["sh", SCRIPTS / "finetune_qlora_single_gpu.sh"],
+    alone = runs.forked(
         *[*ALWAYS, *LORA, "--per_device_train_batch_size", str(BATCH)],
         output="qlora_alone",
+        script="finetune_qlora_single_gpu.sh",
+        processes=1,
     )
     command = ["bash", SCRIPTS / "finetune_qlora_ds.sh"]
     arguments = [*ALWAYS, *LORA, "--per_device_train_batch_size", "1"]
@@ -335,18 +379,23 @@ def test_qlora_on_two_machines_is_that_of_one_process(runs: Runs):
     assert ": loss " not in runs.said("qlora_second_machine")
 
 
+def main_without_mpi(*arguments: str) -> int:
+    """finetune.py where mpi4py is not installed."""
+    sys.modules["mpi4py"] = None
+    return main(*arguments)
+
+
 def test_one_process_runs_deepspeed_with_the_schedule_of_the_arguments(runs: Runs):
     """Without a launcher, without MPI, and though the configuration names a schedule of its own."""
     config = json.loads((SCRIPTS / "ds_config_zero2.json").read_text())
     config["scheduler"] = {"type": "WarmupLR", "params": {"warmup_max_lr": "auto", "warmup_num_steps": "auto"}}
     (runs.folder / "warmup.json").write_text(json.dumps(config))
-    (runs.folder / "mpi4py.py").write_text("raise ImportError('not here')")
-    run = runs(
-        [sys.executable, ROOT / "finetune.py"],
+    run = runs.forked(
         *[*ALWAYS, "--learning_rate", "1e-3", "--lr_scheduler_type", "cosine", "--warmup_steps", "2"],
         *["--deepspeed", "warmup.json"],
         output="schedule",
-        PYTHONPATH=str(runs.folder),
+        processes=1,
+        run=main_without_mpi,
     )
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
     schedule = get_cosine_schedule_with_warmup(optimizer, num_warmup_steps=2, num_training_steps=STEPS)
@@ -361,10 +410,7 @@ def test_one_process_runs_deepspeed_with_the_schedule_of_the_arguments(runs: Run
 
 
 def test_mistake_is_said_once(runs: Runs):
-    missing = ["--data_path", "nowhere.json"]
-    output = "missing"
-    run = runs.wait(runs.start(["sh", SCRIPTS / "finetune_lora_ds.sh"], *missing, output=output), output)
-    assert run.status == 1
+    run = runs.forked("--data_path", "nowhere.json", output="missing", script="finetune_lora_ds.sh", status=1)
     assert run.said == f"{runs.folder / 'nowhere.json'} does not exist: check the path.\n"
 
     output = "unknown"
@@ -387,41 +433,46 @@ def test_mistake_on_one_machine_ends_all(runs: Runs):
     assert run.said == f"In process 1: {runs.folder / 'nowhere.json'} does not exist: check the path.\n"
 
 
-def test_launcher_explains_what_is_wrong_in_the_environment(tmp_path: Path):
-    def launched(**environment: str) -> subprocess.CompletedProcess:
+@pytest.mark.parametrize(
+    ("name", "value"), [("GPUS_PER_NODE", "all"), ("GPUS_PER_NODE", "0"), ("NNODES", "-1"), ("MASTER_PORT", "x")]
+)
+def test_launcher_wants_numbers(name: str, value: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    monkeypatch.setenv("GPUS_PER_NODE", "1")
+    monkeypatch.setenv(name, value)
+    launch = runpy.run_path(str(SCRIPTS / "launch.py"))
+    assert launch["main"](["end.py"]) == 2
+    assert capsys.readouterr().err.startswith(f"{name} is {value}: it must be a whole number")
+
+
+def test_launcher_explains_what_went_wrong(tmp_path: Path):
+    def launched(port: str) -> subprocess.CompletedProcess:
         return subprocess.run(
             [sys.executable, SCRIPTS / "launch.py", tmp_path / "end.py"],
-            env=os.environ | {"GPUS_PER_NODE": "1", "MASTER_PORT": free_port()} | environment,
+            env=os.environ | {"GPUS_PER_NODE": "1", "MASTER_PORT": port},
             capture_output=True,
             text=True,
             timeout=TIMEOUT,
         )
 
-    end = tmp_path / "end.py"
-    for name, value in (("GPUS_PER_NODE", "all"), ("GPUS_PER_NODE", "0"), ("NNODES", "-1"), ("MASTER_PORT", "x")):
-        result = launched(**{name: value})
-        assert result.returncode == 2
-        assert result.stderr.startswith(f"{name} is {value}: it must be a whole number")
-
+    (tmp_path / "end.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
     with socket.socket() as taken:
         taken.bind(("", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        result = launched(MASTER_PORT=port)
+        result = launched(port)
     assert result.returncode == 1
     assert f"cannot meet at localhost:{port}" in result.stderr and "set MASTER_PORT" in result.stderr
     assert "Traceback" not in result.stderr
 
-    end.write_text("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
-    result = launched()
+    result = launched(free_port())
     assert result.returncode == 128 + signal.SIGKILL
     assert result.stderr == "Process 0 was ended by SIGKILL. Is the memory full?\n"
 
 
-@pytest.fixture
-def recorder(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def recorder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Python that only says which arguments it was given, a line each."""
-    path = tmp_path / "my python"
+    path = tmp_path_factory.mktemp("recorder") / "my python"
     path.write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
     path.chmod(0o755)
     return path

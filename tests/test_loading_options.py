@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils import cpp_extension
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from qwen import QWenConfig, QWenLMHeadModel
@@ -154,8 +155,19 @@ GPU = torch.device("cuda")
     ],
     ids=str,
 )
-def test_the_fastest_kernel_of_each_device(quantization, dtype, device, kernel):
+def test_the_fastest_kernel_of_each_device(quantization, dtype, device, kernel, monkeypatch):
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", "/usr/local/cuda")
     assert choose_kernel(quantization, dtype, device) == kernel
+
+
+def test_a_kernel_that_needs_no_nvcc(monkeypatch):
+    """Most have torch from a wheel and no CUDA toolkit; GPTQModel's automatic choice then fails while loading."""
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", None)
+    monkeypatch.setattr(torch.version, "hip", None)
+    for bits in (4, 8):
+        assert choose_kernel({"bits": bits}, torch.float16, GPU) == "gptq_triton"
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert choose_kernel({"bits": 4}, torch.float16, GPU) == "auto"
 
 
 def test_the_precision_beside_quantized_weights():
@@ -185,6 +197,7 @@ def test_the_kernel_reaches_transformers(checkpoint, load, monkeypatch):
     assert seen["config"].quantization_config["backend"] == "torch" and seen["dtype"] == torch.float16
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", "/usr/local/cuda")
     for device_map in ("auto", {"": 0}):
         load(checkpoint, device_map=device_map)
         assert seen["config"].quantization_config["backend"] == "auto" and seen["dtype"] == "auto"

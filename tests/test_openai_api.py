@@ -16,6 +16,8 @@ import openai
 import pytest
 from server_process import ROOT, ServerProcess
 
+import openai_api
+
 HI = [{"role": "user", "content": "hi"}]
 LONG = {"prompt": "The", "temperature": 0, "max_tokens": 6000, "stream": True}  # the model repeats it to the end
 KEY = {"Authorization": "Bearer secret ключ".encode()}
@@ -322,10 +324,11 @@ def test_a_port_that_is_taken_is_one_sentence() -> None:
     assert port in result.stderr and len(result.stderr.splitlines()) == 1
 
 
-def test_no_such_checkpoint_is_one_sentence() -> None:
-    result = run("-c", "/no/such/folder", "--server-port", "0")
-    assert result.returncode == 1
-    loading, complaint = result.stderr.splitlines()
+def test_no_such_checkpoint_is_one_sentence(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(sys, "argv", ["openai_api.py", "-c", "/no/such/folder", "--server-port", "0"])
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")  # main() sets it: put back afterwards
+    assert openai_api.main() == 1
+    loading, complaint = capfd.readouterr().err.splitlines()
     assert loading == "Loading /no/such/folder ..." and "/no/such/folder" in complaint
 
 

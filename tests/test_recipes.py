@@ -6,7 +6,8 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -66,9 +67,25 @@ def the(blocks: list[str], words: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def lora(run: Run) -> Path:
-    run("bash", "-c", the(SH, "--output_dir output_qwen_lora"))
+def trainings(run: Run) -> Iterator[dict[str, Future]]:
+    """The page's commands that train, side by side, for each keeps one core busy; by the folders that they write."""
+    with ThreadPoolExecutor() as pool:
+        yield {
+            folder: pool.submit(run, "bash", "-c", the(SH, f"--output_dir {folder}"))
+            for folder in ("output_qwen_lora", "output_qwen_full")
+        }
+
+
+@pytest.fixture(scope="module")
+def lora(run: Run, trainings: dict[str, Future]) -> Path:
+    trainings["output_qwen_lora"].result()
     return run.folder / "output_qwen_lora"
+
+
+@pytest.fixture(scope="module")
+def full(run: Run, trainings: dict[str, Future]) -> Path:
+    trainings["output_qwen_full"].result()
+    return run.folder / "output_qwen_full"
 
 
 @pytest.fixture(scope="module")
@@ -101,9 +118,8 @@ def test_lora_teaches_who_it_is_and_keeps_sums(lora: Path, known: list[tuple[int
     knows_itself_and_sums(lora, known)
 
 
-def test_full_training_teaches_who_it_is_and_keeps_sums(run: Run, known: list[tuple[int, int]]) -> None:
-    run("bash", "-c", the(SH, "--output_dir output_qwen_full"))
-    knows_itself_and_sums(run.folder / "output_qwen_full", known)
+def test_full_training_teaches_who_it_is_and_keeps_sums(full: Path, known: list[tuple[int, int]]) -> None:
+    knows_itself_and_sums(full, known)
 
 
 def test_the_result_chats_in_the_terminal(run: Run, lora: Path) -> None:

@@ -7,6 +7,7 @@ same ones here, so that DeepSpeed runs in it without a launcher and without mpi4
 import contextlib
 import os
 import socket
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 
@@ -16,6 +17,13 @@ import torch
 def is_main_process() -> bool:
     """Whether this is the process that speaks to the person."""
     return int(os.environ.get("RANK", "0")) == 0
+
+
+def let_main_process_speak(seconds: float = 10) -> None:
+    """Before a process ends badly: launchers then end all others, the one that says why among them, which may be slower
+    to find out. Waits in those that do not speak; mostly the launcher ends them meanwhile."""
+    if not is_main_process():
+        time.sleep(seconds)
 
 
 def join_deepspeed(cpu: bool, timeout: float) -> None:

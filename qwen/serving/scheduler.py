@@ -335,7 +335,7 @@ class Scheduler:
                     reach,
                     self.device,
                     quantized=self.config.use_cache_quantization,
-                    fused=self.config.use_cache_kernel,
+                    fused=self.model.transformer.fused,
                 )
             )
         return self.batches[reach]
