@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -26,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
+from memory import peak
 from random_models import SHAPES, config, write_quantized
 from transformers import Qwen2Config, Qwen2ForCausalLM, Trainer, TrainerCallback
 
@@ -86,11 +86,7 @@ def cell(shape: str, method: str, length: int, steps: int) -> dict[str, float]:
             whole = EMBEDDINGS if method == "lora-embeddings" else []
             model = add_lora(model, LoraArguments(), whole)
         seconds = train(model, length, steps, settings(method, folder), SupervisedTrainer)
-    if torch.cuda.is_available():
-        memory = torch.cuda.max_memory_reserved()
-    else:
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"gigabytes": memory / 1e9, "seconds": statistics.median(seconds)}
+    return {"gigabytes": peak() / 1e9, "seconds": statistics.median(seconds)}
 
 
 def beside_qwen2(shape: str, lengths: list[int], steps: int) -> None:

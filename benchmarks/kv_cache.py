@@ -33,6 +33,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 import torch
+from memory import resident
 from random_models import SHAPES, config
 from safetensors.torch import load_file
 from torch.nn.functional import scaled_dot_product_attention
@@ -178,12 +179,6 @@ def peak(shape: str, kind: str, batch: int, tokens: int) -> list[int]:
 
 def exactly(tokens: int) -> dict:
     return {"min_new_tokens": tokens, "max_new_tokens": tokens, "do_sample": False}
-
-
-def resident(name: str) -> int:
-    """Bytes that are resident now, VmRSS, or were at most, VmHWM. What `resource` tells counts the parent in."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith(name)).split()[1])
 
 
 @torch.no_grad()

@@ -12,7 +12,6 @@ CPU the largest resident size, which loading determines. Prints Markdown tables.
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -24,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
+from memory import peak
 from random_models import SHAPES, config, write_quantized
 from transformers.generation.streamers import BaseStreamer
 
@@ -75,7 +75,8 @@ def scores() -> None:
             ("bfloat16", "bfloat16", BUNDLED_CHAT, {"bf16": True}),
             ("Int8", "bfloat16", int8, {}),
             ("Int4", "bfloat16", int4, {}),
-            ("float32", "int8", BUNDLED_CHAT, {"use_cache_quantization": True}),
+            ("float32", "int8", BUNDLED_CHAT, {"int8_cache": True}),
+            ("Int4", "int8", int4, {"int8_cache": True}),
         ):
             model, tokenizer = load_model_quietly(folder, cpu_only=True, **options)
             cases = all_cases()
@@ -133,12 +134,8 @@ def decode(model: QWenLMHeadModel, tokens: int, repeat: int) -> dict:
         clock = Clock()
         model.generate(ids, do_sample=False, min_new_tokens=tokens, max_new_tokens=tokens, streamer=clock)
         found.append((tokens - 1) / (clock.times[-1] - clock.times[1]))  # times[0] is the prompt's
-    if torch.cuda.is_available():
-        memory = torch.cuda.max_memory_reserved()
-    else:
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     kernel = type(model.transformer.h[0].attn.c_attn).__name__
-    return {"speeds": found[1:], "gigabytes": memory / 1e9, "kernel": kernel}
+    return {"speeds": found[1:], "gigabytes": peak() / 1e9, "kernel": kernel}
 
 
 class Clock(BaseStreamer):
