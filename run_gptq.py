@@ -9,9 +9,14 @@ The folder that is written is complete, and loads as every published -Int4 or -I
 """
 
 import argparse
+import contextlib
 import signal
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # it takes seconds to import
+    from qwen.quantization import Outcome
 
 
 def parse() -> argparse.Namespace:
@@ -58,11 +63,14 @@ def parse() -> argparse.Namespace:
 
 def main() -> int:
     arguments = parse()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what Ctrl-C cleans up, a scheduler's signal does too
+    for name in ("SIGTERM", "SIGHUP"):  # what Ctrl-C cleans up, a scheduler's signal and a lost connection do too
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores it
+            signal.signal(number, signal.default_int_handler)
     if sys.stderr.isatty():
         print("Starting ...", file=sys.stderr)  # the libraries take seconds
     try:
-        run(arguments)
+        outcome = run(arguments)
     except ModuleNotFoundError as error:
         print(
             f"{error}. Install the requirements (`pip install -r requirements.txt -r requirements_gptq.txt -c "
@@ -73,19 +81,25 @@ def main() -> int:
     except (OSError, ValueError) as error:  # CheckpointError, DataFileError and MalformedSample are among them
         print(error, file=sys.stderr)
         return 1
+    except MemoryError as error:
+        print(str(error) or "The main memory is full.", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("\nStopped. Nothing was written.", file=sys.stderr)
         return 130
+    with contextlib.suppress(KeyboardInterrupt):  # it comes too late
+        report(outcome, arguments.out_path)
     return 0
 
 
-def run(arguments: argparse.Namespace) -> None:
-    from qwen.loading import chat_format, resolve
-    from qwen.quantization import check, gigabytes, quantize
-    from qwen.quiet import quiet_loading
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
-    def say(text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
+
+def run(arguments: argparse.Namespace) -> "Outcome":
+    from qwen.loading import resolve
+    from qwen.quantization import check, quantize
+    from qwen.quiet import quiet_loading
 
     source, out = resolve(arguments.model_name_or_path), Path(arguments.out_path)
     how = {
@@ -106,13 +120,19 @@ def run(arguments: argparse.Namespace) -> None:
             say(f"{cut} of them fill or exceed --max_len {arguments.max_len}: their ends are cut off.")
         if tokens < (widest := max(config.hidden_size, config.intermediate_size // 2)):
             say(f"That is little: matrices have up to {widest:,} inputs. The more tokens above that, the better.")
-        outcome = quantize(source, out, samples, **how, cpu_only=arguments.cpu_only, progress=True)
+        return quantize(source, out, samples, **how, cpu_only=arguments.cpu_only, progress=True)
+
+
+def report(outcome: "Outcome", out: str) -> None:
+    from qwen.loading import chat_format
+    from qwen.quantization import gigabytes
+
     say(f"{'matrix':14}{'mean loss':>12}{'worst':>12}  in layer")
     for kind, loss in outcome.losses.items():
         say(f"{kind:14}{loss.mean:12.3g}{loss.worst:12.3g}  {loss.worst_layer + 1}")
     before, after = gigabytes(outcome.bytes_before), gigabytes(outcome.bytes_after)
     say(f"Done in {outcome.seconds:.0f} s: {out}, {after} of weights, which are {before} in 16 bits.")
-    if chat_format(str(out)) == "chatml":
+    if chat_format(str(outcome.folder)) == "chatml":
         say(f"Talk to it: python cli_demo.py -c {out}")
 
 

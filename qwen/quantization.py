@@ -12,8 +12,10 @@ import logging
 import os
 import random
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -58,6 +60,8 @@ PUBLISHED_SETTINGS = {
 }
 """What the config.json of every published quantized checkpoint says, beside the bits and the group size."""
 
+_WORK = ".quantizing-"  # how the folder begins that is filled meanwhile
+_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 _WORD = 32  # bits of the integers that hold packed weights; rows and columns come in multiples of it
 
 
@@ -121,6 +125,7 @@ def check(
 
     Raises:
         CheckpointError: `source` is no float checkpoint of these models, or a package is missing.
+        MemoryError: the model is larger than the main memory.
         OSError: `target` is not empty, cannot be written to, or has no room.
         ValueError: the bits, the group size or the shard size do not go with this model.
     """
@@ -136,6 +141,11 @@ def check(
         empty = QWenLMHeadModel(config)
     _check_shapes(empty, group_size)
     _check_target(target, Path(name), overwrite)
+    if (held := _bytes_before(empty)) > (memory := _main_memory()):
+        raise MemoryError(
+            f"{name} does not fit into the main memory, where it takes {gigabytes(held)} in 16 bits: this machine has "
+            f"{gigabytes(memory)}."
+        )
     needed = _bytes_after(empty, bits, group_size)
     place = next(folder for folder in (target, *target.absolute().parents) if folder.is_dir())
     if (free := shutil.disk_usage(place).free) < needed:
@@ -163,6 +173,7 @@ def quantize(
     Args:
         source: a folder or a hub id; None is the bundled chat model.
         target: a folder that is made, or an empty one. It is filled at the very end: an exception leaves it as it was.
+            Where files cannot be moved in it then, the finished model stays where the error says.
         samples: token ids, of `calibration_samples`.
         bits: 4 or 8.
         group_size: how many weights of a row share a scale.
@@ -172,7 +183,8 @@ def quantize(
         progress: show it on standard error, as a bar on a terminal and else in lines.
 
     Raises:
-        as `check`; ValueError also for no samples, and for a model that leaves the range of float16.
+        as `check`; ValueError also for no samples, and for a model that leaves the range of float16; MemoryError also
+        when the memory, the GPU's or the main one, fills up on the way.
     """
     began = time.perf_counter()
     options = {"bits": bits, "group_size": group_size}
@@ -182,13 +194,13 @@ def quantize(
     name, target = resolve(source), Path(target).expanduser().absolute()
     if os.path.isdir(name):
         name = os.path.abspath(name)
-    with _filled_at_the_end(target) as folder:
+    with _filled_at_the_end(target) as folder, _full_memory_explained():
         model, tokenizer = load_model(name, cpu_only=True, dtype=torch.float16)
         _check_numbers(model, samples[0])
-        before = sum(2 * weight.numel() for weight in model.parameters())
+        before = _bytes_before(model)
         log = _run_gptq(model, samples, options, cpu_only, _Progress(config.num_hidden_layers) if progress else None)
         _save(model, tokenizer, name, folder, options, max_shard_size)
-    after = sum(path.stat().st_size for path in target.glob("*.safetensors"))
+        after = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     return Outcome(target, before, after, time.perf_counter() - began, _losses(log))
 
 
@@ -254,16 +266,64 @@ def _check_target(target: Path, source: Path, overwrite: bool) -> None:
         raise FileExistsError(f"{target} holds what is to be quantized, or an adapter. Name a folder of its own.")
     if target.exists() and not target.is_dir():
         raise FileExistsError(f"{target} is a file. Name a folder.")
-    if target.is_dir() and any(target.iterdir()):
+    if target.is_dir() and (found := sorted(target.iterdir())):
+        if leftovers := [path for path in found if path.name.startswith(_WORK)]:
+            raise FileExistsError(
+                f"{leftovers[0]} is of another run, which is at work or broke off. If it is not at work, take from "
+                "there what you need and delete it, or name another folder."
+            )
         if not overwrite:
             raise FileExistsError(
                 f"{target} is not empty. Name another folder, or add --overwrite to replace the model in it."
             )
-        if not (target / CONFIG_NAME).is_file():
+        if not _holds_model(target):
             raise FileExistsError(f"{target} holds no model that could be replaced. Name another folder.")
+        _weight_files(target)
     place = next(folder for folder in (target, *target.absolute().parents) if folder.exists())
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         raise PermissionError(f"{target} cannot be written to: {place} does not allow it. Name another folder.")
+
+
+def _holds_model(folder: Path) -> bool:
+    """Whether config.json is of these models: other programs have one too, which is not to be replaced."""
+    config = folder / CONFIG_NAME
+    return config.is_file() and read_json(config, folder).get("model_type") == QWenConfig.model_type
+
+
+def _weight_files(folder: Path) -> set[str]:
+    """The names of its files of weights. Shards are known by the index alone.
+
+    Raises:
+        CheckpointError: an index does not name them.
+    """
+    names = {SAFETENSORS, SAFETENSORS_INDEX, BIN, BIN_INDEX}
+    for index in (SAFETENSORS_INDEX, BIN_INDEX):
+        if not (folder / index).is_file():
+            continue
+        weight_map = read_json(folder / index, folder).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+            raise CheckpointError(f"{index} of {folder} does not name the files of weights. Delete it and them.")
+        names |= {Path(shard).name for shard in weight_map.values()}
+    return {name for name in names if _is_there(folder / name)}
+
+
+def _is_there(path: Path) -> bool:
+    """Whether it is a file, or a link that leads nowhere."""
+    return os.path.lexists(path) and not path.is_dir()
+
+
+def _main_memory() -> float:
+    """All that the machine has, in bytes; infinite where the system does not say."""
+    try:
+        size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError):  # Windows has no sysconf, others not these names
+        return float("inf")
+    return size if size > 0 else float("inf")
+
+
+def _bytes_before(model: QWenLMHeadModel) -> int:
+    """Of the weights in 16 bits."""
+    return sum(2 * weight.numel() for weight in model.parameters())
 
 
 def _bytes_after(model: QWenLMHeadModel, bits: int, group_size: int) -> int:
@@ -358,6 +418,20 @@ def _out_of_range(model: QWenLMHeadModel, what: str) -> ValueError:
     )
 
 
+@contextlib.contextmanager
+def _full_memory_explained() -> Iterator[None]:
+    """Make a MemoryError with advice of what Python, torch and GPU libraries raise when there is no memory left."""
+    less = "Calibrate with fewer conversations (--samples) or shorter ones (--max_len)"
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):  # torch's has no class of its own
+            raise MemoryError(f"The main memory is full. {less}, or take a machine with more.") from error
+        if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower():
+            raise MemoryError(f"The memory of the GPU is full. {less}, or stay off it with --cpu-only.") from error
+        raise
+
+
 def _losses(log: list[dict[str, Any]]) -> dict[str, Loss]:
     by_kind = defaultdict(list)
     for entry in sorted(log, key=lambda entry: (entry["layer"], entry["module"])):
@@ -373,34 +447,74 @@ def _losses(log: list[dict[str, Any]]) -> dict[str, Loss]:
 @contextlib.contextmanager
 def _filled_at_the_end(target: Path) -> Iterator[Path]:
     """A temporary folder inside `target`, whose files take their places there when all is done, and which otherwise
-    goes without a trace.
+    goes without a trace; but what is done is kept, if it cannot take its place.
 
     Inside, because that is where there is room and permission for sure: `target` may be a mounted volume.
     """
     made = [folder for folder in (target, *target.parents) if not folder.exists()]
+    work = None
     try:
         target.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".quantizing-", dir=target) as work:
-            yield Path(work)
-            _move(Path(work), target)
+        work = Path(tempfile.mkdtemp(prefix=_WORK, dir=target))
+        new, old = work / "new", work / "old"
+        new.mkdir()
+        old.mkdir()
+        yield new
     except BaseException:
-        for folder in made:
+        with _undisturbed():
+            if work is not None:
+                shutil.rmtree(work, ignore_errors=True)
+            for folder in made:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
+        raise
+    with _undisturbed():
+        try:
+            _move(new, old, target)
+        except OSError as error:
+            raise OSError(
+                f"The model is done and kept in {new}, for it could not take its place in {target}: {error}"
+            ) from error
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _move(new: Path, old: Path, target: Path) -> None:
+    """From `new` to `target`, from where older weights and what has the same name goes to `old`; or nothing at all."""
+    names = {path.name for path in new.iterdir()}
+    # Some of the older weights would be loaded instead of what is new, if they stayed.
+    replaced = _weight_files(target) | {name for name in names if _is_there(target / name)}
+    # Without its config.json a folder is no model: it is none for the moment that the others take.
+    moves = [(target / name, old / name) for name in sorted(replaced, key=lambda name: name != CONFIG_NAME)]
+    moves += [(new / name, target / name) for name in sorted(names, key=lambda name: name == CONFIG_NAME)]
+    done = []
+    try:
+        for here, there in moves:
+            here.rename(there)
+            done.append((here, there))
+    except BaseException:
+        for here, there in reversed(done):
             with contextlib.suppress(OSError):
-                folder.rmdir()
+                there.rename(here)
         raise
 
 
-def _move(work: Path, target: Path) -> None:
-    # Without its config.json a folder is no model: it is none for the moment that the others take.
-    (target / CONFIG_NAME).unlink(missing_ok=True)
-    for index in (SAFETENSORS_INDEX, BIN_INDEX):  # shards are known by the index alone
-        if (target / index).is_file():
-            for shard in set(read_json(target / index, target).get("weight_map", {}).values()):
-                (target / Path(shard).name).unlink(missing_ok=True)
-    for name in (SAFETENSORS, SAFETENSORS_INDEX, BIN, BIN_INDEX):
-        (target / name).unlink(missing_ok=True)  # some of these would be loaded instead of what is written now
-    for path in sorted(work.iterdir(), key=lambda path: path.name == CONFIG_NAME):
-        path.replace(target / path.name)
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Let no signal stop halfway what takes a moment. Ctrl-C comes too late then; others are heard afterwards."""
+    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
+        yield
+        return
+    came = []
+    ours = [number for number in _SIGNALS if signal.getsignal(number) is not None]  # None: set by a program around us
+    handlers = {number: signal.signal(number, lambda number, frame: came.append(number)) for number in ours}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number in came:
+            if handlers[number] is not signal.default_int_handler:
+                signal.raise_signal(number)
 
 
 def _save(

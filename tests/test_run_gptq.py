@@ -1,13 +1,14 @@
 """Quantizing: the folder is complete and computes what the float model does; what stops halfway leaves no trace."""
 
 import base64
+import contextlib
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -20,13 +21,14 @@ import qwen.quantization
 import run_gptq
 from qwen.chat_files import ConversationFile
 from qwen.configuration_qwen import QWenConfig
-from qwen.loading import BUNDLED_BASE, BUNDLED_CHAT_INT4, load_model, load_tokenizer
+from qwen.loading import BUNDLED_BASE, BUNDLED_CHAT_INT4, check_checkpoint, load_model, load_tokenizer
 from qwen.modeling_qwen import QWenLMHeadModel
 from qwen.quantization import calibration_samples, quantize
 
 DATA = ROOT / "examples" / "identity.json"
 WORD = "zyzzyva"
 QUESTION, ANSWER = "What is 47 + 38?", "47 + 38 = 85."
+INDEX = "model.safetensors.index.json"
 LINEARS = ("attn.c_attn", "attn.c_proj", "mlp.w1", "mlp.w2", "mlp.c_proj")
 
 
@@ -79,18 +81,28 @@ def main(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Call
 
     def call(*arguments: object) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["run_gptq.py", *map(str, arguments)])
-        handler = signal.getsignal(signal.SIGTERM)
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
         try:
             code = run_gptq.main()
         except SystemExit as leave:
             code = leave.code
         finally:
-            signal.signal(signal.SIGTERM, handler)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
         captured = capsys.readouterr()
         assert captured.out == ""
         return code, captured.err
 
     return call
+
+
+@contextlib.contextmanager
+def handling(number: int, handler: Callable | int) -> Iterator[None]:
+    before = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
 
 
 @torch.no_grad()
@@ -106,8 +118,9 @@ def relative_error(quantized: Path, exact: Path, samples: list[list[int]]) -> fl
         return ((near.eval()(ids).logits - expected).norm() / expected.norm()).item()
 
 
-def content(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+def content(folder: Path) -> dict[str, bytes | None]:
+    """Of its files; a folder in it has none."""
+    return {path.name: path.read_bytes() if path.is_file() else None for path in folder.iterdir()}
 
 
 # ---- the folder ----
@@ -191,7 +204,7 @@ def test_int8_computes_the_same_but_for_a_trace(
     assert "20 of 48 conversations" in text and "--max_len 40: their ends are cut off" in text
     assert "mlp.c_proj" in text and f"cli_demo.py -c {out}" in text
     weights = sorted(path.name for path in out.iterdir() if path.name.startswith("model") and path.suffix != ".py")
-    assert weights[-1] == "model.safetensors.index.json" and len(weights) > 2 and "model.safetensors" not in weights
+    assert weights[-1] == INDEX and len(weights) > 2 and "model.safetensors" not in weights
     assert (out / "notes.txt").read_text() == "mine" and not list(out.glob(".*"))
     assert 1e-5 < relative_error(out, old, samples) < 0.01
 
@@ -298,6 +311,10 @@ def adapter(folder: Path) -> Path:
         ("--out_path {data}/out", 1, "cannot be written to"),
         ("--out_path {full}", 1, "is not empty"),
         ("--out_path {full} --overwrite", 1, "holds no model that could be replaced"),
+        ("--out_path {service} --overwrite", 1, "holds no model that could be replaced"),
+        ("--out_path {torn} --overwrite", 1, "model.safetensors.index.json of {torn} is not valid JSON"),
+        ("--out_path {nameless} --overwrite", 1, "model.safetensors.index.json of {nameless} does not name the files"),
+        ("--out_path {killed}", 1, "{killed}/.quantizing-abc is of another run"),
         ("--bits 3", 2, "--bits"),
         ("--max_len 2", 2, "--max_len is 2"),
         ("--samples 0", 2, "--samples is 0"),
@@ -329,11 +346,19 @@ def test_mistakes_are_told_at_once(
         "empty": tmp_path / "empty.json",
         "wrong": tmp_path / "wrong.json",
         "full": tmp_path / "full",
+        "service": other("service", {"port": 80}),
+        "torn": other("torn", ours),
+        "nameless": other("nameless", ours),
+        "killed": tmp_path / "killed",
     }
     places["half"].mkdir()
     shutil.copyfile(source / "config.json", places["half"] / "config.json")
     places["full"].mkdir()
     (places["full"] / "thesis.tex").touch()
+    for name, text in (("torn", '{"weight_map": {'), ("nameless", '{"weight_map": {"lm_head.weight": 1}}')):
+        (places[name] / INDEX).unlink()
+        (places[name] / INDEX).write_text(text)
+    (places["killed"] / ".quantizing-abc").mkdir(parents=True)
     places["empty"].touch()
     places["wrong"].write_text('[{"text": "no turns"}]')
     out = tmp_path / "out"
@@ -401,5 +426,132 @@ def test_ctrl_c_leaves_what_was_there(int4: Path, tmp_path: Path) -> None:
     assert list(out.glob(".*")), "it is at work"
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate(timeout=120)
-    assert (process.returncode, output, errors) == (130, "", "\nStopped. Nothing was written.\n")
+    assert (process.returncode, output) == (130, "") and errors.endswith("\nStopped. Nothing was written.\n")
+    assert "Traceback" not in errors  # the libraries' threads may remark on the end
     assert content(out) == content(int4) and [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_other_signals_stop_like_ctrl_c(number: int, tmp_path: Path, main, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = ("--samples", 1, "--out_path", tmp_path / "out")
+    monkeypatch.setattr(qwen.quantization, "_run_gptq", lambda *arguments: signal.raise_signal(number))
+    with handling(number, lambda *arguments: None):
+        code, text = main(*few)
+    assert code == 130 and text.endswith("\nStopped. Nothing was written.\n") and not list(tmp_path.iterdir())
+
+
+def test_nohup_is_respected(tmp_path: Path, main, monkeypatch: pytest.MonkeyPatch) -> None:
+    def hang_up(*arguments: object) -> None:
+        signal.raise_signal(signal.SIGHUP)
+        raise ValueError("it goes on")
+
+    monkeypatch.setattr(qwen.quantization, "_run_gptq", hang_up)
+    with handling(signal.SIGHUP, signal.SIG_IGN):
+        assert main("--samples", 1, "--out_path", tmp_path / "out")[1].endswith("it goes on\n")
+
+
+# ---- the memory ----
+
+
+def fill_python() -> None:
+    bytearray(1 << 62)
+
+
+def fill_torch() -> None:
+    torch.empty(1 << 60, dtype=torch.uint8)
+
+
+def fill_gpu() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8.00 GiB.")
+
+
+@pytest.mark.parametrize(
+    ("fill", "expected"),
+    [
+        (fill_python, ("main memory is full", "--samples", "--max_len")),
+        (fill_torch, ("main memory is full", "--samples", "--max_len")),
+        (fill_gpu, ("memory of the GPU is full", "--samples", "--max_len", "--cpu-only")),
+    ],
+)
+def test_full_memory_is_told(
+    fill: Callable[[], None], expected: tuple[str, ...], tmp_path: Path, main, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(qwen.quantization, "_run_gptq", lambda *arguments: fill())
+    code, text = main("--samples", 1, "--out_path", tmp_path / "out")
+    assert code == 1 and all(word in text.splitlines()[-1] for word in expected), text
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_errors_of_torch_are_not_taken_for_it(
+    source: Path, samples: list[list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(qwen.quantization, "_run_gptq", lambda *arguments: torch.ones(2) @ torch.ones(3))
+    with pytest.raises(RuntimeError, match="size"):
+        quantize(source, tmp_path / "out", samples, group_size=64)
+
+
+def test_a_model_larger_than_the_memory_is_refused(tmp_path: Path, main, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sysconf", {"SC_PHYS_PAGES": 1000, "SC_PAGE_SIZE": 4096}.get)
+    code, text = main("--out_path", tmp_path / "out")
+    assert code == 1 and "it takes 11.6 MB in 16 bits: this machine has 4.1 MB" in text
+
+
+# ---- the moment of replacing ----
+
+
+def test_what_cannot_be_moved_is_kept(
+    source: Path, samples: list[list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(qwen.quantization, "_run_gptq", lambda *arguments: [])
+    out = Path(shutil.copytree(source, tmp_path / "out"))
+    (out / "modeling_qwen.py").unlink()
+    (out / "modeling_qwen.py").mkdir()  # where a file is to go
+    before = content(out)
+    options = {"group_size": 64, "cpu_only": True, "overwrite": True}
+    with pytest.raises(
+        OSError, match=r"kept in .*/new, for it could not take its place in .*modeling_qwen.py"
+    ) as failure:
+        quantize(source, out, samples, **options)
+    work = next(out.glob(".quantizing-*"))
+    assert f"{work / 'new'}," in str(failure.value) and not list((work / "old").iterdir())
+    check_checkpoint(work / "new")
+    with pytest.raises(OSError, match=f"{work} is of another run"):
+        quantize(source, out, samples, **options)
+    shutil.rmtree(work)
+    assert content(out) == before
+
+
+def test_an_index_that_broke_meanwhile_loses_nothing(
+    source: Path, samples: list[list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = Path(shutil.copytree(source, tmp_path / "out"))
+    monkeypatch.setattr(qwen.quantization, "_run_gptq", lambda *arguments: (out / INDEX).write_text("{") and [])
+    with pytest.raises(OSError, match="kept in .* is not valid JSON"):
+        quantize(source, out, samples, group_size=64, cpu_only=True, overwrite=True)
+    kept = next(out.glob(".quantizing-*/new"))
+    assert (kept / "model.safetensors").is_file()
+    shutil.rmtree(kept.parent)
+    assert content(out) == content(source) | {INDEX: b"{"}
+
+
+def test_signals_wait_until_all_is_in_its_place(
+    source: Path, samples: list[list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C would claim that nothing was written; who has plans of his own for SIGTERM is told then."""
+    out = Path(shutil.copytree(source, tmp_path / "out"))
+    came, rename = [], Path.rename
+
+    def rename_and_send(here: Path, there: Path) -> None:
+        rename(here, there)
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
+        assert not came
+
+    monkeypatch.setattr(qwen.quantization, "_run_gptq", lambda *arguments: [])
+    monkeypatch.setattr(Path, "rename", rename_and_send)
+    with handling(signal.SIGTERM, lambda number, frame: came.append(sorted(out.iterdir()))):
+        outcome = quantize(source, out, samples, group_size=64, cpu_only=True, overwrite=True)
+    names = sorted(path for path in out.iterdir())
+    assert came[0] == names and [path.name for path in names if path.suffix == ".safetensors"] == ["model.safetensors"]
+    assert outcome.bytes_after == (out / "model.safetensors").stat().st_size and not list(out.glob(".*"))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
