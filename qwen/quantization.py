@@ -1,8 +1,8 @@
 """A float checkpoint and conversations → the same model in 4 or 8 bits, as the published -Int4 and -Int8 ones are.
 
-Revolves around a folder that is complete or not there at all: what cannot work is refused before anything slow begins,
-and what stops halfway leaves no trace. GPTQModel does the arithmetic (GPTQ: Frantar et al. 2022,
-https://arxiv.org/abs/2210.17323). How quantized checkpoints are loaded, it does not know.
+Revolves around hours of work that must not be in vain: what cannot work is refused before anything slow begins.
+GPTQModel does the arithmetic (GPTQ: Frantar et al. 2022, https://arxiv.org/abs/2210.17323). How quantized checkpoints
+are loaded, it does not know.
 """
 
 import contextlib
@@ -12,10 +12,8 @@ import logging
 import os
 import random
 import shutil
-import signal
 import sys
 import tempfile
-import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -32,13 +30,9 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, cached_file
 from transformers.utils.hub import convert_file_size_to_int
 
-from .adapters import ADAPTER_CONFIG, is_adapter
+from .adapters import is_adapter
 from .chat_data import encode_sample
 from .checkpoint_files import (
-    BIN,
-    BIN_INDEX,
-    SAFETENSORS,
-    SAFETENSORS_INDEX,
     CheckpointError,
     first_line,
     let_others_read,
@@ -48,6 +42,7 @@ from .configuration_qwen import QWenConfig
 from .loading import check_checkpoint, load_model, resolve
 from .modeling_qwen import QWenLMHeadModel
 from .options_qwen import PRECISIONS
+from .target_folder import check_target, filled_at_the_end
 from .tokenization_qwen import QWenTokenizer
 
 GROUP_SIZES = (32, 64, 128, 256, 512, 1024)
@@ -60,8 +55,6 @@ PUBLISHED_SETTINGS = {
 }
 """What the config.json of every published quantized checkpoint says, beside the bits and the group size."""
 
-_WORK = ".quantizing-"  # how the folder begins that is filled meanwhile
-_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 _WORD = 32  # bits of the integers that hold packed weights; rows and columns come in multiples of it
 
 
@@ -140,7 +133,7 @@ def check(
     with torch.device("meta"):
         empty = QWenLMHeadModel(config)
     _check_shapes(empty, group_size)
-    _check_target(target, Path(name), overwrite)
+    check_target(target, Path(name), overwrite)
     if (held := _bytes_before(empty)) > (memory := _main_memory()):
         raise MemoryError(
             f"{name} does not fit into the main memory, where it takes {gigabytes(held)} in 16 bits: this machine has "
@@ -194,7 +187,7 @@ def quantize(
     name, target = resolve(source), Path(target).expanduser().absolute()
     if os.path.isdir(name):
         name = os.path.abspath(name)
-    with _filled_at_the_end(target) as folder, _full_memory_explained():
+    with filled_at_the_end(target) as folder, _full_memory_explained():
         model, tokenizer = load_model(name, cpu_only=True, dtype=torch.float16)
         _check_numbers(model, samples[0])
         before = _bytes_before(model)
@@ -259,57 +252,6 @@ def _check_shapes(model: QWenLMHeadModel, group_size: int) -> None:
                 f"A group size of {group_size} does not divide the {linear.in_features} inputs of {name}: take "
                 f"{' or '.join(fitting)}."
             )
-
-
-def _check_target(target: Path, source: Path, overwrite: bool) -> None:
-    if target.resolve() == source.resolve() or (target / ADAPTER_CONFIG).is_file():
-        raise FileExistsError(f"{target} holds what is to be quantized, or an adapter. Name a folder of its own.")
-    if target.exists() and not target.is_dir():
-        raise FileExistsError(f"{target} is a file. Name a folder.")
-    if target.is_dir() and (found := sorted(target.iterdir())):
-        if leftovers := [path for path in found if path.name.startswith(_WORK)]:
-            raise FileExistsError(
-                f"{leftovers[0]} is of another run, which is at work or broke off. If it is not at work, take from "
-                "there what you need and delete it, or name another folder."
-            )
-        if not overwrite:
-            raise FileExistsError(
-                f"{target} is not empty. Name another folder, or add --overwrite to replace the model in it."
-            )
-        if not _holds_model(target):
-            raise FileExistsError(f"{target} holds no model that could be replaced. Name another folder.")
-        _weight_files(target)
-    place = next(folder for folder in (target, *target.absolute().parents) if folder.exists())
-    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-        raise PermissionError(f"{target} cannot be written to: {place} does not allow it. Name another folder.")
-
-
-def _holds_model(folder: Path) -> bool:
-    """Whether config.json is of these models: other programs have one too, which is not to be replaced."""
-    config = folder / CONFIG_NAME
-    return config.is_file() and read_json(config, folder).get("model_type") == QWenConfig.model_type
-
-
-def _weight_files(folder: Path) -> set[str]:
-    """The names of its files of weights. Shards are known by the index alone.
-
-    Raises:
-        CheckpointError: an index does not name them.
-    """
-    names = {SAFETENSORS, SAFETENSORS_INDEX, BIN, BIN_INDEX}
-    for index in (SAFETENSORS_INDEX, BIN_INDEX):
-        if not (folder / index).is_file():
-            continue
-        weight_map = read_json(folder / index, folder).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-            raise CheckpointError(f"{index} of {folder} does not name the files of weights. Delete it and them.")
-        names |= {Path(shard).name for shard in weight_map.values()}
-    return {name for name in names if _is_there(folder / name)}
-
-
-def _is_there(path: Path) -> bool:
-    """Whether it is a file, or a link that leads nowhere."""
-    return os.path.lexists(path) and not path.is_dir()
 
 
 def _main_memory() -> float:
@@ -442,79 +384,6 @@ def _losses(log: list[dict[str, Any]]) -> dict[str, Loss]:
 
 
 # ---- the folder ----
-
-
-@contextlib.contextmanager
-def _filled_at_the_end(target: Path) -> Iterator[Path]:
-    """A temporary folder inside `target`, whose files take their places there when all is done, and which otherwise
-    goes without a trace; but what is done is kept, if it cannot take its place.
-
-    Inside, because that is where there is room and permission for sure: `target` may be a mounted volume.
-    """
-    made = [folder for folder in (target, *target.parents) if not folder.exists()]
-    work = None
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=_WORK, dir=target))
-        new, old = work / "new", work / "old"
-        new.mkdir()
-        old.mkdir()
-        yield new
-    except BaseException:
-        with _undisturbed():
-            if work is not None:
-                shutil.rmtree(work, ignore_errors=True)
-            for folder in made:
-                with contextlib.suppress(OSError):
-                    folder.rmdir()
-        raise
-    with _undisturbed():
-        try:
-            _move(new, old, target)
-        except OSError as error:
-            raise OSError(
-                f"The model is done and kept in {new}, for it could not take its place in {target}: {error}"
-            ) from error
-        shutil.rmtree(work, ignore_errors=True)
-
-
-def _move(new: Path, old: Path, target: Path) -> None:
-    """From `new` to `target`, from where older weights and what has the same name goes to `old`; or nothing at all."""
-    names = {path.name for path in new.iterdir()}
-    # Some of the older weights would be loaded instead of what is new, if they stayed.
-    replaced = _weight_files(target) | {name for name in names if _is_there(target / name)}
-    # Without its config.json a folder is no model: it is none for the moment that the others take.
-    moves = [(target / name, old / name) for name in sorted(replaced, key=lambda name: name != CONFIG_NAME)]
-    moves += [(new / name, target / name) for name in sorted(names, key=lambda name: name == CONFIG_NAME)]
-    done = []
-    try:
-        for here, there in moves:
-            here.rename(there)
-            done.append((here, there))
-    except BaseException:
-        for here, there in reversed(done):
-            with contextlib.suppress(OSError):
-                there.rename(here)
-        raise
-
-
-@contextlib.contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Let no signal stop halfway what takes a moment. Ctrl-C comes too late then; others are heard afterwards."""
-    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
-        yield
-        return
-    came = []
-    ours = [number for number in _SIGNALS if signal.getsignal(number) is not None]  # None: set by a program around us
-    handlers = {number: signal.signal(number, lambda number, frame: came.append(number)) for number in ours}
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        for number in came:
-            if handlers[number] is not signal.default_int_handler:
-                signal.raise_signal(number)
 
 
 def _save(
