@@ -7,10 +7,12 @@ are loaded, it does not know.
 
 import contextlib
 import importlib.util
+import io
 import json
 import logging
 import os
 import random
+import shlex
 import shutil
 import sys
 import tempfile
@@ -42,6 +44,7 @@ from .configuration_qwen import QWenConfig
 from .loading import check_checkpoint, load_model, resolve
 from .modeling_qwen import QWenLMHeadModel
 from .options_qwen import PRECISIONS
+from .quiet import quiet_gptqmodel
 from .target_folder import check_target, filled_at_the_end
 from .tokenization_qwen import QWenTokenizer
 
@@ -129,7 +132,7 @@ def check(
         convert_file_size_to_int(max_shard_size)
     except ValueError as error:
         raise ValueError(f"{max_shard_size!r} is no size: write a number and MB or GB, such as 2GB.") from error
-    config = _check_source(name, target)
+    config = _check_source(name)
     with torch.device("meta"):
         empty = QWenLMHeadModel(config)
     _check_shapes(empty, group_size)
@@ -209,12 +212,14 @@ def gigabytes(size: float) -> str:
 # ---- what can be known beforehand ----
 
 
-def _check_source(name: str, target: Path) -> QWenConfig:
+def _check_source(name: str) -> QWenConfig:
     """The configuration, unless this is no float checkpoint, as a whole and of these models."""
     if is_adapter(Path(name)):
+        adapter, merged = shlex.quote(name), shlex.quote(f"{name.rstrip('/')}-merged")
         raise CheckpointError(
             f"{name} is an adapter (LoRA), and a whole model is quantized. Merge it into its base first, and quantize "
-            f"the result: `python finetune/merge_lora.py {name} {target}-merged`."
+            f"the result: `python finetune/merge_lora.py {adapter} {merged}`. If it was trained on a quantized model "
+            "(Q-LoRA), name the float one with --base."
         )
     if missing := [package for package in ("gptqmodel", "optimum") if importlib.util.find_spec(package) is None]:
         raise CheckpointError(
@@ -317,7 +322,12 @@ def _run_gptq(
     # With one or two cores GPTQModel gives itself one worker, and then fails because it wants two.
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
     root_level = logging.getLogger().level
-    with tempfile.TemporaryDirectory() as work, contextlib.chdir(work):  # where GPTQModel leaves its logs
+    quiet_gptqmodel()
+    with (
+        tempfile.TemporaryDirectory() as work,
+        contextlib.chdir(work),  # where GPTQModel leaves its logs
+        contextlib.redirect_stdout(io.StringIO()),  # and what it draws
+    ):
         from gptqmodel import QuantizeConfig
         from gptqmodel.models._const import DEVICE
         from gptqmodel.models.definitions.qwen import QwenQModel

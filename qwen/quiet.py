@@ -53,7 +53,7 @@ def quiet_loading(progress: bool = True) -> Iterator[None]:
         return
     transformers_logging.set_verbosity_error()
     hub_logging.set_verbosity_error()
-    _quiet_gptqmodel()
+    quiet_gptqmodel()
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -77,14 +77,15 @@ def quiet_training(main: bool) -> None:
     for name, beginning in _RECORDS.items():
         logging.getLogger(name).addFilter(lambda record, start=beginning: start not in str(record.msg))
     logging.getLogger("accelerate").setLevel(logging.WARNING)  # it tells of every file where a library set root to INFO
-    _quiet_gptqmodel()
+    quiet_gptqmodel()
     if not torch.accelerator.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, which accelerate imports, warns that it found none
     if not main or not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
 
 
-def _quiet_gptqmodel() -> None:
+def quiet_gptqmodel() -> None:
+    """Keep back GPTQModel's log, for good. To be called before it is imported, when it greets on standard output."""
     os.environ.setdefault("GPTQMODEL_DISABLE_GIL_WARNING", "1")
     if importlib.util.find_spec("logbar"):  # its logger, which sets itself to INFO when it is first asked for
         with contextlib.redirect_stdout(io.StringIO()):

@@ -190,8 +190,9 @@ def published(request, bundled_chat, tmp_path_factory):
 
 @pytest.fixture
 def log(caplog, monkeypatch):
-    """What transformers logs, which keeps it from pytest."""
+    """What transformers logs, which keeps it from pytest; a script that ran in this process may have silenced it."""
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    caplog.set_level(logging.WARNING, logger="transformers")
     return caplog
 
 
