@@ -117,8 +117,11 @@ class QuantizedStates:
 
     def __init__(self, segments: Sequence[Segment] = (), length: int = 0):
         self.segments, self.length = list(segments), length
-        self._layout: list[tuple] = []
+        self._mapped: list[Segment] = []  # the segments that `_tiles` tells of
         self._tiles: torch.Tensor | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_mapped": [], "_tiles": None}  # the tensors of a copy lie elsewhere
 
     def parts(self) -> Iterator[Segment]:
         """All tokens, in pieces of a size that is quickly converted."""
@@ -150,9 +153,8 @@ class QuantizedStates:
     def tiles(self) -> torch.Tensor:
         """Where each tile of tokens lies, for the kernel: (tiles, 9) int64. Six addresses, in the order of a segment,
         and the strides of B, H and T in vectors of D channels."""
-        # Looked at each time: copies, beam search, cropping and offloading move tensors, or put others in their place.
-        layout = [(tensor.data_ptr(), tensor.shape[2], tensor.stride()) for part in self.segments for tensor in part]
-        if self._tiles is None or layout != self._layout:
+        # Segments are replaced as a whole and never changed: which ones they are tells whether the map still holds.
+        if self._tiles is None or [*map(id, self._mapped)] != [*map(id, self.segments)]:
             rows = []
             for segment in self.segments:
                 strides = segment[1].stride()[:3]
@@ -162,7 +164,7 @@ class QuantizedStates:
                     )
                     rows.append([*places, *strides])
             self._tiles = torch.tensor(rows, dtype=torch.int64, device=self.segments[0][0].device)
-            self._layout = layout
+            self._mapped = [*self.segments]
         return self._tiles
 
 

@@ -148,15 +148,20 @@ def test_dropping_tokens_and_going_on():
 
 def test_the_kernels_map_follows_what_is_dropped_and_added():
     """A tensor that takes the place of a dropped one may have its address and another size."""
+
+    def is_right(states: QuantizedStates) -> bool:
+        return torch.equal(states.tiles, QuantizedStates(states.segments, states.length).tiles)
+
     layer = QuantizedKVLayer()
     draw = random.Random(0)
     for seed in range(60):
         layer.update(*states(draw.choice([1, 60, 130, 300]), batch=1, heads=1, seed=seed))
-        assert torch.equal(layer.states.tiles, QuantizedStates(layer.states.segments, layer.get_seq_length()).tiles)
+        assert is_right(layer.states) and is_right(copy.deepcopy(layer.states))
         layer.crop(-draw.randrange(200))
-        if not layer.get_seq_length():
-            continue
-        assert torch.equal(layer.states.tiles, QuantizedStates(layer.states.segments, layer.get_seq_length()).tiles)
+        assert layer.get_seq_length() == 0 or is_right(layer.states)
+    layer.update(*states(60, batch=1, heads=1))
+    layer.reorder_cache(torch.tensor([0, 0]))
+    assert is_right(layer.states)
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ class RaggedLayer(CacheLayerMixin):
     def __init__(self, lengths: Lengths, capacity: int, quantized: bool, fused: bool):
         super().__init__()
         self.lengths, self.capacity, self.quantized, self.fused = lengths, capacity, quantized, fused
-        self.states = QuantizedStates()
+        self.states = QuantizedStates()  # the rows in use, as views of:
         # Keys and values, each of them as it is or as (q, scale, zero point): (rows, capacity, H, D or 1).
         self.store: list[torch.Tensor] = []
 
@@ -50,7 +50,9 @@ class RaggedLayer(CacheLayerMixin):
         """Append one token to every row: (B, H, 1, D) each → (B, H, longest + 1, D); what lies behind a row's own
         length is left to the attention mask."""
         ends = self.lengths.tensor.to(key_states.device)
-        held = tuple(stored[: len(ends)].transpose(1, 2) for stored in self.store)
+        if not self.states.segments or len(self.states.segments[0][0]) != len(ends):
+            self.states.segments = [tuple(stored[: len(ends)].transpose(1, 2) for stored in self.store)]
+        held = self.states.segments[0]
         kernels = triton_kernels(key_states.device.type) if self.fused else None
         if kernels is not None:
             kernels.append(key_states, value_states, held, ends)
@@ -60,7 +62,7 @@ class RaggedLayer(CacheLayerMixin):
                 stored[rows, ends] = new[:, :, 0]
         if not self.quantized:
             return held[0][:, :, : self.lengths.longest + 1], held[1][:, :, : self.lengths.longest + 1]
-        self.states.segments, self.states.length = [held], self.lengths.longest + 1
+        self.states.length = self.lengths.longest + 1
         return (self.states, self.states) if self.fused else self.states.dequantize(self.dtype)
 
     def write(self, row: int, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -96,6 +98,7 @@ class RaggedLayer(CacheLayerMixin):
             kept = min(rows, len(stored))
             resized[:kept] = stored[:kept]
             self.store[index] = resized
+        self.states.segments = []
 
     def _encode(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
         if self.quantized:
