@@ -43,6 +43,9 @@ class QWenConfig(PreTrainedConfig):
         rotary_emb_base: base of the RoPE frequencies.
         use_dynamic_ntk: enlarge the RoPE base for prompts longer than `seq_length` (inference only).
         use_logn_attn: scale queries beyond `seq_length` by the logarithm of their position (inference only).
+        use_window_attn: let each layer look back a limited distance, lower layers a smaller one (inference only).
+        window_sizes: that distance for each layer, in tokens. None: from half of `seq_length` in the lowest layer to
+            four times `seq_length`, as far as the models are said to reach, in the uppermost.
         no_bias: no bias in the linear layers; `c_attn` has one whatever this says.
         bf16, fp16, fp32: the precision to load in, at most one of them.
         use_flash_attn: "auto", True or False.
@@ -70,6 +73,8 @@ class QWenConfig(PreTrainedConfig):
     rotary_emb_base: float | int = 10000
     use_dynamic_ntk: bool | None = None
     use_logn_attn: bool | None = None
+    use_window_attn: bool = False
+    window_sizes: list[int] | None = None
     emb_dropout_prob: float | int = 0.0
     attn_dropout_prob: float | int = 0.0
     layer_norm_epsilon: float | int | None = None
@@ -113,6 +118,14 @@ class QWenConfig(PreTrainedConfig):
         """R: how many channels of a head RoPE turns."""
         return int(self.rotary_pct * self.kv_channels)
 
+    @property
+    def windows(self) -> list[int]:
+        """How many tokens each layer sees with `use_window_attn`, the new one among them."""
+        if self.window_sizes is not None:
+            return list(self.window_sizes)
+        low, high, steps = self.seq_length / 2, 4 * self.seq_length, max(1, self.num_hidden_layers - 1)
+        return [round(low + (high - low) * layer / steps) for layer in range(self.num_hidden_layers)]
+
     def check(self) -> None:
         """Refuse values that make no network; the types were checked when they were set.
 
@@ -135,6 +148,13 @@ class QWenConfig(PreTrainedConfig):
                 raise ValueError(f"config: {name} must be above 0, not {getattr(self, name)}.")
         if self.seq_length < 2:
             raise ValueError(f"config: seq_length is the trained length in tokens, at least 2, not {self.seq_length}.")
+        if self.window_sizes is not None and (
+            len(self.window_sizes) != self.num_hidden_layers or min(self.window_sizes) < 1
+        ):
+            raise ValueError(
+                f"config: window_sizes needs a number of tokens above 0 for each of the {self.num_hidden_layers} "
+                f"layers, not {self.window_sizes}."
+            )
         if self.use_flash_attn not in ("auto", True, False):
             raise ValueError(f'config: use_flash_attn is "auto", true or false, not {self.use_flash_attn!r}.')
         flags = [name for name in PRECISIONS if getattr(self, name)]

@@ -1,12 +1,14 @@
 """The first-generation Qwen network on transformers 5.
 
-A pre-norm decoder: RMSNorm, rotary embedding, multi-head attention with a fused projection, gated MLP. Two additions
-carry it past its trained length at inference: dynamic NTK (a larger RoPE base, fixed by the length of the prompt) and
-LogN (longer queries at later positions). Knows token ids, not text.
+A pre-norm decoder: RMSNorm, rotary embedding, multi-head attention with a fused projection, gated MLP. Three additions
+carry it past its trained length at inference: dynamic NTK (a larger RoPE base, fixed by the length of the prompt), LogN
+(longer queries at later positions) and, on request, windows (layers look back a limited distance). Knows token ids, not
+text.
 
 Shapes: B batch, S new tokens, T = past + S, H heads, D head size, R rotary channels of D, C hidden size.
 """
 
+import functools
 import os
 from typing import Any
 
@@ -28,6 +30,7 @@ from .configuration_qwen import QWenConfig
 from .gptq_qwen import GPTQMixin, with_kernel
 from .options_qwen import PRECISIONS, check_arguments, choose_attention, choose_dtype, is_gptq, target_device
 from .qwen_generation_utils import ChatMixin
+from .window_qwen import Window, window_attention, windows
 
 # 2^24 times the trained length is more than anyone will ask for.
 MAX_DOUBLINGS = 24
@@ -147,6 +150,7 @@ class QWenAttention(nn.Module):
         position_embeddings: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None],
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
+        window: Window | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """hidden_states: (B, S, C) → (B, S, C), and the weights (B, H, S, T) where the implementation gives them."""
@@ -165,6 +169,8 @@ class QWenAttention(nn.Module):
             attention = quantized_attention
         else:
             attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        if window is not None:
+            attention = functools.partial(window_attention, attention, window)
         output, weights = attention(
             self,
             query,
@@ -360,9 +366,11 @@ class QWenModel(QWenPreTrainedModel):
         cos, sin = rotary_tables(position_ids, self.config.rotary_dim, self.config.rotary_emb_base, alpha)
         stretch_queries = self.config.use_logn_attn and not self.training
         query_scale = logn_scale(position_ids, self.config.seq_length) if stretch_queries else None
+        visible = self.layer_windows(past_key_values, past_length, inputs_embeds)
 
         hidden_states = self.drop(inputs_embeds)
-        for block in self.h[: self.config.num_hidden_layers]:  # fewer when `generate` drafts with the first layers
+        # Fewer layers when `generate` drafts with the first of them.
+        for block, window in zip(self.h[: self.config.num_hidden_layers], visible, strict=False):
             hidden_states = block(
                 hidden_states,
                 attention_mask=mask,
@@ -370,6 +378,7 @@ class QWenModel(QWenPreTrainedModel):
                 past_key_values=past_key_values,
                 use_cache=use_cache,
                 position_embeddings=(cos, sin, query_scale),
+                window=window,
                 **kwargs,
             )
         return BaseModelOutputWithPast(
@@ -385,6 +394,15 @@ class QWenModel(QWenPreTrainedModel):
         """Whether single tokens attend to the bytes of an 8-bit cache. Other implementations than the usual one are
         asked for by those who want weights ("eager"), or bring masks of their own ("flex_attention")."""
         return self.config.use_cache_kernel and self.config._attn_implementation == "sdpa"
+
+    def layer_windows(
+        self, cache: Cache | None, past_length: int | torch.Tensor, inputs_embeds: torch.Tensor
+    ) -> list[Window | None]:
+        """What each layer sees, None for all."""
+        if not self.config.use_window_attn or self.training:
+            return [None] * len(self.h)
+        rows = getattr(cache, "row_lengths", None)  # of a cache whose rows are of different lengths
+        return windows(self.config.windows, past_length, rows, inputs_embeds.shape[1], inputs_embeds.device)
 
     def dynamic_ntk(
         self,
@@ -500,8 +518,14 @@ class QWenLMHeadModel(QWenPreTrainedModel, ChatMixin, GenerationMixin):
         """As in transformers.
 
         Raises:
-            ValueError: with `use_cache_quantization=True`, which its paged cache would ignore.
+            ValueError: with `use_cache_quantization=True` or `use_window_attn=True`: its paged cache ignores both.
         """
+        if self.config.use_window_attn:
+            raise ValueError(
+                "transformers' continuous batching (generate_batch) gives every layer the whole context: load the "
+                "model without use_window_attn=True for it. generate, chat_batch and openai_api.py serve many at once "
+                "with windows."
+            )
         if self.config.use_cache_quantization:
             raise ValueError(
                 "transformers' continuous batching (generate_batch) has a paged cache of its own, in full precision: "

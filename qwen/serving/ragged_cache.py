@@ -141,6 +141,11 @@ class RaggedCache(Cache):
         """Sequences in the batch."""
         return len(self.lengths.tokens)
 
+    @property
+    def row_lengths(self) -> list[int]:
+        """Tokens of each row, read by the model where layers see windows."""
+        return self.lengths.tokens
+
     @staticmethod
     def room_for(rows: int) -> int:
         """Rows that are allocated to hold so many."""

@@ -1,0 +1,215 @@
+"""Window attention against masks written out, and everything a context can go through: chunks, padding, caches, the
+server, and off.
+
+The golden model is told a trained length of 64, and windows of less and of more than a block.
+"""
+
+import pytest
+import torch
+from transformers import AttentionInterface, StaticCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from qwen import QWenConfig, QWenLMHeadModel
+from qwen.loading import load_model
+from qwen.modeling_qwen import logn_scale, rotary_tables, rotate
+from qwen.serving.engine import Engine
+
+TOKENS = 330
+
+
+def window_sizes(layers: int) -> list[int]:
+    """From less than a block of queries to more than one."""
+    return [40 + 170 * layer // (layers - 1) for layer in range(layers)]
+
+
+@pytest.fixture(scope="module", params=["sdpa", "eager"])
+def model(request, golden):
+    return load(golden, attn_implementation=request.param)
+
+
+def load(golden, **kwargs) -> QWenLMHeadModel:
+    layers = QWenConfig.from_pretrained(golden).num_hidden_layers
+    kwargs = {"use_window_attn": True, "window_sizes": window_sizes(layers), "seq_length": 64} | kwargs
+    return QWenLMHeadModel.from_pretrained(golden, **kwargs).eval()
+
+
+@pytest.fixture(scope="module")
+def ids() -> torch.Tensor:
+    return torch.randint(0, 512, (1, TOKENS), generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def by_hand(model: QWenLMHeadModel, ids: torch.Tensor, alpha: float = 1.0) -> torch.Tensor:
+    """Logits (1, S, V) of a prompt, with every score written out and those out of reach taken away."""
+    config, length = model.config, ids.shape[1]
+    places = torch.arange(length)
+    distance = places[:, None] - places[None]
+    cos, sin = rotary_tables(places[None], config.rotary_dim, config.rotary_emb_base, torch.tensor([alpha]))
+    stretch = logn_scale(places[None], config.seq_length)
+    x = model.transformer.wte(ids)
+    for block, size in zip(model.transformer.h, config.window_sizes, strict=True):
+        heads = block.attn.c_attn(block.ln_1(x)).view(length, 3, -1, config.kv_channels).permute(1, 2, 0, 3)[:, None]
+        query, key, value = rotate(heads[0], cos, sin) * stretch, rotate(heads[1], cos, sin), heads[2]
+        scores = query @ key.mT / config.kv_channels**0.5
+        scores = scores.masked_fill((distance < 0) | (distance >= size), -torch.inf)
+        x = x + block.attn.c_proj((scores.softmax(-1) @ value).transpose(1, 2).reshape(1, length, -1))
+        x = x + block.mlp(block.ln_2(x))
+    return model.lm_head(model.transformer.ln_f(x))
+
+
+def close(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    return bool(((found - expected).abs().max() < 1e-5 * expected.abs().max()).item())
+
+
+@torch.no_grad()
+def test_a_prompt_sees_what_its_windows_hold(model, ids):
+    alpha = 15.0  # 330 tokens are 5.2 times 64: 2^(3 + 1) − 1
+    expected = by_hand(model, ids, alpha)
+    assert close(model(ids).logits, expected)
+    model.config.use_window_attn = False
+    try:
+        assert not close(model(ids).logits, expected)
+    finally:
+        model.config.use_window_attn = True
+
+
+@torch.no_grad()
+def test_a_cache_that_grows_in_any_steps(model, ids):
+    model.config.use_dynamic_ntk = False  # its base would be that of the first piece
+    try:
+        expected, cache, pieces = by_hand(model, ids), None, []
+        for start, end in ((0, 39), (39, 40), (40, 41), (41, 130), (130, 131), (131, 329), (329, 330)):
+            output = model(ids[:, start:end], past_key_values=cache, use_cache=True)
+            cache, pieces = output.past_key_values, [*pieces, output.logits]
+        assert close(torch.cat(pieces, dim=1), expected)
+    finally:
+        model.config.use_dynamic_ntk = True
+
+
+def test_a_row_in_a_batch_equals_the_same_row_alone(model, ids):
+    rows = [ids[0, :300], ids[0, 20:150], ids[0, 5:20]]
+    settings = {"do_sample": False, "max_new_tokens": 6, "eos_token_id": None}
+    padded = torch.stack([torch.cat([torch.zeros(300 - len(row), dtype=row.dtype), row]) for row in rows])
+    mask = torch.stack([(torch.arange(300) >= 300 - len(row)).long() for row in rows])
+    together = model.generate(padded, attention_mask=mask, **settings)[:, 300:]
+    for row, tokens in zip(rows, together, strict=True):
+        alone = model.generate(row[None], attention_mask=torch.ones_like(row)[None], **settings)
+        assert torch.equal(alone[0, len(row) :], tokens)
+
+
+def test_weights_are_zero_out_of_reach(golden, ids):
+    model = load(golden, attn_implementation="eager")
+    weights = model(ids, output_attentions=True).attentions
+    assert all(weight.shape[-2:] == (TOKENS, TOKENS) for weight in weights)
+    assert all(torch.allclose(weight.sum(-1), torch.ones(())) for weight in weights)
+    for weight, size in zip(weights, model.config.window_sizes, strict=True):
+        last = weight[0, :, -1]
+        assert last[:, : max(0, TOKENS - size)].eq(0).all() and last[:, -min(size, TOKENS) :].gt(0).all()
+
+
+@torch.no_grad()
+def test_a_static_cache(model, ids):
+    expected = model(ids).logits
+    cache = StaticCache(config=model.config, max_cache_len=400)
+    first = model(ids[:, :-2], past_key_values=cache, use_cache=True)
+    alpha = cache.ntk_alpha.clone()
+    second = model(ids[:, -2:-1], past_key_values=cache, use_cache=True)
+    third = model(ids[:, -1:], past_key_values=cache, use_cache=True)
+    assert alpha.item() == 15.0
+    assert close(torch.cat([first.logits, second.logits, third.logits], dim=1), expected)
+
+
+@pytest.mark.parametrize("kernel", [False, True])
+@torch.no_grad()
+def test_the_8_bit_cache_sees_the_same_windows(golden, ids, kernel):
+    exact, rounded = load(golden), load(golden, use_cache_quantization=True, use_cache_kernel=kernel)
+    expected, found = [], []
+    for model, logits in ((exact, expected), (rounded, found)):
+        cache = None
+        for start, end in ((0, 300), (300, 301), (301, 302), (302, TOKENS)):
+            output = model(ids[:, start:end], past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            logits.append(output.logits)
+    expected, found = torch.cat(expected, dim=1), torch.cat(found, dim=1)
+    error = (found - expected).abs().max() / expected.abs().max()
+    assert 0 < error < 0.03
+
+
+@pytest.mark.parametrize("int8", [{}, {"use_cache_quantization": True, "use_cache_kernel": True}])
+def test_the_server_gives_each_row_its_own_windows(tiny_chat_checkpoint, int8):
+    model, tokenizer = load_model(tiny_chat_checkpoint, cpu_only=True, use_window_attn=True, **int8)
+    model.config.window_sizes = [30] * (model.config.num_hidden_layers - 1) + [90]
+    draw = torch.Generator().manual_seed(1)
+    prompts = [torch.randint(0, 256, (length,), generator=draw).tolist() for length in (5, 29, 95, 200)]
+    engine = Engine(model, tokenizer, max_batch_size=4)
+    try:
+        params = engine.params(temperature=0.0, max_tokens=12, top_logprobs=0)
+        streams = [engine.start(prompt, params) for prompt in prompts]
+        together = [[token.token_id for piece in stream for token in piece.tokens] for stream in streams]
+    finally:
+        engine.close(timeout=0)
+    for prompt, tokens in zip(prompts, together, strict=True):
+        settings = {"do_sample": False, "max_new_tokens": 12, "temperature": None, "top_p": None, "top_k": None}
+        row = torch.tensor([prompt])
+        alone = model.generate(row, attention_mask=torch.ones_like(row), **settings)
+        assert alone[0, len(prompt) :].tolist() == tokens
+
+
+@torch.no_grad()
+def test_flash_attention_is_told_the_window(golden, ids):
+    """Flash attention runs on GPUs only: a function under such a name, with the meaning that its argument has there."""
+
+    def flash(module, query, key, value, attention_mask, sliding_window=None, **kwargs):
+        places = torch.arange(key.shape[2])
+        distance = places[-query.shape[2] :, None] - places[None]
+        seen = distance >= 0 if sliding_window is None else (distance >= 0) & (distance < sliding_window)
+        return sdpa_attention_forward(module, query, key, value, seen[None, None], **kwargs)
+
+    AttentionInterface.register("flash_stand_in", flash)
+    expected = load(golden)(ids).logits
+    model = load(golden)
+    model.config._attn_implementation = "flash_stand_in"
+    assert close(model(ids).logits, expected)
+
+
+@torch.no_grad()
+def test_off_and_short_contexts_are_exact(golden, ids):
+    plain = QWenLMHeadModel.from_pretrained(golden, seq_length=64).eval()
+    assert plain.config.use_window_attn is False
+    windowed = load(golden)
+    assert torch.equal(plain(ids[:, :40]).logits, windowed(ids[:, :40]).logits)
+    windowed.config.use_window_attn = False
+    assert torch.equal(plain(ids).logits, windowed(ids).logits)
+
+
+def test_training_sees_everything(golden, ids):
+    plain, windowed = QWenLMHeadModel.from_pretrained(golden).train(), load(golden).train()
+    assert torch.equal(plain(ids).logits, windowed(ids).logits)
+
+
+def test_sizes_grow_from_half_of_the_trained_length_to_four_times():
+    config = QWenConfig(num_hidden_layers=8, seq_length=2048, use_window_attn=True)
+    assert config.windows == [1024, 2048, 3072, 4096, 5120, 6144, 7168, 8192]
+    assert QWenConfig(num_hidden_layers=1, seq_length=100, use_window_attn=True).windows == [50]
+
+
+@pytest.mark.parametrize("sizes", [[64], [0] * 32, []])
+def test_sizes_that_fit_no_network(sizes):
+    with pytest.raises(ValueError, match="window_sizes needs a number of tokens above 0 for each of the 32 layers"):
+        QWenConfig(window_sizes=sizes)
+
+
+def test_what_does_not_go_together_says_so(golden, ids):
+    model = load(golden)
+    with pytest.raises(ValueError, match="generate_batch.*use_window_attn"):
+        model.generate_batch([[1, 2, 3]])
+    model.config._attn_implementation = "flex_attention"
+    with torch.no_grad(), pytest.raises(ValueError, match="use_window_attn=True works with"):
+        model(ids)
+
+
+def test_a_saved_model_keeps_its_windows(golden, tmp_path):
+    load(golden).save_pretrained(tmp_path)
+    assert (tmp_path / "window_qwen.py").is_file()
+    again = QWenConfig.from_pretrained(tmp_path)
+    assert again.use_window_attn and again.windows == window_sizes(again.num_hidden_layers)
