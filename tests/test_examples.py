@@ -15,6 +15,7 @@ from typing import NamedTuple
 import pytest
 from server_process import ServerProcess
 
+from qwen.code_interpreter import code_of
 from qwen.loading import load_model
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
@@ -98,7 +99,7 @@ def test_the_readme_names_every_example() -> None:
     text = (EXAMPLES / "README.md").read_text(encoding="utf-8")
     named = set(re.findall(r"\]\(([^)]+)\)", text))
     there = {path.name for path in EXAMPLES.iterdir() if path.suffix in (".py", ".md")} - {"README.md"}
-    assert named == there | {"sandbox/__init__.py"}
+    assert named == there | {"../qwen/sandbox/__init__.py"}
 
 
 # function_call_examples.py
@@ -291,16 +292,16 @@ def test_code_interpreter_asks_and_shows_errors() -> None:
     ],
 )
 def test_code_of_an_action_input(action_input: str) -> None:
-    assert code_interpreter.code_of(action_input) == "print(1)\nx = {'a': 2}"
+    assert code_of(action_input) == "print(1)\nx = {'a': 2}"
 
 
 @pytest.mark.parametrize("code", ["", "5", "[1, 2]", '{"a": 1}', '{"code": 5}', "print('你好')", "  x"])
 def test_bare_code_is_taken_as_it_stands(code: str) -> None:
-    assert code_interpreter.code_of(code) == code
+    assert code_of(code) == code
 
 
 def test_nothing_outside_the_worker_executes_text() -> None:
-    for path in [*EXAMPLES.glob("*.py"), *(EXAMPLES / "sandbox").glob("*.py")]:
+    for path in [*EXAMPLES.glob("*.py"), *(ROOT / "qwen").rglob("*.py")]:
         called = {
             node.func.id
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))

@@ -1,4 +1,4 @@
-"""The sandbox of the code interpreter: every limit is run into, for real."""
+"""The sandbox of the code interpreter and of generated programs: every limit is run into, for real."""
 
 import ctypes
 import os
@@ -15,10 +15,10 @@ from textwrap import dedent
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
-from sandbox import Limits, Result, Sandbox, SandboxUnavailable
+from qwen.sandbox import Limits, Result, Sandbox, SandboxUnavailable
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+# Where `import sandbox` finds it without the rest of the library, whose import takes memory and seconds.
+LIBRARY = Path(__file__).resolve().parent.parent / "qwen"
 # Small, but for the time, which a busy machine needs.
 LIMITS = Limits(wall_seconds=90, memory_bytes=1 << 30, file_bytes=1 << 20, folder_bytes=8 << 20, folder_files=50)
 
@@ -154,7 +154,7 @@ def test_an_endless_loop_is_interrupted_and_variables_stay() -> None:
 
 
 def test_a_loop_that_will_not_stop_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sandbox.process.GRACE", 0.5)
+    monkeypatch.setattr("qwen.sandbox.process.GRACE", 0.5)
     with Sandbox(limits=Limits(wall_seconds=1)) as sandbox:
         sandbox.run("lost = 1")
         result = sandbox.run("import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\nwhile True: pass")
@@ -432,7 +432,7 @@ def test_ctrl_c_ends_the_cell_and_the_process() -> None:
 def test_the_process_does_not_outlive_us() -> None:
     code = f"""
     import sys
-    sys.path.insert(0, {str(EXAMPLES)!r})
+    sys.path.insert(0, {str(LIBRARY)!r})
     from sandbox import Sandbox
     sandbox = Sandbox()
     sandbox.start()
@@ -461,7 +461,7 @@ def test_the_process_does_not_outlive_us() -> None:
 
 HIDE = """
 import ctypes, sys
-sys.path.insert(0, {examples!r})
+sys.path.insert(0, {library!r})
 library = ctypes.CDLL("libseccomp.so.2")
 library.seccomp_init.restype = ctypes.c_void_p
 context = ctypes.c_void_p(library.seccomp_init(ctypes.c_uint32(0x7FFF0000)))
@@ -482,7 +482,7 @@ with Sandbox(allow_weaker=True) as sandbox:
 
 
 def test_a_kernel_without_landlock_is_refused_unless_allowed() -> None:
-    code = HIDE.format(examples=str(EXAMPLES), hidden=[b"landlock_create_ruleset"])
+    code = HIDE.format(library=str(LIBRARY), hidden=[b"landlock_create_ruleset"])
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     refusal, result, missing = done.stdout.splitlines()
     assert refusal.startswith("This machine cannot confine the code: It can read and write your files")
@@ -492,7 +492,7 @@ def test_a_kernel_without_landlock_is_refused_unless_allowed() -> None:
 def test_stricter_limits_of_the_machine_stay() -> None:
     code = f"""
     import resource, sys
-    sys.path.insert(0, {str(EXAMPLES)!r})
+    sys.path.insert(0, {str(LIBRARY)!r})
     resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
     resource.setrlimit(resource.RLIMIT_CPU, (40, 40))
     from sandbox import Sandbox
@@ -504,12 +504,12 @@ def test_stricter_limits_of_the_machine_stay() -> None:
 
 
 def test_windows_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sandbox.os.name", "nt")
+    monkeypatch.setattr("qwen.sandbox.os.name", "nt")
     with pytest.raises(SandboxUnavailable, match="WSL"):
         Sandbox()
 
 
 def test_a_process_that_cannot_start_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("sandbox.process.sys.executable", str(tmp_path / "no-python"))
+    monkeypatch.setattr("qwen.sandbox.process.sys.executable", str(tmp_path / "no-python"))
     with Sandbox() as sandbox, pytest.raises(SandboxUnavailable, match="no-python"):
         sandbox.run("1")

@@ -1,0 +1,123 @@
+"""The code interpreter: the model writes Python, a sandbox runs it, the model reads what came out and goes on.
+
+Revolves around one conversation of API-style messages and one sandbox, in which variables live on from question to
+question. It folds the messages into prompts with `qwen.react`, as the server does. It refuses to know who looks on: a
+demo prints what happens, an evaluation counts it.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+from .qwen_generation_utils import make_context
+from .react import STOP_WORD, extend_stop_words, parse_messages, parse_response
+from .sandbox import Sandbox
+
+MAX_STEPS = 8  # a model that runs code without end is stopped
+MAX_NEW_TOKENS = 1024  # a step
+OUTPUT_BYTES = 4000  # of a cell's output; all of it has to fit into the context
+
+TOOL = {
+    "name_for_model": "code_interpreter",
+    "name_for_human": "Code Interpreter",
+    "description_for_model": "Runs Python code and returns what it prints. Variables stay for the next call.",
+    "parameters": {
+        "type": "object",
+        "properties": {"code": {"type": "string", "description": "the code"}},
+        "required": ["code"],
+    },
+}
+FENCED = re.compile(r"```(?:py(?:thon)?3?\b)?[ \t]*\n?(.*?)(?:```|\Z)", re.DOTALL)
+
+
+class Call(NamedTuple):
+    """The model wants code run; `content` is what it says before."""
+
+    content: str
+    code: str
+
+
+class Output(NamedTuple):
+    """What came of a call. `status` is that of `qwen.sandbox.Result`, or "error" for a tool that does not exist."""
+
+    text: str
+    status: str
+
+
+class Answer(NamedTuple):
+    """The model answers the question."""
+
+    content: str
+
+
+def code_of(action_input: str) -> str:
+    """The Python in an action's input: in a fenced block, as JSON {"code": …}, or bare."""
+    try:
+        value = json.loads(action_input, strict=False)  # models leave newlines in strings as they are
+    except ValueError:
+        value = None
+    if isinstance(value, dict) and isinstance(value.get("code"), str):
+        action_input = value["code"]
+    block = FENCED.search(action_input)
+    return (block[1] if block else action_input).strip("\n")
+
+
+def next_step(model: Any, tokenizer: Any, messages: list[dict]) -> tuple[str, bool]:
+    """What the model writes next, up to "Observation:" or its end, and whether it goes on in an open turn.
+
+    Raises:
+        ValueError: the conversation is longer than the model takes.
+    """
+    query, history, system = parse_messages(messages, [TOOL])
+    start = ""
+    if query is None:  # the last turn is the model's own and has just received a result
+        (query, start), history = history[-1], history[:-1]
+    _, ids = make_context(tokenizer, query, history, system=system, reply_start=start)
+    limit = max(model.config.max_position_embeddings, model.config.seq_length)
+    if len(ids) >= limit:
+        raise ValueError(f"The conversation has {len(ids)} tokens and the model takes fewer than {limit}.")
+    prompt = torch.tensor([ids], device=model.device)
+    output = model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        stop_words_ids=[tokenizer.encode(word) for word in extend_stop_words([f"\n{STOP_WORD}"])],
+        eos_token_id=[tokenizer.im_end_id, tokenizer.im_start_id, tokenizer.eod_id],
+        max_new_tokens=MAX_NEW_TOKENS,
+        do_sample=False,
+        **dict.fromkeys(("temperature", "top_k", "top_p")),  # settings of sampling, without a meaning here
+    )
+    return tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True), bool(start)
+
+
+def solve(model: Any, tokenizer: Any, sandbox: Sandbox, messages: list[dict]) -> Iterator[Call | Output | Answer]:
+    """Answer the last of the messages: calls, each with its output, and then the answer; none after MAX_STEPS calls.
+
+    The messages grow by what is said.
+
+    Raises:
+        ValueError: the conversation is longer than the model takes.
+        SandboxUnavailable: the sandbox does not start.
+    """
+    for _ in range(MAX_STEPS):
+        step, continues = next_step(model, tokenizer, messages)
+        reply = parse_response(step, continues=continues)
+        if reply.function_call is None:
+            messages.append({"role": "assistant", "content": reply.content})
+            yield Answer(reply.content)
+            return
+        name, code = reply.function_call["name"], code_of(reply.function_call["arguments"])
+        yield Call(reply.content, code)
+        if name == TOOL["name_for_model"]:
+            result = sandbox.run(code)
+            output = Output(result.output or "(no output)", result.status)
+        else:
+            output = Output(f"There is no tool {name}, only {TOOL['name_for_model']}.", "error")
+        messages += [
+            {"role": "assistant", "content": reply.content, "function_call": reply.function_call},
+            {"role": "function", "name": name, "content": output.text},
+        ]
+        yield output
+    messages.append({"role": "assistant", "content": "I could not finish."})
