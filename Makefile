@@ -4,6 +4,7 @@
 #     make serve       the OpenAI-compatible server
 #     make finetune    teaches the toy another name; make finetune ARGS="--help" lists what can be set
 #     make quantize    the toy in 4 bits; likewise
+#     make evaluate    how far the toy reads; make evaluate EVAL=mmlu ARGS="-c Qwen/Qwen-7B -d data/mmlu"
 #     make test        make test ARGS="-k loading"
 # Each makes its own environment in .venv first; that takes a minute or two, once.
 
@@ -17,7 +18,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help chat web serve finetune quantize test lint format clean
+.PHONY: help chat web serve finetune quantize evaluate test lint format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,6 +41,12 @@ finetune: $(VENV)/.ready-finetune  ## train a model on conversations (ARGS="--da
 
 quantize: $(VENV)/.ready-gptq  ## write a model in 4 or 8 bits (ARGS="--model_name_or_path MODEL --data_path data.json")
 	@$(BIN)/python run_gptq.py $(ARGS)
+
+# A benchmark of eval/: evaluate_$(EVAL).py, or where there is none of that name, $(EVAL).py.
+EVAL ?= long_context
+
+evaluate: $(VENV)/.ready-eval  ## perplexity by length (EVAL=mmlu ARGS="-c MODEL -d DATA" for another benchmark)
+	@$(BIN)/python $(firstword $(wildcard eval/evaluate_$(EVAL).py) eval/$(EVAL).py) $(ARGS)
 
 test: $(VENV)/.ready-dev  ## lint and run all tests
 	$(BIN)/ruff check .
@@ -73,6 +80,10 @@ $(VENV)/.ready-serve: $(VENV)/.ready requirements_openai_api.txt
 	@$(INSTALL) --requirement requirements_openai_api.txt
 	@touch $@
 
+$(VENV)/.ready-eval: $(VENV)/.ready requirements_eval.txt
+	@$(INSTALL) --requirement requirements_eval.txt
+	@touch $@
+
 $(VENV)/.ready-gptq: $(VENV)/.ready requirements_gptq.txt
 	@$(INSTALL) --requirement requirements_gptq.txt
 	@touch $@
@@ -81,7 +92,7 @@ $(VENV)/.ready-finetune: $(VENV)/.ready requirements_finetune.txt requirements_g
 	@$(INSTALL) --requirement requirements_finetune.txt
 	@touch $@
 
-READY := $(VENV)/.ready $(VENV)/.ready-web $(VENV)/.ready-serve $(VENV)/.ready-finetune $(VENV)/.ready-gptq
+READY := $(VENV)/.ready $(addprefix $(VENV)/.ready-,web serve finetune gptq eval)
 $(VENV)/.ready-dev: $(READY) requirements_dev.txt
 	@$(INSTALL) --requirement requirements_dev.txt
 	@$(INSTALL) --no-deps dashscope

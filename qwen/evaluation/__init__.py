@@ -1,0 +1,1 @@
+"""Benchmarks: what they share. One benchmark each stands in eval/, and this room knows none of them by name."""

@@ -1,0 +1,291 @@
+"""Runs a benchmark: arguments, batches, progress, results on disk, and where it stopped, on from there.
+
+Revolves around `Run`, the files of one run: OUT.jsonl with a record a case, written batch by batch; OUT.json with the
+settings, and at the end the summary, which OUT.md has as a table. A run that was interrupted goes on behind the last
+whole batch, so that it comes to the same as one that was not. Knows no benchmark; what one is stands in task.py.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from tqdm import tqdm
+from transformers import set_seed
+
+from ..loading import BUNDLED_BASE, BUNDLED_CHAT, load_model_quietly, resolve
+from ..sandbox import SandboxUnavailable
+from .data_files import DataError
+from .language_model import LanguageModel
+from .task import Case, Score, Task
+
+# What does not change the results; everything else does, and must be the same when a run goes on.
+_FREE = ("sample_output_file", "overwrite", "debug", "cpu_only", "checkpoint_path")
+
+
+def main(task_class: type[Task], description: str | None, arguments: Sequence[str] | None = None) -> int:
+    """A script of eval/: evaluate a checkpoint on a benchmark and print the table; returns the exit status.
+
+    Args:
+        description: the script's docstring.
+        arguments: in place of the command line.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser, task_class)
+    task_class.add_arguments(parser)
+    options = parser.parse_args(arguments)
+    try:
+        return _evaluate(task_class(options), options)
+    except (OSError, ValueError, SandboxUnavailable) as error:
+        print(error, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("Stopped. The same command goes on from here.", file=sys.stderr)
+        return 130
+
+
+def add_arguments(parser: argparse.ArgumentParser, task_class: type[Task]) -> None:
+    """What all benchmarks take."""
+    toy = BUNDLED_CHAT if task_class.chat else BUNDLED_BASE
+    parser.add_argument(
+        "-c", "--checkpoint-path", metavar="NAME", help=f"a folder or a hub id (default: the bundled toy, {toy.name})"
+    )
+    parser.add_argument("-s", "--seed", type=int, default=1234, help="random seed (default: %(default)s)")
+    parser.add_argument(
+        "-o",
+        "--sample-output-file",
+        type=Path,
+        metavar="OUT.jsonl",
+        help=f"a record a question; the summary goes beside it (default: output_eval/{task_class.name}_MODEL.jsonl)",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="start anew where there are results already")
+    parser.add_argument(
+        "--batch-size",
+        type=at_least_1,
+        default=task_class.batch_size,
+        help="questions at a time (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-seq-len",
+        type=at_least_1,
+        default=task_class.max_seq_len,
+        help="longest prompt in tokens; worked examples that do not fit are left out "
+        f"(default: {task_class.max_seq_len or 'what the model is offered for'})",
+    )
+    parser.add_argument("--limit", type=at_least_1, metavar="N", help="only the first N questions of each group")
+    parser.add_argument("--cpu-only", action="store_true", help="run on the CPU even if there is a GPU")
+    parser.add_argument("--debug", action="store_true", help="show every prompt, answer and verdict")
+
+
+def at_least_1(text: str) -> int:
+    """The type of an argument that is a whole number above 0."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"a whole number above 0 is needed, not {text!r}")
+    return int(text)
+
+
+def _evaluate(task: Task, options: argparse.Namespace) -> int:
+    checkpoint = resolve(options.checkpoint_path or (BUNDLED_CHAT if task.chat else BUNDLED_BASE))
+    cases = limited(task.cases(), options.limit)
+    output = options.sample_output_file or Path("output_eval", f"{task.name}_{Path(checkpoint).name}.jsonl")
+    with Run(output, settings(task, checkpoint, cases, options), options.overwrite) as run:
+        done = run.resume(cases, options.batch_size)
+        if done:
+            what = "going on from there" if done < len(cases) else "nothing is asked again without --overwrite"
+            print(f"{done} of {len(cases)} answers are in {output} already: {what}.", file=sys.stderr)
+        if done < len(cases):
+            set_seed(options.seed)
+            model, tokenizer = load_model_quietly(checkpoint, chat=task.chat, cpu_only=options.cpu_only)
+            offered = max(model.config.max_position_embeddings, model.config.seq_length)
+            lm = LanguageModel(model, tokenizer, options.max_seq_len or offered)
+            work(task, lm, cases, run, options)
+        scores = run.finish(task)
+        for sentence in task.finish(run.records, output):
+            print(sentence, file=sys.stderr)
+    print(task.table(Path(checkpoint).name, scores))
+    print(f"Every answer: {run.records_file}, the summary: {run.table_file}", file=sys.stderr)
+    return 0
+
+
+def limited(cases: Sequence[Case], limit: int | None) -> list[Case]:
+    """The first `limit` cases of each group; all without one.
+
+    Raises:
+        DataError: there are none.
+    """
+    if not cases:
+        raise DataError("The data hold no questions.")
+    seen: Counter[str] = Counter()
+    kept = []
+    for case in cases:
+        seen[case.group] += 1
+        if limit is None or seen[case.group] <= limit:
+            kept.append(case)
+    return kept
+
+
+def batches(cases: Sequence[Case], size: int) -> Iterator[list[Case]]:
+    """Neighbours with the same worked examples, at most `size` of them."""
+    for _, members in groupby(cases, key=lambda case: (case.preamble, case.shots)):
+        members = list(members)
+        yield from (members[start : start + size] for start in range(0, len(members), size))
+
+
+def work(task: Task, lm: LanguageModel, cases: Sequence[Case], run: "Run", options: argparse.Namespace) -> None:
+    """Ask what has not been asked yet."""
+    done = len(run.records)
+    with tqdm(total=len(cases), initial=done, desc=task.name, unit="question", disable=None, smoothing=0.05) as bar:
+        for batch in batches(cases, options.batch_size):
+            if done > 0:  # whole batches, so it comes out even
+                done -= len(batch)
+                continue
+            answers = task.answer(lm, batch)
+            records = []
+            for case, answer, score in zip(batch, answers, task.scores(batch, answers), strict=True):
+                dropped = lm.dropped_shots.get(case.name, 0)
+                record = {"name": case.name, "group": case.group, **answer, "gold": case.gold, **score}
+                records.append(record | ({"dropped_shots": dropped} if dropped else {}))
+                if options.debug:
+                    shown = json.dumps(answer | {"gold": case.gold} | score, ensure_ascii=False)
+                    bar.write(f"--- {case.name}\n{case.text(dropped)}\n--> {shown}", file=sys.stderr)
+            run.add(records)
+            bar.update(len(batch))
+
+
+def settings(task: Task, checkpoint: str, cases: Sequence[Case], options: argparse.Namespace) -> dict[str, Any]:
+    """All that the results follow from; the data as a digest of the cases that were made of them."""
+    digest = hashlib.sha256()
+    for case in cases:
+        digest.update(json.dumps(asdict(case), sort_keys=True, default=str).encode())
+    chosen = {name: value for name, value in vars(options).items() if name not in _FREE and not _is_path(value)}
+    model = {"checkpoint": checkpoint, "weights": weights_of(checkpoint)}
+    return {"task": task.name, **model, **chosen, "cases": len(cases), "digest": digest.hexdigest()}
+
+
+def _is_path(value: Any) -> bool:
+    """Whether an argument names files, whose content counts and not where they lie."""
+    return isinstance(value, Path) or (isinstance(value, list) and any(map(_is_path, value)))
+
+
+def weights_of(checkpoint: str) -> str | None:
+    """When the weights in a folder were written: training again leaves others by the same name. None for a hub id."""
+    written = [file.stat().st_mtime for file in Path(checkpoint).glob("*.safetensors")]
+    return datetime.fromtimestamp(max(written), UTC).isoformat(timespec="seconds") if written else None
+
+
+class Run:
+    """The files of a run, which nobody else may write meanwhile.
+
+    Raises:
+        DataError: there are results of another run, or somebody is writing them.
+    """
+
+    def __init__(self, output: Path, settings: dict[str, Any], overwrite: bool):
+        self.records_file = output
+        self.summary_file, self.table_file = output.with_suffix(".json"), output.with_suffix(".md")
+        if output.suffix in (".json", ".md"):
+            raise DataError(
+                f"{output}: the records are JSON lines and the summary goes beside them; name it OUT.jsonl."
+            )
+        self.settings, self.overwrite = settings, overwrite
+        self.records: list[dict[str, Any]] = []
+
+    def __enter__(self) -> "Run":
+        self.records_file.parent.mkdir(parents=True, exist_ok=True)
+        self.lock = FileLock(f"{self.records_file}.lock")
+        try:
+            self.lock.acquire(timeout=0)
+        except Timeout:
+            raise DataError(
+                f"{self.records_file} is being written by another run: wait for it, or name another file."
+            ) from None
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        Path(self.lock.lock_file).unlink(missing_ok=True)
+        self.lock.release()
+
+    def resume(self, cases: Sequence[Case], batch_size: int) -> int:
+        """Take up the records of the whole batches that are there; returns how many. Begins anew where there are none.
+
+        Raises:
+            DataError: they are of another run.
+        """
+        if self.overwrite or not (self.records_file.exists() or self.summary_file.exists()):
+            self._begin()
+            return 0
+        self._check_settings()
+        lines = self.records_file.read_bytes().splitlines(keepends=True) if self.records_file.exists() else []
+        if lines and not lines[-1].endswith(b"\n"):  # the crash cut it off
+            lines.pop()
+        kept = 0
+        for batch in batches(cases, batch_size):
+            if kept + len(batch) > len(lines):
+                break
+            kept += len(batch)
+        try:
+            self.records = [json.loads(line) for line in lines[:kept]]
+            ours = [record["name"] for record in self.records] == [case.name for case in cases[:kept]]
+        except (ValueError, TypeError, KeyError):
+            ours = False
+        if not ours:
+            raise DataError(f"{self.records_file} does not hold what this run wrote: --overwrite starts anew.")
+        with self.records_file.open("ab") as file:
+            file.truncate(sum(map(len, lines[:kept])))
+        return kept
+
+    def _begin(self) -> None:
+        self.table_file.unlink(missing_ok=True)
+        self.records_file.write_bytes(b"")
+        self._write_summary(None)
+
+    def _check_settings(self) -> None:
+        try:
+            found = json.loads(self.summary_file.read_text(encoding="utf-8"))["settings"]
+        except (OSError, ValueError, TypeError, KeyError):
+            raise DataError(
+                f"{self.records_file} exists, and {self.summary_file} does not tell how it was made: name another file "
+                "with -o, or have it replaced with --overwrite."
+            ) from None
+        differing = [name for name in {**found, **self.settings} if found.get(name) != self.settings.get(name)]
+        if differing:
+            name = differing[0]
+            was, now = found.get(name), self.settings.get(name)
+            said = "other questions" if name in ("cases", "digest") else f"{name} was {was!r} and is {now!r} now"
+            raise DataError(
+                f"{self.records_file} holds results of a run with other settings ({said}): name another file with -o, "
+                "or have it replaced with --overwrite."
+            )
+
+    def add(self, records: Sequence[dict[str, Any]]) -> None:
+        """Write the records of a batch."""
+        with self.records_file.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        self.records += records
+
+    def finish(self, task: Task) -> list[Score]:
+        """Write what the records come to."""
+        scores = task.summary(self.records)
+        self._write_summary(scores)
+        model = Path(self.settings["checkpoint"]).name
+        self.table_file.write_text(task.table(model, scores) + "\n", encoding="utf-8")
+        return scores
+
+    def _write_summary(self, scores: Sequence[Score] | None) -> None:
+        summary: dict[str, Any] = {"settings": self.settings, "scores": None}
+        if scores is not None:
+            summary["scores"] = {
+                score.name: {"value": None if math.isnan(score.value) else score.value, "count": score.count}
+                for score in scores
+            }
+            summary["dropped_shots"] = sum("dropped_shots" in record for record in self.records)
+        self.summary_file.write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,78 @@
+"""Answers to mathematical problems: where they stand in a solution, and when two ways to write one are the same.
+
+Revolves around `equivalent`: LaTeX that is the same after the rewriting that MATH is scored with (Hendrycks et al.
+2021, arXiv:2103.03874), or two numbers that are equal. It does no algebra: x+1 and 1+x are different answers.
+"""
+
+import re
+
+from .numbers import number
+
+# In this order. Each removes a way to write the same, and none of them knows what an expression means.
+_REWRITES = tuple(
+    (re.compile(pattern, re.DOTALL), replacement)
+    for pattern, replacement in (
+        (r"\n|\\!", ""),
+        (r"\\\\", r"\\"),  # a row's end in a matrix, also when it was escaped twice
+        (r"[td]frac", "frac"),
+        (r"\\left|\\right", ""),
+        (r"\^\{\\circ\}|\^\\circ|\\\$", ""),  # degrees, dollars
+        (r"\\text\{ .*", ""),  # with the space it is a unit
+        (r"\\%", ""),
+        (r"(^|[ {])\.", r"\g<1>0."),
+        (r"^[^=]{0,2}=([^=]*)$", r"\1"),  # x = 5
+        (r"\\sqrt([^{])", r"\\sqrt{\1}"),
+        (r" ", ""),
+        (r"\\frac([^{])([^{])", r"\\frac{\1}{\2}"),
+        (r"\\frac([^{])", r"\\frac{\1}"),
+        (r"^0\.5$", r"\\frac{1}{2}"),
+        (r"^(-?\d+)/(-?\d+)$", r"\\frac{\1}{\2}"),
+    )
+)
+_SENTENCE = re.compile(r"[Tt]he final answer is:?\s*(.*?)\.?\s*(?:I hope it is correct|\n|\Z)", re.DOTALL)
+
+
+def final_answer(solution: str) -> str | None:
+    """The answer of a solution: in its last box, else in "The final answer is …. I hope it is correct."; else None."""
+    if (answer := boxed(solution)) is not None:
+        return answer
+    match = _SENTENCE.search(solution)
+    return match[1].strip().strip("$").strip() if match else None
+
+
+def boxed(text: str) -> str | None:
+    r"""What the last \boxed{…} or \fbox{…} holds, braces and all that is nested in it; "\boxed 5" boxes up to the "$".
+
+    None where there is none, or where it is not closed.
+    """
+    start = max(text.rfind(r"\boxed"), text.rfind(r"\fbox"))
+    if start < 0:
+        return None
+    rest = re.sub(r"^\\(?:boxed|fbox)", "", text[start:])
+    if not rest.lstrip().startswith("{"):
+        return re.split(r"\$|\n|\\[)\]]", rest, maxsplit=1)[0].strip().rstrip(".") or None
+    rest, depth = rest.lstrip(), 0
+    for brace in re.finditer(r"\\.|[{}]", rest, re.DOTALL):  # \{ and \} are characters of the answer
+        depth += {"{": 1, "}": -1}.get(brace[0], 0)
+        if depth == 0 and brace[0] == "}":
+            return rest[1 : brace.start()].strip()
+    return None
+
+
+def equivalent(answer: str | None, gold: str) -> bool:
+    """Whether an answer is the right one, however it is written; None, no answer, is not."""
+    if answer is None:
+        return False
+    ours, theirs = normalized(answer), normalized(gold)
+    if ours == theirs:
+        return True
+    value = number(ours)
+    return value is not None and value == number(theirs)
+
+
+def normalized(answer: str) -> str:
+    """An answer in the one way to write it that the rewriting leads to."""
+    answer = re.sub(r"^\$(.*)\$$", r"\1", answer.strip())
+    for pattern, replacement in _REWRITES:
+        answer = pattern.sub(replacement, answer)
+    return answer

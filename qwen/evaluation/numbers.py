@@ -1,0 +1,81 @@
+"""Numbers in texts, as models and data sets write them, and when two of them are the same.
+
+Revolves around `last_number`, which is what a model's reasoning is taken to end in. All numbers are fractions, so that
+nothing is rounded; no text is ever run as code. Knows no benchmark but the mark in front of GSM8K's answers.
+"""
+
+import re
+from contextlib import suppress
+from fractions import Fraction
+
+# What stands for an ASCII character: full-width letters, digits and punctuation, minus signs, the bar of a fraction.
+_ASCII = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {0x2212: "-", 0xFE63: "-", 0x2044: "/"}
+# LaTeX: 1{,}000 and 1,\!000; \$5; \frac{3}{4} and \frac34
+_LATEX = (
+    (re.compile(r"\{,\}"), ","),
+    (re.compile(r"\\[!$%]"), lambda match: match[0][1].strip("!")),
+    (re.compile(r"\\[dt]?frac\s*(?:\{\s*(-?\d+)\s*\}|(\d))\s*(?:\{\s*(\d+)\s*\}|(\d))"), r"\1\2/\3\4"),
+)
+_DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)"
+_NUMBER = re.compile(
+    # A minus behind a word or a number is a hyphen or a subtraction; behind Chinese, which knows no spaces, it is none.
+    r"(?P<minus>(?<![A-Za-z0-9_)\]}%])-(?=[$€£¥]?[0-9.]))?[$€£¥]?"
+    rf"(?P<number>{_DIGITS}(?:\.[0-9]+)?|(?<![0-9])\.[0-9]+)"
+    r"(?:[eE](?P<exponent>[+-]?[0-9]{1,3})(?![A-Za-z0-9])"
+    r"|\s?(?:×|\*|\\times|\\cdot)\s?10\s?\^\s?\{?(?P<power>[+-]?[0-9]{1,3})(?![0-9])\}?"
+    rf"|/(?P<denominator>{_DIGITS}(?:\.[0-9]+)?))?"
+)
+_WHOLE = re.compile(rf"\s*\$?\s*(?P<whole>{_NUMBER.pattern})\s*(?:[$%.]|\\%)?\s*")
+TOLERANCE = Fraction(1, 10_000)
+
+
+def last_number(text: str) -> Fraction | None:
+    """The last number in a text, or None; units, currencies and percent signs around it are passed over.
+
+    Thousands may be separated by commas; decimals, "3/4", "1.2e3", "1.2 × 10^3" and LaTeX's fractions are numbers.
+    """
+    for match in reversed([*_NUMBER.finditer(_plain(text))]):
+        if (value := _value(match)) is not None:
+            return value
+    return None
+
+
+def number(text: str) -> Fraction | None:
+    """The number that a text is, with at most a currency, a percent sign or a period; None where there is more."""
+    match = _WHOLE.fullmatch(_plain(text))
+    return _value(match) if match else None
+
+
+def gold_answer(text: str) -> Fraction:
+    """The number behind "####", which ends the answers of GSM8K (Cobbe et al. 2021).
+
+    Raises:
+        ValueError: there is none.
+    """
+    _, mark, answer = text.rpartition("####")
+    value = number(answer) if mark else None
+    if value is None:
+        raise ValueError(f'The answer does not end in "#### N" with a number N: …{text[-60:]!r}.')
+    return value
+
+
+def close(number: Fraction | None, gold: Fraction) -> bool:
+    """Whether there is a number and it equals the right one, within 1e-4."""
+    return number is not None and abs(number - gold) <= TOLERANCE
+
+
+def _plain(text: str) -> str:
+    text = text.translate(_ASCII)
+    for pattern, replacement in _LATEX:
+        text = pattern.sub(replacement, text)
+    return text
+
+
+def _value(match: re.Match) -> Fraction | None:
+    with suppress(ValueError, ZeroDivisionError):  # more digits than Python converts; a fraction of zero
+        value = Fraction(match["number"].replace(",", ""))
+        if match["denominator"]:
+            value /= Fraction(match["denominator"].replace(",", ""))
+        value *= Fraction(10) ** int(match["exponent"] or match["power"] or 0)
+        return -value if match["minus"] else value
+    return None
