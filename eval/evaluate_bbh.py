@@ -97,7 +97,7 @@ def read_examples(path: Path) -> list[dict[str, str]]:
     if not isinstance(examples, list) or not examples:
         raise DataError(f'{path}: a list of questions is needed as "examples".')
     for number, example in enumerate(examples):
-        check_fields(example, ("input", "target"), f"{path}, example {number}")
+        check_fields(example, {"input": str, "target": str}, f"{path}, example {number}")
     return examples
 
 

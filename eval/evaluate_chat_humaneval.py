@@ -17,7 +17,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # qwen, where it is not installed
 
-from qwen.evaluation.code import Program, ProgramTask, code_of_reply, defines
+from qwen.evaluation.code import HUMANEVAL_FIELDS, Program, ProgramTask, code_of_reply, defines
 from qwen.evaluation.data_files import DataError, read_jsonl
 from qwen.evaluation.harness import main
 from qwen.evaluation.language_model import LanguageModel
@@ -33,7 +33,7 @@ class EvaluateChatHumanEval(ProgramTask):
     def cases(self) -> list[Case]:
         path = self.arguments.sample_input_file
         cases = []
-        for problem in read_jsonl(path, ("task_id", "prompt", "entry_point", "test")):
+        for problem in read_jsonl(path, HUMANEVAL_FIELDS):
             prompt, function = problem["prompt"], problem["entry_point"]
             try:
                 signature, description = described(prompt, function)

@@ -26,8 +26,9 @@ from qwen.evaluation.code import check_sandbox
 from qwen.evaluation.data_files import DataError, existing, read_jsonl
 from qwen.evaluation.harness import main
 from qwen.evaluation.language_model import LanguageModel
-from qwen.evaluation.numbers import close, gold_answer, last_number
-from qwen.evaluation.task import Case, Score, Task, by_group, mean
+from qwen.evaluation.numbers import close, last_number
+from qwen.evaluation.task import Case, Score, Task, add_file_argument, by_group, mean
+from qwen.evaluation.word_problems import read_problems
 from qwen.sandbox import Limits, Sandbox
 from qwen.sandbox.arguments import add_sandbox_arguments
 
@@ -42,15 +43,7 @@ class EvaluateCodeInterpreter(Task):
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
-        parser.add_argument(
-            "-f",
-            "--sample-input-file",
-            "--sample_input_file",
-            required=True,
-            type=Path,
-            metavar="FILE",
-            help=f"the questions, as JSON lines; files that they speak of lie in {FILES} beside it",
-        )
+        add_file_argument(parser, f"the questions, as JSON lines; files that they speak of lie in {FILES} beside it")
         parser.add_argument(
             "--gsm8k",
             type=Path,
@@ -65,21 +58,19 @@ class EvaluateCodeInterpreter(Task):
 
     def cases(self) -> list[Case]:
         path = self.arguments.sample_input_file
-        cases = [self.case(sample, number) for number, sample in enumerate(read_jsonl(path, ("query", "tags")))]
+        cases = [
+            self.case(sample, number) for number, sample in enumerate(read_jsonl(path, {"query": str, "tags": list}))
+        ]
         if self.arguments.gsm8k:
-            for number, sample in enumerate(read_jsonl(self.arguments.gsm8k, ("question", "answer"))):
-                try:
-                    gold = gold_answer(sample["answer"])
-                except ValueError as error:
-                    raise DataError(f"{self.arguments.gsm8k}, question {number}: {error}") from error
-                cases.append(Case(f"gsm8k/{number}", sample["question"], gold=str(gold), group="math"))
+            for number, problem in enumerate(read_problems(self.arguments.gsm8k, "test")):
+                cases.append(Case(f"gsm8k/{number}", problem.question, gold=str(problem.gold), group="math"))
         return cases
 
     def case(self, sample: dict[str, Any], number: int) -> Case:
         """A question of the file, which counts from 0.
 
         Raises:
-            DataError: no known category, no number as the result of mathematics, or a file is missing.
+            DataError: no known category, no number as the result of mathematics, or files are not named or missing.
         """
         where = f"{self.arguments.sample_input_file}, question {number}"
         category = next((name for name in CATEGORIES if name in sample["tags"]), None)
@@ -88,14 +79,17 @@ class EvaluateCodeInterpreter(Task):
         gold = last_number(str(sample.get("expected"))) if category == "math" else None
         if category == "math" and gold is None:
             raise DataError(f'{where}: no number as "expected", which the answer is to be compared with.')
-        names = [Path(name).name for name in sample.get("input_file_path") or ()]
-        files = [str(file) for file in existing(self.files, names)]
+        named = sample.get("input_file_path") or []
+        if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+            raise DataError(f'{where}: "input_file_path" must be a list of names, not {named!r}.')
+        names = [Path(name).name for name in named]
+        existing(self.files, names)
         return Case(
             name=f"{category}/{number}",
             prompt=(f"Files: {', '.join(names)}\n" if names else "") + sample["query"],
             gold=None if gold is None else str(gold),
             group=category,
-            data={"files": files},
+            data={"files": names},
         )
 
     @property
@@ -112,7 +106,7 @@ class EvaluateCodeInterpreter(Task):
         reply = None
         with Sandbox(limits=limits, allow_weaker=self.arguments.allow_weaker_sandbox) as sandbox:
             for file in case.data.get("files", ()):
-                shutil.copy(file, sandbox.folder)
+                shutil.copy(self.files / file, sandbox.folder)
             before = pictures(sandbox.folder)
             messages = [{"role": "user", "content": case.text()}]
             try:

@@ -14,7 +14,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # qwen, where it is not installed
 
-from qwen.evaluation.code import STOP, Program, ProgramTask, cut_completion
+from qwen.evaluation.code import HUMANEVAL_FIELDS, STOP, Program, ProgramTask, cut_completion
 from qwen.evaluation.data_files import read_jsonl
 from qwen.evaluation.harness import main
 from qwen.evaluation.language_model import LanguageModel
@@ -27,7 +27,7 @@ class EvaluateHumanEval(ProgramTask):
     name = "humaneval"
 
     def cases(self) -> list[Case]:
-        problems = read_jsonl(self.arguments.sample_input_file, ("task_id", "prompt", "entry_point", "test"))
+        problems = read_jsonl(self.arguments.sample_input_file, HUMANEVAL_FIELDS)
         return [
             Case(
                 name=problem["task_id"],

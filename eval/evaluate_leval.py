@@ -38,7 +38,7 @@ from qwen.evaluation.task import Case, Score, Task, by_group, mean
 
 MAX_NEW_TOKENS = 512
 RESERVED = MAX_NEW_TOKENS + 64  # of the context: the reply, the system message and the marks of the chat format
-OPTION = re.compile(r"^\s*\(?([A-Z])[).:]\s*(.*)$", re.MULTILINE)
+OPTION = re.compile(r"^\s*\(?([A-Z])[).:][ \t]*(.*)$", re.MULTILINE)
 FACT = re.compile(r"\[\s*fact\s*:\s*(true|false)", re.IGNORECASE)
 TRUTH = re.compile(r"\b(true|false)\b", re.IGNORECASE)
 ANSWER = re.compile(

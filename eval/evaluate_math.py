@@ -90,7 +90,7 @@ def read_problems(folder: Path, split: str) -> list[dict[str, str]]:
         )
         for path in existing(folder, names or [f"{split}/{subject}/0.json"]):
             problem = read_json(path)
-            check_fields(problem, ("problem", "level", "solution"), str(path))
+            check_fields(problem, {"problem": str, "level": str, "solution": str}, str(path))
             answer = boxed(problem["solution"])
             if answer is None:
                 raise DataError(rf"{path}: the solution has no answer in a \boxed{{…}}.")

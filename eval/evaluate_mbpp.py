@@ -31,9 +31,11 @@ class EvaluateMBPP(ProgramTask):
 
     def cases(self) -> list[Case]:
         path = self.arguments.sample_input_file
-        problems = {
-            problem["task_id"]: problem for problem in read_jsonl(path, ("task_id", "text", "code", "test_list"))
-        }
+        fields = {"task_id": int, "text": str, "code": str, "test_list": list}
+        problems = {problem["task_id"]: problem for problem in read_jsonl(path, fields)}
+        for number, problem in problems.items():
+            if not all(isinstance(text, str) for text in (problem.get("test_setup_code", ""), *problem["test_list"])):
+                raise DataError(f'{path}, problem {number}: "test_list" and "test_setup_code" must hold text.')
         if missing := [number for number in SHOTS if number not in problems]:
             raise DataError(f"{path} has no problem {missing[0]}, which is one of the worked examples.")
         shots = tuple(f"{asked(problems[number])}{problems[number]['code']}\n[DONE]\n\n" for number in SHOTS)

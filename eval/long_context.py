@@ -19,14 +19,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # qwen, where it is not installed
 
-from transformers import AutoConfig
-
 from qwen.evaluation.data_files import DataError
 from qwen.evaluation.harness import at_least_1, main
 from qwen.evaluation.language_model import LanguageModel
 from qwen.evaluation.task import Case, Score, Task, by_group, mean
 from qwen.evaluation.texts import read_texts
-from qwen.loading import BUNDLED_BASE, check_checkpoint, load_tokenizer, resolve
+from qwen.loading import BUNDLED_BASE, check_checkpoint, load_config, load_tokenizer, resolve
 
 SWITCHES = {"dynamic_ntk": "use_dynamic_ntk", "logn": "use_logn_attn", "window_attn": "use_window_attn"}
 TOGETHER = ((), ("dynamic_ntk",), ("dynamic_ntk", "logn"), ("dynamic_ntk", "logn", "window_attn"))
@@ -61,7 +59,7 @@ class LongContext(Task):
     def cases(self) -> list[Case]:
         checkpoint = resolve(self.arguments.checkpoint_path or BUNDLED_BASE)
         check_checkpoint(checkpoint)
-        config = AutoConfig.from_pretrained(checkpoint)
+        config = load_config(checkpoint)
         lengths = sorted(set(self.arguments.lengths or doubling(config.seq_length, config.max_position_embeddings)))
         if lengths[0] < 2:
             raise DataError("A length of 1 has no token to predict: name lengths of 2 and more.")

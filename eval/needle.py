@@ -21,15 +21,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # qwen, where it is not installed
 
-from transformers import AutoConfig
-
 from qwen.evaluation.data_files import DataError
 from qwen.evaluation.harness import at_least_1, main
 from qwen.evaluation.language_model import LanguageModel
 from qwen.evaluation.task import Case, Score, Task, by_group, mean
 from qwen.evaluation.texts import read_texts
-from qwen.loading import BUNDLED_CHAT, check_chat, load_tokenizer, resolve
-from qwen.qwen_generation_utils import make_context
+from qwen.loading import BUNDLED_CHAT, check_chat, load_config, load_tokenizer, resolve
+from qwen.qwen_generation_utils import DEFAULT_SYSTEM, make_context
 
 MAX_NEW_TOKENS = 64
 STEPS = 8  # lengths, where none are named
@@ -69,7 +67,7 @@ class Needle(Task):
     def cases(self) -> list[Case]:
         checkpoint = resolve(self.arguments.checkpoint_path or BUNDLED_CHAT)
         check_chat(checkpoint)
-        config, tokenizer = AutoConfig.from_pretrained(checkpoint), load_tokenizer(checkpoint)
+        config, tokenizer = load_config(checkpoint), load_tokenizer(checkpoint)
         offered = max(config.max_position_embeddings, config.seq_length) - MAX_NEW_TOKENS
         lengths = self.arguments.lengths or [offered * step // STEPS for step in range(1, STEPS + 1)]
         if max(lengths) > offered:
@@ -82,7 +80,7 @@ class Needle(Task):
                 f"The haystack holds {self.arguments.answer!r} already: choose another --needle and --answer."
             )
         question = f"\n\n{self.arguments.question}"
-        around = len(make_context(tokenizer, f" {self.arguments.needle} {question}")[1])
+        around = len(make_context(tokenizer, f" {self.arguments.needle} {question}", system=DEFAULT_SYSTEM)[1])
         hay = tokenizer.encode(text, allowed_special=(), verbose=False)
         if len(hay) < max(lengths) - around:
             raise DataError(
@@ -142,13 +140,15 @@ def _percent(text: str) -> float:
 
 
 def _gap(text: str, share: float) -> int:
-    """The place in the text that is nearest to this share of it and between two lines, sentences or entries."""
+    """The place in the text that is nearest to this share of it and between two lines, sentences or entries; just this
+    share where none is near."""
     aim = round(share * len(text))
     gaps = [0]
     for end in ("\n", ". ", "; ", "。"):
         before, after = text.rfind(end, 0, aim), text.find(end, aim)
         gaps += [place + len(end) for place in (before, after) if place >= 0]
-    return min(gaps, key=lambda place: abs(place - aim))
+    nearest = min(gaps, key=lambda place: abs(place - aim))
+    return nearest if abs(nearest - aim) <= len(text) / 4 else aim
 
 
 def draw(records: Sequence[dict[str, Any]], path: Path) -> None:

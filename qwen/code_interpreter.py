@@ -30,7 +30,7 @@ TOOL = {
         "required": ["code"],
     },
 }
-FENCED = re.compile(r"```(?:py(?:thon)?3?\b)?[ \t]*\n?(.*?)(?:```|\Z)", re.DOTALL)
+FENCED = re.compile(r"```(?:py(?:thon)?3?\b)?[ \t]*\n?(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
 
 
 class Call(NamedTuple):
@@ -87,6 +87,7 @@ def next_step(model: Any, tokenizer: Any, messages: list[dict]) -> tuple[str, bo
         eos_token_id=[tokenizer.im_end_id, tokenizer.im_start_id, tokenizer.eod_id],
         max_new_tokens=MAX_NEW_TOKENS,
         do_sample=False,
+        repetition_penalty=1.0,  # code repeats itself
         **dict.fromkeys(("temperature", "top_k", "top_p")),  # settings of sampling, without a meaning here
     )
     return tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True), bool(start)

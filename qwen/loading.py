@@ -28,6 +28,7 @@ from .checkpoint_files import (
     first_line,
     listing,
 )
+from .configuration_qwen import QWenConfig
 from .modeling_qwen import QWenLMHeadModel
 from .quiet import quiet_loading
 from .tokenization_qwen import QWenTokenizer
@@ -132,6 +133,12 @@ def _base_of(adapter: Path, base: str | os.PathLike | None, where: dict[str, Any
     return name, where
 
 
+def _holder_of(file: str, name: str, where: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Where to read a file of a checkpoint: in itself, or for an adapter without it in its base model."""
+    adapter = _adapter_folder(name, where)
+    return _base_of(adapter, None, where) if adapter and not (adapter / file).is_file() else (name, where)
+
+
 def _load_weights(name: str, **from_pretrained_kwargs: Any) -> QWenLMHeadModel:
     try:
         model, report = QWenLMHeadModel.from_pretrained(name, output_loading_info=True, **from_pretrained_kwargs)
@@ -186,27 +193,33 @@ def check_chat(name_or_path: str | os.PathLike | None) -> None:
 def chat_format(name: str, **where: Any) -> str | None:
     """What the checkpoint's generation config says that it speaks: "chatml" a chat model, "raw" a base model; None
     where it says nothing."""
-    adapter = _adapter_folder(name, where)
-    if adapter and not (adapter / GENERATION_CONFIG_NAME).is_file():
-        name, where = _base_of(adapter, None, where)
+    name, where = _holder_of(GENERATION_CONFIG_NAME, name, where)
     try:
         return getattr(GenerationConfig.from_pretrained(name, **where), "chat_format", None)
     except OSError:  # there is none
         return None
 
 
+def load_config(name_or_path: str | os.PathLike | None = None) -> QWenConfig:
+    """The config of a checkpoint that `check_checkpoint` passes, of an adapter that of its base model."""
+    name, where = _holder_of("config.json", resolve(name_or_path), {})
+    return QWenConfig.from_pretrained(name, **where)
+
+
 def load_tokenizer(name_or_path: str | os.PathLike | None = None, **from_pretrained_kwargs: Any) -> QWenTokenizer:
-    """Load only the tokenizer of a checkpoint; keyword arguments go to `QWenTokenizer.from_pretrained`.
+    """Load only the tokenizer of a checkpoint, for an adapter without one that of its base model; keyword arguments go
+    to `QWenTokenizer.from_pretrained`.
 
     Raises:
         CheckpointError: the folder has no qwen.tiktoken, or the hub does not give it.
     """
-    name = resolve(name_or_path)
     from_pretrained_kwargs.pop("trust_remote_code", None)
-    if (folder := _folder(name, from_pretrained_kwargs.get("subfolder"))) is not None:
+    where = {key: from_pretrained_kwargs.pop(key) for key in HUB_KWARGS if key in from_pretrained_kwargs}
+    name, where = _holder_of(VOCABULARY, resolve(name_or_path), where)
+    if (folder := _folder(name, where.get("subfolder"))) is not None:
         check_vocabulary(folder)
     try:
-        return QWenTokenizer.from_pretrained(name, **from_pretrained_kwargs)
+        return QWenTokenizer.from_pretrained(name, **from_pretrained_kwargs, **where)
     except OSError as error:
         raise CheckpointError(f"The tokenizer of {name} could not be loaded. {error}") from error
 

@@ -356,6 +356,7 @@ class QWenModel(QWenPreTrainedModel):
         if position_ids is None:
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + past_length
 
+        visible = self.layer_windows(past_key_values, past_length, inputs_embeds)
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
@@ -366,7 +367,6 @@ class QWenModel(QWenPreTrainedModel):
         cos, sin = rotary_tables(position_ids, self.config.rotary_dim, self.config.rotary_emb_base, alpha)
         stretch_queries = self.config.use_logn_attn and not self.training
         query_scale = logn_scale(position_ids, self.config.seq_length) if stretch_queries else None
-        visible = self.layer_windows(past_key_values, past_length, inputs_embeds)
 
         hidden_states = self.drop(inputs_embeds)
         # Fewer layers when `generate` drafts with the first of them.
@@ -398,9 +398,11 @@ class QWenModel(QWenPreTrainedModel):
     def layer_windows(
         self, cache: Cache | None, past_length: int | torch.Tensor, inputs_embeds: torch.Tensor
     ) -> list[Window | None]:
-        """What each layer sees, None for all."""
+        """What each layer sees, None for all. ValueError for flex attention, whose masks are no tensors."""
         if not self.config.use_window_attn or self.training:
             return [None] * len(self.h)
+        if self.config._attn_implementation == "flex_attention":
+            raise ValueError('use_window_attn=True works with attn_implementation "sdpa", "eager" and flash attention.')
         rows = getattr(cache, "row_lengths", None)  # of a cache whose rows are of different lengths
         return windows(self.config.windows, past_length, rows, inputs_embeds.shape[1], inputs_embeds.device)
 

@@ -71,15 +71,9 @@ def window_attention(
 
     Returns:
         (B, S, H, D), and the weights (B, H, S, T) where the implementation gives them.
-
-    Raises:
-        ValueError: for flex attention, whose masks are no tensors.
     """
-    implementation = module.config._attn_implementation
-    if "flash" in implementation and not isinstance(key, QuantizedStates):
+    if "flash" in module.config._attn_implementation and not isinstance(key, QuantizedStates):
         return attention(module, query, key, value, attention_mask, sliding_window=window.size, **kwargs)
-    if implementation == "flex_attention":
-        raise ValueError('use_window_attn=True works with attn_implementation "sdpa", "eager" and flash attention.')
 
     in_bytes = isinstance(key, QuantizedStates)
     queries, keys = query.shape[2], key.length if in_bytes else key.shape[2]

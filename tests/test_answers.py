@@ -35,6 +35,8 @@ from qwen.evaluation.numbers import close, gold_answer, last_number, number
         ("-3/4", "-3/4"),
         (r"\frac{3}{4}", "3/4"),
         (r"-\dfrac34", "-3/4"),
+        ("-2 1/2 hours", "-5/2"),
+        (r"2\frac{1}{2}", "5/2"),
         (r"1{,}000 and 1,\!500", 1500),
         (r"\$2,000", 2000),
         (".5", "1/2"),
@@ -159,6 +161,7 @@ ANSWERS = (
 BETTER = (
     *(("1,000", "1000"), (r"1{,}000", "1000"), (r"1,\!000", "1000"), ("10.0", "10"), ("−5", "-5"), ("3", "03")),
     *((r"\frac{3}{4}", "0.75"), ("12/16", r"\frac{3}{4}"), ("-1/2", r"-\frac{1}{2}"), ("$5$", "5")),
+    (r"2\frac{1}{2}", r"\frac{5}{2}"),
 )
 
 
@@ -174,7 +177,15 @@ def test_answers_are_as_equivalent_as_lm_eval_finds_them() -> None:
     assert equal > 20
     for answer, gold in BETTER:
         assert not is_equiv(answer, gold) and equivalent(answer, gold) and equivalent(gold, answer), (answer, gold)
-    for answer, gold in (("1,000", "1"), ("0.33", r"\frac{1}{3}"), ("5", "-5"), ("1,2", "12"), ("5", "50"), (None, "")):
+    for answer, gold in (
+        ("1,000", "1"),
+        ("0.33", r"\frac{1}{3}"),
+        ("5", "-5"),
+        ("1,2", "12"),
+        ("5", "50"),
+        (None, ""),
+        (r"2\frac12", "10.5"),
+    ):
         assert not equivalent(answer, gold), (answer, gold)
 
 
@@ -265,8 +276,8 @@ def test_verdicts() -> None:
     programs = [Program(HEAD + body, TESTS) for body in BODIES]
     programs.insert(0, Program(HEAD + "    return 2 * x\nseen = open('seen', 'w').close()\n", TESTS))
     programs.append(Program("import os\nassert not os.path.exists('seen')\n" + HEAD + "    return 2 * x", TESTS))
-    first, *found, last = verdicts(programs, seconds=2, allow_weaker=True)
+    first, *found, last = verdicts(programs, seconds=3, allow_weaker=True)
     assert {body: verdict.status for body, verdict in zip(BODIES, found, strict=True)} == BODIES
     assert first.status == last.status == "passed"  # one does not see what another left
     messages = {verdict.message for verdict in found}
-    assert {"", "AssertionError", "after 2 seconds", "NameError: name 'y' is not defined", "MemoryError"} <= messages
+    assert {"", "AssertionError", "after 3 seconds", "NameError: name 'y' is not defined", "MemoryError"} <= messages

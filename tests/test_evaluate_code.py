@@ -321,9 +321,18 @@ def test_missing_data_are_named(name: str, tmp_path: Path) -> None:
             "HumanEval/0: the prompt has no function other",
         ),
         ("chat_humaneval", json.dumps(PROBLEMS[0] | {"prompt": "def f(:"}), "HumanEval/0: the prompt is not Python"),
+        ("humaneval", json.dumps(PROBLEMS[0] | {"prompt": None}), "line 1: 'prompt' must be text"),
         ("mbpp", json.dumps(SENTENCES[0]), "has no problem 3"),
+        ("mbpp", json.dumps(SENTENCES[0] | {"task_id": "2"}), "line 1: 'task_id' must be a whole number"),
+        ("mbpp", json.dumps(SENTENCES[0] | {"test_list": [1]}), 'problem 2: "test_list" and'),
         ("mbpp", "\n".join(map(json.dumps, SENTENCES[:4])), "none of the problems 11 to 510"),
         ("code_interpreter", '{"query": "", "tags": ["art"]}', "question 0: none of its tags"),
+        ("code_interpreter", '{"query": "", "tags": null}', "line 1: 'tags' must be a list"),
+        (
+            "code_interpreter",
+            '{"query": "", "tags": ["general"], "input_file_path": "x.csv"}',
+            "must be a list of names, not 'x.csv'",
+        ),
         ("code_interpreter", '{"query": "", "tags": ["math"], "expected": "a lot"}', "question 0: no number"),
         (
             "code_interpreter",
@@ -344,7 +353,9 @@ def test_wrong_lines_are_named(name: str, line: str, said: str, tmp_path: Path) 
     [
         ("math", "test/geometry/9.json", '{"problem": ""}', "no field 'level', 'solution'"),
         ("math", "test/geometry/9.json", json.dumps(PROBLEM | {"solution": "It is 2."}), "has no answer"),
+        ("math", "test/geometry/9.json", json.dumps(PROBLEM | {"level": 5}), "'level' must be text"),
         ("bbh", "bbh/snarks.json", '{"examples": []}', "a list of questions"),
+        ("bbh", "bbh/snarks.json", '{"examples": [{"input": "", "target": 5}]}', "'target' must be text"),
         ("bbh", "bbh/snarks.json", '{"examples": [{"input": ""}]}', "example 0: no field 'target'"),
         ("bbh", "cot-prompts/snarks.txt", "Q: 1", "five dashes"),
         ("bbh", "cot-prompts/snarks.txt", None, "does not exist"),

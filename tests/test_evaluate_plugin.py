@@ -13,6 +13,7 @@ sys.path.insert(0, str(ROOT / "eval"))
 import evaluate_plugin
 
 from qwen.evaluation import harness
+from qwen.evaluation.agent import FirstCallAgent
 from qwen.evaluation.language_model import LanguageModel
 from qwen.loading import load_model
 from qwen.react import tool_prompt
@@ -98,6 +99,17 @@ def test_agent(run, tmp_path: Path):
     scores, records = results(tmp_path)
     assert scores == {"agent: tool selection": 1, "agent: arguments, Rouge-L": 1, "agent: false positives": 0}
     assert records["agent/2"]["call"] is None and "Hello" in records["agent/2"]["reply"]
+
+
+def test_what_fails_in_the_agent_is_no_answer(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("smolagents", reason="this part is about smolagents: pip install smolagents")
+
+    def fails(*_: object, **__: object) -> list[str]:
+        raise MemoryError("too large")
+
+    monkeypatch.setattr(lm, "reply", fails)
+    with pytest.raises(MemoryError, match="too large"):
+        FirstCallAgent(lm, 8).ask("Hello!", [WEATHER])
 
 
 # By hand

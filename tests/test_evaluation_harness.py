@@ -16,7 +16,7 @@ from conftest import ROOT
 
 from qwen.evaluation.data_files import DataError, existing, read_csv, read_json, read_jsonl
 from qwen.evaluation.harness import main
-from qwen.evaluation.language_model import LanguageModel, cut
+from qwen.evaluation.language_model import LanguageModel, StopStrings, cut
 from qwen.evaluation.task import Case, Score, Task
 from qwen.evaluation.texts import read_texts
 from qwen.loading import load_model
@@ -285,6 +285,22 @@ def test_completions_end_at_the_first_stop_string(base):
     assert [lm.complete([case], stop=stop, max_new_tokens=24)[0] for case in cases] == stopped
 
 
+def test_ids_without_a_token_are_left_out(base):
+    model, tokenizer = base
+    lm = LanguageModel(model, tokenizer, 2048)
+    expected = lm.complete([Case("a", "import", None)], stop=["\n"], max_new_tokens=3)
+    ids = torch.tensor([[len(tokenizer), 5]])
+    assert not StopStrings(tokenizer, ["\n"])(torch.cat([ids, ids], dim=1), None).any()
+    model.generate, generate = (
+        lambda ids, **kwargs: torch.nn.functional.pad(generate(ids, **kwargs), (0, 1), value=len(tokenizer)),
+        model.generate,
+    )
+    try:
+        assert lm.complete([Case("a", "import", None)], stop=["\n"], max_new_tokens=3) == expected
+    finally:
+        del model.generate
+
+
 def test_replies_are_those_of_chat(chat):
     model, tokenizer = chat
     lm = LanguageModel(model, tokenizer, 2048)
@@ -350,6 +366,7 @@ def test_csv_that_is_none(tmp_path, content, said):
         ('{"a": 1}\n{"b": 1}\n', "line 2: no field 'a', only 'b'"),
         ('{"a": 1}\n\n[1]\n', "line 3: an object with a is needed, not list"),
         ('{"a": 1}\n{"a": \n', "line 2: not JSON"),
+        ("[" * 99999, "line 1: not JSON"),
     ],
 )
 def test_json_lines_that_are_none(tmp_path, content, said):
@@ -364,9 +381,11 @@ def test_compressed_json_lines(tmp_path):
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(gzip.compress(b'{"a": 1}\n{"a": 2}\n'))
     assert read_jsonl(path, ["a"]) == [{"a": 1}, {"a": 2}]
-    path.write_bytes(gzip.compress(b'{"a": 1}\n' * 9999)[:50])
-    with pytest.raises(DataError, match="cannot be read"):
-        read_jsonl(path, ["a"])
+    whole = gzip.compress(b'{"a": 1}\n' * 9999)
+    for damaged in (whole[:50], whole[:15] + b"\xff" * 20 + whole[35:]):
+        path.write_bytes(damaged)
+        with pytest.raises(DataError, match="cannot be read"):
+            read_jsonl(path, ["a"])
     path.write_bytes(b'{"a": 1}\n')
     with pytest.raises(DataError, match="cannot be read"):
         read_jsonl(path, ["a"])

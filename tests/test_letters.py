@@ -41,9 +41,14 @@ ENGLISH = {
     "It must be B then": "B",
     "Surely (d), as everyone knows": "D",
     "A good idea would be to say Rome.": "C",
+    "If we choose a 5-card hand or a k-subset, the answer is C.": "C",
+    "B is false.": "B",  # the question may have asked for that
     "In A.D. 100, and in Washington D.C., at 20 °C, in C++ and A/B tests, for B-cells: Rome": "C",
     "I rule out A and Paris is not it either; C": "C",
     "A and B are incorrect, so C": "C",
+    "A is correct, C is correct. The incorrect statement is **B**.": "B",
+    "A、B、C的说法都对，不正确的是D": "D",
+    "A、C、D均正确，错误的是：B": "B",
     "It isn't A. It can't be B. What is left: D": "D",
     # no letter
     "paris": "B",
@@ -73,6 +78,7 @@ CHINESE = {
     "中国的首都是北京": "A",
     "上海市在东边，排除A": "B",
     "广洲": "C",
+    "选项C错误，因为它不符合事实。": "C",
 }
 
 
@@ -94,6 +100,7 @@ def test_chinese(reply, letter):
         ("France", NESTED, "C"),
         ("The answer is 35.", NUMBERS, "C"),
         ("The answer is 3.5", NUMBERS, "D"),
+        ("So it is −3", ("3", "-3", "0", "1"), "B"),  # U+2212
         ("3 + 2 = 5, and 13 is more. The answer is 3", NUMBERS, "A"),
         ("1. Add. 2. Multiply. The answer is C", NUMBERS, "C"),
         ("B", ("D", "C", "B", "A"), "B"),  # a letter is a letter, also where it is a text

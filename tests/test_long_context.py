@@ -90,16 +90,16 @@ def test_what_cannot_be_measured(long_context, text, tmp_path, capsys, monkeypat
 
 def test_a_needle_is_found_where_the_toy_can(needle, tmp_path, capsys):
     out = tmp_path / "out.jsonl"
-    arguments = ["--lengths", "64", "1024", "--depths", "0", "50", "100", "--cpu-only", "-o", str(out)]
+    arguments = ["--lengths", "80", "1024", "--depths", "0", "50", "100", "--cpu-only", "-o", str(out)]
     assert main(needle.Needle, None, arguments) == 0
     table = capsys.readouterr().out
     found = [json.loads(line) for line in out.read_text().splitlines()]
     assert [(record["length"], record["depth"]) for record in found] == [
-        (length, depth) for length in (64, 1024) for depth in (0, 50, 100)
+        (length, depth) for length in (80, 1024) for depth in (0, 50, 100)
     ]
     short = sum(record["correct"] for record in found[:3])
     assert short == 3 and all(record["correct"] == ("7351" in record["reply"]) for record in found)
-    assert "| 64 tokens | 100.0% | 3 |" in table
+    assert "| 80 tokens | 100.0% | 3 |" in table
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -107,7 +107,7 @@ def test_depths_and_lengths_are_what_they_say(needle, bundled_chat):
     import argparse
 
     from qwen.loading import load_tokenizer
-    from qwen.qwen_generation_utils import make_context
+    from qwen.qwen_generation_utils import DEFAULT_SYSTEM, make_context
 
     parser = argparse.ArgumentParser()
     needle.Needle.add_arguments(parser)
@@ -119,8 +119,26 @@ def test_depths_and_lengths_are_what_they_say(needle, bundled_chat):
         assert question == "What is door?" and told.count("door: 7351;") == 1
         depth = told.index("door: 7351;") / (len(told) - len("door: 7351;"))
         assert depth == pytest.approx(case.data["depth"] / 100, abs=0.1)
-        tokens = len(make_context(tokenizer, case.prompt)[1])
+        tokens = len(make_context(tokenizer, case.prompt, system=DEFAULT_SYSTEM)[1])
         assert 0.85 * case.data["length"] < tokens <= case.data["length"] + 2
+
+
+def test_a_place_is_between_sentences_where_there_are_any(needle):
+    assert needle._gap("One. Two. Three. Four.", 0.5) == len("One. Two. ")
+    assert needle._gap("One. Two. Three. Four.", 0.0) == 0
+    assert needle._gap("x" * 100, 0.6) == needle._gap("One. " + "x" * 95, 0.6) == 60
+
+
+@pytest.mark.parametrize("name", ["long_context", "needle"])
+def test_an_adapter_is_measured_as_its_base_would_be(request, name, tmp_path, bundled_base, bundled_chat):
+    from peft import LoraConfig, get_peft_model
+
+    module, chat = request.getfixturevalue(name), name == "needle"
+    model, _ = load_model(bundled_chat if chat else bundled_base, cpu_only=True)
+    get_peft_model(model, LoraConfig(r=1, target_modules=["c_attn"])).save_pretrained(tmp_path)
+    task, arguments = (module.Needle, ["--depths", "50"]) if chat else (module.LongContext, ["--tokens", "64"])
+    out = ["-o", str(tmp_path / "out.jsonl")]
+    assert main(task, None, ["-c", str(tmp_path), "--lengths", "64", "--cpu-only", *arguments, *out]) == 0
 
 
 @pytest.mark.parametrize(

@@ -28,14 +28,21 @@ class FirstCallAgent:
 
         Args:
             tools: `{"name", "description", "parameters"}`, as `check_tools` allows.
+
+        Raises:
+            Exception: what the model raised.
         """
-        from smolagents import ActionStep, LogLevel, ToolCallingAgent
+        from smolagents import ActionStep, AgentGenerationError, LogLevel, ToolCallingAgent
 
         model = _model(self.lm, self.max_new_tokens)
         agent = ToolCallingAgent(tools=[_stub(tool) for tool in tools], model=model, verbosity_level=LogLevel.OFF)
-        for event in agent.run(query, stream=True, max_steps=1):
-            if isinstance(event, ActionStep):
-                break
+        try:
+            for event in agent.run(query, stream=True, max_steps=1):
+                # Without a reply the model has failed: the step comes first, and what was raised behind it.
+                if isinstance(event, ActionStep) and model.reply is not None:
+                    break
+        except AgentGenerationError as error:
+            raise error.__cause__ or error from None
         return model.reply, model.call
 
 
@@ -87,7 +94,7 @@ def _model(lm: LanguageModel, max_new_tokens: int) -> Any:
     )
 
     class ReactModel(Model):
-        reply: str = ""
+        reply: str | None = None
         call: dict[str, str] | None = None
 
         def generate(self, messages: list, *, tools_to_call_from: list, **_: Any) -> ChatMessage:

@@ -19,14 +19,14 @@ import time
 from abc import abstractmethod
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..code_interpreter import FENCED
 from ..sandbox import Limits, Sandbox, SandboxUnavailable
 from ..sandbox.arguments import add_sandbox_arguments
-from .task import Case, Task
+from .task import Case, Task, add_file_argument
 
+HUMANEVAL_FIELDS = dict.fromkeys(("task_id", "prompt", "entry_point", "test"), str)
 STOP = ("\n\n", "\ndef ")  # ends the completion of a function
 SECONDS = 10.0  # for a program to be defined, and again for its tests
 _SIDE_BY_SIDE = 4  # sandboxes, at most one for each processor
@@ -97,6 +97,7 @@ def verdicts(programs: Sequence[Program], *, seconds: float, allow_weaker: bool 
 def _verdict(program: Program, sandbox: Sandbox) -> Verdict:
     # What the tests end in is not known before they begin: neither a print nor a replaced `exec` leads to it.
     passed = secrets.token_hex()
+    sandbox.start()  # which takes time that is not the program's
     for cell in (_AS_MODULE, program.code, f"{program.tests}\npassed = {passed!r}\npassed"):
         begun = time.monotonic()
         output, status = sandbox.run(cell)
@@ -115,15 +116,7 @@ class ProgramTask(Task):
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
-        parser.add_argument(
-            "-f",
-            "--sample-input-file",
-            "--sample_input_file",
-            required=True,
-            type=Path,
-            metavar="FILE",
-            help="the problems, as JSON lines; eval/EVALUATION.md tells where they come from",
-        )
+        add_file_argument(parser, "the problems, as JSON lines; eval/EVALUATION.md tells where they come from")
         add_sandbox_arguments(parser, seconds=SECONDS)
 
     def __init__(self, arguments: argparse.Namespace):

@@ -6,13 +6,14 @@ Knows formats, and no benchmark.
 import csv
 import gzip
 import json
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 Fields = Sequence[str] | Mapping[str, type]
-"""Names of fields that an object must have, perhaps with what they must be: str, list or dict."""
-_KINDS = {str: "text", list: "a list", dict: "an object"}
+"""Names of fields that an object must have, perhaps with what they must be: str, int, list or dict."""
+_KINDS = {str: "text", int: "a whole number", list: "a list", dict: "an object"}
 
 
 class DataError(ValueError):
@@ -76,7 +77,7 @@ def read_jsonl(path: Path, required: Fields) -> list[dict[str, Any]]:
                 continue
             try:
                 record = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise DataError(f"{path}, line {number}: not JSON ({error}).") from error
             check_fields(record, required, f"{path}, line {number}")
             records.append(record)
@@ -94,7 +95,7 @@ def read_json(path: Path) -> Any:
     with _opened(path) as file:
         try:
             return json.load(file)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{path}: not JSON ({error}). Download the file again.") from error
 
 
@@ -130,7 +131,7 @@ class _Opened:
         self.file.close()
         if isinstance(error, UnicodeDecodeError):
             raise DataError(f"{self.path} is not UTF-8 text ({error}). Download it again.") from error
-        if isinstance(error, OSError | EOFError):
+        if isinstance(error, OSError | EOFError | zlib.error):
             raise self._explained(error) from error
 
     def _explained(self, error: Exception) -> DataError:

@@ -48,6 +48,9 @@ def main(task_class: type[Task], description: str | None, arguments: Sequence[st
     except (OSError, ValueError, SandboxUnavailable) as error:
         print(error, file=sys.stderr)
         return 1
+    except ModuleNotFoundError as error:
+        print(f"{error}: pip install -r requirements_eval.txt -c constraints.txt", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("Stopped. The same command goes on from here.", file=sys.stderr)
         return 130
@@ -120,10 +123,13 @@ def limited(cases: Sequence[Case], limit: int | None) -> list[Case]:
     """The first `limit` cases of each group; all without one.
 
     Raises:
-        DataError: there are none.
+        DataError: there are none, or two of one name.
     """
     if not cases:
         raise DataError("The data hold no questions.")
+    name, count = Counter(case.name for case in cases).most_common(1)[0]
+    if count > 1:
+        raise DataError(f"The data hold {count} questions by the name {name!r}: remove those that are there twice.")
     seen: Counter[str] = Counter()
     kept = []
     for case in cases:
@@ -192,9 +198,9 @@ class Run:
     def __init__(self, output: Path, settings: dict[str, Any], overwrite: bool):
         self.records_file = output
         self.summary_file, self.table_file = output.with_suffix(".json"), output.with_suffix(".md")
-        if output.suffix in (".json", ".md"):
+        if output.suffix in (".json", ".md", ".png"):
             raise DataError(
-                f"{output}: the records are JSON lines and the summary goes beside them; name it OUT.jsonl."
+                f"{output}: the records are JSON lines, and summary and picture go beside them; name it OUT.jsonl."
             )
         self.settings, self.overwrite = settings, overwrite
         self.records: list[dict[str, Any]] = []
@@ -288,4 +294,7 @@ class Run:
                 for score in scores
             }
             summary["dropped_shots"] = sum("dropped_shots" in record for record in self.records)
-        self.summary_file.write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        # In one step: without the settings in it, a run could not be gone on with.
+        written = self.summary_file.with_name(f"{self.summary_file.name}.new")
+        written.write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        written.replace(self.summary_file)

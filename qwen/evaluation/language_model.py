@@ -147,7 +147,7 @@ class LanguageModel:
             **self._greedy(stop, max_new_tokens),
             **dict.fromkeys(("temperature", "top_k", "top_p")),  # settings of sampling, without a meaning here
         )
-        replies = self.tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)
+        replies = self.tokenizer.batch_decode(_tokens(output[:, length:], self.tokenizer), skip_special_tokens=True)
         return [cut(reply, stop) for reply in replies]
 
     def reply(
@@ -181,9 +181,14 @@ class StopStrings(StoppingCriteria):
         if self.prompt_length is None:
             self.prompt_length = input_ids.shape[1] - 1
         start = max(self.prompt_length, input_ids.shape[1] - self.reach)
-        tails = self.tokenizer.batch_decode(input_ids[:, start:])
+        tails = self.tokenizer.batch_decode(_tokens(input_ids[:, start:], self.tokenizer))
         found = [any(text in tail for text in self.stop) for tail in tails]
         return torch.tensor(found, device=input_ids.device)
+
+
+def _tokens(ids: torch.Tensor, tokenizer: QWenTokenizer) -> torch.Tensor:
+    """Generated ids as the tokenizer knows them: a matrix has more rows than it has tokens."""
+    return ids.masked_fill(ids >= len(tokenizer), tokenizer.eod_id)
 
 
 def cut(text: str, stop: Sequence[str]) -> str:

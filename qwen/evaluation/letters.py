@@ -7,8 +7,8 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
-# Full-width forms (Ａ （ ）：) as their plain ones; brackets and quotes of Chinese likewise.
-_PLAIN = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | str.maketrans("【】「」。、“”‘’", "[][].,\"\"''")
+# Full-width forms (Ａ （ ）：) as their plain ones; brackets and quotes of Chinese, and the minus sign, likewise.
+_PLAIN = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | str.maketrans("【】「」。、“”‘’−", "[][].,\"\"''-")
 _MARKDOWN = re.compile(r"\*+|`+|__")
 # Option texts that are words of the phrases below: replaced by a letter, they would tear the phrases apart.
 _PHRASE_WORDS = {"a", "an", "the", "is", "are", "answer", "choice", "option", "是", "为", "选", "选项", "答案"}
@@ -27,6 +27,13 @@ _IS_CORRECT = (
     r"(?i:\s+(?:is|seems|looks|would\s+be)\s+(?:\w+ly\s+|also\s+)*(?:the\s+)?(?:most\s+)?"
     r"(?:correct|right|best|true|answer|suitable|appropriate|accurate|likely)\b"
     r"|\s*(?:选项|项)?(?:才?是|为)?最?(?:正确|对的|符合题意|合适|恰当))"
+)
+# "The incorrect statement is", "错误的是": said where the question asks for what is wrong. Of the letter itself "B is
+# incorrect" would be said.
+_THE_WRONG_ONE_IS = (
+    r"(?:(?i:\b(?:incorrect|wrong|false|untrue|inaccurate)\s+(?:one|option|choice|answer|statement)\s+is\b)"
+    r"|(?:不正确|不恰当|不合适|不符合题意|错误|有误)的?(?:选项|一项|说法|叙述|表述|描述)?(?:应该|应)?(?:是|为|:))"
+    r"(?:[\s:]|(?i:\b(?:option|choice|letter)\b)|选项)*"
 )
 # What stands right in front of a letter that is refused, and right behind one.
 _REFUSED_BEFORE = re.compile(
@@ -49,10 +56,11 @@ _NO_NOUNS = "is|are|was|were|because|since|as|seems|looks|would|and|or|for|but|d
 def chosen_letter(reply: str, options: Sequence[str]) -> str | None:
     """The letter that a reply chooses, "A" for the first option, or None where nothing in it is like any of them.
 
-    Texts of options in the reply are replaced by their letters, the longest first. Then the first of these counts:
-    "the answer is B" (choice, 答案是, 选 …), "B is correct" (B正确), a letter at the beginning, the first letter that
-    stands alone. The article "A" is no letter, and a letter that is refused ("A is wrong", 不选A) does not count.
-    Where there is none, it is the option, of those not refused, whose text is closest by thefuzz.
+    Texts of options in the reply are replaced by their letters, the longest first. Then the first of these counts: "the
+    incorrect one is B" (错误的是B), "the answer is B" (choice, 答案是, 选 …), "B is correct" (B正确), a letter at the
+    beginning, the first letter that stands alone. The article "A" is no letter, and a letter that is refused ("A is
+    wrong", 不选A) does not count. Where there is none, it is the one letter that is refused, as questions also ask for
+    what is wrong; else the option, of those not refused, whose text is closest by thefuzz.
 
     Args:
         options: the texts of A, B, …; 26 at most.
@@ -61,12 +69,17 @@ def chosen_letter(reply: str, options: Sequence[str]) -> str | None:
     plain = reply.translate(_PLAIN).strip()
     lettered = _with_letters(plain, texts)
     refused = set()
-    for pattern in _patterns(len(texts)):
+    wrong_one, *patterns = _patterns(len(texts))
+    if match := wrong_one.search(lettered):
+        return match["letter"].upper()
+    for pattern in patterns:
         for match in pattern.finditer(lettered):
             letter = match["letter"].upper()
             if not _is_refused(lettered, match):
                 return letter
             refused.add(letter)
+    if len(refused) == 1:
+        return refused.pop()
     return _closest(plain, {letter: text for letter, text in texts.items() if letter not in refused})
 
 
@@ -107,14 +120,16 @@ def _patterns(count: int) -> tuple[re.Pattern[str], ...]:
     starts = r"(?<![A-Za-z0-9_+#°/&])(?<![A-Za-z][.'-])"
     ends = (
         r"(?![A-Za-z0-9_+#°/&^])(?!\.[A-Z]\b)(?!-[a-z0-9])(?!'[a-z])(?!\s*=)"
-        rf"(?!(?<=[Aa])[ \t]+(?!(?i:{_NO_NOUNS})\b)[A-Za-z]{{2}})"
+        rf"(?!(?<=[Aa])[ \t]+(?!(?i:{_NO_NOUNS})\b)(?:[A-Za-z]{{2}}|[A-Za-z]-|\$?[0-9]))"
     )
     lone = rf"{starts}(?P<letter>[{upper}]|(?<=[(\[])[{lower}](?=[)\]])){ends}"
+    opened = r"(?:\\\w+\{|[(\[{\"'$<])*"
     return tuple(
         map(
             re.compile,
             (
-                rf"{_ANSWER_IS}(?:\\\w+\{{|[(\[{{\"'$<])*(?P<letter>[{upper}{lower}]){ends}",
+                rf"{_THE_WRONG_ONE_IS}{opened}(?P<letter>[{upper}]){ends}",
+                rf"{_ANSWER_IS}{opened}(?P<letter>[{upper}{lower}]){ends}",
                 rf"{lone}[)\]}}\"'.]*{_IS_CORRECT}",
                 rf"^[(\[{{\"'$<]*(?P<letter>[{upper}]|[{lower}](?=\s*(?:[)\].:,]|$))){ends}",
                 lone,

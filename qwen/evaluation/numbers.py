@@ -10,16 +10,18 @@ from fractions import Fraction
 
 # What stands for an ASCII character: full-width letters, digits and punctuation, minus signs, the bar of a fraction.
 _ASCII = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {0x2212: "-", 0xFE63: "-", 0x2044: "/"}
-# LaTeX: 1{,}000 and 1,\!000; \$5; \frac{3}{4} and \frac34
+# LaTeX: 1{,}000 and 1,\!000; \$5; 2\frac{3}{4}, which is 2 3/4; \frac{3}{4} and \frac34
 _LATEX = (
     (re.compile(r"\{,\}"), ","),
     (re.compile(r"\\[!$%]"), lambda match: match[0][1].strip("!")),
+    (re.compile(r"(?<=[0-9])\s*(?=\\[dt]?frac)"), " "),
     (re.compile(r"\\[dt]?frac\s*(?:\{\s*(-?\d+)\s*\}|(\d))\s*(?:\{\s*(\d+)\s*\}|(\d))"), r"\1\2/\3\4"),
 )
 _DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)"
 _NUMBER = re.compile(
     # A minus behind a word or a number is a hyphen or a subtraction; behind Chinese, which knows no spaces, it is none.
     r"(?P<minus>(?<![A-Za-z0-9_)\]}%])-(?=[$€£¥]?[0-9.]))?[$€£¥]?"
+    r"(?:(?P<whole_part>[0-9]+)\s(?=[0-9]+/[0-9]))?"
     rf"(?P<number>{_DIGITS}(?:\.[0-9]+)?|(?<![0-9])\.[0-9]+)"
     r"(?:[eE](?P<exponent>[+-]?[0-9]{1,3})(?![A-Za-z0-9])"
     r"|\s?(?:×|\*|\\times|\\cdot)\s?10\s?\^\s?\{?(?P<power>[+-]?[0-9]{1,3})(?![0-9])\}?"
@@ -32,7 +34,8 @@ TOLERANCE = Fraction(1, 10_000)
 def last_number(text: str) -> Fraction | None:
     """The last number in a text, or None; units, currencies and percent signs around it are passed over.
 
-    Thousands may be separated by commas; decimals, "3/4", "1.2e3", "1.2 × 10^3" and LaTeX's fractions are numbers.
+    Thousands may be separated by commas; decimals, "3/4", "2 3/4", "1.2e3", "1.2 × 10^3" and LaTeX's fractions are
+    numbers.
     """
     for match in reversed([*_NUMBER.finditer(_plain(text))]):
         if (value := _value(match)) is not None:
@@ -76,6 +79,7 @@ def _value(match: re.Match) -> Fraction | None:
         value = Fraction(match["number"].replace(",", ""))
         if match["denominator"]:
             value /= Fraction(match["denominator"].replace(",", ""))
+        value += int(match["whole_part"] or 0)
         value *= Fraction(10) ** int(match["exponent"] or match["power"] or 0)
         return -value if match["minus"] else value
     return None

@@ -120,6 +120,13 @@ class Task(ABC):
         return []
 
 
+def add_file_argument(parser: argparse.ArgumentParser, what: str) -> None:
+    """`-f/--sample-input-file`, for benchmarks whose data are a file; `what` it holds is the help."""
+    parser.add_argument(
+        "-f", "--sample-input-file", "--sample_input_file", required=True, type=Path, metavar="FILE", help=what
+    )
+
+
 def mean(records: Sequence[dict[str, Any]], key: str = "correct") -> float:
     """Of a number or a truth value of the records; NaN where there are none."""
     return sum(float(record[key]) for record in records) / len(records) if records else math.nan

@@ -15,7 +15,7 @@ def read_texts(paths: Sequence[Path]) -> str:
     texts = []
     for file in _files(paths):
         try:
-            texts.append(file.read_text(encoding="utf-8"))
+            texts.append(file.read_text(encoding="utf-8-sig"))
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"{file} cannot be read as UTF-8 text: {error}.") from error
     whole = "\n\n".join(texts)

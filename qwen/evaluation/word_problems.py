@@ -13,6 +13,7 @@ from typing import NamedTuple
 from .data_files import DataError
 from .numbers import gold_answer
 from .splits import read_split
+from .task import add_file_argument
 
 _CALCULATOR = re.compile(r"<<.*?>>")  # "48/2 = <<48/2=24>>24": for a calculator, not for a reader
 
@@ -36,15 +37,8 @@ class WordProblem(NamedTuple):
 
 def add_problems_argument(parser: argparse.ArgumentParser) -> None:
     """`-f/--sample-input-file`."""
-    parser.add_argument(
-        "-f",
-        "--sample-input-file",
-        "--sample_input_file",
-        required=True,
-        type=Path,
-        metavar="PATH",
-        help="test.jsonl with train.jsonl beside it, or a folder that `datasets` saved; see eval/EVALUATION.md",
-    )
+    where = "test.jsonl with train.jsonl beside it, or a folder that `datasets` saved; see eval/EVALUATION.md"
+    add_file_argument(parser, where)
 
 
 def read_problems(path: Path, split: str) -> list[WordProblem]:
