@@ -19,8 +19,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-import gguf
 import torch
+from gguf_file import write_gguf
 from llama_cpp import Llama
 
 from qwen import make_context
@@ -36,52 +36,6 @@ PROMPTS = [
     "Which checkpoints are there?",
     "谢谢，再见！",
 ]
-
-# Our names → those of GGUF's "qwen" architecture.
-GLOBAL_NAMES = {
-    "transformer.wte.weight": "token_embd.weight",
-    "transformer.ln_f.weight": "output_norm.weight",
-    "lm_head.weight": "output.weight",
-}
-LAYER_NAMES = {
-    "ln_1.weight": "attn_norm.weight",
-    "attn.c_attn.weight": "attn_qkv.weight",
-    "attn.c_attn.bias": "attn_qkv.bias",
-    "attn.c_proj.weight": "attn_output.weight",
-    "ln_2.weight": "ffn_norm.weight",
-    "mlp.w1.weight": "ffn_up.weight",
-    "mlp.w2.weight": "ffn_gate.weight",
-    "mlp.c_proj.weight": "ffn_down.weight",
-}
-
-
-def write_gguf(model, path: Path) -> None:
-    """Write a float32 GGUF file without a vocabulary: token ids go in and come out."""
-    config = model.config
-    writer = gguf.GGUFWriter(str(path), "qwen")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_rope_freq_base(float(config.rotary_emb_base))
-    writer.add_rope_dimension_count(config.rotary_dim)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_attention_heads)
-    writer.add_layer_norm_rms_eps(config.layer_norm_epsilon)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("none")
-    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
-    for name, tensor in model.state_dict().items():
-        if name in GLOBAL_NAMES:
-            target = GLOBAL_NAMES[name]
-        else:
-            layer, part = name.removeprefix("transformer.h.").split(".", 1)
-            target = f"blk.{layer}.{LAYER_NAMES[part]}"
-        writer.add_tensor(target, tensor.float().numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def llama_greedy(llama: Llama, ids: list[int], new_tokens: int, ends: set[int]) -> list[int]:
@@ -115,7 +69,7 @@ def main() -> int:
     failures = 0
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.gguf"
-        write_gguf(model, path)
+        write_gguf(model.config, model.state_dict().items(), path)
         llama = Llama(
             str(path), n_ctx=model.config.seq_length, n_threads=torch.get_num_threads(), logits_all=True, verbose=False
         )

@@ -24,10 +24,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
+import qwen.quiet  # noqa: F401, I001  before transformers, of which it keeps back the chatter
+
 import torch
 from memory import peak
+from qwen2 import qwen2_config
 from random_models import SHAPES, config, write_quantized
-from transformers import Qwen2Config, Qwen2ForCausalLM, Trainer, TrainerCallback
+from transformers import Qwen2ForCausalLM, Trainer, TrainerCallback
 
 from qwen import QWenLMHeadModel
 from qwen.chat_datasets import Collator
@@ -179,20 +182,10 @@ def random_model(shape: str, method: str) -> QWenLMHeadModel:
 
 
 def random_qwen2(shape: str, method: str) -> Qwen2ForCausalLM:
-    hidden, layers, heads, width, rows = SHAPES[shape]
     with placed(method):
-        return Qwen2ForCausalLM(
-            Qwen2Config(
-                hidden_size=hidden,
-                num_hidden_layers=layers,
-                num_attention_heads=heads,
-                num_key_value_heads=heads,
-                intermediate_size=width,
-                vocab_size=rows,
-                tie_word_embeddings=False,
-                use_cache=False,
-            )
-        )
+        model = Qwen2ForCausalLM(qwen2_config(config(shape)))
+    model.config.use_cache = False
+    return model
 
 
 @contextlib.contextmanager

@@ -10,22 +10,24 @@ CPU the largest resident size, which loading determines. Prints Markdown tables.
 """
 
 import argparse
+import functools
 import json
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
+import qwen.quiet  # noqa: F401, I001  before transformers, of which it keeps back the chatter
+
 import torch
+from decoding import decode_greedily, token_times
 from memory import peak
-from random_models import SHAPES, config, write_quantized
-from transformers.generation.streamers import BaseStreamer
+from random_models import SHAPES, random_model, write_quantized
 
 from checkpoints.recipe.evaluate import all_cases, answer, score
 from qwen import QWenLMHeadModel
@@ -48,7 +50,7 @@ def main() -> None:
     parser.add_argument("--cell", metavar="FOLDER", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.cell:
-        model = random_model(arguments.shape, arguments.weights[0], Path(arguments.cell))
+        model = model_of(arguments.shape, arguments.weights[0], Path(arguments.cell))
         print(json.dumps(decode(model, arguments.tokens, arguments.repeat)))
     elif arguments.speed:
         speeds(arguments)
@@ -114,41 +116,22 @@ def speeds(arguments: argparse.Namespace) -> None:
         print(f"| {weights} | {figures[0]['kernel']} | {speed:.1f} | {speed / base:.1f} | {memory:.2f} |")
 
 
-def random_model(shape: str, weights: str, folder: Path) -> QWenLMHeadModel:
+def model_of(shape: str, weights: str, folder: Path) -> QWenLMHeadModel:
     """As `load_model` gives it: float weights as they are made here, quantized ones from `folder`."""
     if WEIGHTS[weights] <= 8:
         return load_model_quietly(folder)[0]
-    with torch.device("meta"):
-        model = QWenLMHeadModel(config(shape)).to(getattr(torch, weights))
-    model.to_empty(device="cuda" if torch.cuda.is_available() else "cpu")
-    for parameter in model.parameters():
-        torch.nn.init.constant_(parameter, 0.02)
-    return model.eval()
+    return random_model(shape, getattr(torch, weights), "cuda" if torch.cuda.is_available() else "cpu")
 
 
 def decode(model: QWenLMHeadModel, tokens: int, repeat: int) -> dict:
     """Tokens a second after the first token in each of `repeat` greedy decodings of one row, and peak memory."""
-    ids = torch.arange(100, 100 + PROMPT, device=model.device)[None]
+    ids = list(range(100, 100 + PROMPT))
     found = []
     for _ in range(1 + repeat):
-        clock = Clock()
-        model.generate(ids, do_sample=False, min_new_tokens=tokens, max_new_tokens=tokens, streamer=clock)
-        found.append((tokens - 1) / (clock.times[-1] - clock.times[1]))  # times[0] is the prompt's
+        times = token_times(functools.partial(decode_greedily, model), ids, tokens)
+        found.append((tokens - 1) / (times[-1] - times[1]))
     kernel = type(model.transformer.h[0].attn.c_attn).__name__
     return {"speeds": found[1:], "gigabytes": peak() / 1e9, "kernel": kernel}
-
-
-class Clock(BaseStreamer):
-    """When the prompt was put, and each token: they come as numbers, so the device has done its work."""
-
-    def __init__(self):
-        self.times: list[float] = []
-
-    def put(self, value: torch.Tensor) -> None:
-        self.times.append(time.perf_counter())
-
-    def end(self) -> None:
-        pass
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """Models of the published shapes with made-up weights, which change neither work nor memory."""
 
+import functools
 import json
 import shutil
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from transformers.initialization import no_init_weights
 
 from qwen import QWenConfig, QWenLMHeadModel
 from qwen.loading import BUNDLED_CHAT_INT4
@@ -15,7 +17,10 @@ SHAPES = {
     "small": (384, 6, 3, 1024, 4096),  # 14M parameters, for a machine without a GPU
     "1.8B": (2048, 24, 16, 5504, 151936),
     "7B": (4096, 32, 32, 11008, 151936),
+    "14B": (5120, 40, 40, 13696, 152064),
+    "72B": (8192, 80, 64, 24576, 152064),
 }
+PERIOD = 4_194_301  # after which random weights repeat: a prime, so that no two rows of a matrix are the same
 
 
 def config(shape: str) -> QWenConfig:
@@ -29,6 +34,31 @@ def config(shape: str) -> QWenConfig:
         vocab_size=rows,
         seq_length=8192,
     )
+
+
+def random_model(shape: str, dtype: torch.dtype, device: str) -> QWenLMHeadModel:
+    """In eval mode, with the same weights each time."""
+    with torch.device(device), no_init_weights():
+        model = QWenLMHeadModel._from_config(config(shape), dtype=dtype)
+    for name, parameter in model.named_parameters():
+        fill(name, parameter.data)
+    return model.eval()
+
+
+def fill(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """Put weights where there are none yet: ones into norms, zeros into biases, else normal numbers that repeat. Fresh
+    ones would take minutes on a CPU."""
+    if tensor.dim() == 1:
+        return tensor.fill_(0 if name.endswith("bias") else 1)
+    numbers = _numbers(tensor.dtype, tensor.device)
+    for piece in tensor.view(-1).split(PERIOD):
+        piece.copy_(numbers[: len(piece)])
+    return tensor
+
+
+@functools.cache
+def _numbers(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.randn(PERIOD, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(device, dtype)
 
 
 def write_quantized(shape: str, folder: Path, bits: int = 4) -> None:

@@ -1,0 +1,97 @@
+"""Five-shot multiple choice: the worked examples of a subject encoded once, against once for every question.
+
+    OMP_NUM_THREADS=1 python benchmarks/few_shot_prefix.py
+    OMP_NUM_THREADS=1 python benchmarks/few_shot_prefix.py --shapes 1.8B --questions 12 --batch-size 4 --rounds 1
+
+Both are `LanguageModel.choose`, which encodes once what stands in front of the questions; the second way hands it the
+whole prompt as the question. They alternate within one run on the CPU, in seconds of processor time, of which medians
+count; every answer must be the same. The toy runs without dynamic NTK, with which prompts beyond its 256 tokens cannot
+share anything; other shapes have made-up weights. Prints a Markdown table.
+"""
+
+import argparse
+import os
+import random
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import torch
+from random_models import SHAPES, random_model
+
+from qwen.evaluation.language_model import LanguageModel
+from qwen.evaluation.task import Case
+from qwen.loading import BUNDLED_BASE, load_model_quietly
+
+WORDS = ("a", "the", "of", "in", "to", "which", "is", "when", "by", "with", "force", "energy", "law", "state", "time")
+LETTERS = ("A", "B", "C", "D")
+CHOICES = (" A", " B", " C", " D")
+SHOTS = 5
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="*", choices=SHAPES, default=[], help="made-up models, besides the toy")
+    parser.add_argument("--questions", type=int, default=64, help="of the subject (64)")
+    parser.add_argument("--words", type=int, default=36, help="in a question; options have a sixth as many (36)")
+    parser.add_argument("--batch-size", type=int, default=1, help="questions at a time (1)")
+    parser.add_argument("--rounds", type=int, default=5, help="of which the median counts (5)")
+    arguments = parser.parse_args()
+
+    model, tokenizer = load_model_quietly(BUNDLED_BASE, cpu_only=True, fp32=True, use_dynamic_ntk=False)
+    cases = subject(arguments.questions, arguments.words)
+    print("| float32 | questions | tokens of one | of the context | context each time, s | once, s | times as fast |")
+    print("|---|---:|---:|---:|---:|---:|---:|", flush=True)
+    for name in ("toy", *arguments.shapes):
+        if name != "toy":
+            model = random_model(name, torch.float32, "cpu")
+        context, whole = (len(tokenizer.encode(text)) for text in (cases[0].context(), cases[0].text()))
+        each, once = compare(LanguageModel(model, tokenizer, 4096), cases, arguments.batch_size, arguments.rounds)
+        shape = f"{len(cases)} | {whole - context} | {context}"
+        print(f"| {name} | {shape} | {each:.2f} | {once:.2f} | {each / once:.1f} |", flush=True)
+
+
+def subject(count: int, words: int) -> list[Case]:
+    """So many questions with the same worked examples, as long as those of MMLU are on average."""
+    rng = random.Random(0)
+
+    def question() -> str:
+        lines = [f"Question: {' '.join(rng.choices(WORDS, k=words))}?"]
+        lines += [f"{letter}. {' '.join(rng.choices(WORDS, k=words // 6))}" for letter in LETTERS]
+        return "\n".join([*lines, "Answer:"])
+
+    preamble = "The following are multiple choice questions (with answers) about conceptual physics.\n\n"
+    shots = tuple(f"{question()}{rng.choice(CHOICES)}\n\n" for _ in range(SHOTS))
+    return [Case(str(number), question(), None, preamble=preamble, shots=shots) for number in range(count)]
+
+
+def compare(lm: LanguageModel, cases: Sequence[Case], batch_size: int, rounds: int) -> tuple[float, float]:
+    """Seconds of processor time for all cases: with the context encoded for each, and encoded once."""
+    whole = [replace(case, prompt=case.text(), preamble="", shots=()) for case in cases]
+    seconds: dict[str, list[float]] = {"each": [], "once": []}
+    for _ in range(rounds):
+        said = {}
+        for way, asked in (("each", whole), ("once", cases)):
+            lm = LanguageModel(lm.model, lm.tokenizer, lm.max_seq_len)  # which remembers no context
+            start = time.process_time()
+            batches = (asked[first : first + batch_size] for first in range(0, len(asked), batch_size))
+            said[way] = [scores for batch in batches for scores in lm.choose(batch, CHOICES)]
+            seconds[way].append(time.process_time() - start)
+        torch.testing.assert_close(said["each"], said["once"], rtol=0, atol=1e-3)
+        if [best(scores) for scores in said["each"]] != [best(scores) for scores in said["once"]]:
+            raise RuntimeError("The two ways do not choose the same letters.")
+    return statistics.median(seconds["each"]), statistics.median(seconds["once"])
+
+
+def best(scores: Sequence[float]) -> str:
+    return LETTERS[max(range(len(LETTERS)), key=scores.__getitem__)]
+
+
+if __name__ == "__main__":
+    main()
