@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 r"""A needle in a haystack: does a chat model find one sentence, wherever in a long text it stands?
 
-    python eval/needle.py --lengths 64 128 256 512 1024                 # the bundled toy, a minute
+    python eval/needle.py --lengths 96 128 256 512 1024                 # the bundled toy, a minute
     python eval/needle.py -c Qwen/Qwen-72B-Chat --haystack essays/ \
         --needle "The best way to cross the lake is by boat." \
         --question "What is the best way to cross the lake?" --answer "by boat"

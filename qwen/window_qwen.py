@@ -62,7 +62,8 @@ def window_attention(
     """`attention` in which a query at index i sees the keys i − size + 1 … i.
 
     Goes through the queries in blocks and hands on only the keys that a block can see: the work is S · size instead of
-    S · T, and no mask of (S, T) is made. Flash attention limits the window itself.
+    S · T, and no mask of (S, T) is made. Beside a static or an 8-bit cache all keys are handed on, with a mask. Flash
+    attention limits the window itself.
 
     Args:
         query: (B, H, S, D).

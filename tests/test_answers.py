@@ -218,6 +218,7 @@ CODE = "import math\n\ndef f(x):\n    return x\n"
     [
         f"Here it is:\n\n```python\n{CODE}```\nIt returns x.",
         f"```\nf(3)\n```\n```py\n{CODE}```",
+        f"```Python\n{CODE}```",
         f"```python\n{CODE}",  # cut off
         f"Here it is:\n\n{CODE}\nIt returns x.",
         "1. So:\n   ```python\n   import math\n\n   def f(x):\n       return x\n   ```",

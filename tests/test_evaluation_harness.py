@@ -141,7 +141,7 @@ def test_other_weights_under_the_same_name_do_not_mix(tmp_path, capsys, bundled_
     (folder / "model.safetensors").write_bytes((bundled_chat / "model.safetensors").read_bytes())
     os.utime(folder / "model.safetensors", (2e9, 2e9))
     assert main(Sums, None, arguments) == 1
-    assert "weights was" in capsys.readouterr().err
+    assert "written was" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -167,6 +167,30 @@ def test_two_runs_do_not_write_one_file(tmp_path, capsys, loaded_once):
     with FileLock(f"{out}.lock"):
         assert main(Sums, None, ["-o", str(out)]) == 1
     assert "is being written by another run" in capsys.readouterr().err and not out.exists()
+
+
+def test_out_of_memory_goes_on_with_a_smaller_batch(tmp_path, capsys, loaded_once):
+    class Large(Sums):
+        def answer(self, lm, cases):
+            if cases[-1].name == "60+19":
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore.")
+            return super().answer(lm, cases)
+
+    out, whole = tmp_path / "out.jsonl", tmp_path / "whole.jsonl"
+    assert main(Large, None, ["-o", str(out), "--batch-size", "5"]) == 1
+    assert "allocate 2.00 GiB.\nThe same command with a smaller --batch-size goes on" in capsys.readouterr().err
+    assert main(Sums, None, ["-o", str(out), "--batch-size", "2"]) == 0
+    assert main(Sums, None, ["-o", str(whole), "--batch-size", "2"]) == 0
+    assert out.read_bytes() == whole.read_bytes()
+
+
+def test_names_are_unique(tmp_path, capsys):
+    class Twice(Sums):
+        def cases(self):
+            return [*super().cases(), super().cases()[1]]
+
+    assert main(Twice, None, ["-o", str(tmp_path / "out.jsonl")]) == 1
+    assert "2 questions by the name '47+38'" in capsys.readouterr().err
 
 
 def test_limit_counts_in_each_group(tmp_path, loaded_once):
@@ -348,7 +372,8 @@ def test_csv_as_spreadsheets_write_it(tmp_path):
         (b"q,B\n1,2\n", "no column 'A', only 'q', 'B'"),
         (b"q,A\n1,2\n1,2,3\n", "line 3: 3 columns, where 2 are needed"),
         (b"q,A\n\xff\xfe,2\n", "is not UTF-8"),
-        (b'q,A\n"1,2\n', "line 2: not CSV"),
+        (b'q,A\n"1,2\n', "line 2: 1 columns, where 2 are needed"),
+        (b"q,A\n" + b"x" * 200_000 + b",2\n", "line 2: not CSV"),
     ],
 )
 def test_csv_that_is_none(tmp_path, content, said):

@@ -34,7 +34,7 @@ def read_csv(
         DataError: no such file, not text, no rows, a row of another width, or one that holds something else.
     """
     with _opened(path, newline="") as file:
-        reader = csv.reader(file, strict=True)
+        reader = csv.reader(file)
         try:
             rows = [(reader.line_num, row) for row in reader if any(map(str.strip, row))]
         except csv.Error as error:
@@ -57,6 +57,7 @@ def read_csv(
     records = [dict(zip(names, row, strict=True)) for _, row in rows]
     for column, allowed in (one_of or {}).items():
         for (line, _), record in zip(rows, records, strict=True):
+            record[column] = record[column].strip()
             if record[column] not in allowed:
                 raise DataError(
                     f"{path}, line {line}: {column} is {record[column]!r}, not one of {', '.join(allowed)}."

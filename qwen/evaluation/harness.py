@@ -18,6 +18,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 from transformers import set_seed
@@ -28,8 +29,10 @@ from .data_files import DataError
 from .language_model import LanguageModel
 from .task import Case, Score, Task
 
-# What does not change the results; everything else does, and must be the same when a run goes on.
-_FREE = ("sample_output_file", "overwrite", "debug", "cpu_only", "checkpoint_path")
+# What does not change the results; everything else does, and must be the same when a run goes on. All but the size of
+# batches, which may have to be smaller where memory was short.
+_FREE = ("sample_output_file", "overwrite", "debug", "checkpoint_path")
+_MAY_CHANGE = ("batch_size",)
 
 
 def main(task_class: type[Task], description: str | None, arguments: Sequence[str] | None = None) -> int:
@@ -47,6 +50,12 @@ def main(task_class: type[Task], description: str | None, arguments: Sequence[st
         return _evaluate(task_class(options), options)
     except (OSError, ValueError, SandboxUnavailable) as error:
         print(error, file=sys.stderr)
+        return 1
+    except torch.OutOfMemoryError as error:
+        print(
+            f"{str(error).splitlines()[0]}\nThe same command with a smaller --batch-size goes on from here.",
+            file=sys.stderr,
+        )
         return 1
     except ModuleNotFoundError as error:
         print(f"{error}: pip install -r requirements_eval.txt -c constraints.txt", file=sys.stderr)
@@ -98,6 +107,8 @@ def at_least_1(text: str) -> int:
 
 def _evaluate(task: Task, options: argparse.Namespace) -> int:
     checkpoint = resolve(options.checkpoint_path or (BUNDLED_CHAT if task.chat else BUNDLED_BASE))
+    if Path(checkpoint).is_dir():
+        checkpoint = str(Path(checkpoint).resolve())  # it also has a name where it was given as "."
     cases = limited(task.cases(), options.limit)
     output = options.sample_output_file or Path("output_eval", f"{task.name}_{Path(checkpoint).name}.jsonl")
     with Run(output, settings(task, checkpoint, cases, options), options.overwrite) as run:
@@ -173,7 +184,7 @@ def settings(task: Task, checkpoint: str, cases: Sequence[Case], options: argpar
     for case in cases:
         digest.update(json.dumps(asdict(case), sort_keys=True, default=str).encode())
     chosen = {name: value for name, value in vars(options).items() if name not in _FREE and not _is_path(value)}
-    model = {"checkpoint": checkpoint, "weights": weights_of(checkpoint)}
+    model = {"checkpoint": checkpoint, "written": written(checkpoint)}
     return {"task": task.name, **model, **chosen, "cases": len(cases), "digest": digest.hexdigest()}
 
 
@@ -182,10 +193,12 @@ def _is_path(value: Any) -> bool:
     return isinstance(value, Path) or (isinstance(value, list) and any(map(_is_path, value)))
 
 
-def weights_of(checkpoint: str) -> str | None:
-    """When the weights in a folder were written: training again leaves others by the same name. None for a hub id."""
-    written = [file.stat().st_mtime for file in Path(checkpoint).glob("*.safetensors")]
-    return datetime.fromtimestamp(max(written), UTC).isoformat(timespec="seconds") if written else None
+def written(checkpoint: str) -> str | None:
+    """When the files in a folder were written last: training again leaves others by the same names, and config.json has
+    switches. None for a hub id."""
+    folder = Path(checkpoint)
+    times = [file.stat().st_mtime for pattern in ("*.safetensors", "*.bin", "*.json") for file in folder.glob(pattern)]
+    return datetime.fromtimestamp(max(times), UTC).isoformat(timespec="seconds") if times else None
 
 
 class Run:
@@ -262,7 +275,8 @@ class Run:
                 f"{self.records_file} exists, and {self.summary_file} does not tell how it was made: name another file "
                 "with -o, or have it replaced with --overwrite."
             ) from None
-        differing = [name for name in {**found, **self.settings} if found.get(name) != self.settings.get(name)]
+        names = [name for name in {**found, **self.settings} if name not in _MAY_CHANGE]
+        differing = [name for name in names if found.get(name) != self.settings.get(name)]
         if differing:
             name = differing[0]
             was, now = found.get(name), self.settings.get(name)

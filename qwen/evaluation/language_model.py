@@ -53,7 +53,7 @@ class LanguageModel:
 
         What stands in front of all the questions (`Case.context`) is encoded once and kept for the next call. Where a
         prompt is longer than the model was trained on, dynamic NTK rotates all of it by its own length: there it is
-        encoded whole.
+        encoded whole. Beside an 8-bit cache what is encoded once is read back rounded.
 
         Args:
             choices: texts of one token each.
