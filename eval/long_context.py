@@ -68,8 +68,8 @@ class LongContext(Task):
         needed = max(lengths[-1], self.arguments.tokens)
         if len(encoded) < needed:
             raise DataError(
-                f"The text has {len(encoded)} tokens, and {needed} are needed: give more with --text, or read less "
-                "with --tokens and --lengths."
+                f"The text has {len(encoded)} tokens, and {needed} are needed for --tokens {self.arguments.tokens} "
+                f"and --lengths {' '.join(map(str, lengths))}: give more with --text, or lower these."
             )
         self.ids = encoded[:needed]
         read = {"text": hashlib.sha256(text.encode()).hexdigest()}

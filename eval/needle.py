@@ -29,6 +29,7 @@ from qwen.evaluation.texts import read_texts
 from qwen.loading import BUNDLED_CHAT, check_chat, load_config, load_tokenizer, resolve
 from qwen.qwen_generation_utils import DEFAULT_SYSTEM, make_context
 
+NEEDLE, QUESTION = "door: 7351;", "What is door?"
 MAX_NEW_TOKENS = 64
 STEPS = 8  # lengths, where none are named
 
@@ -45,8 +46,8 @@ class Needle(Task):
         parser.add_argument(
             "--haystack", nargs="+", type=Path, metavar="PATH", help="files, or folders of *.txt and *.md"
         )
-        parser.add_argument("--needle", default="door: 7351;", help='default: "%(default)s"')
-        parser.add_argument("--question", default="What is door?", help='default: "%(default)s"')
+        parser.add_argument("--needle", default=NEEDLE, help='default: "%(default)s"')
+        parser.add_argument("--question", default=QUESTION, help='default: "%(default)s"')
         parser.add_argument("--answer", default="7351", help='what a right reply holds (default: "%(default)s")')
         parser.add_argument(
             "--lengths",
@@ -65,6 +66,8 @@ class Needle(Task):
         )
 
     def cases(self) -> list[Case]:
+        if len({self.arguments.needle == NEEDLE, self.arguments.question == QUESTION}) == 2:
+            raise DataError("A needle has a question and an answer of its own: give --needle, --question and --answer.")
         checkpoint = resolve(self.arguments.checkpoint_path or BUNDLED_CHAT)
         check_chat(checkpoint)
         config, tokenizer = load_config(checkpoint), load_tokenizer(checkpoint)

@@ -203,6 +203,8 @@ class QWenConfig(PreTrainedConfig):
             ) from error
         config = result[0] if isinstance(result, tuple) else result
         config.check()  # the arguments were set after its own check
+        if kwargs.get("window_sizes") and not config.use_window_attn:
+            raise ValueError("window_sizes=[…] without use_window_attn=True would do nothing: pass both.")
         if kwargs.get("use_cache_kernel") and not config.use_cache_quantization:
             raise ValueError("use_cache_kernel=True reads the 8-bit cache: pass use_cache_quantization=True too.")
         return result

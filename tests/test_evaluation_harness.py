@@ -184,6 +184,38 @@ def test_out_of_memory_goes_on_with_a_smaller_batch(tmp_path, capsys, loaded_onc
     assert out.read_bytes() == whole.read_bytes()
 
 
+def test_other_choices_have_files_and_words_of_their_own(tmp_path, capsys, loaded_once, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(Sums, None, ["--limit", "1"]) == main(Sums, None, ["--sums", "2", "--batch-size", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "With limit 1.\n" in out and "With sums 2.\n" in out
+    names = {path.name for path in Path("output_eval").glob("*.md")}
+    assert names == {"sums_qwen-tiny-chat_limit-1.md", "sums_qwen-tiny-chat_sums-2.md"}
+    assert main(Sums, None, ["--cpu-only"]) == 0
+    assert "With" not in capsys.readouterr().out and Path("output_eval/sums_qwen-tiny-chat.md").is_file()
+
+
+def test_the_table_tells_of_shots_that_were_left_out(tmp_path, capsys, loaded_once):
+    class Shots(Sums):
+        def cases(self):
+            return [
+                Case(case.name, case.prompt, case.gold, shots=("What is 1 + 1?\n1 + 1 = 2.\n\n",) * 3)
+                for case in super().cases()
+            ]
+
+    assert main(Shots, None, ["-o", str(tmp_path / "out.jsonl"), "--max-seq-len", "40", "--sums", "2"]) == 0
+    said = capsys.readouterr().out
+    assert "In 2 of 2 questions worked examples were left out, 4 in all: their prompts were longer than 40" in said
+    assert (tmp_path / "out.md").read_text() in said
+
+
+def test_nothing_is_written_before_the_model_is_there(tmp_path, capsys):
+    assert main(Sums, None, ["-c", str(tmp_path / "none"), "-o", str(tmp_path / "out.jsonl")]) == 1
+    assert "There is no folder" in capsys.readouterr().err and not list(tmp_path.iterdir())
+    assert main(Sums, None, ["-o", str(tmp_path)]) == 1
+    assert "is a folder: name a file in it" in capsys.readouterr().err
+
+
 def test_names_are_unique(tmp_path, capsys):
     class Twice(Sums):
         def cases(self):
@@ -423,8 +455,10 @@ def test_missing_files_say_what_there_is(tmp_path):
         read_csv(tmp_path / "c.csv", ["x"], header=True)
     with pytest.raises(DataError, match=r"c.csv does not exist \(nor do 1 more of the 3"):
         existing(tmp_path, ["a.csv", "c.csv", "d.csv"])
-    with pytest.raises(DataError, match="deep/er.json does not exist.* holds a.csv, b.csv"):
+    with pytest.raises(DataError, match="deep/er.json does not exist. There is no folder .*/deep. eval/EVAL"):
         read_json(tmp_path / "deep" / "er.json")
+    with pytest.raises(DataError, match="a.csv is a file, where a folder is needed"):
+        read_json(tmp_path / "a.csv" / "er.json")
     with pytest.raises(DataError, match="is a folder, where a file is needed"):
         read_json(tmp_path)
 
@@ -436,6 +470,8 @@ def test_texts_of_files_and_folders(tmp_path):
     assert read_texts([tmp_path, tmp_path / "a.txt"]) == "one\n\ntwo\n\none"
     with pytest.raises(DataError, match="c.bin cannot be read as UTF-8"):
         read_texts([tmp_path / "c.bin"])
+    with pytest.raises(DataError, match="none.txt does not exist"):
+        read_texts([tmp_path / "none.txt"])
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="There is no text in"):
         read_texts([tmp_path / "empty"])

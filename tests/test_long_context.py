@@ -41,7 +41,7 @@ def test_perplexity_is_that_of_the_model_so_configured(long_context, text, tmp_p
     out = tmp_path / "out.jsonl"
     arguments = ["--text", str(text), "--lengths", "512", "256", "--tokens", "1024", "--alone", "--cpu-only"]
     assert main(long_context.LongContext, None, [*arguments, "-o", str(out)]) == 0
-    table = capsys.readouterr().out.splitlines()
+    table = capsys.readouterr().out.split("\n\n")[0].splitlines()
     assert table[0] == "| qwen-tiny-base | 256 | 512 |"
     rows = {line.split(" | ")[0].strip("| "): line for line in table[2:]}
     together = ["plain", "dynamic_ntk", "dynamic_ntk + logn", "dynamic_ntk + logn + window_attn"]
@@ -78,7 +78,7 @@ def test_lengths_are_the_columns_of_the_published_table(long_context, trained, o
     [
         (["--lengths", "100000"], "100000 are needed"),
         (["--lengths", "1"], "name lengths of 2 and more"),
-        (["--text", "nowhere.txt"], "nowhere.txt cannot be read"),
+        (["--text", "nowhere.txt"], "nowhere.txt does not exist"),
         (["-c", "no-such-model"], "There is no folder 'no-such-model'"),
     ],
 )
@@ -147,6 +147,7 @@ def test_an_adapter_is_measured_as_its_base_would_be(request, name, tmp_path, bu
         (["--lengths", "100000"], "takes prompts of up to"),
         (["--lengths", "10"], "has no room for the needle"),
         (["--haystack", "TEXT", "--answer", "return"], "holds 'return' already"),
+        (["--haystack", "TEXT", "--needle", "The door is red."], "give --needle, --question and --answer"),
         (["--haystack", "TEXT", "--lengths", "8000"], "give more with --haystack"),
     ],
 )

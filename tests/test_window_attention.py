@@ -200,6 +200,8 @@ def test_sizes_that_fit_no_network(sizes):
 
 
 def test_what_does_not_go_together_says_so(golden, ids):
+    with pytest.raises(ValueError, match="window_sizes=.* without use_window_attn=True would do nothing"):
+        QWenLMHeadModel.from_pretrained(golden, window_sizes=[64, 64])
     model = load(golden)
     with pytest.raises(ValueError, match="generate_batch.*use_window_attn"):
         model.generate_batch([[1, 2, 3]])

@@ -136,7 +136,7 @@ class _Opened:
             raise self._explained(error) from error
 
     def _explained(self, error: Exception) -> DataError:
-        if isinstance(error, FileNotFoundError):
+        if isinstance(error, FileNotFoundError | NotADirectoryError):
             return DataError(f"{self.path} does not exist. {_beside(self.path)}")
         if isinstance(error, IsADirectoryError):
             return DataError(f"{self.path} is a folder, where a file is needed.")
@@ -149,11 +149,15 @@ def _opened(path: Path, newline: str | None = None) -> _Opened:
 
 def _beside(path: Path) -> str:
     """What there is in place of a missing file."""
-    folder = next((parent for parent in path.parents if parent.is_dir()), Path())
+    folder = next(parent for parent in (*path.absolute().parents, Path("/")) if parent.exists())
+    where = "eval/EVALUATION.md tells how the data have to lie."
+    if not folder.is_dir():
+        return f"{folder} is a file, where a folder is needed. {where}"
+    if folder != path.absolute().parent:
+        return f"There is no folder {folder / path.absolute().relative_to(folder).parts[0]}. {where}"
     found = sorted(entry.name for entry in folder.iterdir())
     more = f" and {len(found) - 5} more" if len(found) > 5 else ""
-    holds = ", ".join(found[:5]) + more if found else "nothing"
-    return f"{folder.absolute()} holds {holds}. eval/EVALUATION.md tells how the data have to lie."
+    return f"{folder} holds {', '.join(found[:5]) + more if found else 'nothing'}. {where}"
 
 
 def existing(path: Path, names: Sequence[str]) -> Iterator[Path]:

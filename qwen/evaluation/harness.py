@@ -9,6 +9,7 @@ import argparse
 import hashlib
 import json
 import math
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -46,8 +47,9 @@ def main(task_class: type[Task], description: str | None, arguments: Sequence[st
     add_arguments(parser, task_class)
     task_class.add_arguments(parser)
     options = parser.parse_args(arguments)
+    chosen = {name: value for name, value in vars(options).items() if value != parser.get_default(name)}
     try:
-        return _evaluate(task_class(options), options)
+        return _evaluate(task_class(options), options, variant(chosen))
     except (OSError, ValueError, SandboxUnavailable) as error:
         print(error, file=sys.stderr)
         return 1
@@ -77,7 +79,8 @@ def add_arguments(parser: argparse.ArgumentParser, task_class: type[Task]) -> No
         "--sample-output-file",
         type=Path,
         metavar="OUT.jsonl",
-        help=f"a record a question; the summary goes beside it (default: output_eval/{task_class.name}_MODEL.jsonl)",
+        help=f"a record a question; the summary goes beside it (default: output_eval/{task_class.name}_MODEL.jsonl, "
+        "with what else is chosen in the name)",
     )
     parser.add_argument("--overwrite", action="store_true", help="start anew where there are results already")
     parser.add_argument(
@@ -105,13 +108,26 @@ def at_least_1(text: str) -> int:
     return int(text)
 
 
-def _evaluate(task: Task, options: argparse.Namespace) -> int:
+def variant(chosen: dict[str, Any]) -> list[str]:
+    """What makes this run another one than the benchmark as it stands: a few words for each argument that was given."""
+    words = []
+    for name, value in chosen.items():
+        if name in (*_FREE, *_MAY_CHANGE, "cpu_only") or _is_path(value):
+            continue
+        values = [] if value is True else value if isinstance(value, list) else [value]
+        shown = " ".join(map(str, values)) if len(values) < 4 else str(len(values))
+        words.append(f"{name.replace('_', ' ')} {shown}".strip())
+    return words
+
+
+def _evaluate(task: Task, options: argparse.Namespace, variant: list[str]) -> int:
     checkpoint = resolve(options.checkpoint_path or (BUNDLED_CHAT if task.chat else BUNDLED_BASE))
     if Path(checkpoint).is_dir():
         checkpoint = str(Path(checkpoint).resolve())  # it also has a name where it was given as "."
     cases = limited(task.cases(), options.limit)
-    output = options.sample_output_file or Path("output_eval", f"{task.name}_{Path(checkpoint).name}.jsonl")
-    with Run(output, settings(task, checkpoint, cases, options), options.overwrite) as run:
+    stem = re.sub(r"[^\w.-]+", "-", "_".join([task.name, Path(checkpoint).name, *variant]))[:120]
+    output = options.sample_output_file or Path("output_eval", f"{stem}.jsonl")
+    with Run(output, settings(task, checkpoint, cases, options), variant, options.overwrite) as run:
         done = run.resume(cases, options.batch_size)
         if done:
             what = "going on from there" if done < len(cases) else "nothing is asked again without --overwrite"
@@ -121,11 +137,12 @@ def _evaluate(task: Task, options: argparse.Namespace) -> int:
             model, tokenizer = load_model_quietly(checkpoint, chat=task.chat, cpu_only=options.cpu_only)
             offered = max(model.config.max_position_embeddings, model.config.seq_length)
             lm = LanguageModel(model, tokenizer, options.max_seq_len or offered)
+            run.begin()
             work(task, lm, cases, run, options)
-        scores = run.finish(task)
+        table = run.finish(task)
         for sentence in task.finish(run.records, output):
             print(sentence, file=sys.stderr)
-    print(task.table(Path(checkpoint).name, scores))
+    print(table)
     print(f"Every answer: {run.records_file}, the summary: {run.table_file}", file=sys.stderr)
     return 0
 
@@ -160,7 +177,11 @@ def batches(cases: Sequence[Case], size: int) -> Iterator[list[Case]]:
 def work(task: Task, lm: LanguageModel, cases: Sequence[Case], run: "Run", options: argparse.Namespace) -> None:
     """Ask what has not been asked yet."""
     done = len(run.records)
-    with tqdm(total=len(cases), initial=done, desc=task.name, unit="question", disable=None, smoothing=0.05) as bar:
+    # Where nobody looks on, in a file, a line now and then.
+    seconds = 0.1 if sys.stderr.isatty() else 30
+    with tqdm(
+        total=len(cases), initial=done, desc=task.name, unit="question", smoothing=0.05, mininterval=seconds
+    ) as bar:
         for batch in batches(cases, options.batch_size):
             if done > 0:  # whole batches, so it comes out even
                 done -= len(batch)
@@ -208,15 +229,18 @@ class Run:
         DataError: there are results of another run, or somebody is writing them.
     """
 
-    def __init__(self, output: Path, settings: dict[str, Any], overwrite: bool):
+    def __init__(self, output: Path, settings: dict[str, Any], variant: Sequence[str], overwrite: bool):
         self.records_file = output
         self.summary_file, self.table_file = output.with_suffix(".json"), output.with_suffix(".md")
         if output.suffix in (".json", ".md", ".png"):
             raise DataError(
                 f"{output}: the records are JSON lines, and summary and picture go beside them; name it OUT.jsonl."
             )
-        self.settings, self.overwrite = settings, overwrite
+        if output.is_dir():
+            raise DataError(f"{output} is a folder: name a file in it, OUT.jsonl.")
+        self.settings, self.variant, self.overwrite = settings, variant, overwrite
         self.records: list[dict[str, Any]] = []
+        self.kept = 0  # bytes of the file that hold them
 
     def __enter__(self) -> "Run":
         self.records_file.parent.mkdir(parents=True, exist_ok=True)
@@ -234,13 +258,12 @@ class Run:
         self.lock.release()
 
     def resume(self, cases: Sequence[Case], batch_size: int) -> int:
-        """Take up the records of the whole batches that are there; returns how many. Begins anew where there are none.
+        """Take up the records of the whole batches that are there; returns how many. Nothing is written.
 
         Raises:
             DataError: they are of another run.
         """
         if self.overwrite or not (self.records_file.exists() or self.summary_file.exists()):
-            self._begin()
             return 0
         self._check_settings()
         lines = self.records_file.read_bytes().splitlines(keepends=True) if self.records_file.exists() else []
@@ -258,13 +281,14 @@ class Run:
             ours = False
         if not ours:
             raise DataError(f"{self.records_file} does not hold what this run wrote: --overwrite starts anew.")
-        with self.records_file.open("ab") as file:
-            file.truncate(sum(map(len, lines[:kept])))
+        self.kept = sum(map(len, lines[:kept]))
         return kept
 
-    def _begin(self) -> None:
+    def begin(self) -> None:
+        """Have the files hold what was taken up, and nothing else."""
         self.table_file.unlink(missing_ok=True)
-        self.records_file.write_bytes(b"")
+        with self.records_file.open("ab") as file:
+            file.truncate(self.kept)
         self._write_summary(None)
 
     def _check_settings(self) -> None:
@@ -292,13 +316,21 @@ class Run:
             file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         self.records += records
 
-    def finish(self, task: Task) -> list[Score]:
-        """Write what the records come to."""
+    def finish(self, task: Task) -> str:
+        """Write what the records come to; returns the table, and below it what to know about it."""
         scores = task.summary(self.records)
         self._write_summary(scores)
-        model = Path(self.settings["checkpoint"]).name
-        self.table_file.write_text(task.table(model, scores) + "\n", encoding="utf-8")
-        return scores
+        table = task.table(Path(self.settings["checkpoint"]).name, scores)
+        notes = [f"With {', '.join(self.variant)}."] if self.variant else []
+        if dropped := [record["dropped_shots"] for record in self.records if "dropped_shots" in record]:
+            notes.append(
+                f"In {len(dropped)} of {len(self.records)} questions worked examples were left out, {sum(dropped)} in "
+                f"all: their prompts were longer than {self.settings['max_seq_len']} tokens."
+            )
+        if notes:
+            table += "\n\n" + " ".join(notes)
+        self.table_file.write_text(table + "\n", encoding="utf-8")
+        return table
 
     def _write_summary(self, scores: Sequence[Score] | None) -> None:
         summary: dict[str, Any] = {"settings": self.settings, "scores": None}

@@ -16,6 +16,8 @@ def read_texts(paths: Sequence[Path]) -> str:
     for file in _files(paths):
         try:
             texts.append(file.read_text(encoding="utf-8-sig"))
+        except FileNotFoundError as error:
+            raise DataError(f"{file} does not exist.") from error
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"{file} cannot be read as UTF-8 text: {error}.") from error
     whole = "\n\n".join(texts)
