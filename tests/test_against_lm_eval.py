@@ -8,19 +8,16 @@ import csv
 import json
 import random
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
-import torch
-from conftest import ROOT
-
-sys.path.insert(0, str(ROOT / "eval"))
 import evaluate_ceval
 import evaluate_gsm8k
 import evaluate_mmlu
+import pytest
+import torch
+from evaluation_runs import read_records, read_scores
 
 from qwen.evaluation import harness
 from qwen.loading import load_model, load_tokenizer
@@ -70,8 +67,7 @@ def ours(loaded: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         task = next(value for name, value in vars(script).items() if name.startswith("Evaluate"))
         out = tmp_path / "ours.jsonl"
         assert script.main(task, script.__doc__, [*map(str, arguments), "-o", str(out), "--cpu-only"]) == 0
-        records = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
-        return json.loads(out.with_suffix(".json").read_text(encoding="utf-8"))["scores"], records
+        return read_scores(out), read_records(out)
 
     return run
 

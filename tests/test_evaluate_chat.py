@@ -1,21 +1,16 @@
 """Chat models on MMLU, C-Eval, GSM8K and L-Eval: what they are asked, which replies are right, what is averaged."""
 
 import argparse
-import csv
-import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
-from conftest import ROOT
-
-sys.path.insert(0, str(ROOT / "eval"))
 import evaluate_chat_ceval
 import evaluate_chat_gsm8k
 import evaluate_chat_mmlu
 import evaluate_leval
+import pytest
+from evaluation_runs import results, write_csv, write_jsonl
 
 from qwen.evaluation import harness
 from qwen.evaluation.language_model import LanguageModel
@@ -46,23 +41,6 @@ def run(loaded: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         return harness.main(TASKS[name], "", [*map(str, [*arguments, *common])])
 
     return run
-
-
-def results(tmp_path: Path) -> tuple[dict[str, float], list[dict]]:
-    records = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()]
-    scores = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))["scores"]
-    return {name: score["value"] for name, score in scores.items()}, records
-
-
-def write_csv(path: Path, rows: list[list[object]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8", newline="") as file:
-        csv.writer(file).writerows(rows)
-
-
-def write_jsonl(path: Path, records: list[object]) -> Path:
-    path.write_text("".join(f"{json.dumps(record, ensure_ascii=False)}\n" for record in records), encoding="utf-8")
-    return path
 
 
 def choice(folder: Path, name: str) -> list[str]:
@@ -113,7 +91,7 @@ def test_choice_is_read_and_averaged(name: str, run, tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(LanguageModel, "reply", reply)
     assert run(name, *choice(tmp_path, name), "--batch-size", 2) == 0
-    scores, records = results(tmp_path)
+    scores, records = results(tmp_path / "out.jsonl")
     assert [record["letter"] for record in records] == ["B", "D", "D", "B"]
     if name == "chat_mmlu":  # 2 of 4 questions
         assert scores["MMLU"] == 0.5 and scores["anatomy"] == pytest.approx(1 / 3) and scores["virology"] == 1
@@ -124,7 +102,7 @@ def test_choice_is_read_and_averaged(name: str, run, tmp_path: Path, monkeypatch
 def test_choice_with_the_model(run, tmp_path: Path):
     """A sum with four options is none that the toy was trained on; its reply is recorded and judged all the same."""
     assert run("chat_mmlu", *choice(tmp_path, "chat_mmlu"), "--limit", 1) == 0
-    _, records = results(tmp_path)
+    _, records = results(tmp_path / "out.jsonl")
     assert len(records) == 2 and all(record["reply"] for record in records)
     assert all(record["correct"] is (record["letter"] == record["gold"]) for record in records)
 
@@ -159,7 +137,7 @@ def write_gsm8k(folder: Path) -> Path:
 
 def test_gsm8k_with_the_model(run, tmp_path: Path):
     assert run("chat_gsm8k", "-f", write_gsm8k(tmp_path), "--batch-size", 3) == 0
-    scores, records = results(tmp_path)
+    scores, records = results(tmp_path / "out.jsonl")
     assert [record["number"] for record in records] == ["85", "42", "4"]
     assert scores["chat_gsm8k"] == pytest.approx(2 / 3)
 
@@ -279,7 +257,7 @@ def test_leval_truth_without_a_fact():
 def test_leval_averages_its_tasks(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(LanguageModel, "reply", lambda self, cases, **_: ["A" for _ in cases])
     assert run("leval", *write_leval(tmp_path)) == 0
-    scores, records = results(tmp_path)
+    scores, records = results(tmp_path / "out.jsonl")
     assert len(records) == 12 and scores["coursera"] == 0.25 and scores["L-Eval"] == pytest.approx(0.25 / 6)
     assert scores["sci_fi: loyalty"] == 0
 
@@ -299,7 +277,7 @@ def test_leval_with_the_model(run, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     )
     monkeypatch.setattr(evaluate_leval, "MAX_NEW_TOKENS", 20)
     assert run("leval", *arguments, "--max-seq-len", 1000) == 0
-    scores, records = results(tmp_path)
+    scores, records = results(tmp_path / "out.jsonl")
     assert scores["gsm100"] == 1 and records[0]["cut_tokens"] == 0 and records[1]["cut_tokens"] > 1000
 
 

@@ -8,16 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
-from conftest import ROOT
-
-sys.path.insert(0, str(ROOT / "eval"))
 import evaluate_bbh
 import evaluate_chat_humaneval
 import evaluate_code_interpreter
 import evaluate_humaneval
 import evaluate_math
 import evaluate_mbpp
+import pytest
+from evaluation_runs import results
 
 from qwen.evaluation import harness
 from qwen.evaluation.data_files import DataError
@@ -52,9 +50,7 @@ def run(toys: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable
         sandbox = [] if name in FOLDERS else ["--allow-weaker-sandbox", "--seconds", "20"]
         out = tmp_path / "out.jsonl"
         assert harness.main(TASKS[name], "", [*data, *sandbox, "-o", str(out), "--cpu-only", *arguments]) == 0
-        summary = json.loads(out.with_suffix(".json").read_text(encoding="utf-8"))["scores"]
-        records = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
-        return {name: score["value"] for name, score in summary.items()}, records
+        return results(out)
 
     return run
 

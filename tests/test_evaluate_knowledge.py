@@ -3,26 +3,22 @@
 tests/test_against_lm_eval.py holds the same scripts against another implementation.
 """
 
-import csv
 import importlib.util
 import json
 import random
 import re
-import sys
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
-import torch
-from conftest import ROOT
-
-sys.path.insert(0, str(ROOT / "eval"))
 import evaluate_ceval
 import evaluate_cmmlu
 import evaluate_gsm8k
 import evaluate_mmlu
+import pytest
+import torch
+from evaluation_runs import read_records, read_scores, write_csv
 
 from qwen.evaluation import harness
 from qwen.evaluation.data_files import DataError
@@ -59,17 +55,6 @@ def run(loaded: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         return harness.main(TASKS[name], "", [*map(str, [*arguments, *common])])
 
     return run
-
-
-def results(tmp_path: Path) -> tuple[dict, list[dict]]:
-    records = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()]
-    return json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))["scores"], records
-
-
-def write_csv(path: Path, rows: list[list[str]], encoding: str = "utf-8") -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding=encoding, newline="") as file:
-        csv.writer(file).writerows(rows)
 
 
 def file_of(folder: Path, benchmark: str, split: str, subject: str) -> Path:
@@ -318,7 +303,7 @@ def test_the_most_probable_letter_is_the_answer(
     counts = dict(zip(subjects, (7, 3), strict=False))
     arguments = write_folder(tmp_path / "data", name, counts)
     assert run(name, *arguments, "--batch-size", 3) == 0
-    scores, records = results(tmp_path)
+    scores, records = read_scores(tmp_path / "out.jsonl"), read_records(tmp_path / "out.jsonl")
     task = TASKS[name](Namespace(eval_data_path=tmp_path / "data", subjects=subjects))
     tokens = [tokenizer.encode(choice)[0] for choice in (LETTERS if name == "cmmlu" else (" A", " B", " C", " D"))]
     assert len(records) == sum(counts.values())
@@ -363,7 +348,7 @@ def test_the_test_split_of_ceval_is_written_to_be_submitted(
         rows = [["id", "question", *LETTERS], *([str(number), "为什么？", *"甲乙丙丁"] for number in (3, 4))]
         write_csv(file_of(tmp_path / "data", "ceval", "test", subject), rows)
     assert run("ceval", *arguments, "--split", "test") == 0
-    scores, records = results(tmp_path)
+    scores, records = read_scores(tmp_path / "out.jsonl"), read_records(tmp_path / "out.jsonl")
     assert scores == {"C-Eval test, not scored here": {"value": None, "count": 4}}
     submission = tmp_path / "out_submission.json"
     assert str(submission) in capsys.readouterr().err
@@ -383,7 +368,7 @@ def test_word_problems_are_answered_in_batches_as_alone(
     outcomes = []
     for size in (1, 3):
         assert run("gsm8k", "-f", file, "--batch-size", size, "--overwrite") == 0
-        outcomes.append(results(tmp_path))
+        outcomes.append((read_scores(tmp_path / "out.jsonl"), read_records(tmp_path / "out.jsonl")))
     assert outcomes[0] == outcomes[1]
     scores, records = outcomes[0]
     assert [record["name"] for record in records] == ["test/0", "test/1", "test/2"]

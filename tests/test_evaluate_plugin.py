@@ -1,16 +1,12 @@
 """Tool use: which calls are right, how alike arguments are, and what the toy does in ReAct and in smolagents."""
 
-import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
-from conftest import ROOT
-
-sys.path.insert(0, str(ROOT / "eval"))
 import evaluate_plugin
+import pytest
+from evaluation_runs import results, write_jsonl
 
 from qwen.evaluation import harness
 from qwen.evaluation.agent import FirstCallAgent
@@ -52,19 +48,8 @@ def lm(loaded: tuple[Any, Any]) -> LanguageModel:
     return LanguageModel(*loaded, max_seq_len=1024)
 
 
-def write_jsonl(path: Path, records: list[object]) -> Path:
-    path.write_text("".join(f"{json.dumps(record)}\n" for record in records), encoding="utf-8")
-    return path
-
-
 def react(query: str, response: str = BOSTON) -> dict[str, str]:
     return {"prompt": tool_prompt(query, [WEATHER]), "response": response, "query": query}
-
-
-def results(tmp_path: Path) -> tuple[dict[str, float], dict[str, dict]]:
-    records = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()]
-    scores = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))["scores"]
-    return {name: score["value"] for name, score in scores.items()}, {record["name"]: record for record in records}
 
 
 # With the toy, which calls a tool for a city's weather and none for a greeting
@@ -76,7 +61,8 @@ def test_react(run, tmp_path: Path):
     write_jsonl(tmp_path / "negative.jsonl", [react("Hello!", ""), react("What is the weather like in Rome?", "")])
     files = ["--eval-react-positive-filename", "positive.jsonl", "--eval-react-negative-filename", "negative.jsonl"]
     assert run("-d", tmp_path, "--eval-react-positive", "--eval-react-negative", *files, "--batch-size", 3) == 0
-    scores, records = results(tmp_path)
+    scores, records = results(tmp_path / "out.jsonl")
+    records = {record["name"]: record for record in records}
     assert records["react positive/1"]["call"] == {"tool": "get_current_weather", "arguments": '{"location": "Boston"}'}
     assert records["react positive/1"]["rouge_l"] == 1 and 0 < records["react positive/2"]["rouge_l"] < 1
     assert all("Observation" not in record["reply"] for record in records.values())
@@ -96,7 +82,8 @@ def test_agent(run, tmp_path: Path):
     ]
     file = write_jsonl(tmp_path / "tasks.jsonl", [task | {"tools": [WEATHER]} for task in tasks])
     assert run("--eval-hfagent", "--eval-hfagent-filename", file) == 0
-    scores, records = results(tmp_path)
+    scores, records = results(tmp_path / "out.jsonl")
+    records = {record["name"]: record for record in records}
     assert scores == {"agent: tool selection": 1, "agent: arguments, Rouge-L": 1, "agent: false positives": 0}
     assert records["agent/2"]["call"] is None and "Hello" in records["agent/2"]["reply"]
 

@@ -10,9 +10,11 @@ import sys
 import time
 from pathlib import Path
 
+import long_context
 import pytest
 import torch
 from conftest import ROOT
+from evaluation_runs import read_records
 
 from qwen.evaluation.data_files import DataError, existing, read_csv, read_json, read_jsonl
 from qwen.evaluation.harness import main
@@ -69,14 +71,10 @@ def loaded_once(monkeypatch, chat):
     monkeypatch.setattr("qwen.evaluation.harness.load_model_quietly", lambda *args, **kwargs: chat)
 
 
-def records(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
 def test_a_run_writes_records_and_summary(tmp_path, capsys):
     out = tmp_path / "deep" / "out.jsonl"
     assert main(Sums, None, ["-o", str(out), "--batch-size", "3", "--cpu-only"]) == 0
-    found = records(out)
+    found = read_records(out)
     assert [record["name"] for record in found] == [f"{a}+{b}" for a, b in SUMS]
     assert found[1] == {"name": "47+38", "group": "odd", "reply": "47 + 38 = 85.", "gold": 85, "correct": True}
     right = sum(record["correct"] for record in found)
@@ -93,7 +91,7 @@ def test_interrupted_and_gone_on_with_is_as_uninterrupted(tmp_path, capsys, load
     assert main(Sums, None, ["-o", str(whole), "--batch-size", "2"]) == 0
     assert main(Broken, None, ["-o", str(broken), "--batch-size", "2"]) == 130
     assert "same command goes on" in capsys.readouterr().err
-    assert len(records(broken)) == 4
+    assert len(read_records(broken)) == 4
     with broken.open("a") as file:  # what a crash in the middle of a batch, and of a line, would leave
         file.write(json.dumps({"name": "60+19", "group": "even", "reply": "?", "gold": 79, "correct": False}) + "\n")
         file.write('{"name": "33+4')
@@ -228,7 +226,7 @@ def test_names_are_unique(tmp_path, capsys):
 def test_limit_counts_in_each_group(tmp_path, loaded_once):
     out = tmp_path / "out.jsonl"
     assert main(Sums, None, ["-o", str(out), "--limit", "2"]) == 0
-    assert [record["name"] for record in records(out)] == ["12+30", "47+38", "5+6", "60+19"]
+    assert [record["name"] for record in read_records(out)] == ["12+30", "47+38", "5+6", "60+19"]
 
 
 @pytest.mark.parametrize("option", [["--limit", "0"], ["--batch-size", "-1"], ["--max-seq-len", "x"]])
@@ -259,13 +257,8 @@ def test_a_killed_process_is_gone_on_with(tmp_path):
     process.wait()
     assert 4 < killed.read_bytes().count(b"\n") < 64, "it was killed too late to be of use"
 
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location("long_context", ROOT / "eval" / "long_context.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     for out in (killed, whole):
-        assert main(module.LongContext, None, [*script[2:], "-o", str(out)]) == 0
+        assert main(long_context.LongContext, None, [*script[2:], "-o", str(out)]) == 0
     assert killed.read_bytes() == whole.read_bytes()
     assert killed.with_suffix(".md").read_bytes() == whole.with_suffix(".md").read_bytes()
     assert killed.with_suffix(".png").stat().st_size > 1000

@@ -1,33 +1,16 @@
 """Perplexity by length, and the needle in a haystack, on the bundled models."""
 
-import importlib.util
 import json
 import math
 from pathlib import Path
 
+import long_context
+import needle
 import pytest
 import torch
-from conftest import ROOT
 
 from qwen.evaluation.harness import main
 from qwen.loading import load_model
-
-
-def script(name: str):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "eval" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def long_context():
-    return script("long_context")
-
-
-@pytest.fixture(scope="module")
-def needle():
-    return script("needle")
 
 
 @pytest.fixture
@@ -37,7 +20,7 @@ def text(tmp_path) -> Path:
     return path
 
 
-def test_perplexity_is_that_of_the_model_so_configured(long_context, text, tmp_path, capsys, bundled_base):
+def test_perplexity_is_that_of_the_model_so_configured(text, tmp_path, capsys, bundled_base):
     out = tmp_path / "out.jsonl"
     arguments = ["--text", str(text), "--lengths", "512", "256", "--tokens", "1024", "--alone", "--cpu-only"]
     assert main(long_context.LongContext, None, [*arguments, "-o", str(out)]) == 0
@@ -69,7 +52,7 @@ def test_perplexity_is_that_of_the_model_so_configured(long_context, text, tmp_p
         (2048, 2048, [1024, 2048]),
     ],
 )
-def test_lengths_are_the_columns_of_the_published_table(long_context, trained, offered, lengths):
+def test_lengths_are_the_columns_of_the_published_table(trained, offered, lengths):
     assert long_context.doubling(trained, offered) == lengths
 
 
@@ -82,13 +65,13 @@ def test_lengths_are_the_columns_of_the_published_table(long_context, trained, o
         (["-c", "no-such-model"], "There is no folder 'no-such-model'"),
     ],
 )
-def test_what_cannot_be_measured(long_context, text, tmp_path, capsys, monkeypatch, arguments, said):
+def test_what_cannot_be_measured(text, tmp_path, capsys, monkeypatch, arguments, said):
     monkeypatch.chdir(tmp_path)
     assert main(long_context.LongContext, None, ["--text", str(text), *arguments]) == 1
     assert said in capsys.readouterr().err
 
 
-def test_a_needle_is_found_where_the_toy_can(needle, tmp_path, capsys):
+def test_a_needle_is_found_where_the_toy_can(tmp_path, capsys):
     out = tmp_path / "out.jsonl"
     arguments = ["--lengths", "80", "1024", "--depths", "0", "50", "100", "--cpu-only", "-o", str(out)]
     assert main(needle.Needle, None, arguments) == 0
@@ -103,7 +86,7 @@ def test_a_needle_is_found_where_the_toy_can(needle, tmp_path, capsys):
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_depths_and_lengths_are_what_they_say(needle, bundled_chat):
+def test_depths_and_lengths_are_what_they_say(bundled_chat):
     import argparse
 
     from qwen.loading import load_tokenizer
@@ -123,17 +106,17 @@ def test_depths_and_lengths_are_what_they_say(needle, bundled_chat):
         assert 0.85 * case.data["length"] < tokens <= case.data["length"] + 2
 
 
-def test_a_place_is_between_sentences_where_there_are_any(needle):
+def test_a_place_is_between_sentences_where_there_are_any():
     assert needle._gap("One. Two. Three. Four.", 0.5) == len("One. Two. ")
     assert needle._gap("One. Two. Three. Four.", 0.0) == 0
     assert needle._gap("x" * 100, 0.6) == needle._gap("One. " + "x" * 95, 0.6) == 60
 
 
-@pytest.mark.parametrize("name", ["long_context", "needle"])
-def test_an_adapter_is_measured_as_its_base_would_be(request, name, tmp_path, bundled_base, bundled_chat):
+@pytest.mark.parametrize("module", [long_context, needle], ids=["long_context", "needle"])
+def test_an_adapter_is_measured_as_its_base_would_be(module, tmp_path, bundled_base, bundled_chat):
     from peft import LoraConfig, get_peft_model
 
-    module, chat = request.getfixturevalue(name), name == "needle"
+    chat = module is needle
     model, _ = load_model(bundled_chat if chat else bundled_base, cpu_only=True)
     get_peft_model(model, LoraConfig(r=1, target_modules=["c_attn"])).save_pretrained(tmp_path)
     task, arguments = (module.Needle, ["--depths", "50"]) if chat else (module.LongContext, ["--tokens", "64"])
@@ -151,13 +134,13 @@ def test_an_adapter_is_measured_as_its_base_would_be(request, name, tmp_path, bu
         (["--haystack", "TEXT", "--lengths", "8000"], "give more with --haystack"),
     ],
 )
-def test_haystacks_that_will_not_do(needle, text, capsys, arguments, said):
+def test_haystacks_that_will_not_do(text, capsys, arguments, said):
     arguments = [str(text) if argument == "TEXT" else argument for argument in arguments]
     assert main(needle.Needle, None, arguments) == 1
     assert said in capsys.readouterr().err
 
 
-def test_a_depth_is_a_percentage(needle, capsys):
+def test_a_depth_is_a_percentage(capsys):
     with pytest.raises(SystemExit):
         main(needle.Needle, None, ["--depths", "110"])
     assert "a depth is a number from 0 to 100" in capsys.readouterr().err
