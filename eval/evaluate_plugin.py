@@ -30,7 +30,7 @@ from qwen.evaluation.agent import FirstCallAgent, check_tools
 from qwen.evaluation.data_files import DataError, check_fields, read_jsonl
 from qwen.evaluation.harness import main
 from qwen.evaluation.language_model import LanguageModel
-from qwen.evaluation.task import Case, Score, Task, mean
+from qwen.evaluation.task import Case, Score, Task, add_folder_argument, mean
 from qwen.react import ACTION, STOP_WORD, parse_response
 
 MAX_NEW_TOKENS = 512
@@ -44,15 +44,7 @@ class EvaluatePlugin(Task):
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
-        parser.add_argument(
-            "-d",
-            "--eval-data-path",
-            "--eval_data_path",
-            type=Path,
-            default=Path(),
-            metavar="FOLDER",
-            help="where the files lie (default: here)",
-        )
+        add_folder_argument(parser, "where the files lie (default: here)", default=Path())
         for part, filename in (
             ("react-positive", "exam_plugin_v20231206_react_positive.jsonl"),
             ("react-negative", "exam_plugin_v20231206_react_negative.jsonl"),

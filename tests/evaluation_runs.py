@@ -5,6 +5,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+from qwen.evaluation import harness
+from qwen.evaluation.task import Task
+
+
+def run_script(task: type[Task], out: Path, *arguments: object) -> int:
+    """A script of eval/ in this process: its exit status."""
+    return harness.main(task, "", [*map(str, [*arguments, "-o", out, "--cpu-only"])])
+
 
 def write_csv(path: Path, rows: list[list[object]], encoding: str = "utf-8") -> None:
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,7 @@ import evaluate_chat_gsm8k
 import evaluate_chat_mmlu
 import evaluate_leval
 import pytest
-from evaluation_runs import results, write_csv, write_jsonl
+from evaluation_runs import results, run_script, write_csv, write_jsonl
 
 from qwen.evaluation import harness
 from qwen.evaluation.language_model import LanguageModel
@@ -36,11 +36,7 @@ def run(loaded: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     """A script in this process, with results in tmp_path/out.jsonl: the exit status."""
     monkeypatch.setattr(harness, "load_model_quietly", lambda *_, **__: loaded)
 
-    def run(name: str, *arguments: object) -> int:
-        common = ["-o", tmp_path / "out.jsonl", "--cpu-only"]
-        return harness.main(TASKS[name], "", [*map(str, [*arguments, *common])])
-
-    return run
+    return lambda name, *arguments: run_script(TASKS[name], tmp_path / "out.jsonl", *arguments)
 
 
 def choice(folder: Path, name: str) -> list[str]:

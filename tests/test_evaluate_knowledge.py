@@ -18,7 +18,7 @@ import evaluate_gsm8k
 import evaluate_mmlu
 import pytest
 import torch
-from evaluation_runs import read_records, read_scores, write_csv
+from evaluation_runs import read_records, read_scores, run_script, write_csv
 
 from qwen.evaluation import harness
 from qwen.evaluation.data_files import DataError
@@ -50,11 +50,7 @@ def run(loaded: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     """A script in this process, with results in tmp_path/out.jsonl: the exit status."""
     monkeypatch.setattr(harness, "load_model_quietly", lambda *_, **__: loaded)
 
-    def run(name: str, *arguments: object) -> int:
-        common = ["-o", tmp_path / "out.jsonl", "--cpu-only"]
-        return harness.main(TASKS[name], "", [*map(str, [*arguments, *common])])
-
-    return run
+    return lambda name, *arguments: run_script(TASKS[name], tmp_path / "out.jsonl", *arguments)
 
 
 def file_of(folder: Path, benchmark: str, split: str, subject: str) -> Path:

@@ -6,7 +6,7 @@ from typing import Any
 
 import evaluate_plugin
 import pytest
-from evaluation_runs import results, write_jsonl
+from evaluation_runs import results, run_script, write_jsonl
 
 from qwen.evaluation import harness
 from qwen.evaluation.agent import FirstCallAgent
@@ -36,11 +36,7 @@ def run(loaded: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     """The script in this process, with results in tmp_path/out.jsonl: the exit status."""
     monkeypatch.setattr(harness, "load_model_quietly", lambda *_, **__: loaded)
 
-    def run(*arguments: object) -> int:
-        common = ["-o", tmp_path / "out.jsonl", "--cpu-only"]
-        return harness.main(evaluate_plugin.EvaluatePlugin, "", [*map(str, [*arguments, *common])])
-
-    return run
+    return lambda *arguments: run_script(evaluate_plugin.EvaluatePlugin, tmp_path / "out.jsonl", *arguments)
 
 
 @pytest.fixture(scope="module")

@@ -33,7 +33,7 @@ def read_csv(
     Raises:
         DataError: no such file, not text, no rows, a row of another width, or one that holds something else.
     """
-    with _opened(path, newline="") as file:
+    with _Opened(path, newline="") as file:
         reader = csv.reader(file)
         try:
             rows = [(reader.line_num, row) for row in reader if any(map(str.strip, row))]
@@ -72,7 +72,7 @@ def read_jsonl(path: Path, required: Fields) -> list[dict[str, Any]]:
         DataError: no such file, not text, no lines, or a line that is no object with the required fields.
     """
     records = []
-    with _opened(path) as file:
+    with _Opened(path) as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
@@ -93,7 +93,7 @@ def read_json(path: Path) -> Any:
     Raises:
         DataError: no such file, or not JSON.
     """
-    with _opened(path) as file:
+    with _Opened(path) as file:
         try:
             return json.load(file)
         except (ValueError, RecursionError) as error:
@@ -116,7 +116,7 @@ def check_fields(record: Any, required: Fields, where: str) -> None:
 class _Opened:
     """A text file that is opened, and read, with errors that name it."""
 
-    def __init__(self, path: Path, newline: str | None):
+    def __init__(self, path: Path, newline: str | None = None):
         self.path, self.newline = Path(path), newline
 
     def __enter__(self) -> TextIO:
@@ -141,10 +141,6 @@ class _Opened:
         if isinstance(error, IsADirectoryError):
             return DataError(f"{self.path} is a folder, where a file is needed.")
         return DataError(f"{self.path} cannot be read: {error}.")
-
-
-def _opened(path: Path, newline: str | None = None) -> _Opened:
-    return _Opened(path, newline)
 
 
 def _beside(path: Path) -> str:

@@ -78,15 +78,8 @@ class Task(ABC):
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
         """Where the data lie. To be overridden where that is no folder, or where there is more to choose."""
-        parser.add_argument(
-            "-d",
-            "--eval-data-path",
-            "--eval_data_path",
-            required=True,
-            type=Path,
-            metavar="FOLDER",
-            help="where the data lie; eval/EVALUATION.md tells where they come from and how they lie there",
-        )
+        where = "where the data lie; eval/EVALUATION.md tells where they come from and how they lie there"
+        add_folder_argument(parser, where)
 
     @abstractmethod
     def cases(self) -> list[Case]:
@@ -118,6 +111,20 @@ class Task(ABC):
     def finish(self, records: Sequence[dict[str, Any]], output: Path) -> list[str]:
         """Write what else belongs to the results beside `output`, and say so, a sentence each."""
         return []
+
+
+def add_folder_argument(parser: argparse.ArgumentParser, what: str, default: Path | None = None) -> None:
+    """`-d/--eval-data-path`, required where there is no default; `what` lies there is the help."""
+    parser.add_argument(
+        "-d",
+        "--eval-data-path",
+        "--eval_data_path",
+        required=default is None,
+        default=default,
+        type=Path,
+        metavar="FOLDER",
+        help=what,
+    )
 
 
 def add_file_argument(parser: argparse.ArgumentParser, what: str) -> None:
