@@ -10,7 +10,6 @@ The folder that is written is complete, and loads as every published -Int4 or -I
 
 import argparse
 import contextlib
-import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -63,10 +62,6 @@ def parse() -> argparse.Namespace:
 
 def main() -> int:
     arguments = parse()
-    for name in ("SIGTERM", "SIGHUP"):  # what Ctrl-C cleans up, a scheduler's signal and a lost connection do too
-        number = getattr(signal, name, None)  # Windows has no SIGHUP
-        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores it
-            signal.signal(number, signal.default_int_handler)
     if sys.stderr.isatty():
         print("Starting ...", file=sys.stderr)  # the libraries take seconds
     try:
@@ -100,7 +95,9 @@ def run(arguments: argparse.Namespace) -> "Outcome":
     from qwen.loading import resolve
     from qwen.quantization import check, quantize
     from qwen.quiet import quiet_loading
+    from qwen.target_folder import end_like_ctrl_c
 
+    end_like_ctrl_c()
     source, out = resolve(arguments.model_name_or_path), Path(arguments.out_path)
     how = {
         "bits": arguments.bits,

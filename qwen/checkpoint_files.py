@@ -76,28 +76,31 @@ def check_quantization(quantization: Any, name: str | Path) -> None:
         )
 
 
-def check_weights(folder: Path) -> None:
-    """Raise CheckpointError where weights are missing: all, a shard, what a git-lfs pointer stands for, or the end."""
-    for single, index in ((SAFETENSORS, SAFETENSORS_INDEX), (BIN, BIN_INDEX)):  # in transformers' order of preference
+def weight_files(folder: Path) -> list[str]:
+    """The names of the files of weights that a folder has or should have, in transformers' order of preference.
+
+    Raises:
+        CheckpointError: there are none, or an index does not name them.
+    """
+    for single, index in ((SAFETENSORS, SAFETENSORS_INDEX), (BIN, BIN_INDEX)):
         if (folder / single).is_file():
-            shards = [single]
-        elif (folder / index).is_file():
+            return [single]
+        if (folder / index).is_file():
             weight_map = read_json(folder / index, folder).get("weight_map")
             if not isinstance(weight_map, dict):
                 raise CheckpointError(f"{folder / index} has no weight_map. {download_advice(folder)}")
-            shards = sorted(set(weight_map.values()))
-        else:
-            continue
-        break
-    else:
-        others = sorted(
-            path.name for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".pt", ".gguf")
-        )
-        raise CheckpointError(
-            f"{folder} has no weights: neither {SAFETENSORS} nor {BIN} nor the index of a sharded checkpoint. "
-            + (f"It does have {listing(others)}, which are not looked for under such names. " if others else "")
-            + download_advice(folder)
-        )
+            return sorted(set(weight_map.values()))
+    others = sorted(path.name for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".pt", ".gguf"))
+    raise CheckpointError(
+        f"{folder} has no weights: neither {SAFETENSORS} nor {BIN} nor the index of a sharded checkpoint. "
+        + (f"It does have {listing(others)}, which are not looked for under such names. " if others else "")
+        + download_advice(folder)
+    )
+
+
+def check_weights(folder: Path) -> None:
+    """Raise CheckpointError where weights are missing: all, a shard, what a git-lfs pointer stands for, or the end."""
+    shards = weight_files(folder)
     if missing := [shard for shard in shards if not (folder / shard).is_file()]:
         raise CheckpointError(
             f"{folder} is half downloaded: {len(missing)} of its {len(shards)} weight files are missing "

@@ -19,24 +19,32 @@ from .adapters import ADAPTER_CONFIG
 from .checkpoint_files import BIN, BIN_INDEX, SAFETENSORS, SAFETENSORS_INDEX, CheckpointError, read_json
 from .configuration_qwen import QWenConfig
 
-_WORK = ".quantizing-"  # how the folder begins that is filled meanwhile
+_WORK = ".unfinished-"  # how the folder begins that is filled meanwhile
 _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
-def check_target(target: Path, source: Path, overwrite: bool) -> None:
+def end_like_ctrl_c() -> None:
+    """Let a scheduler's signal and a lost connection clean up as Ctrl-C does. For scripts."""
+    for number in _SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores one
+            signal.signal(number, signal.default_int_handler)
+
+
+def check_target(target: Path, source: Path, overwrite: bool, model_type: str = QWenConfig.model_type) -> None:
     """Refuse a folder that cannot be filled, or in which something would be lost.
 
     Args:
         target: to be made, or empty.
         source: the model's own folder, or a hub id.
         overwrite: a model in `target` may be replaced.
+        model_type: what such a model is of; others are not replaced.
 
     Raises:
         OSError: says what is in the way.
         CheckpointError: the model in `target` is broken.
     """
     if target.resolve() == source.resolve() or (target / ADAPTER_CONFIG).is_file():
-        raise FileExistsError(f"{target} holds what is to be quantized, or an adapter. Name a folder of its own.")
+        raise FileExistsError(f"{target} holds the model that is read, or an adapter. Name a folder of its own.")
     if target.exists() and not target.is_dir():
         raise FileExistsError(f"{target} is a file. Name a folder.")
     if target.is_dir() and (found := sorted(target.iterdir())):
@@ -49,7 +57,7 @@ def check_target(target: Path, source: Path, overwrite: bool) -> None:
             raise FileExistsError(
                 f"{target} is not empty. Name another folder, or add --overwrite to replace the model in it."
             )
-        if not _holds_model(target):
+        if not _holds_model(target, model_type):
             raise FileExistsError(f"{target} holds no model that could be replaced. Name another folder.")
         _weight_files(target)
     place = next(folder for folder in (target, *target.absolute().parents) if folder.exists())
@@ -57,10 +65,10 @@ def check_target(target: Path, source: Path, overwrite: bool) -> None:
         raise PermissionError(f"{target} cannot be written to: {place} does not allow it. Name another folder.")
 
 
-def _holds_model(folder: Path) -> bool:
-    """Whether config.json is of these models: other programs have one too, which is not to be replaced."""
+def _holds_model(folder: Path, model_type: str) -> bool:
+    """Whether config.json is of such a model: other programs have one too, which is not to be replaced."""
     config = folder / CONFIG_NAME
-    return config.is_file() and read_json(config, folder).get("model_type") == QWenConfig.model_type
+    return config.is_file() and read_json(config, folder).get("model_type") == model_type
 
 
 def _weight_files(folder: Path) -> set[str]:

@@ -38,6 +38,9 @@ CONTROL_TOKENS = (ENDOFTEXT, IM_START, IM_END, *(f"<|extra_{i}|>" for i in range
 CONTROL_PREFIX = "<|"  # of every control token: a text without it holds none
 
 CHAT_TEMPLATE = """\
+{%- if tools %}
+{{- raise_exception('These models call tools in a text format, ReAct, which this template does not write.') }}
+{%- endif %}
 {%- if messages[0]['role'] != 'system' %}
 {{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}
 {%- endif %}

@@ -314,7 +314,7 @@ def adapter(folder: Path) -> Path:
         ("--out_path {service} --overwrite", 1, "holds no model that could be replaced"),
         ("--out_path {torn} --overwrite", 1, "model.safetensors.index.json of {torn} is not valid JSON"),
         ("--out_path {nameless} --overwrite", 1, "model.safetensors.index.json of {nameless} does not name the files"),
-        ("--out_path {killed}", 1, "{killed}/.quantizing-abc is of another run"),
+        ("--out_path {killed}", 1, "{killed}/.unfinished-abc is of another run"),
         ("--bits 3", 2, "--bits"),
         ("--max_len 2", 2, "--max_len is 2"),
         ("--samples 0", 2, "--samples is 0"),
@@ -358,7 +358,7 @@ def test_mistakes_are_told_at_once(
     for name, text in (("torn", '{"weight_map": {'), ("nameless", '{"weight_map": {"lm_head.weight": 1}}')):
         (places[name] / INDEX).unlink()
         (places[name] / INDEX).write_text(text)
-    (places["killed"] / ".quantizing-abc").mkdir(parents=True)
+    (places["killed"] / ".unfinished-abc").mkdir(parents=True)
     places["empty"].touch()
     places["wrong"].write_text('[{"text": "no turns"}]')
     out = tmp_path / "out"
@@ -512,7 +512,7 @@ def test_what_cannot_be_moved_is_kept(
         OSError, match=r"kept in .*/new, for it could not take its place in .*modeling_qwen.py"
     ) as failure:
         quantize(source, out, samples, **options)
-    work = next(out.glob(".quantizing-*"))
+    work = next(out.glob(".unfinished-*"))
     assert f"{work / 'new'}," in str(failure.value) and not list((work / "old").iterdir())
     check_checkpoint(work / "new")
     with pytest.raises(OSError, match=f"{work} is of another run"):
@@ -528,7 +528,7 @@ def test_an_index_that_broke_meanwhile_loses_nothing(
     monkeypatch.setattr(qwen.quantization, "_run_gptq", lambda *arguments: (out / INDEX).write_text("{") and [])
     with pytest.raises(OSError, match="kept in .* is not valid JSON"):
         quantize(source, out, samples, group_size=64, cpu_only=True, overwrite=True)
-    kept = next(out.glob(".quantizing-*/new"))
+    kept = next(out.glob(".unfinished-*/new"))
     assert (kept / "model.safetensors").is_file()
     shutil.rmtree(kept.parent)
     assert content(out) == content(source) | {INDEX: b"{"}

@@ -1,0 +1,69 @@
+"""What other engines do not do, and up to which length that makes no difference.
+
+They know neither dynamic NTK nor LogN, which act beyond the trained length only.
+"""
+
+import torch
+
+from ..configuration_qwen import QWenConfig
+from ..modeling_qwen import ntk_alpha
+
+
+def exact_length(config: QWenConfig) -> int:
+    """Up to how many tokens the network is a plain one."""
+    if config.use_dynamic_ntk or config.use_logn_attn:
+        return config.seq_length
+    return max(config.seq_length, config.max_position_embeddings)
+
+
+def rope_base(config: QWenConfig, max_length: int | None) -> float:
+    """The base of RoPE for prompts of `max_length` tokens: what dynamic NTK would choose for those, here for all.
+
+    Args:
+        max_length: None for the trained length.
+
+    Raises:
+        ValueError: a length that is none, or that this model is not stretched to.
+    """
+    base = float(config.rotary_emb_base)
+    if max_length is None:
+        return base
+    if max_length < 1:
+        raise ValueError(f"A length of {max_length} tokens is none.")
+    if max_length <= exact_length(config):
+        return base
+    if not config.use_dynamic_ntk:
+        raise ValueError(
+            f"{max_length} tokens are beyond the {exact_length(config)} of this model, which stretches its rotary "
+            "embedding for no longer prompts (use_dynamic_ntk is false in its config.json)."
+        )
+    alpha = ntk_alpha(torch.tensor([max_length]), config.seq_length).item()
+    return base * alpha ** (config.rotary_dim / (config.rotary_dim - 2))
+
+
+def remarks(config: QWenConfig, max_length: int | None) -> list[str]:
+    """What a user of the exported model has to know, as sentences."""
+    exact = exact_length(config)
+    named = [
+        name
+        for name, used in (("dynamic NTK", config.use_dynamic_ntk), ("LogN attention", config.use_logn_attn))
+        if used
+    ]
+    if max_length is not None and max_length > exact:
+        left_out = " LogN attention is left out." if config.use_logn_attn else ""
+        found = [
+            f"The rotary embedding is stretched for prompts up to {max_length} tokens, for shorter ones too: the "
+            f"outputs are near those of the original, and not the same.{left_out}"
+        ]
+    elif named:
+        found = [
+            f"Exact up to {exact} tokens, the trained length, and offered for no more: other engines do not know "
+            f"{' and '.join(named)}. --max-length stretches the rotary embedding."
+        ]
+    else:
+        found = [f"Exact up to {exact} tokens: this model uses neither dynamic NTK nor LogN attention."]
+    if config.use_window_attn:
+        found.append("Window attention, which config.json asks for, is left out.")
+    if config.use_cache_quantization:
+        found.append("The 8-bit key/value cache is not the model's but the engine's affair, and left out.")
+    return found

@@ -1,0 +1,73 @@
+"""What is exported: a folder of weights, and what its small files say.
+
+Knows where a checkpoint lies and whether it is whole; not what it becomes.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import GENERATION_CONFIG_NAME, cached_file
+from transformers.utils.hub import get_checkpoint_shard_files
+
+from ..adapters import is_adapter
+from ..checkpoint_files import BIN, BIN_INDEX, SAFETENSORS, SAFETENSORS_INDEX, CheckpointError, read_json
+from ..configuration_qwen import QWenConfig
+from ..loading import chat_format, check_checkpoint, load_config, load_tokenizer, resolve
+from ..tokenization_qwen import QWenTokenizer
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint of which nothing is loaded but the tokenizer.
+
+    Args:
+        name: as the user gave it.
+        folder: where its files of weights lie.
+        is_chat: it speaks ChatML.
+    """
+
+    name: str
+    folder: Path
+    config: QWenConfig
+    tokenizer: QWenTokenizer
+    generation_config: dict[str, Any]
+    is_chat: bool
+
+
+def open_source(checkpoint: str | os.PathLike | None) -> Source:
+    """Find a checkpoint, fetch it if need be, and see that it is whole.
+
+    Raises:
+        CheckpointError: it is not, or it is an adapter.
+    """
+    name = resolve(checkpoint)
+    check_checkpoint(name)
+    if is_adapter(Path(name)):
+        raise CheckpointError(
+            f"{name} is an adapter, not a model. Merge it first: `python finetune/merge_lora.py {name} MERGED`."
+        )
+    folder = Path(name) if Path(name).is_dir() else _fetched(name)
+    generation = folder / GENERATION_CONFIG_NAME
+    return Source(
+        name=name,
+        folder=folder,
+        config=load_config(name),
+        tokenizer=load_tokenizer(name),
+        generation_config=read_json(generation, name) if generation.is_file() else {},
+        is_chat=chat_format(name) == "chatml",
+    )
+
+
+def _fetched(name: str) -> Path:
+    """The folder that the hub's files lie in, weights in the form that transformers would take."""
+    quiet = {"_raise_exceptions_for_missing_entries": False}
+    cached_file(name, GENERATION_CONFIG_NAME, **quiet)
+    for single, index in ((SAFETENSORS, SAFETENSORS_INDEX), (BIN, BIN_INDEX)):
+        if found := cached_file(name, single, **quiet):
+            return Path(found).parent
+        if found := cached_file(name, index, **quiet):
+            get_checkpoint_shard_files(name, found)
+            return Path(found).parent
+    raise CheckpointError(f"{name} has no weights on the hub: neither {SAFETENSORS} nor {BIN} nor an index of either.")
