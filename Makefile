@@ -5,6 +5,7 @@
 #     make finetune    teaches the toy another name; make finetune ARGS="--help" lists what can be set
 #     make quantize    the toy in 4 bits; likewise
 #     make evaluate    how far the toy reads; make evaluate EVAL=mmlu ARGS="-c Qwen/Qwen-7B -d data/mmlu"
+#     make export      the toy in Qwen2's format, which other engines read
 #     make test        make test ARGS="-k loading"
 # Each makes its own environment in .venv first; that takes a minute or two, once.
 
@@ -18,7 +19,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help chat web serve finetune quantize evaluate test lint format clean
+.PHONY: help chat web serve finetune quantize evaluate export test lint format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -47,6 +48,9 @@ EVAL ?= long_context
 
 evaluate: $(VENV)/.ready-eval  ## perplexity by length (EVAL=mmlu ARGS="-c MODEL -d DATA" for another benchmark)
 	@$(BIN)/python $(firstword $(wildcard eval/evaluate_$(EVAL).py) eval/$(EVAL).py) $(ARGS)
+
+export: $(VENV)/.ready-export  ## write a model for other engines (ARGS="-c Qwen/Qwen-7B-Chat -o qwen-7b-chat.gguf")
+	@$(BIN)/python export.py $(ARGS)
 
 test: $(VENV)/.ready-dev  ## lint and run all tests
 	$(BIN)/ruff check .
@@ -84,6 +88,10 @@ $(VENV)/.ready-eval: $(VENV)/.ready requirements_eval.txt
 	@$(INSTALL) --requirement requirements_eval.txt
 	@touch $@
 
+$(VENV)/.ready-export: $(VENV)/.ready requirements_export.txt
+	@$(INSTALL) --requirement requirements_export.txt
+	@touch $@
+
 $(VENV)/.ready-gptq: $(VENV)/.ready requirements_gptq.txt
 	@$(INSTALL) --requirement requirements_gptq.txt
 	@touch $@
@@ -92,7 +100,7 @@ $(VENV)/.ready-finetune: $(VENV)/.ready requirements_finetune.txt requirements_g
 	@$(INSTALL) --requirement requirements_finetune.txt
 	@touch $@
 
-READY := $(VENV)/.ready $(addprefix $(VENV)/.ready-,web serve finetune gptq eval)
+READY := $(VENV)/.ready $(addprefix $(VENV)/.ready-,web serve finetune gptq eval export)
 $(VENV)/.ready-dev: $(READY) requirements_dev.txt
 	@$(INSTALL) --requirement requirements_dev.txt
 	@$(INSTALL) --no-deps dashscope
