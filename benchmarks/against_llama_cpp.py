@@ -20,10 +20,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
-from gguf_file import write_gguf
 from llama_cpp import Llama
 
 from qwen import make_context
+from qwen.export import export_gguf
 from qwen.loading import load_model
 
 PROMPTS = [
@@ -69,7 +69,7 @@ def main() -> int:
     failures = 0
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.gguf"
-        write_gguf(model.config, model.state_dict().items(), path)
+        export_gguf(arguments.checkpoint_path, path, kind="f32")
         llama = Llama(
             str(path), n_ctx=model.config.seq_length, n_threads=torch.get_num_threads(), logits_all=True, verbose=False
         )

@@ -46,13 +46,14 @@ from qwen2 import as_qwen2
 from random_models import SHAPES, config, fill, random_model, write_quantized
 
 from qwen import QWenConfig, QWenLMHeadModel
-from qwen.loading import check_checkpoint, load_model_quietly, resolve
+from qwen.hubs import add_hub_argument, use
+from qwen.loading import check_checkpoint, load_config, load_model_quietly, resolve
 from qwen.options_qwen import is_gptq
 from qwen.quiet import quiet_loading
 
 BITS = {"fp32": 32, "bf16": 16, "int8": 8, "int4": 4}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-GGUF_KINDS = {"fp32": "F32", "bf16": "BF16", "int8": "Q8_0", "int4": "Q4_0"}
+GGUF_KINDS = {"fp32": "f32", "bf16": "bf16", "int8": "q8_0", "int4": "q4_0"}
 ENGINES = ("this", "Qwen2", "llama.cpp")
 WARM_UP = 8  # tokens
 LIBRARIES = 0.6e9  # bytes of a process without a model
@@ -103,7 +104,7 @@ class Cell:
 
     @functools.cached_property
     def config(self) -> QWenConfig:
-        return QWenConfig.from_pretrained(self.model) if self.is_checkpoint else config(self.model)
+        return load_config(self.model) if self.is_checkpoint else config(self.model)
 
     @property
     def size(self) -> str | None:
@@ -150,6 +151,7 @@ def parse() -> argparse.Namespace:
     models = parser.add_mutually_exclusive_group()
     models.add_argument("--sizes", nargs="+", choices=SHAPES, default=["1.8B"], help="random weights (1.8B)")
     models.add_argument("-c", "--checkpoint-path", help="a folder or a hub id, instead of random weights")
+    add_hub_argument(parser)
     parser.add_argument(
         "--precisions",
         nargs="+",
@@ -179,6 +181,7 @@ def cells(arguments: argparse.Namespace) -> list[Cell]:
         CheckpointError: the checkpoint cannot be used.
         ValueError: it cannot be had in the precision that was asked for, or by the engine.
     """
+    use(arguments.hub)
     is_checkpoint = arguments.checkpoint_path is not None
     models, precisions = arguments.sizes, arguments.precisions or ["bf16", "int8", "int4"]
     if is_checkpoint:
@@ -202,7 +205,7 @@ def cells(arguments: argparse.Namespace) -> list[Cell]:
 
 def checkpoint_precisions(name: str, asked: list[str] | None) -> list[str]:
     check_checkpoint(name)
-    settings = QWenConfig.from_pretrained(name)
+    settings = load_config(name)
     own = ["bf16", "fp32"]
     if is_gptq(settings):
         own = [f"int{settings.quantization_config['bits']}"]
@@ -395,16 +398,21 @@ def write(cell: Cell, folder: Path) -> dict:
         with quiet_loading(progress=False):
             write_quantized(cell.model, folder, BITS[cell.precision])
         return {}
-    from gguf_file import write_gguf
+    from qwen.export.gguf_file import Entry, write_gguf
 
     if cell.is_checkpoint:
         model, _ = load_model_quietly(cell.model, cpu_only=True, dtype=DTYPES[cell.precision])
-        tensors = model.state_dict().items()
+        entries = [Entry(name, tensor.shape, lambda held=tensor: held) for name, tensor in model.state_dict().items()]
     else:
         with torch.device("meta"):
             empty = QWenLMHeadModel(cell.config).state_dict()
-        tensors = ((name, fill(name, torch.empty(tensor.shape))) for name, tensor in empty.items())
-    write_gguf(cell.config, tensors, folder / "model.gguf", GGUF_KINDS[cell.precision])
+        entries = [
+            Entry(name, tensor.shape, lambda name=name, shape=tensor.shape: fill(name, torch.empty(shape)))
+            for name, tensor in empty.items()
+        ]
+    kind = GGUF_KINDS[cell.precision]
+    # The embedding and the output matrix are in 16 bits in GPTQ checkpoints.
+    write_gguf(folder / "model.gguf", cell.config, entries, kind, outside=None if kind == "f32" else "bf16")
     return {}
 
 

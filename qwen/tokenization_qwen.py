@@ -300,7 +300,7 @@ class QWenTokenizer(PreTrainedTokenizer):
         allowed = set()
         if not split_special_tokens and CONTROL_PREFIX in text:  # most texts skip the cost of handling the set
             allowed = self.special_tokens.keys() & _token_set(allowed_special, self.special_tokens)
-        for token in _token_set(disallowed_special, self.special_tokens.keys() - allowed):
+        for token in _token_set(disallowed_special, [token for token in self.special_tokens if token not in allowed]):
             if token in text:
                 raise ValueError(
                     f"The text contains {token!r}, which disallowed_special forbids. Remove it from the text, or take "

@@ -4,9 +4,9 @@ import functools
 import importlib.util
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -35,6 +35,8 @@ KINDS = ("f32", "f16", "bf16", "q8_0", "q4_0")
 OUTSIDE_KINDS = {"q4_0": "q8_0"}
 """Type of the embedding and the output, where it is not that of the layers: four bits would cost most there."""
 
+_SLICE = 4_000_000  # numbers that are converted at a time
+
 
 class Entry(NamedTuple):
     """A tensor that is read when its turn comes."""
@@ -55,7 +57,7 @@ def export_gguf(
 ) -> list[str]:
     """Write a checkpoint as one GGUF file with tokenizer and chat template; GPTQ weights are unpacked.
 
-    Memory: one matrix at a time, in float32.
+    Memory: one matrix of the checkpoint at a time.
 
     Args:
         checkpoint: a folder or a hub id; None is the bundled chat model.
@@ -115,7 +117,6 @@ def write_gguf(
         source: whose tokenizer goes into the file. None: token ids go in and come out.
     """
     import gguf
-    from gguf.quants import quantize
 
     in_layers = gguf.GGMLQuantizationType[kind.upper()]
     outside = gguf.GGMLQuantizationType[(outside or OUTSIDE_KINDS.get(kind, kind)).upper()]
@@ -142,13 +143,13 @@ def write_gguf(
         layer, module, part = split_name(entry.name)
         name = f"blk.{layer}.{IN_LAYER[module]}.{part}" if layer else f"{OUTSIDE[module]}.{part}"
         type_ = gguf.GGMLQuantizationType.F32 if len(entry.shape) == 1 else in_layers if layer else outside
-        block, block_bytes = gguf.GGML_QUANT_SIZES[type_]
+        block, _ = gguf.GGML_QUANT_SIZES[type_]
         if entry.shape[-1] % block:
             raise ValueError(
                 f"{kind} packs {block} weights at a time: rows of {entry.shape[-1]} are no multiple of it."
             )
         # Its shape is given in numbers, so the type of an array must be one that the writer does not count bytes of.
-        size = math.prod(entry.shape) // block * block_bytes
+        size = _size(entry.shape, type_)
         writer.add_tensor_info(name, entry.shape, np.dtype(np.float32), size, raw_dtype=type_)
         typed.append((entry, type_))
     writer.write_header_to_file()
@@ -156,9 +157,33 @@ def write_gguf(
     writer.write_ti_data_to_file()
     try:
         for entry, type_ in tqdm(typed, unit="tensor", disable=not progress):
-            writer.write_tensor_data(quantize(entry.load().float().numpy(), type_))
+            writer.write_tensor_data(_Converted(entry.load(), type_))
     finally:
         writer.close()
+
+
+def _size(shape: Sequence[int], type_) -> int:
+    """Bytes of a tensor of this type."""
+    import gguf
+
+    block, block_bytes = gguf.GGML_QUANT_SIZES[type_]
+    return math.prod(shape) // block * block_bytes
+
+
+class _Converted:
+    """What the writer asks of an array, of a tensor that takes its type on the way into the file, some rows at a time:
+    as a whole it would be in memory three times."""
+
+    def __init__(self, tensor: torch.Tensor, type_):
+        self._tensor, self._type = tensor, type_
+        self.nbytes = _size(tensor.shape, type_)
+
+    def tofile(self, file: BinaryIO) -> None:
+        from gguf.quants import quantize
+
+        rows = max(1, _SLICE // self._tensor.shape[-1])
+        for slice_ in self._tensor.split(rows) if self._tensor.dim() > 1 else [self._tensor]:
+            quantize(slice_.float().numpy(), self._type).tofile(file)
 
 
 def _entries(weights: Weights, names: list[str], config: QWenConfig) -> list[Entry]:

@@ -1,0 +1,120 @@
+"""Exports of the published shapes: are they the same function, and what do they take of time and memory?
+
+    python benchmarks/export.py [--sizes 1.8B 7B 14B 72B] [--layers 2]
+
+Each shape has made-up weights in bfloat16, few layers, and files as large as its largest tensors ask for. The export
+runs in a process of its own; its memory is what that process has at most, less what it had after its imports, beside
+the largest file of weights. Then both networks read the same 64 tokens, in float32. Prints a Markdown table; the exit
+status is 1 where a memory is not below two files, or the logits differ by more than 1e-4 of the largest.
+"""
+
+import argparse
+import json
+import multiprocessing
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import qwen.quiet  # noqa: F401, I001  before transformers, of which it keeps back the chatter
+
+import torch
+from memory import resident
+from random_models import SHAPES, config, fill
+from safetensors.torch import save_file
+from transformers import Qwen2ForCausalLM
+
+from qwen import QWenLMHeadModel
+from qwen.checkpoint_files import weight_files
+from qwen.export import export_gguf, export_qwen2
+from qwen.loading import BUNDLED_CHAT
+from qwen.quiet import quiet_loading
+
+
+def write(shape: str, layers: int, folder: Path) -> int:
+    """A checkpoint in files of about the size of its embedding, with the bundled vocabulary; the largest one's size."""
+    settings = config(shape)
+    settings.num_hidden_layers = layers
+    with torch.device("meta"):
+        empty = QWenLMHeadModel(settings).state_dict()
+    largest = max(tensor.numel() for tensor in empty.values())
+    files, room = [], 0
+    for name, tensor in empty.items():
+        if tensor.numel() > room:
+            files.append([])
+            room = largest
+        files[-1].append(name)
+        room -= tensor.numel()
+    weight_map = {}
+    for number, names in enumerate(files, start=1):
+        file = f"model-{number:05}-of-{len(files):05}.safetensors"
+        tensors = {name: fill(name, torch.empty(empty[name].shape, dtype=torch.bfloat16)) for name in names}
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(names, file)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps({**settings.to_dict(), "dtype": "bfloat16"}), encoding="utf-8")
+    for name in ("qwen.tiktoken", "generation_config.json"):
+        shutil.copy(BUNDLED_CHAT / name, folder)
+    return max((folder / file).stat().st_size for file in weight_files(folder))
+
+
+def export(kind: str, source: Path, target: Path, results: multiprocessing.Queue) -> None:
+    """In a process of its own: seconds, and bytes of memory above those before."""
+    with quiet_loading(progress=False):
+        before, began = resident("VmRSS"), time.perf_counter()
+        if kind == "Qwen2":
+            export_qwen2(source, target)
+        else:
+            export_gguf(source, target, kind="f16")
+        results.put((time.perf_counter() - began, resident("VmHWM") - before))
+
+
+def logits(model_class: type, folder: Path) -> torch.Tensor:
+    with quiet_loading(progress=False):
+        model = model_class.from_pretrained(folder, dtype=torch.float32, device_map="cpu").eval()
+    ids = torch.randint(3000, (1, 64), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return model(ids).logits
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="+", choices=SHAPES, default=["1.8B", "7B", "14B", "72B"])
+    parser.add_argument("--layers", type=int, default=2)
+    arguments = parser.parse_args()
+    context, failures = multiprocessing.get_context("spawn"), 0
+    print("| | format | seconds | memory, GB | largest file, GB | files | largest difference of logits |")
+    print("|---|---|---:|---:|---:|---:|---:|")
+    for size in arguments.sizes:
+        with tempfile.TemporaryDirectory() as work:
+            source = Path(work) / "source"
+            source.mkdir()
+            largest = write(size, arguments.layers, source)
+            for kind, target in (("Qwen2", Path(work) / "out"), ("GGUF f16", Path(work) / "out.gguf")):
+                results = context.Queue()
+                process = context.Process(target=export, args=(kind, source, target, results))
+                process.start()
+                seconds, taken = results.get(timeout=1800)
+                process.join()
+                difference = ""
+                if kind == "Qwen2":
+                    ours = logits(QWenLMHeadModel, source)
+                    relative = ((logits(Qwen2ForCausalLM, target) - ours).abs().max() / ours.abs().max()).item()
+                    failures += relative > 1e-4
+                    difference = f"{relative:.1e}"
+                failures += taken >= 2 * largest
+                files = taken / largest
+                print(
+                    f"| {size} | {kind} | {seconds:.0f} | {taken / 1e9:.2f} | {largest / 1e9:.2f} | {files:.2f} | "
+                    f"{difference} |",
+                    flush=True,
+                )
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
