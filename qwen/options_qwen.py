@@ -151,6 +151,8 @@ def choose_attention(
         obstacle = "it does not compute in float32; load with bf16=True or fp16=True"
     elif not is_flash_attn_2_available():
         obstacle = "the flash-attn package is not installed"
+    elif torch.version.cuda and torch.cuda.get_device_capability(device) < (8, 0):
+        obstacle = "it needs a GPU of compute capability 8.0 (A100, RTX 30) or newer"
     if obstacle is None:
         return "flash_attention_2"
     if config.use_flash_attn is True or flash_requested:

@@ -412,8 +412,9 @@ class ChatMixin:
         pad = kwargs.pop("pad_token_id", None)
         pad = self._generation_setting("pad_token_id", generation_config) if pad is None else pad
         config = copy.deepcopy(generation_config or self.generation_config)
-        if kwargs.get("do_sample", config.do_sample) is False:  # else transformers warns of settings without effect
-            kwargs = {"temperature": None, "top_k": None, "top_p": None} | kwargs
+        if kwargs.get("do_sample", config.do_sample) is False:
+            # transformers warns of settings without effect, and takes the model's own for those that are not set
+            kwargs = {"temperature": 1.0, "top_k": 50, "top_p": 1.0} | kwargs
         arguments = config.update(
             **kwargs,
             eos_token_id=list(dict.fromkeys([*eos, *ends])),
