@@ -1,0 +1,9 @@
+#!/bin/sh
+# The browser demo in a container, in the background.
+set -eu
+DEMO=web
+TITLE="web demo"
+PAGE=
+. "$(dirname "$0")/common.sh"
+
+start "$@"
