@@ -92,6 +92,10 @@ $(VENV)/.ready-export: $(VENV)/.ready requirements_export.txt
 	@$(INSTALL) --requirement requirements_export.txt
 	@touch $@
 
+$(VENV)/.ready-modelscope: $(VENV)/.ready requirements_modelscope.txt
+	@$(INSTALL) --requirement requirements_modelscope.txt
+	@touch $@
+
 $(VENV)/.ready-gptq: $(VENV)/.ready requirements_gptq.txt
 	@$(INSTALL) --requirement requirements_gptq.txt
 	@touch $@
@@ -100,8 +104,7 @@ $(VENV)/.ready-finetune: $(VENV)/.ready requirements_finetune.txt requirements_g
 	@$(INSTALL) --requirement requirements_finetune.txt
 	@touch $@
 
-READY := $(VENV)/.ready $(addprefix $(VENV)/.ready-,web serve finetune gptq eval export)
+READY := $(VENV)/.ready $(addprefix $(VENV)/.ready-,web serve finetune gptq eval export modelscope)
 $(VENV)/.ready-dev: $(READY) requirements_dev.txt
 	@$(INSTALL) --requirement requirements_dev.txt
-	@$(INSTALL) --no-deps dashscope
 	@touch $@

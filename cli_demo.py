@@ -421,9 +421,12 @@ def parse_arguments() -> argparse.Namespace:
         "-c",
         "--checkpoint-path",
         metavar="NAME",
-        help="a folder, or a Hugging Face hub id such as Qwen/Qwen-7B-Chat (default: the small bundled model)",
+        help="a folder, or a hub id such as Qwen/Qwen-7B-Chat (default: the small bundled model)",
     )
     parser.add_argument("-s", "--seed", type=seed_number, default=1234, help="random seed (default: %(default)s)")
+    parser.add_argument(
+        "--hub", choices=("huggingface", "modelscope"), help="where ids come from (default: QWEN_HUB, or huggingface)"
+    )
     parser.add_argument("--cpu-only", action="store_true", help="run on the CPU even if there is a GPU")
     parser.add_argument("--int8-cache", action="store_true", help="keep the key/value cache in 8 bits, half the memory")
     parser.add_argument(
@@ -444,7 +447,11 @@ def main() -> int:
         from qwen.loading import load_model_quietly
 
         model, tokenizer = load_model_quietly(
-            arguments.checkpoint_path, chat=True, cpu_only=arguments.cpu_only, int8_cache=arguments.int8_cache
+            arguments.checkpoint_path,
+            chat=True,
+            cpu_only=arguments.cpu_only,
+            int8_cache=arguments.int8_cache,
+            hub=arguments.hub,
         )
     except KeyboardInterrupt:
         terminal.note("Stopped while loading.")

@@ -30,6 +30,9 @@ def parse() -> argparse.Namespace:
         metavar="N",
         help="stretch the rotary embedding for prompts of N tokens, where that is beyond the trained length",
     )
+    parser.add_argument(
+        "--hub", choices=("huggingface", "modelscope"), help="where ids come from (default: QWEN_HUB, or huggingface)"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace what OUT holds already")
     arguments = parser.parse_args()
     if arguments.out_path is None:
@@ -73,10 +76,12 @@ def main() -> int:
 
 def run(arguments: argparse.Namespace) -> list[str]:
     from qwen.export import export_gguf, export_qwen2
+    from qwen.hubs import use
     from qwen.quiet import quiet_loading
     from qwen.target_folder import end_like_ctrl_c
 
     end_like_ctrl_c()
+    use(arguments.hub)
     how = {"max_length": arguments.max_length, "overwrite": arguments.overwrite, "progress": sys.stderr.isatty()}
     with quiet_loading(progress=arguments.checkpoint_path is not None):
         if is_gguf(arguments.out_path):

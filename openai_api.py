@@ -68,10 +68,13 @@ def parse_arguments() -> argparse.Namespace:
         "-c",
         "--checkpoint-path",
         metavar="NAME",
-        help="a folder, or a Hugging Face hub id such as Qwen/Qwen-7B-Chat (default: the small bundled model)",
+        help="a folder, or a hub id such as Qwen/Qwen-7B-Chat (default: the small bundled model)",
     )
     parser.add_argument("--cpu-only", action="store_true", help="run on the CPU even if there is a GPU")
     parser.add_argument("--int8-cache", action="store_true", help="keep the key/value cache in 8 bits, half the memory")
+    parser.add_argument(
+        "--hub", choices=("huggingface", "modelscope"), help="where ids come from (default: QWEN_HUB, or huggingface)"
+    )
     parser.add_argument("--server-name", default="127.0.0.1", metavar="HOST", help="address (default: %(default)s)")
     parser.add_argument(
         "--server-port", type=whole(0, 65535), default=8000, metavar="PORT", help="0 for any (default: %(default)s)"
@@ -205,7 +208,10 @@ def main() -> int:
         from qwen.loading import load_model_quietly
 
         model, tokenizer = load_model_quietly(
-            arguments.checkpoint_path, cpu_only=arguments.cpu_only, int8_cache=arguments.int8_cache
+            arguments.checkpoint_path,
+            hub=arguments.hub,
+            cpu_only=arguments.cpu_only,
+            int8_cache=arguments.int8_cache,
         )
         return serve(model, tokenizer, arguments, bound)
     except KeyboardInterrupt:

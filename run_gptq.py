@@ -34,6 +34,7 @@ def parse() -> argparse.Namespace:
         metavar="MODEL",
         help="a folder or a hub id of a float model; the bundled toy without it",
     )
+    option("--hub", choices=("huggingface", "modelscope"), help="where ids come from (QWEN_HUB, or huggingface)")
     option("--data_path", metavar="FILE", help="conversations to calibrate with: a JSON list, or JSON Lines")
     option(
         "--out_path", metavar="OUT", help="the folder that is written; output_qwen_int4 or output_qwen_int8 without it"
@@ -92,12 +93,14 @@ def say(text: str) -> None:
 
 
 def run(arguments: argparse.Namespace) -> "Outcome":
+    from qwen.hubs import use
     from qwen.loading import resolve
     from qwen.quantization import check, quantize
     from qwen.quiet import quiet_loading
     from qwen.target_folder import end_like_ctrl_c
 
     end_like_ctrl_c()
+    use(arguments.hub)
     source, out = resolve(arguments.model_name_or_path), Path(arguments.out_path)
     how = {
         "bits": arguments.bits,

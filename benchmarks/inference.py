@@ -135,6 +135,7 @@ def main() -> int:
         if hasattr(signal, name):  # Windows has no SIGHUP
             signal.signal(getattr(signal, name), signal.default_int_handler)
     try:
+        use(arguments.hub)
         table(cells(arguments), arguments.cpu_only)
     except (OSError, ValueError, Failed) as error:  # CheckpointError is among them
         print(error, file=sys.stderr)
@@ -181,7 +182,6 @@ def cells(arguments: argparse.Namespace) -> list[Cell]:
         CheckpointError: the checkpoint cannot be used.
         ValueError: it cannot be had in the precision that was asked for, or by the engine.
     """
-    use(arguments.hub)
     is_checkpoint = arguments.checkpoint_path is not None
     models, precisions = arguments.sizes, arguments.precisions or ["bf16", "int8", "int4"]
     if is_checkpoint:

@@ -191,7 +191,8 @@ start() {
         set -- --mount "type=bind,$(field "source=$MOUNTED"),$(field "target=$target"),readonly" "$@"
     fi
     # Named without a value, a variable is passed on if it is set.
-    for variable in HF_TOKEN HF_ENDPOINT HF_HUB_OFFLINE QWEN_HUB QWEN_API_KEY QWEN_API_AUTH; do
+    for variable in HF_TOKEN HF_ENDPOINT HF_HUB_OFFLINE QWEN_HUB MODELSCOPE_API_TOKEN MODELSCOPE_ENDPOINT QWEN_API_KEY \
+        QWEN_API_AUTH; do
         set -- --env "$variable" "$@"
     done
     set -- --name "$NAME" --init --pull never --user "$user:$group" --cap-drop ALL --security-opt no-new-privileges \

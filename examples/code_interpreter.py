@@ -19,6 +19,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # qwen, where it is not installed
 
 from qwen.code_interpreter import MAX_STEPS, OUTPUT_BYTES, Answer, Call, Output, solve
+from qwen.hubs import add_hub_argument
 from qwen.loading import load_model_quietly
 from qwen.sandbox import Limits, Sandbox, SandboxUnavailable
 from qwen.sandbox.arguments import add_sandbox_arguments
@@ -59,6 +60,7 @@ def main() -> int:
     parser.add_argument(
         "-c", "--checkpoint-path", metavar="NAME", help="a folder or a hub id (default: the bundled toy)"
     )
+    add_hub_argument(parser)
     parser.add_argument("--cpu-only", action="store_true", help="run on the CPU even if there is a GPU")
     parser.add_argument(
         "--folder",
@@ -73,7 +75,9 @@ def main() -> int:
             sandbox.start()  # no use in loading a model if this fails
             for sentence in sandbox.missing:
                 print(f"The sandbox is weaker than it should be. {sentence}", file=sys.stderr)
-            model, tokenizer = load_model_quietly(arguments.checkpoint_path, chat=True, cpu_only=arguments.cpu_only)
+            model, tokenizer = load_model_quietly(
+                arguments.checkpoint_path, chat=True, cpu_only=arguments.cpu_only, hub=arguments.hub
+            )
             messages: list[dict] = []
             for question in _questions(arguments.questions):
                 messages.append({"role": "user", "content": question})

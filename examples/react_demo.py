@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # qwen, where i
 
 import torch
 
+from qwen.hubs import add_hub_argument
 from qwen.loading import load_model_quietly
 from qwen.qwen_generation_utils import DEFAULT_SYSTEM, make_context
 from qwen.react import STOP_WORD, extend_stop_words, observation_text, parse_response, tool_prompt
@@ -132,11 +133,14 @@ def main() -> int:
     parser.add_argument(
         "-c", "--checkpoint-path", metavar="NAME", help="a folder or a hub id (default: the bundled toy)"
     )
+    add_hub_argument(parser)
     parser.add_argument("--cpu-only", action="store_true", help="run on the CPU even if there is a GPU")
     arguments = parser.parse_args()
 
     try:
-        model, tokenizer = load_model_quietly(arguments.checkpoint_path, chat=True, cpu_only=arguments.cpu_only)
+        model, tokenizer = load_model_quietly(
+            arguments.checkpoint_path, chat=True, cpu_only=arguments.cpu_only, hub=arguments.hub
+        )
         for question in arguments.questions:
             print(f"Question: {question}")
             final = answer(model, tokenizer, question, DESCRIPTIONS, lambda text: print(text, end="", flush=True))

@@ -13,7 +13,7 @@ usage() {
     cat <<TEXT
 Usage: bash $0 [-m MODEL] [-d DATA] [-o OUTPUT] [any argument of finetune.py]
 
-  -m, --model    a folder or a hub id ($MODEL)
+  -m, --model    a folder or a hub id ($MODEL); with --hub modelscope, an id of ModelScope
   -d, --data     conversations to learn, a JSON file ($DATA)
   -o, --output   the folder that the result is written to ($OUTPUT)
 

@@ -34,6 +34,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--base", metavar="MODEL", help="folder or hub id to merge into, where the recorded one is not it"
     )
+    parser.add_argument(
+        "--hub", choices=("huggingface", "modelscope"), help="where ids come from (QWEN_HUB, or huggingface)"
+    )
     parser.add_argument("--dtype", choices=DTYPES, help="precision of the weights in OUT; that of the base by default")
     parser.add_argument("--max-shard-size", type=file_size, default="2GB", help="most in one file of weights (2GB)")
     parser.add_argument("--overwrite", action="store_true", help="replace the model that OUT holds already")
@@ -46,8 +49,10 @@ def main() -> int:
         import torch
 
         from qwen.finetuning.merging import is_approximate, merge
+        from qwen.hubs import use
         from qwen.quiet import quiet_loading
 
+        use(arguments.hub)
         with quiet_loading():
             merge(
                 arguments.adapter,

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 
 from .configuration_qwen import QWenConfig
 from .modeling_qwen import QWenLMHeadModel, QWenModel
+from .modelscope_pipeline import teach_modelscope
 from .qwen_generation_utils import decode_tokens, get_stop_words_ids, make_context
 from .tokenization_qwen import QWenTokenizer
 
@@ -20,6 +21,9 @@ AutoModelForCausalLM.register(QWenConfig, QWenLMHeadModel)
 # Known by its name, which published checkpoints give, and not by QWenConfig: for a config class that it knows,
 # AutoTokenizer would run the tokenizer code beside the weights where trust_remote_code is set.
 AutoTokenizer.register(QWenTokenizer, slow_tokenizer_class=QWenTokenizer)
+
+# ModelScope's pipelines are told when they are imported; nothing of ModelScope is imported here.
+teach_modelscope()
 
 # Saved checkpoints take the code along, so that they load where this package is not installed.
 QWenConfig.register_for_auto_class()

@@ -29,6 +29,7 @@ from .checkpoint_files import (
     listing,
 )
 from .configuration_qwen import QWenConfig
+from .hubs import PUBLISHED, config_file, published_spelling, source, use
 from .modeling_qwen import QWenLMHeadModel
 from .quiet import quiet_loading
 from .tokenization_qwen import QWenTokenizer
@@ -37,13 +38,6 @@ CHECKPOINTS = Path(__file__).resolve().parent.parent / "checkpoints"
 BUNDLED_CHAT = CHECKPOINTS / "qwen-tiny-chat"
 BUNDLED_BASE = CHECKPOINTS / "qwen-tiny-base"
 BUNDLED_CHAT_INT4 = CHECKPOINTS / "qwen-tiny-chat-int4"
-
-PUBLISHED = tuple(
-    f"Qwen/Qwen-{size}{kind}"
-    for size in ("1_8B", "7B", "14B", "72B")
-    for kind in ("", "-Chat", "-Chat-Int4", "-Chat-Int8")
-)
-"""Hub ids of the published checkpoints: every size as base, chat, and chat quantized to 4 and 8 bits."""
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # The keyword arguments of from_pretrained that say where files come from; the tokenizer must look in the same place.
@@ -56,7 +50,7 @@ def load_model(
     """Load a first-generation Qwen checkpoint, ready to generate.
 
     Args:
-        name_or_path: a folder, or a Hugging Face hub id such as "Qwen/Qwen-7B-Chat"; None is the bundled chat model.
+        name_or_path: a folder, or a hub id such as "Qwen/Qwen-7B-Chat"; None is the bundled chat model.
         cpu_only: keep the model off any accelerator.
         from_pretrained_kwargs: for `QWenLMHeadModel.from_pretrained`, e.g. bf16=True, use_cache_quantization=True.
 
@@ -119,6 +113,7 @@ def _base_of(adapter: Path, base: str | os.PathLike | None, where: dict[str, Any
         advice = "Name the whole model that the adapter was trained on."
     else:
         name, revision = recorded_base(adapter)
+        name = resolve(name)
         where |= {} if revision is None else {"revision": revision}
         advice = (
             f"If it lies elsewhere now, write its folder or hub id as base_model_name_or_path into "
@@ -140,8 +135,14 @@ def _holder_of(file: str, name: str, where: dict[str, Any]) -> tuple[str, dict[s
 
 
 def _load_weights(name: str, **from_pretrained_kwargs: Any) -> QWenLMHeadModel:
+    where = {key: from_pretrained_kwargs.pop(key) for key in HUB_KWARGS if key in from_pretrained_kwargs}
+    place, where = source(name, weights=True, **where)
+    if place != name:  # a folder that was filled, perhaps by a download that was cut off
+        check_weights(Path(place, where.get("subfolder") or ""))
     try:
-        model, report = QWenLMHeadModel.from_pretrained(name, output_loading_info=True, **from_pretrained_kwargs)
+        model, report = QWenLMHeadModel.from_pretrained(
+            place, output_loading_info=True, **where, **from_pretrained_kwargs
+        )
     except ImportError as error:  # a quantized checkpoint without its library
         raise CheckpointError(f"{name} needs a package that is not installed. {error}") from error
     except RuntimeError as error:
@@ -158,11 +159,17 @@ def _load_weights(name: str, **from_pretrained_kwargs: Any) -> QWenLMHeadModel:
             f"{len(missing)} tensors are in none of the weight files of {name}, for example {missing[0]}: the "
             "checkpoint is incomplete, or its config.json belongs to another model. Download it again as a whole."
         )
+    model.name_or_path = name  # what an adapter records, and a server answers to
     return model.eval()
 
 
 def load_model_quietly(
-    name_or_path: str | os.PathLike | None = None, *, chat: bool = False, int8_cache: bool = False, **kwargs: Any
+    name_or_path: str | os.PathLike | None = None,
+    *,
+    chat: bool = False,
+    int8_cache: bool = False,
+    hub: str | None = None,
+    **kwargs: Any,
 ) -> tuple[QWenLMHeadModel, QWenTokenizer]:
     """`load_model` for a script with a person in front of it: no chatter of the libraries, and a progress bar where it
     is seen and loading takes long.
@@ -170,7 +177,9 @@ def load_model_quietly(
     Args:
         chat: only a chat model will do; a base model is refused before its weights are loaded.
         int8_cache: keep the key/value cache in 8 bits and decode from those; False leaves it to config.json.
+        hub: where ids are fetched from, now and later; None leaves it as it is.
     """
+    use(hub)
     if int8_cache:
         kwargs |= {"use_cache_quantization": True, "use_cache_kernel": True}
     with quiet_loading(progress=name_or_path is not None):
@@ -194,16 +203,22 @@ def chat_format(name: str, **where: Any) -> str | None:
     """What the checkpoint's generation config says that it speaks: "chatml" a chat model, "raw" a base model; None
     where it says nothing."""
     name, where = _holder_of(GENERATION_CONFIG_NAME, name, where)
+    place, where = source(name, **where)
     try:
-        return getattr(GenerationConfig.from_pretrained(name, **where), "chat_format", None)
+        return getattr(GenerationConfig.from_pretrained(place, **where), "chat_format", None)
     except OSError:  # there is none
         return None
 
 
-def load_config(name_or_path: str | os.PathLike | None = None) -> QWenConfig:
-    """The config of a checkpoint that `check_checkpoint` passes, of an adapter that of its base model."""
-    name, where = _holder_of("config.json", resolve(name_or_path), {})
-    return QWenConfig.from_pretrained(name, **where)
+def load_config(name_or_path: str | os.PathLike | None = None, **where: Any) -> QWenConfig:
+    """The config of a checkpoint that `check_checkpoint` passes, of an adapter that of its base model.
+
+    Args:
+        where: keyword arguments of from_pretrained that say where the file comes from (HUB_KWARGS).
+    """
+    name, where = _holder_of("config.json", resolve(name_or_path), where)
+    place, where = source(name, **where)
+    return QWenConfig.from_pretrained(place, **where)
 
 
 def load_tokenizer(name_or_path: str | os.PathLike | None = None, **from_pretrained_kwargs: Any) -> QWenTokenizer:
@@ -218,8 +233,9 @@ def load_tokenizer(name_or_path: str | os.PathLike | None = None, **from_pretrai
     name, where = _holder_of(VOCABULARY, resolve(name_or_path), where)
     if (folder := _folder(name, where.get("subfolder"))) is not None:
         check_vocabulary(folder)
+    place, where = source(name, **where)
     try:
-        return QWenTokenizer.from_pretrained(name, **from_pretrained_kwargs, **where)
+        return QWenTokenizer.from_pretrained(place, **from_pretrained_kwargs, **where)
     except OSError as error:
         raise CheckpointError(f"The tokenizer of {name} could not be loaded. {error}") from error
 
@@ -235,7 +251,7 @@ def check_checkpoint(name_or_path: str | os.PathLike, **where: Any) -> None:
     """
     name = os.fspath(name_or_path)
     if (folder := _folder(name, where.get("subfolder"))) is None:
-        check_config(_config_from_hub(name, **where), name)
+        check_config(config_file(name, **where), name)
         return
     if not folder.is_dir():
         raise CheckpointError(f"{folder} does not exist. Leave `subfolder` out, or name one that {name} has.")
@@ -254,13 +270,15 @@ def check_checkpoint(name_or_path: str | os.PathLike, **where: Any) -> None:
 
 
 def resolve(name_or_path: str | os.PathLike | None) -> str:
-    """The name as text, with ~ for the home folder understood; None is the bundled chat model.
+    """The name as text, with ~ for the home folder understood and published ids as they are written; None is the
+    bundled chat model.
 
     Raises:
         CheckpointError: the bundled model is not there.
     """
     if name_or_path is not None:
-        return os.path.expanduser(os.fspath(name_or_path))
+        name = os.path.expanduser(os.fspath(name_or_path))
+        return name if os.path.exists(name) else published_spelling(name)
     if not BUNDLED_CHAT.is_dir():
         raise CheckpointError(
             f"The bundled model is not here ({BUNDLED_CHAT}): it comes with the repository, not with the installed "
@@ -285,52 +303,3 @@ def _folder(name: str, subfolder: str | None = None) -> Path | None:
         f"There is no folder {name!r}, and it is not a hub id (OWNER/NAME) either. "
         + (f"Did you mean {near[0]}?" if near else "Check the path, or name a model such as Qwen/Qwen-7B-Chat.")
     )
-
-
-def _config_from_hub(name: str, **where: Any) -> Path:
-    """Fetch config.json alone, so that a wrong name or model is known before gigabytes are downloaded."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    unreachable = (
-        f"There is no folder {name!r} here, and the Hugging Face hub cannot be reached to look for a model of that "
-        "name. Check the connection and proxy (or set HF_ENDPOINT to a mirror), or download the model elsewhere and "
-        "name its folder."
-    )
-    # The order matters: the later classes are parents of some of the earlier ones.
-    try:
-        return Path(hf_hub_download(name, "config.json", **where))
-    except LocalEntryNotFoundError as error:
-        raise CheckpointError(unreachable) from error
-    except GatedRepoError as error:
-        raise CheckpointError(
-            f"Access to {name} must be granted: log in with `hf auth login` or set HF_TOKEN."
-        ) from error
-    except RepositoryNotFoundError as error:
-        near = difflib.get_close_matches(name, PUBLISHED, n=1, cutoff=0.75)
-        raise CheckpointError(
-            f"{name!r} is neither a folder here nor a model on the Hugging Face hub (a private one needs HF_TOKEN). "
-            + (
-                f"Did you mean {near[0]}?"
-                if near
-                else "Published are, for example, Qwen/Qwen-1_8B-Chat and Qwen/Qwen-7B."
-            )
-        ) from error
-    except RevisionNotFoundError as error:
-        raise CheckpointError(f"{name} has no revision {where.get('revision')!r} on the Hugging Face hub.") from error
-    except EntryNotFoundError as error:
-        raise CheckpointError(
-            f"{name} is on the Hugging Face hub but has no config.json: it is no model. If it is an adapter (LoRA), "
-            f"fetch it with `hf download {name} --local-dir FOLDER` and name that folder."
-        ) from error
-    except HfHubHTTPError as error:
-        raise CheckpointError(f"The Hugging Face hub refused {name}: {first_line(error)}") from error
-    except OSError as error:  # connection, proxy and TLS errors of the HTTP client
-        raise CheckpointError(unreachable) from error

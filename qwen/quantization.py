@@ -41,7 +41,7 @@ from .checkpoint_files import (
     read_json,
 )
 from .configuration_qwen import QWenConfig
-from .loading import check_checkpoint, load_model, resolve
+from .loading import check_checkpoint, load_config, load_model, resolve
 from .modeling_qwen import QWenLMHeadModel
 from .options_qwen import PRECISIONS
 from .quiet import quiet_gptqmodel
@@ -227,7 +227,7 @@ def _check_source(name: str) -> QWenConfig:
             "names all."
         )
     check_checkpoint(name)
-    config = QWenConfig.from_pretrained(name)
+    config = load_config(name)
     if getattr(config, "quantization_config", None) is not None:
         raise CheckpointError(
             f"{name} is quantized already. Name the model that it was made from, such as Qwen/Qwen-7B-Chat for "

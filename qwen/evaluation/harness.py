@@ -24,6 +24,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 from transformers import set_seed
 
+from ..hubs import add_hub_argument, use
 from ..loading import BUNDLED_BASE, BUNDLED_CHAT, load_model_quietly, resolve
 from ..sandbox import SandboxUnavailable
 from .data_files import DataError
@@ -32,7 +33,7 @@ from .task import Case, Score, Task
 
 # What does not change the results; everything else does, and must be the same when a run goes on. All but the size of
 # batches, which may have to be smaller where memory was short.
-_FREE = ("sample_output_file", "overwrite", "debug", "checkpoint_path")
+_FREE = ("sample_output_file", "overwrite", "debug", "checkpoint_path", "hub")
 _MAY_CHANGE = ("batch_size",)
 
 
@@ -49,6 +50,7 @@ def main(task_class: type[Task], description: str | None, arguments: Sequence[st
     options = parser.parse_args(arguments)
     chosen = {name: value for name, value in vars(options).items() if value != parser.get_default(name)}
     try:
+        use(options.hub)
         return _evaluate(task_class(options), options, variant(chosen))
     except (OSError, ValueError, SandboxUnavailable) as error:
         print(error, file=sys.stderr)
@@ -73,6 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser, task_class: type[Task]) -> No
     parser.add_argument(
         "-c", "--checkpoint-path", metavar="NAME", help=f"a folder or a hub id (default: the bundled toy, {toy.name})"
     )
+    add_hub_argument(parser)
     parser.add_argument("-s", "--seed", type=int, default=1234, help="random seed (default: %(default)s)")
     parser.add_argument(
         "-o",

@@ -11,6 +11,7 @@ from typing import Any
 from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
+from .. import hubs
 from ..adapters import is_adapter
 from ..checkpoint_files import BIN, BIN_INDEX, SAFETENSORS, SAFETENSORS_INDEX, CheckpointError, read_json
 from ..configuration_qwen import QWenConfig
@@ -48,7 +49,8 @@ def open_source(checkpoint: str | os.PathLike | None) -> Source:
         raise CheckpointError(
             f"{name} is an adapter, not a model. Merge it first: `python finetune/merge_lora.py {name} MERGED`."
         )
-    folder = Path(name) if Path(name).is_dir() else _fetched(name)
+    place, _ = hubs.source(name, weights=True)
+    folder = Path(place) if Path(place).is_dir() else _fetched(name)
     generation = folder / GENERATION_CONFIG_NAME
     return Source(
         name=name,

@@ -16,6 +16,7 @@ import torch
 import transformers
 from transformers import HfArgumentParser
 
+from ..hubs import HUBS
 from ..qwen_generation_utils import DEFAULT_SYSTEM
 from .legacy_arguments import modernized
 from .processes import allow_fsdp_on_cpu, join_deepspeed
@@ -33,6 +34,9 @@ class ModelArguments:
 
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "A folder or a hub id. The bundled toy without it."}
+    )
+    hub: str | None = field(
+        default=None, metadata={"help": "Where ids come from: QWEN_HUB, or huggingface.", "choices": list(HUBS)}
     )
     cache_dir: str | None = field(default=None, metadata={"help": "Where downloads are kept."})
     extra_vocab_file: str | None = field(

@@ -12,8 +12,7 @@ from safetensors import SafetensorError
 
 from ..adapters import ADAPTER_CONFIG, check_adapter, is_adapter, recorded_base
 from ..checkpoint_files import BIN, BIN_INDEX, SAFETENSORS, SAFETENSORS_INDEX, CheckpointError, let_others_read
-from ..configuration_qwen import QWenConfig
-from ..loading import load_with_adapter, resolve
+from ..loading import load_config, load_with_adapter, resolve
 
 
 def merge(
@@ -80,7 +79,7 @@ def is_approximate(adapter: str | os.PathLike) -> bool:
 
 def _is_quantized(name: str) -> bool:
     try:
-        return getattr(QWenConfig.from_pretrained(name), "quantization_config", None) is not None
+        return getattr(load_config(name), "quantization_config", None) is not None
     except (OSError, ValueError):  # it is gone or broken; what is published tells by its name
         return name.rstrip("/").lower().endswith(("-int4", "-int8"))
 

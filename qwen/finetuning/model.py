@@ -13,8 +13,16 @@ from transformers import GenerationConfig, GPTQConfig, PreTrainedModel
 
 from ..adapters import ADAPTER_CONFIG, check_adapter, is_adapter, put_on
 from ..checkpoint_files import read_json
-from ..configuration_qwen import QWenConfig
-from ..loading import BUNDLED_CHAT_INT4, chat_format, check_checkpoint, load_model, load_tokenizer, resolve
+from ..hubs import use
+from ..loading import (
+    BUNDLED_CHAT_INT4,
+    chat_format,
+    check_checkpoint,
+    load_config,
+    load_model,
+    load_tokenizer,
+    resolve,
+)
 from ..modeling_qwen import QWenLMHeadModel
 from ..tokenization_qwen import QWenTokenizer
 from .arguments import LORA_TARGETS, ArgumentError, Arguments, LoraArguments, TrainingArguments, zero_stage
@@ -37,6 +45,7 @@ def load_for_training(arguments: Arguments) -> tuple[PreTrainedModel, QWenTokeni
         CheckpointError: it cannot be loaded.
     """
     given, lora, training = arguments.model, arguments.lora, arguments.training
+    use(given.hub)
     where = {} if given.cache_dir is None else {"cache_dir": given.cache_dir}
     name = given.model_name_or_path
     name = resolve(BUNDLED_CHAT_INT4 if name is None and lora.q_lora else name)
@@ -52,7 +61,7 @@ def load_for_training(arguments: Arguments) -> tuple[PreTrainedModel, QWenTokeni
     check_checkpoint(name, **where)
     if os.path.isdir(name):
         name = os.path.abspath(name)  # an adapter records it, and must find it from anywhere
-    quantization = getattr(QWenConfig.from_pretrained(name, **where), "quantization_config", None)
+    quantization = getattr(load_config(name, **where), "quantization_config", None)
     _check_weights_fit(name, quantization is not None, arguments)
     if quantization is not None:
         training.ddp_broadcast_buffers = False  # the packed weights are buffers: gigabytes, at every step
