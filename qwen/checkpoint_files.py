@@ -69,6 +69,10 @@ def check_quantization(quantization: Any, name: str | Path) -> None:
                 f"quantization_config in config.json of {name} cannot be used: {field} is {found.get(field)!r} and "
                 f"should be {' or '.join(map(json.dumps, values))}. Mend it, or take the same model in another form."
             )
+
+
+def check_gptq_installed(name: str | Path) -> None:
+    """Raise CheckpointError unless there is what runs quantized weights."""
     if importlib.util.find_spec("gptqmodel") is None:
         raise CheckpointError(
             f"{name} is quantized (GPTQ), which needs two more packages: `pip install gptqmodel optimum`. "

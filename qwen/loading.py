@@ -22,6 +22,7 @@ from .checkpoint_files import (
     VOCABULARY,
     CheckpointError,
     check_config,
+    check_gptq_installed,
     check_vocabulary,
     check_weights,
     download_advice,
@@ -136,6 +137,8 @@ def _holder_of(file: str, name: str, where: dict[str, Any]) -> tuple[str, dict[s
 
 def _load_weights(name: str, **from_pretrained_kwargs: Any) -> QWenLMHeadModel:
     where = {key: from_pretrained_kwargs.pop(key) for key in HUB_KWARGS if key in from_pretrained_kwargs}
+    if getattr(load_config(name, **where), "quantization_config", None):
+        check_gptq_installed(name)  # before gigabytes are fetched
     place, where = source(name, weights=True, **where)
     if place != name:  # a folder that was filled, perhaps by a download that was cut off
         check_weights(Path(place, where.get("subfolder") or ""))

@@ -87,6 +87,7 @@ def test_what_the_folder_says(chat, folder: Path, tmp_path: Path, bundled_base: 
         "config.json",
         "generation_config.json",
         "model.safetensors",
+        "qwen.tiktoken",
         "tokenizer.json",
         "tokenizer_config.json",
     ]
@@ -97,6 +98,7 @@ def test_what_the_folder_says(chat, folder: Path, tmp_path: Path, bundled_base: 
     assert generation == {
         "eos_token_id": [tokenizer.im_end_id, tokenizer.im_start_id, tokenizer.eod_id],
         "pad_token_id": tokenizer.eod_id,
+        "max_window_size": 768,
         "max_new_tokens": 256,
         "do_sample": True,
         "top_k": 0,

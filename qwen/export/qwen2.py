@@ -55,7 +55,7 @@ _WRITTEN = (
     "use_cache",
 )
 # Fields of generation_config.json that only our code reads.
-_OURS = ("chat_format", "max_window_size", "stop_words_ids", "transformers_version", "_from_model_config")
+_OURS = ("chat_format", "stop_words_ids", "transformers_version", "_from_model_config")
 
 
 def export_qwen2(

@@ -71,13 +71,14 @@ def fast_tokenizer(tokenizer: QWenTokenizer) -> Tokenizer:
 
 
 def write_tokenizer(tokenizer: QWenTokenizer, folder: Path, max_length: int, chat: bool) -> None:
-    """Write tokenizer.json, tokenizer_config.json and, for a chat model, chat_template.jinja.
+    """Write tokenizer.json, tokenizer_config.json, for a chat model chat_template.jinja, and for our own code qwen.tiktoken.
 
     Args:
         max_length: tokens that the model is offered for.
         chat: whether replies end with <|im_end|>; texts of a base model end with <|endoftext|>.
     """
     fast_tokenizer(tokenizer).save(str(folder / "tokenizer.json"))
+    tokenizer.save_vocabulary(str(folder))
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",  # one that takes tokenizer.json as it is
         "model_max_length": max_length,
