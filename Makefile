@@ -1,10 +1,10 @@
-# These do it all on a machine with Python 3.11+ and make:
+# These do it all on a machine with Python 3.11+ and make (finetune, quantize and test also take a C compiler):
 #     make chat        make chat ARGS="-c Qwen/Qwen-7B-Chat"
 #     make web         the same in the browser
 #     make serve       the OpenAI-compatible server
 #     make finetune    teaches the toy another name; make finetune ARGS="--help" lists what can be set
 #     make quantize    the toy in 4 bits; likewise
-#     make evaluate    how far the toy reads; make evaluate EVAL=mmlu ARGS="-c Qwen/Qwen-7B -d data/mmlu"
+#     make evaluate    perplexity by length; make evaluate EVAL=mmlu ARGS="-c Qwen/Qwen-7B -d data/mmlu"
 #     make export      the toy in Qwen2's format, which other engines read
 #     make test        make test ARGS="-k loading"
 # Each makes its own environment in .venv first; that takes a minute or two, once.
@@ -47,6 +47,7 @@ quantize: $(VENV)/.ready-gptq  ## write a model in 4 or 8 bits (ARGS="--model_na
 EVAL ?= long_context
 
 evaluate: $(VENV)/.ready-eval  ## perplexity by length (EVAL=mmlu ARGS="-c MODEL -d DATA" for another benchmark)
+		@test -f eval/evaluate_$(EVAL).py || test -f eval/$(EVAL).py || { echo "There is no benchmark $(EVAL) in eval/." >&2; exit 1; }
 	@$(BIN)/python $(firstword $(wildcard eval/evaluate_$(EVAL).py) eval/$(EVAL).py) $(ARGS)
 
 export: $(VENV)/.ready-export  ## write a model for other engines (ARGS="-c Qwen/Qwen-7B-Chat -o qwen-7b-chat.gguf")

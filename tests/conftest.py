@@ -1,9 +1,13 @@
-"""What several test files share: where things are, and a checkpoint that is made in a second."""
+"""What several test files share: where things are, a checkpoint that is made in a second, a Python without all this."""
 
 import base64
 import importlib.util
 import json
 import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -113,3 +117,49 @@ def tiny_chat_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     (folder / "generation_config.json").write_text(json.dumps(generation_config, indent=2))
     return folder
+
+
+@pytest.fixture(scope="session")
+def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., list[str]]]:
+    """Runs code where transformers is and this repository is not, in a process of its own; returns what it printed.
+
+    Its arguments are sys.argv[1:].
+    """
+    home = tmp_path_factory.mktemp("elsewhere")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "HF_"))}
+    with subprocess.Popen(
+        [sys.executable, str(ROOT / "tests" / "elsewhere.py")],
+        cwd=home,
+        env=environment | {"HF_HOME": str(home / "hf"), "HF_HUB_OFFLINE": "1"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+
+        def run(code: str, *arguments: object) -> list[str]:
+            folder = tmp_path_factory.mktemp("script")
+            files = {name: folder / name for name in ("script", "output", "errors")}
+            files["script"].write_text(textwrap.dedent(code), encoding="utf-8")
+            request = {"arguments": [*map(str, arguments)]} | {name: str(file) for name, file in files.items()}
+            print(json.dumps(request), file=process.stdin, flush=True)
+            status = process.stdout.readline()
+            assert status == "0\n", files["errors"].read_text(encoding="utf-8")
+            return files["output"].read_text(encoding="utf-8").splitlines()
+
+        yield run
+        process.stdin.close()
+
+
+CHAT = """
+    import sys
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
+    tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)
+    print(model.chat(tokenizer, sys.argv[2], history=None, do_sample=False)[0])
+"""
+
+
+@pytest.fixture(scope="session")
+def chat_elsewhere(elsewhere: Callable[..., list[str]]) -> Callable[[Path, str], str]:
+    """What the model in a folder answers where this repository is not."""
+    return lambda folder, question: elsewhere(CHAT, folder, question)[-1]
