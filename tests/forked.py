@@ -4,8 +4,11 @@ import functools
 import gc
 import multiprocessing
 import os
+import runpy
 import signal
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,11 +18,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FORKING = multiprocessing.get_context("forkserver")
-# What a run imports. Not gptqmodel, but what that imports: it starts threads, which a fork would lose.
+# What a script imports. Not gptqmodel, but what that imports: it starts threads, which a fork would lose.
 PRELOADED = ["finetune", "qwen.finetuning.run", "transformers.trainer", "peft.tuners.lora", "datasets", "deepspeed"]
 PRELOADED += ["deepspeed.runtime.zero.muon.muon_optimizer", "torch.distributed.fsdp", "torch.utils.cpp_extension"]
 PRELOADED += ["transformers.models.auto.processing_auto", "matplotlib.figure", "torch.utils.tensorboard", "requests"]
-PRELOADED += ["pytest", "forked"]
+PRELOADED += ["qwen.serving.app", "qwen.serving.engine", "qwen.serving.server", "gradio", "pytest", "forked"]
 
 
 @functools.cache
@@ -87,13 +90,18 @@ class Child:
         self.process.join()
 
 
-def _in_child(
-    folder: Path, log: Path, connection: Any, environment: dict[str, str], function: Callable, arguments: tuple
-) -> None:
-    multiprocessing.set_start_method(None, force=True)  # for its own children, as in any other process
+def _settle(folder: Path, environment: dict[str, str]) -> None:
+    """Make this forked process one like any other."""
+    multiprocessing.set_start_method(None, force=True)  # for its own children
     gc.freeze()  # what is imported stays: no need to look through it at every collection
     os.chdir(folder)
     os.environ.update(environment)
+
+
+def _in_child(
+    folder: Path, log: Path, connection: Any, environment: dict[str, str], function: Callable, arguments: tuple
+) -> None:
+    _settle(folder, environment)
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -109,3 +117,87 @@ def main(*arguments: str | Path) -> int:
 
     sys.argv = ["finetune.py", *map(str, arguments)]
     return finetune.main()
+
+
+class Script:
+    """What `python SCRIPT ARGUMENTS` starts, with the methods of subprocess.Popen.
+
+    It differs from that in its beginning, for what it imports is there, and in its very end, for no interpreter is
+    taken down: a test that is about one of these should start a Python of its own.
+
+    Args:
+        files: what standard input, output and error are: paths, such as that of a terminal, which it then gets for
+            itself.
+        folder: the process works in it.
+        environment: variables that are set in it.
+    """
+
+    def __init__(
+        self,
+        *words: object,
+        files: tuple[str | Path, str | Path, str | Path],
+        folder: Path = ROOT,
+        **environment: str,
+    ):
+        start_forking()
+        self.words = [str(word) for word in words]
+        self._process = FORKING.Process(
+            target=_run_script, args=(folder, environment, [str(file) for file in files], self.words)
+        )
+        self._process.start()
+        self.pid = self._process.pid
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        if self.poll() is None:
+            raise subprocess.TimeoutExpired(self.words, timeout)
+        return self.poll()
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self._process.kill()
+
+
+def run_script(
+    *words: object, folder: Path = ROOT, text: str = "", timeout: float = 180, **environment: str
+) -> "subprocess.CompletedProcess[str]":
+    """A script to its end, as subprocess.run does it.
+
+    Args:
+        words: the script and its arguments.
+        text: its standard input.
+
+    Raises:
+        subprocess.TimeoutExpired: it took longer.
+    """
+    with tempfile.TemporaryDirectory() as place:
+        files = tuple(Path(place, name) for name in ("input", "output", "errors"))
+        files[0].write_text(text, encoding="utf-8")
+        process = Script(*words, files=files, folder=folder, **environment)
+        try:
+            status = process.wait(timeout)
+        finally:
+            process.kill()
+        said = [file.read_text(encoding="utf-8") for file in files[1:]]
+    return subprocess.CompletedProcess(process.words, status, *said)
+
+
+def _run_script(folder: Path, environment: dict[str, str], files: list[str], words: list[str]) -> None:
+    _settle(folder, environment)
+    for number, file in enumerate(files):
+        opened = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND)
+        if os.isatty(opened):
+            os.login_tty(opened)
+            break
+        os.dup2(opened, number)
+    sys.stdin, sys.stdout, sys.stderr = (open(number, mode, closefd=False) for number, mode in enumerate("rww"))  # noqa: SIM115
+    sys.stderr.reconfigure(line_buffering=True)
+    sys.argv = words
+    sys.path.insert(0, str((folder / words[0]).parent))
+    runpy.run_path(words[0], run_name="__main__")

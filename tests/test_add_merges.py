@@ -6,6 +6,7 @@ import os
 import pickle
 import random
 import re
+import shlex
 import stat
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from typing import NamedTuple
 import pytest
 import tiktoken
 import torch
+from forked import ROOT, run_script
 
 from qwen.chat_data import encode_sample, pad_samples
 from qwen.configuration_qwen import QWenConfig
@@ -27,7 +29,6 @@ from qwen.tokenization_qwen import SPLIT_PATTERN, QWenTokenizer
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 import add_merges
 
-ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"
 WORDS = EXAMPLES / "words.txt"
 PAGE = (EXAMPLES / "vocabulary_expansion.md").read_text(encoding="utf-8")
@@ -201,13 +202,12 @@ def test_copies_are_the_same_vocabulary(
 
 
 def test_the_command_of_the_page(tmp_path: Path) -> None:
-    command, printed = re.search(r"^```sh\n(mkdir .*?)^```\n\n```text\n(.*?)^```$", PAGE, re.S | re.M).groups()
+    command, printed = re.search(r"^```(?:ba)?sh\n(mkdir .*?)^```\n\n```text\n(.*?)^```$", PAGE, re.S | re.M).groups()
     for name in ("examples", "checkpoints"):
         (tmp_path / name).symlink_to(ROOT / name)
-    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
-    done = subprocess.run(
-        ["bash", "-c", command], cwd=tmp_path, env={**os.environ, "PATH": path}, capture_output=True, text=True
-    )
+    folder, script = map(shlex.split, command.splitlines())
+    subprocess.run(folder, cwd=tmp_path, check=True)
+    done = run_script(*script[1:], folder=tmp_path)
     assert done.returncode == 0 and done.stdout == printed, done.stderr
 
 

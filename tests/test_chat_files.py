@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked import ROOT, start_forking
 from torch.utils.data import DataLoader
 
 from qwen import chat_datasets, chat_files
@@ -19,8 +20,6 @@ from qwen.chat_data import IGNORE_INDEX, MalformedSample, encode_sample, pack_sa
 from qwen.chat_datasets import Collator, PackedDataset, SupervisedDataset, best_fit_decreasing
 from qwen.chat_files import ConversationFile, DataFileError
 from qwen.tokenization_qwen import QWenTokenizer
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def sample(number, question="q", answer="a", **fields):
@@ -267,7 +266,7 @@ for path in sys.argv[1:]:
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak of memory is read from /proc")
 def test_large_files_are_streamed(tmp_path):
     samples = [sample(0, "Why? " * 50, "Because. 你好 " * 50) | {"id": str(number)} for number in range(1000)]
-    blocks = 110
+    blocks = 45
     paths = []
     for opening, separator, closing in (("[", ",\n", "]"), ("", "\n", "")):
         block = separator.join(json.dumps(one, ensure_ascii=False) for one in samples).encode()
@@ -277,7 +276,7 @@ def test_large_files_are_streamed(tmp_path):
             for _ in range(blocks - 1):
                 file.write(block + separator.encode())
             file.write(block + closing.encode())
-    assert all(path.stat().st_size > 100e6 for path in paths)
+    assert all(path.stat().st_size > 40e6 for path in paths)
     command = [sys.executable, "-c", OPEN_LARGE_FILES, *paths]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     for path in paths:
@@ -358,9 +357,13 @@ def test_lazy_keeps_no_samples(samples, tokenizer):
 
 
 @pytest.mark.parametrize(
-    "method, packed", [("fork", False), ("fork", True), ("spawn", True)], ids=["padded", "packed", "packed, spawn"]
+    "method, packed",
+    [("fork", False), ("fork", True), ("forkserver", True)],
+    ids=["padded", "packed", "packed, pickled"],
 )
 def test_loader_workers(method, packed, samples, tokenizer):
+    if method == "forkserver":  # which gets all as a spawned process does, but without its imports
+        start_forking()
     dataset = SupervisedDataset(samples, tokenizer, 64, lazy=True)
     if packed:
         dataset = PackedDataset(dataset, 64)
@@ -425,9 +428,9 @@ def test_best_fit_equals_a_plain_search():
 
 def test_many_samples_are_packed_quickly():
     lengths = array("i", torch.randint(1, 2049, (300_000,), generator=torch.Generator().manual_seed(0)).tolist())
-    began = time.perf_counter()
+    began = time.process_time()
     rows = best_fit_decreasing(lengths, 2048)
-    assert time.perf_counter() - began < 10  # a quadratic search takes hours
+    assert time.process_time() - began < 10  # a quadratic search takes hours
     assert sum(lengths) / (2048 * (max(rows) + 1)) > 0.99
 
 

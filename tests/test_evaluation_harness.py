@@ -5,16 +5,14 @@ import gzip
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import long_context
 import pytest
 import torch
-from conftest import ROOT
 from evaluation_runs import read_records
+from forked import Script
 
 from qwen.evaluation.data_files import DataError, existing, read_csv, read_json, read_jsonl
 from qwen.evaluation.harness import main
@@ -245,10 +243,9 @@ def test_a_killed_process_is_gone_on_with(tmp_path):
     """The real thing: a script, SIGKILL, the same command again."""
     text = tmp_path / "text.txt"
     text.write_text("The quick brown fox jumps over the lazy dog. " * 400)
-    script = [sys.executable, str(ROOT / "eval" / "long_context.py"), "--text", str(text), "--cpu-only"]
-    script += ["--lengths", "64", "--tokens", "1024"]
+    arguments = ["--text", str(text), "--cpu-only", "--lengths", "64", "--tokens", "1024"]
     killed, whole = tmp_path / "killed.jsonl", tmp_path / "whole.jsonl"
-    process = subprocess.Popen([*script, "-o", str(killed)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = Script("eval/long_context.py", *arguments, "-o", killed, files=(os.devnull,) * 3)
     deadline = time.monotonic() + 120
     while not (killed.exists() and killed.read_bytes().count(b"\n") > 4) and time.monotonic() < deadline:
         assert process.poll() is None, "it ended before it could be killed"
@@ -258,7 +255,7 @@ def test_a_killed_process_is_gone_on_with(tmp_path):
     assert 4 < killed.read_bytes().count(b"\n") < 64, "it was killed too late to be of use"
 
     for out in (killed, whole):
-        assert main(long_context.LongContext, None, [*script[2:], "-o", str(out)]) == 0
+        assert main(long_context.LongContext, None, [*arguments, "-o", str(out)]) == 0
     assert killed.read_bytes() == whole.read_bytes()
     assert killed.with_suffix(".md").read_bytes() == whole.with_suffix(".md").read_bytes()
     assert killed.with_suffix(".png").stat().st_size > 1000

@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import NamedTuple
 
 import pytest
+from forked import ROOT, run_script
 from server_process import ServerProcess
 
 from qwen.code_interpreter import code_of
@@ -23,22 +24,19 @@ import code_interpreter
 import function_call_examples
 import react_demo
 
-ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"
 SERVER = "http://localhost:8000"  # as the pages write it
 
 
-def run(*command: str, text: str = "") -> "subprocess.CompletedProcess[str]":
+def run(*command: str) -> "subprocess.CompletedProcess[str]":
     """A command in the repository, with this Python first in the path."""
     path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
     environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        command, cwd=ROOT, env=environment, input=text, capture_output=True, text=True, timeout=300, check=False
-    )
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
 
-def example(name: str, *arguments: str, text: str = "") -> "subprocess.CompletedProcess[str]":
-    return run(sys.executable, f"examples/{name}.py", *arguments, text=text)
+def function_calls(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    return run(sys.executable, "examples/function_call_examples.py", *arguments)
 
 
 # The pages
@@ -73,7 +71,7 @@ def printed_by_python(page: str, url: str, folder: Path) -> list[str]:
     script = folder / "page.py"  # a file, as smolagents reads the source of its tools
     code = "".join(block.code + separator for block in blocks(page) if block.language == "python")
     script.write_text(code.replace(SERVER, url), encoding="utf-8")
-    done = run(sys.executable, str(script))
+    done = run_script(script)
     assert done.returncode == 0, done.stderr
     return done.stdout.split(END)[:-1]
 
@@ -98,7 +96,7 @@ def test_the_commands_of_a_page_print_what_it_says(block: Block, server: ServerP
 def test_the_readme_names_every_example() -> None:
     text = (EXAMPLES / "README.md").read_text(encoding="utf-8")
     named = set(re.findall(r"\]\(([^)]+)\)", text))
-    there = {path.name for path in EXAMPLES.iterdir() if path.suffix in (".py", ".md")} - {"README.md"}
+    there = {path.name for path in EXAMPLES.iterdir() if path.suffix in (".py", ".md", ".ipynb")} - {"README.md"}
     assert named == there | {"../qwen/sandbox/__init__.py"}
 
 
@@ -106,7 +104,7 @@ def test_the_readme_names_every_example() -> None:
 
 
 def test_function_calls(server: ServerProcess) -> None:
-    done = example("function_call_examples", "--base-url", f"{server.url}/v1")
+    done = function_calls("--base-url", f"{server.url}/v1")
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [
         "plain:",
@@ -129,22 +127,22 @@ def test_function_calls(server: ServerProcess) -> None:
 
 def test_function_calls_with_a_key_one_by_name(start_server: Callable[..., ServerProcess]) -> None:
     address = ("--base-url", f"{start_server('--api-key', 'hunter2').url}/v1")
-    refused = example("function_call_examples", *address)
+    refused = function_calls(*address)
     assert refused.returncode == 1 and len(refused.stderr.splitlines()) == 1 and "--api-key" in refused.stderr
-    done = example("function_call_examples", "streaming", "langchain", *address, "--api-key", "hunter2")
+    done = function_calls("streaming", "langchain", *address, "--api-key", "hunter2")
     assert done.stdout.startswith("streaming:\n") and "Result of 7812 / 12: 651." in done.stdout
     assert "plain" not in done.stdout
 
 
 @pytest.mark.parametrize("address", ["http://127.0.0.1:1/v1", "no-address"])
 def test_function_calls_without_a_server(address: str) -> None:
-    done = example("function_call_examples", "--base-url", address)
+    done = function_calls("--base-url", address)
     assert done.returncode == 1 and not done.stdout
     assert len(done.stderr.splitlines()) == 1 and address in done.stderr and "openai_api.py" in done.stderr
 
 
 def test_function_calls_with_a_wrong_name() -> None:
-    done = example("function_call_examples", "plian")
+    done = function_calls("plian")
     assert done.returncode == 2 and "'plian'" in done.stderr and "streaming" in done.stderr
 
 
@@ -207,7 +205,9 @@ def toy(bundled_chat: Path) -> tuple:
 
 
 def test_react_demo() -> None:
-    done = example("react_demo", "--cpu-only", "What time is it in Tokyo?", "Roll a die with 6 sides.", "Hello!")
+    done = run_script(
+        "examples/react_demo.py", "--cpu-only", "What time is it in Tokyo?", "Roll a die with 6 sides.", "Hello!"
+    )
     assert done.returncode == 0, done.stderr
     time, number, hello = done.stdout.rstrip().split("\n\n")
     said = re.fullmatch(
@@ -262,11 +262,11 @@ def test_seconds_are_checked(seconds: str, monkeypatch: pytest.MonkeyPatch, caps
 # code_interpreter.py; tests/test_sandbox.py sees to it that the sandbox is a strong one where the machine allows
 
 
-INTERPRETER = ("code_interpreter", "--cpu-only", "--allow-weaker-sandbox")
+INTERPRETER = ("examples/code_interpreter.py", "--cpu-only", "--allow-weaker-sandbox")
 
 
 def test_code_interpreter(tmp_path: Path) -> None:
-    done = example(*INTERPRETER, "--folder", str(tmp_path), "What is 1234 * 56?", "执行print(3 + 4)", "Hello!")
+    done = run_script(*INTERPRETER, "--folder", str(tmp_path), "What is 1234 * 56?", "执行print(3 + 4)", "Hello!")
     assert done.returncode == 0, done.stderr
     assert "    1234 * 56\n\n    69104\n\nResult of 1234 * 56: 69104.\n" in done.stdout
     assert "    print(3 + 4)\n\n    7\n\nprint(3 + 4)的输出：7。\n" in done.stdout
@@ -274,7 +274,7 @@ def test_code_interpreter(tmp_path: Path) -> None:
 
 
 def test_code_interpreter_asks_and_shows_errors() -> None:
-    done = example(*INTERPRETER, text="\nCalculate 1234 / 0.\nHello!\n")
+    done = run_script(*INTERPRETER, text="\nCalculate 1234 / 0.\nHello!\n")
     assert done.returncode == 0, done.stderr
     assert "ZeroDivisionError: division by zero" in done.stdout and "Hello!" in done.stdout.splitlines()[-2]
 

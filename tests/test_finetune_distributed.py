@@ -282,7 +282,7 @@ def test_plain_torchrun(runs: Runs, full_alone: Run):
 
 
 def test_zero_3_full(runs: Runs, full_alone: Run):
-    run = runs(["sh", SCRIPTS / "finetune_ds.sh"], *ALWAYS, *FULL, output="zero3")
+    run = runs.forked(*ALWAYS, *FULL, output="zero3", script="finetune_ds.sh")
     assert_the_same_training(run, full_alone)
     assert_quiet(run)
     load_model(run.folder)
@@ -409,13 +409,20 @@ def test_one_process_runs_deepspeed_with_the_schedule_of_the_arguments(runs: Run
     assert_quiet(run)
 
 
+def main_impatient(*arguments: str) -> int:
+    """finetune.py that does not wait to be ended by a launcher where another process says what is wrong."""
+    from qwen.finetuning import processes
+
+    processes.let_main_process_speak.__defaults__ = (0,)
+    return main(*arguments)
+
+
 def test_mistake_is_said_once(runs: Runs):
-    run = runs.forked("--data_path", "nowhere.json", output="missing", script="finetune_lora_ds.sh", status=1)
+    mistaken = {"status": 1, "run": main_impatient}
+    run = runs.forked("--data_path", "nowhere.json", output="missing", script="finetune_lora_ds.sh", **mistaken)
     assert run.said == f"{runs.folder / 'nowhere.json'} does not exist: check the path.\n"
 
-    output = "unknown"
-    run = runs.wait(runs.start(["sh", SCRIPTS / "finetune_ds.sh"], "--epochs", "3", output=output), output)
-    assert run.status == 2
+    run = runs.forked("--epochs", "3", output="unknown", script="finetune_ds.sh", **mistaken | {"status": 2})
     assert run.said.count("\n") == 1 and "There is no argument --epochs" in run.said
 
 
@@ -467,6 +474,10 @@ def test_launcher_explains_what_went_wrong(tmp_path: Path):
     result = launched(free_port())
     assert result.returncode == 128 + signal.SIGKILL
     assert result.stderr == "Process 0 was ended by SIGKILL. Is the memory full?\n"
+
+    (tmp_path / "end.py").write_text("import sys; sys.exit(2)")  # it has said why
+    result = launched(free_port())
+    assert (result.returncode, result.stderr) == (2, "")
 
 
 @pytest.fixture(scope="module")

@@ -2,14 +2,12 @@
 
 import copy
 import random
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
 import torch
-from conftest import ROOT
+from forked import run_script
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
@@ -347,14 +345,7 @@ def test_transformers_continuous_batching_refuses(model):
 
 
 def test_the_terminal_demo():
-    done = subprocess.run(
-        [sys.executable, "cli_demo.py", "--cpu-only", "--int8-cache"],
-        input="What is 47 + 38?\n",
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        timeout=300,
-    )
+    done = run_script("cli_demo.py", "--cpu-only", "--int8-cache", text="What is 47 + 38?\n")
     assert (done.returncode, done.stdout) == (0, "47 + 38 = 85.\n"), done.stderr
 
 

@@ -1,10 +1,7 @@
 """What from_pretrained understands, both dialects of config.json, and checkpoints that travel."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -12,7 +9,7 @@ from safetensors.torch import load_file
 from torch.utils import cpp_extension
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from qwen import QWenConfig, QWenLMHeadModel
+from qwen import QWenConfig, QWenLMHeadModel, options_qwen
 from qwen.options_qwen import choose_attention, choose_dtype, choose_kernel, target_device
 
 CPU = torch.device("cpu")
@@ -119,6 +116,13 @@ def test_flash_attention_is_switched_off_with_a_reason(caplog, monkeypatch):
     assert choose_attention(config, torch.bfloat16, torch.device("cuda"), "eager") == "eager"
     reasons = " ".join(record.getMessage() for record in caplog.records)
     assert "does not run on cpu" in reasons and "float32" in reasons and "8 bits" in reasons
+    # On a machine with the package and a GPU of some generation.
+    monkeypatch.setattr(options_qwen, "is_flash_attn_2_available", lambda: True)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    for capability, expected in (((7, 5), "sdpa"), ((8, 0), "flash_attention_2"), ((9, 0), "flash_attention_2")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        config = QWenConfig()
+        assert choose_attention(config, torch.bfloat16, torch.device("cuda")) == expected
 
 
 def test_a_quantization_config_is_left_to_transformers_to_merge(checkpoint, monkeypatch):
@@ -329,55 +333,33 @@ def test_code_beside_the_weights_is_not_used(checkpoint):
     assert type(model) is QWenLMHeadModel
 
 
-def run_alone(script, folder, tmp_path):
-    """Run a script in a process that has transformers but has never seen this repository."""
-    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "HF_HOME")}
-    environment |= {"HF_HOME": str(tmp_path / "hf"), "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    return subprocess.run(
-        [sys.executable, "-c", script, str(folder)],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-
-
 ALONE = """
-import sys, importlib.util
-assert importlib.util.find_spec("qwen") is None, "this process sees the repository"
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.generation import GenerationConfig
-path = sys.argv[1]
-tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True, resume_download=True)
-model = AutoModelForCausalLM.from_pretrained(path, device_map="auto", trust_remote_code=True, bf16=True).eval()
-model.generation_config = GenerationConfig.from_pretrained(path, trust_remote_code=True, resume_download=True)
-assert model.dtype.itemsize == 2
-model = AutoModelForCausalLM.from_pretrained(path, device_map="auto", trust_remote_code=True).eval()
-print(model.chat(tokenizer, "hello", history=None, do_sample=False)[0])
-sys.path.insert(0, path)
-from qwen_generation_utils import decode_tokens, get_stop_words_ids, make_context
-print(len(make_context(tokenizer, "hello")[1]))
+    import sys
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.generation import GenerationConfig
+    path, *again = sys.argv[1:]
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True, resume_download=True)
+    model = AutoModelForCausalLM.from_pretrained(path, device_map="auto", trust_remote_code=True, bf16=True).eval()
+    model.generation_config = GenerationConfig.from_pretrained(path, trust_remote_code=True, resume_download=True)
+    assert model.dtype.itemsize == 2
+    model = AutoModelForCausalLM.from_pretrained(path, device_map="auto", trust_remote_code=True).eval()
+    print(model.chat(tokenizer, "hello", history=None, do_sample=False)[0])
+    for folder in again:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    sys.path.insert(0, path)
+    from qwen_generation_utils import decode_tokens, get_stop_words_ids, make_context
+    print(len(make_context(tokenizer, "hello")[1]))
 """
 
 
-def test_a_saved_checkpoint_chats_where_this_repository_is_not(tiny_chat_checkpoint, tmp_path):
+def test_a_saved_checkpoint_chats_where_this_repository_is_not(tiny_chat_checkpoint, tmp_path, elsewhere):
     tokenizer = AutoTokenizer.from_pretrained(tiny_chat_checkpoint)
     model = AutoModelForCausalLM.from_pretrained(tiny_chat_checkpoint).eval()
+    response = model.chat(tokenizer, "hello", do_sample=False)[0]
     model.save_pretrained(tmp_path / "saved")
     tokenizer.save_pretrained(tmp_path / "saved")
-    result = run_alone(ALONE, tmp_path / "saved", tmp_path)
-    assert result.returncode == 0, result.stderr
-    response, length = result.stdout.splitlines()[-2:]
-    assert response == model.chat(tokenizer, "hello", do_sample=False)[0]
-    assert int(length) > 10
     # And once more from there: a checkpoint that was loaded from its own code saves complete again.
-    resave = (
-        ALONE.split("sys.path.insert")[0] + "model.save_pretrained('../twice'); tokenizer.save_pretrained('../twice')"
-    )
-    result = run_alone(resave, tmp_path / "saved", tmp_path)
-    assert result.returncode == 0, result.stderr
-    result = run_alone(ALONE, tmp_path / "twice", tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines()[-2] == response
+    for arguments in (["saved", "twice"], ["twice"]):
+        said = elsewhere(ALONE, *(tmp_path / name for name in arguments))
+        assert response in said and int(said[-1]) > 10

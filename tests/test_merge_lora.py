@@ -13,7 +13,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from conftest import ROOT
+from forked import ROOT, run_script
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
@@ -107,7 +107,9 @@ def adapter(trained: Path, tmp_path: Path) -> Path:
 def merged(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the script makes of the trained adapter, started elsewhere and without the package on the path."""
     folder = tmp_path_factory.mktemp("merged")
-    result = script(trained, "out", cwd=folder)
+    command = [sys.executable, ROOT / "finetune" / "merge_lora.py", trained, "out"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
     assert (result.returncode, result.stdout) == (0, "out\n"), result.stderr
     return folder / "out"
 
@@ -126,25 +128,6 @@ def larger_tokenizer(bundled_chat: Path, tmp_path_factory: pytest.TempPathFactor
         "".join(f"{base64.b64encode(token).decode()} {i}\n" for token, i in [(b"Qwx", 3590), (b"zzq", 3591)])
     )
     return QWenTokenizer.from_pretrained(bundled_chat, extra_vocab_file=str(extra))
-
-
-def script(*arguments: object, cwd: Path) -> "subprocess.CompletedProcess[str]":
-    """finetune/merge_lora.py in a process of its own."""
-    return python(ROOT / "finetune" / "merge_lora.py", *arguments, cwd=cwd)
-
-
-def python(*arguments: object, cwd: Path, text: str = "") -> "subprocess.CompletedProcess[str]":
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    return subprocess.run(
-        [sys.executable, *map(str, arguments)],
-        cwd=cwd,
-        env=environment | {"HF_HOME": str(cwd / "hf"), "HF_MODULES_CACHE": str(cwd / "modules")},
-        input=text,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
 
 
 @pytest.fixture
@@ -449,21 +432,12 @@ def test_the_folder_is_complete(merged: Path, bundled_chat: Path) -> None:
 
 
 def test_an_adapter_chats_in_the_demo(trained: Path, tmp_path: Path) -> None:
-    result = python(ROOT / "cli_demo.py", "-c", trained, "--cpu-only", cwd=tmp_path, text=QUESTION + "\n")
+    result = run_script(ROOT / "cli_demo.py", "-c", trained, "--cpu-only", folder=tmp_path, text=QUESTION + "\n")
     assert (result.returncode, result.stdout.strip()) == (0, ANSWER), result.stderr
 
 
-def test_it_loads_without_this_repository(merged: Path, tmp_path: Path) -> None:
-    code = f"""
-import importlib.util
-assert importlib.util.find_spec("qwen") is None, "this test needs an environment without the package"
-from transformers import AutoModelForCausalLM, AutoTokenizer
-model = AutoModelForCausalLM.from_pretrained({str(merged)!r}, trust_remote_code=True).eval()
-tokenizer = AutoTokenizer.from_pretrained({str(merged)!r}, trust_remote_code=True)
-print(model.chat(tokenizer, {QUESTION!r}, history=None, do_sample=False)[0])
-"""
-    result = python("-c", code, cwd=tmp_path)
-    assert result.stdout.strip() == ANSWER, result.stderr
+def test_it_loads_without_this_repository(merged: Path, chat_elsewhere: Callable) -> None:
+    assert chat_elsewhere(merged, QUESTION) == ANSWER
 
 
 def test_a_full_folder_is_replaced_only_when_told_to(trained: Path, merged: Path, tmp_path: Path, main) -> None:

@@ -226,7 +226,8 @@ def test_many_that_leave_at_random_times(server: ServerProcess) -> None:
 
 
 def test_sigterm_lets_replies_finish(start_server: Callable[..., ServerProcess], bundled_chat) -> None:
-    server = start_server("-c", str(bundled_chat), "--drain-seconds", "1e10")  # longer than a thread can wait
+    # Longer than a thread can wait.
+    server = start_server("-c", str(bundled_chat), "--drain-seconds", "1e10", python=True)
     host, port = server.url.removeprefix("http://").split(":")
     slow = socket.create_connection((host, int(port)), timeout=120)
     with slow, httpx.Client(timeout=120) as client, httpx.Client(timeout=60) as late:
@@ -252,7 +253,7 @@ def test_sigterm_lets_replies_finish(start_server: Callable[..., ServerProcess],
 def test_replies_that_are_cut_short_end_in_an_error(
     start_server: Callable[..., ServerProcess], bundled_chat, drain_seconds: str, signals: int
 ) -> None:
-    server = start_server("-c", str(bundled_chat), "--drain-seconds", drain_seconds)
+    server = start_server("-c", str(bundled_chat), "--drain-seconds", drain_seconds, python=signals == 2)
     with httpx.Client(timeout=120) as client:
         lines = begin(server, client)
         next(lines)

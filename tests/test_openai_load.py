@@ -64,7 +64,7 @@ def test_sixteen_clients_get_what_each_gets_alone(server):
 def test_clients_that_go_away_leave_nothing_behind(start_server, tiny_chat_checkpoint):
     """300 requests on a model that never ends by itself, most of them left at a random moment."""
     # Large blocks go back to the system when they are freed, and are not kept for later: what stays is a leak.
-    server = start_server("-c", str(tiny_chat_checkpoint), MALLOC_MMAP_THRESHOLD_="1000000")
+    server = start_server("-c", str(tiny_chat_checkpoint), python=True, MALLOC_MMAP_THRESHOLD_="1000000")
     process = psutil.Process(server.process.pid)
 
     def visit(seed: int) -> None:

@@ -209,40 +209,18 @@ def test_int8_computes_the_same_but_for_a_trace(
     assert 1e-5 < relative_error(out, old, samples) < 0.01
 
 
-def test_the_script_makes_a_folder_that_needs_no_repository(tmp_path: Path) -> None:
-    place, elsewhere = tmp_path / "place", tmp_path / "elsewhere"
-    place.mkdir()
-    elsewhere.mkdir()
-    folder = place / "output_qwen_int4"
-    toy = subprocess.run(
-        [sys.executable, ROOT / "run_gptq.py", "--samples", "6"], cwd=place, capture_output=True, text=True, timeout=300
-    )
+def test_the_script_makes_a_folder_that_needs_no_repository(tmp_path: Path, chat_elsewhere: Callable) -> None:
+    folder = tmp_path / "output_qwen_int4"
+    command = [sys.executable, ROOT / "run_gptq.py", "--samples", "6"]
+    toy = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert toy.returncode == 0, toy.stderr
     assert toy.stdout == ""
     lines = toy.stderr.splitlines()
     assert lines[0].startswith("The bundled toy to 4 bits, calibrated with 6 of 6 conversations: ")
     assert lines[1:7] == [f"Quantizing layer {layer} of 6" for layer in range(1, 7)]
     assert len(lines) == 7 + 6 + 2, "GPTQModel's own words are kept back"
-    assert list(place.iterdir()) == [folder]
-    code = f"""
-import importlib.util
-assert importlib.util.find_spec("qwen") is None, "this test needs an environment without the package"
-from transformers import AutoModelForCausalLM, AutoTokenizer
-model = AutoModelForCausalLM.from_pretrained({str(folder)!r}, trust_remote_code=True).eval()
-tokenizer = AutoTokenizer.from_pretrained({str(folder)!r}, trust_remote_code=True)
-print(model.chat(tokenizer, {QUESTION!r}, history=None, do_sample=False)[0])
-"""
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    alone = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=elsewhere,
-        env=environment | {"HF_HOME": str(tmp_path / "hf"), "HF_MODULES_CACHE": str(tmp_path / "modules")},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert alone.returncode == 0, alone.stderr
-    assert alone.stdout.splitlines()[-1] == ANSWER
+    assert list(tmp_path.iterdir()) == [folder]
+    assert chat_elsewhere(folder, QUESTION) == ANSWER
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="compares a GPU's result, and there is none")

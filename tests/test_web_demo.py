@@ -7,6 +7,7 @@ nothing from anywhere else in any of these tests.
 
 import asyncio
 import contextlib
+import os
 import re
 import shutil
 import signal
@@ -23,6 +24,7 @@ import gradio as gr
 import psutil
 import pytest
 import torch
+from forked import ROOT, Script, run_script
 from playwright.sync_api import Browser, Locator, Page, Request, expect, sync_playwright
 
 from qwen.chat_data import encode_conversation, pad_samples
@@ -32,7 +34,6 @@ from qwen.serving.web_page import Page as WebPage
 from qwen.serving.web_page import text_message
 from qwen.serving.web_texts import TEXTS
 
-ROOT = Path(__file__).resolve().parent.parent
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 BROWSER_FLAGS = [
     "--headless",
@@ -83,9 +84,9 @@ class Server:
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.port = free.getsockname()[1]
         self.log = log
-        command = [sys.executable, "web_demo.py", "--cpu-only", "--server-port", str(self.port), *arguments]
-        with log.open("wb") as file:
-            self.process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file)
+        log.touch()
+        words = ["web_demo.py", "--cpu-only", "--server-port", self.port, *arguments]
+        self.process = Script(*words, files=(os.devnull, log, log))
 
     @property
     def url(self) -> str:
@@ -592,14 +593,14 @@ def web_page(tiny_chat_checkpoint: Path) -> Iterator[WebPage]:
 # Start
 
 
-def start(*arguments: str, python: tuple[str, ...] = ()) -> "subprocess.CompletedProcess[str]":
-    """A start that is expected to fail."""
-    command = [sys.executable, *python, "web_demo.py", *arguments]
+def start(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    """A start without the libraries."""
+    command = [sys.executable, "-S", "web_demo.py", *arguments]  # -S: no site-packages
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=2 * TIMEOUT, check=False)
 
 
 def test_help_needs_no_libraries() -> None:
-    result = start("--help", python=("-S",))  # -S: no site-packages
+    result = start("--help")
     assert result.returncode == 0
     for flag in (
         "--checkpoint-path",
@@ -618,20 +619,20 @@ def test_help_needs_no_libraries() -> None:
     [["--server-port", "many"], ["--server-port", "0"], ["--max-batch-size", "0"], ["--auth", "nobody"], ["--nothing"]],
 )
 def test_bad_arguments(arguments: list[str]) -> None:
-    result = start(*arguments, python=("-S",))
+    result = start(*arguments)
     assert result.returncode == 2
     assert "usage:" in result.stderr and "Traceback" not in result.stderr
 
 
 def test_missing_libraries_are_named() -> None:
-    result = start(python=("-S",))
+    result = start()
     assert result.returncode == 1
     assert "requirements_web_demo.txt" in result.stderr and "Traceback" not in result.stderr
 
 
 def test_a_port_that_is_taken_is_one_sentence() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        result = start("--server-port", str(taken.getsockname()[1]), python=("-S",))
+        result = start("--server-port", str(taken.getsockname()[1]))
     assert result.returncode == 1
     assert "--server-port" in result.stderr and "Traceback" not in result.stderr
 
@@ -639,7 +640,7 @@ def test_a_port_that_is_taken_is_one_sentence() -> None:
 def test_a_base_model_is_named_as_such(bundled_base: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    result = start("-c", str(bundled_base), "--cpu-only", "--server-port", str(port))
+    result = run_script("web_demo.py", "-c", bundled_base, "--cpu-only", "--server-port", port)
     assert result.returncode == 1
     loading, complaint = result.stderr.strip().splitlines()
     assert "no chat model" in complaint
