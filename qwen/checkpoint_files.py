@@ -90,16 +90,26 @@ def weight_files(folder: Path) -> list[str]:
         if (folder / single).is_file():
             return [single]
         if (folder / index).is_file():
-            weight_map = read_json(folder / index, folder).get("weight_map")
-            if not isinstance(weight_map, dict):
-                raise CheckpointError(f"{folder / index} has no weight_map. {download_advice(folder)}")
-            return sorted(set(weight_map.values()))
+            return shards_of(folder, index)
     others = sorted(path.name for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".pt", ".gguf"))
     raise CheckpointError(
         f"{folder} has no weights: neither {SAFETENSORS} nor {BIN} nor the index of a sharded checkpoint. "
         + (f"It does have {listing(others)}, which are not looked for under such names. " if others else "")
         + download_advice(folder)
     )
+
+
+def shards_of(folder: Path, index: str) -> list[str]:
+    """The files that an index names, all of them beside it.
+
+    Raises:
+        CheckpointError: it does not name files there.
+    """
+    weight_map = read_json(folder / index, folder).get("weight_map")
+    names = list(weight_map.values()) if isinstance(weight_map, dict) else []
+    if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
+        raise CheckpointError(f"{folder / index} does not name files of weights beside it. {download_advice(folder)}")
+    return sorted(set(names))
 
 
 def check_weights(folder: Path) -> None:

@@ -6,11 +6,11 @@ model, and not what writes them.
 
 import contextlib
 import os
+import secrets
 import shutil
 import signal
-import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from transformers.utils import CONFIG_NAME
@@ -94,9 +94,12 @@ def _is_there(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def filled_at_the_end(target: Path) -> Iterator[Path]:
+def filled_at_the_end(target: Path, replaces: Collection[str] = ()) -> Iterator[Path]:
     """A temporary folder inside `target`, whose files take their places there when all is done, and which otherwise
     goes without a trace; but what is done is kept, if it cannot take its place.
+
+    Args:
+        replaces: files that go where the new model has none of that name.
 
     Inside, because that is where there is room and permission for sure: `target` may be a mounted volume.
     """
@@ -104,7 +107,8 @@ def filled_at_the_end(target: Path) -> Iterator[Path]:
     work = None
     try:
         target.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=_WORK, dir=target))
+        work = target / f"{_WORK}{secrets.token_hex(4)}"  # known before it is there, so that it goes whatever comes
+        work.mkdir(mode=0o700)
         new, old = work / "new", work / "old"
         new.mkdir()
         old.mkdir()
@@ -119,7 +123,7 @@ def filled_at_the_end(target: Path) -> Iterator[Path]:
         raise
     with _undisturbed():
         try:
-            _move(new, old, target)
+            _move(new, old, target, replaces)
         except OSError as error:
             raise OSError(
                 f"The model is done and kept in {new}, for it could not take its place in {target}: {error}"
@@ -127,11 +131,11 @@ def filled_at_the_end(target: Path) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _move(new: Path, old: Path, target: Path) -> None:
+def _move(new: Path, old: Path, target: Path, replaces: Collection[str]) -> None:
     """From `new` to `target`, from where older weights and what has the same name goes to `old`; or nothing at all."""
     names = {path.name for path in new.iterdir()}
     # Some of the older weights would be loaded instead of what is new, if they stayed.
-    replaced = _weight_files(target) | {name for name in names if _is_there(target / name)}
+    replaced = _weight_files(target) | {name for name in names.union(replaces) if _is_there(target / name)}
     # Without its config.json a folder is no model: it is none for the moment that the others take.
     moves = [(target / name, old / name) for name in sorted(replaced, key=lambda name: name != CONFIG_NAME)]
     moves += [(new / name, target / name) for name in sorted(names, key=lambda name: name == CONFIG_NAME)]

@@ -49,6 +49,7 @@ async def _run(path: Path, folder: Path) -> NotebookNode:
         config=Config({"KernelManager": {"transport": "ipc", "ip": str(folder / path.stem)}}),
     )
     variables = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "IPYTHONDIR": str(folder)}
+    variables["CUDA_VISIBLE_DEVICES"] = ""  # what is saved was computed in float32
     return await client.async_execute(env={**os.environ, **variables})
 
 

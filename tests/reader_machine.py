@@ -61,6 +61,7 @@ class Machine:
             "TERM": "dumb",
             "LC_ALL": "C.UTF-8",
             "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",  # what the pages print was computed in float32
             "MPLCONFIGDIR": matplotlib_folder(),
             # Nothing is downloaded. What pip is asked to install is there already, or pip says that it is not; the
             # environment that the tests run in stays as it is.

@@ -320,8 +320,7 @@ def main() -> int:
     with contextlib.ExitStack() as stack:
         if not leave_the_network():
             # One page after the other, for all of them want that port.
-            lock = stack.enter_context((Path(tempfile.gettempdir()) / "qwen-documents.lock").open("w"))
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            fcntl.flock(stack.enter_context(Path(__file__).open()), fcntl.LOCK_EX)
             if not port_is_free():
                 print(f"Port {PORT} is taken, and the blocks want it: stop what listens there.", file=sys.stderr)
                 return 1

@@ -101,12 +101,12 @@ def test_what_the_folder_says(chat, folder: Path, tmp_path: Path, bundled_base: 
         "max_window_size": 768,
         "max_new_tokens": 256,
         "do_sample": True,
-        "top_k": 0,
+        "top_k": 3584,
         "top_p": 0.5,
     }
     remark = export_qwen2(bundled_base, tmp_path / "base")
     assert remark == [
-        "Exact up to 256 tokens, the trained length, and offered for no more: other engines do not know dynamic NTK "
+        "Exact up to 256 tokens, and offered for no more: other engines do not know dynamic NTK "
         "and LogN attention. --max-length stretches the rotary embedding."
     ]
     assert not (tmp_path / "base" / "chat_template.jinja").exists()
@@ -385,15 +385,87 @@ def test_what_cannot_be_exported(source: Path, tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match="transformer.h.1.mlp.w2.weight is in none of the weight files"):
             write()
     save_file(tensors, source / "model.safetensors")
-    for fields, text in (({"rotary_pct": 0.5}, "turns all channels"), ({"scale_attn_weights": False}, "square root")):
+    for fields, usual, text in (
+        ({"rotary_pct": 0.5}, {"rotary_pct": 1.0}, "turn all channels"),
+        ({"scale_attn_weights": False}, {"scale_attn_weights": True}, "root of the head size"),
+        ({"intermediate_size": 128}, {"intermediate_size": 256}, "h.0.mlp.w1.weight has the shape"),
+        ({"vocab_size": 600}, {"vocab_size": 512}, "wte.weight has the shape"),
+        ({"vocab_size": 300}, {"vocab_size": 512}, "has 474 tokens, and its matrices have 300 rows"),
+        ({"num_hidden_layers": 1}, {"num_hidden_layers": 2}, "weights of 2 layers, and config.json names 1"),
+    ):
         changed(source, **fields)
-        with pytest.raises(ValueError, match=text):
-            export_qwen2(source, out)
-        changed(source, rotary_pct=1.0, scale_attn_weights=True)
+        for write in (lambda: export_qwen2(source, out), lambda: export_gguf(source, tmp_path / "o.gguf")):
+            with pytest.raises((ValueError, CheckpointError), match=text):
+                write()
+        changed(source, **usual)
     changed(source, use_dynamic_ntk=False)
     with pytest.raises(ValueError, match="100000 tokens are beyond the 64"):
         export_gguf(source, tmp_path / "o.gguf", max_length=100000)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+def test_files_of_strangers(source: Path, tmp_path: Path) -> None:
+    """An index that leads elsewhere, and pickles that hold more than numbers."""
+    (source / "model.safetensors").unlink()
+    for weight_map in ({"x": "/etc/passwd"}, {"x": "../model.safetensors"}, {"x": 5}, {"x": ["a"]}, [], {}):
+        (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+        with pytest.raises(CheckpointError, match="does not name files of weights beside it"):
+            export_qwen2(source, tmp_path / "out")
+    (source / "model.safetensors.index.json").unlink()
+    torch.save({"x": Path("/")}, source / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="holds something else than tensors by name"):
+        export_qwen2(source, tmp_path / "out")
+
+
+def test_large_files_are_cut(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import qwen.export.qwen2 as qwen2
+
+    export_qwen2(source, tmp_path / "whole")
+    monkeypatch.setattr(qwen2, "_FILE_BYTES", 100_000)
+    export_qwen2(source, tmp_path / "cut")
+    index = json.loads((tmp_path / "cut" / "model.safetensors.index.json").read_text())
+    files = sorted(set(index["weight_map"].values()))
+    assert len(files) > 3 and all((tmp_path / "cut" / file).stat().st_size < 250_000 for file in files)
+    whole = load_file(tmp_path / "whole" / "model.safetensors")
+    cut = {name: tensor for file in files for name, tensor in load_file(tmp_path / "cut" / file).items()}
+    assert whole.keys() == cut.keys() and all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
+def test_a_base_model_in_place_of_a_chat_model(source: Path, bundled_base: Path, tmp_path: Path) -> None:
+    export_qwen2(source, tmp_path / "out")
+    (tmp_path / "out" / "notes.txt").touch()
+    export_qwen2(bundled_base, tmp_path / "out", overwrite=True)
+    assert not (tmp_path / "out" / "chat_template.jinja").exists() and (tmp_path / "out" / "notes.txt").exists()
+    (source / "generation_config.json").unlink()
+    assert "Exported as a base model" in export_qwen2(source, tmp_path / "unknown")[1]
+
+
+def test_switches_of_this_repository_and_the_first_release(source: Path, tmp_path: Path) -> None:
+    changed(source, use_window_attn=True)
+    assert "Exact up to 32 tokens" in (remarks := export_qwen2(source, tmp_path / "windows"))[0]
+    assert "Window attention, which config.json asks for, is left out." in remarks
+    old = {"n_embd": 64, "n_layer": 2, "n_head": 2, "kv_channels": 32, "ffn_hidden_size": 256, "n_positions": 128}
+    old |= {"model_type": "qwen", "seq_length": 64, "padded_vocab_size": 512, "vocab_size": 474}
+    (source / "config.json").write_text(json.dumps(old))
+    assert export_qwen2(source, tmp_path / "old")[0].startswith("Exact up to 128 tokens: this model uses neither")
+    ids = torch.randint(0, 400, (1, 100), generator=torch.Generator().manual_seed(0))
+    ours = load_model(source, cpu_only=True, fp32=True)[0]
+    torch.testing.assert_close(logits(as_qwen2(tmp_path / "old"), ids), logits(ours, ids), atol=1e-4, rtol=0)
+
+
+def test_tied_embeddings(source: Path, tmp_path: Path) -> None:
+    import gguf
+
+    changed(source, tie_word_embeddings=True)
+    tensors = load_file(source / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    export_qwen2(source, tmp_path / "out")
+    qwen2 = as_qwen2(tmp_path / "out")
+    assert torch.equal(qwen2.lm_head.weight, tensors["transformer.wte.weight"])
+    export_gguf(source, tmp_path / "out.gguf", kind="f32")
+    written = {tensor.name: tensor.data for tensor in gguf.GGUFReader(tmp_path / "out.gguf").tensors}
+    assert (written["output.weight"] == written["token_embd.weight"]).all()
 
 
 # ---- the command ----
@@ -432,6 +504,8 @@ def test_command(run, source: Path, tmp_path: Path) -> None:
         (["-c", "{tmp}/adapter", "-o", "{tmp}/out"], "python finetune/merge_lora.py {tmp}/adapter MERGED"),
         (["-o", "{tmp}/out", "--type", "q8_0"], "--type is for GGUF"),
         (["-o", "{tmp}/x.gguf", "--type", "q9"], "'q9' is no type of weights that is written: name one of f32, f16"),
+        (["-o", "{tmp}/adapter", "--max-length", "9999999999"], "A length of 9999999999 tokens is none"),
+        (["-o", "{tmp}/folder.gguf"], "{tmp}/folder.gguf is a folder. Name a file."),
         (["-o", "{tmp}/no/x.gguf"], "There is no folder {tmp}/no to write x.gguf into"),
         (["-o", "{tmp}/out", "--max-length", "-5"], "A length of -5 tokens is none"),
         (["-c", "{source}", "-o", "{source}"], "holds the model that is read"),
@@ -444,6 +518,7 @@ def test_errors_of_the_command(arguments: list[str], said: str, run, source: Pat
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(base))
     (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
     (tmp_path / "file").touch()
+    (tmp_path / "folder.gguf").mkdir()
     before = sorted(tmp_path.rglob("*"))
     places = {"tmp": tmp_path, "source": source}
     code, printed, error = run(*(argument.format(**places) for argument in arguments))

@@ -15,9 +15,9 @@ from tqdm import tqdm
 from ..configuration_qwen import QWenConfig
 from ..gptq_qwen import PARTS
 from .layout import EMBEDDING, HEAD, NORM, dequantized, split_name, wanted
-from .limits import exact_length, remarks, rope_base
+from .limits import check_network, exact_length, remarks, rope_base
 from .source import Source, open_source
-from .tokenizer_json import as_text, merges
+from .tokenizer_json import as_text, chat_template, merges
 from .weights import Weights
 
 OUTSIDE = {EMBEDDING: "token_embd", NORM: "output_norm", HEAD: "output"}
@@ -81,20 +81,28 @@ def export_gguf(
     if kind not in KINDS:
         raise ValueError(f"{kind!r} is no type of weights that is written: name one of {', '.join(KINDS)}.")
     source, target = open_source(checkpoint), Path(file)
-    rope_base(source.config, max_length)  # raises what it has to say before anything is written
-    if target.exists() and not (overwrite and target.is_file()):
+    config = source.config
+    check_network(config)
+    if config.num_attention_heads * config.kv_channels != config.hidden_size:
+        raise ValueError("llama.cpp has heads that are as wide together as the model, and this model has others.")
+    rope_base(config, max_length)  # raises what it has to say before anything is written
+    if target.is_dir():
+        raise FileExistsError(f"{target} is a folder. Name a file.")
+    if target.exists() and not overwrite:
         raise FileExistsError(f"{target} is there already. Name another file, or add --overwrite to replace it.")
     if not target.parent.is_dir():
         raise FileNotFoundError(f"There is no folder {target.parent} to write {target.name} into.")
     weights = Weights(source.folder)
-    entries = _entries(weights, wanted(weights, source.config), source.config)
+    entries = _entries(weights, wanted(weights, config), config)
     work = target.with_name(f".{target.name}-{os.getpid()}")  # beside its place, so that taking it is one step
     try:
-        write_gguf(work, source.config, entries, kind, source=source, max_length=max_length, progress=progress)
+        write_gguf(work, config, entries, kind, source=source, max_length=max_length, progress=progress)
         work.replace(target)
+    except OSError as error:
+        raise OSError(f"{target} could not be written ({error}). Is there room and permission for it?") from error
     finally:
         work.unlink(missing_ok=True)
-    return remarks(source.config, max_length)
+    return remarks(config, max_length, source.chat_format)
 
 
 def write_gguf(
@@ -197,6 +205,9 @@ def _entries(weights: Weights, names: list[str], config: QWenConfig) -> list[Ent
             entries.append(Entry(f"{module}.weight", shape, load))
         elif f".{part}" not in PARTS:
             entries.append(Entry(name, weights.shape(name), functools.partial(weights.__getitem__, name)))
+    if config.tie_word_embeddings:  # llama.cpp wants both
+        tied = next(entry for entry in entries if entry.name == f"{EMBEDDING}.weight")
+        entries.append(tied._replace(name=f"{HEAD}.weight"))
     return entries
 
 
@@ -214,7 +225,7 @@ def _add_tokenizer(writer, source: Source) -> None:
     for index, token in tokenizer.decoder.items():
         tokens[index] = token if isinstance(token, str) else as_text(token)
         types[index] = TokenType.CONTROL if isinstance(token, str) else TokenType.NORMAL
-    writer.add_name(Path(source.name).name)
+    writer.add_name(Path(source.name).resolve().name)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("qwen2")  # the split pattern is the same
     writer.add_token_list(tokens)
@@ -224,4 +235,4 @@ def _add_tokenizer(writer, source: Source) -> None:
     writer.add_pad_token_id(tokenizer.eod_id)
     writer.add_add_bos_token(False)
     if source.is_chat:
-        writer.add_chat_template(tokenizer.chat_template)
+        writer.add_chat_template(chat_template(tokenizer))

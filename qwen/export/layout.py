@@ -24,6 +24,18 @@ def modules(config: QWenConfig) -> list[str]:
     return [EMBEDDING, *layers, NORM, *([] if config.tie_word_embeddings else [HEAD])]
 
 
+def shapes(config: QWenConfig) -> dict[str, tuple[int, ...]]:
+    """The weight of each kind of module, by its name without the layer: (outputs, inputs) of matrices."""
+    hidden, width = config.hidden_size, config.intermediate_size // 2
+    heads = config.num_attention_heads * config.kv_channels
+    table = (config.vocab_size, hidden)
+    return {
+        **{EMBEDDING: table, HEAD: table, NORM: (hidden,), "ln_1": (hidden,), "ln_2": (hidden,)},
+        **{"attn.c_attn": (3 * heads, hidden), "attn.c_proj": (hidden, heads)},
+        **{"mlp.w1": (width, hidden), "mlp.w2": (width, hidden), "mlp.c_proj": (hidden, width)},
+    }
+
+
 def split_name(name: str) -> tuple[str, str, str]:
     """A tensor's name as layer ("" outside of the layers), module and part: "transformer.h.3.mlp.w1.weight" is "3",
     "mlp.w1", "weight"."""
@@ -41,9 +53,17 @@ def wanted(weights: Weights, config: QWenConfig) -> list[str]:
     files carry though they follow from the config.
 
     Raises:
-        CheckpointError: tensors are missing, or biases are not zero where other architectures have none.
+        CheckpointError: tensors are missing or have other shapes than the config gives, or biases are not zero where
+            other architectures have none.
     """
-    names = []
+    names, expected = [], shapes(config)
+    bits = (getattr(config, "quantization_config", None) or {}).get("bits")
+    layers = {layer for layer, _, _ in map(split_name, weights) if layer}
+    if len(layers) > config.num_hidden_layers:
+        raise CheckpointError(
+            f"There are weights of {len(layers)} layers, and config.json names {config.num_hidden_layers}: the two "
+            "come from different models. Download the checkpoint again as a whole."
+        )
     for module in modules(config):
         found = [part for part in ("weight", *(part[1:] for part in PARTS)) if f"{module}.{part}" in weights]
         needed = [part[1:] for part in PARTS] if "qweight" in found else ["weight"]
@@ -55,6 +75,14 @@ def wanted(weights: Weights, config: QWenConfig) -> list[str]:
                 "config.json belongs to another model. Download it again as a whole."
             )
         names += [f"{module}.{part}" for part in needed]
+        shape, first = expected[split_name(f"{module}.")[1]], needed[0]
+        if first == "qweight":
+            shape = (shape[1] * bits // 32, shape[0]) if bits else None
+        if (found := weights.shape(f"{module}.{first}")) != shape:
+            raise CheckpointError(
+                f"{module}.{first} has the shape {found}, and config.json means {shape or 'no quantized weights'}: the "
+                "two come from different models. Download the checkpoint again as a whole."
+            )
         bias = f"{module}.bias"
         if bias in weights and not module.endswith(BIASED) and weights[bias].any():
             raise CheckpointError(

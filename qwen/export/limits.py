@@ -11,9 +11,21 @@ from ..modeling_qwen import ntk_alpha
 
 def exact_length(config: QWenConfig) -> int:
     """Up to how many tokens the network is a plain one."""
-    if config.use_dynamic_ntk or config.use_logn_attn:
-        return config.seq_length
-    return max(config.seq_length, config.max_position_embeddings)
+    tricks = config.use_dynamic_ntk or config.use_logn_attn
+    exact = config.seq_length if tricks else max(config.seq_length, config.max_position_embeddings)
+    return min([exact, *(config.windows if config.use_window_attn else [])])
+
+
+def check_network(config: QWenConfig) -> None:
+    """Refuse networks that neither Qwen2 nor llama.cpp has words for.
+
+    Raises:
+        ValueError: says what they lack.
+    """
+    if config.rotary_pct != 1:
+        raise ValueError(f"Other engines turn all channels of a head, and this model {config.rotary_pct} of them.")
+    if not config.scale_attn_weights:
+        raise ValueError("Other engines scale attention by the root of the head size, which this model does not.")
 
 
 def rope_base(config: QWenConfig, max_length: int | None) -> float:
@@ -28,7 +40,7 @@ def rope_base(config: QWenConfig, max_length: int | None) -> float:
     base = float(config.rotary_emb_base)
     if max_length is None:
         return base
-    if max_length < 1:
+    if not 1 <= max_length < 2**31:
         raise ValueError(f"A length of {max_length} tokens is none.")
     if max_length <= exact_length(config):
         return base
@@ -41,8 +53,12 @@ def rope_base(config: QWenConfig, max_length: int | None) -> float:
     return base * alpha ** (config.rotary_dim / (config.rotary_dim - 2))
 
 
-def remarks(config: QWenConfig, max_length: int | None) -> list[str]:
-    """What a user of the exported model has to know, as sentences."""
+def remarks(config: QWenConfig, max_length: int | None, chat_format: str | None) -> list[str]:
+    """What a user of the exported model has to know, as sentences.
+
+    Args:
+        chat_format: what the checkpoint says that it speaks, None where it says nothing.
+    """
     exact = exact_length(config)
     named = [
         name
@@ -57,11 +73,16 @@ def remarks(config: QWenConfig, max_length: int | None) -> list[str]:
         ]
     elif named:
         found = [
-            f"Exact up to {exact} tokens, the trained length, and offered for no more: other engines do not know "
+            f"Exact up to {exact} tokens, and offered for no more: other engines do not know "
             f"{' and '.join(named)}. --max-length stretches the rotary embedding."
         ]
     else:
         found = [f"Exact up to {exact} tokens: this model uses neither dynamic NTK nor LogN attention."]
+    if chat_format is None:
+        found.append(
+            "Exported as a base model, without a chat template: generation_config.json, which would name a "
+            "chat_format, is not there or does not. If this is a chat model, put that file beside the weights."
+        )
     if config.use_window_attn:
         found.append("Window attention, which config.json asks for, is left out.")
     if config.use_cache_quantization:

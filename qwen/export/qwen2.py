@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import Qwen2Config
@@ -20,7 +21,7 @@ from ..checkpoint_files import SAFETENSORS, SAFETENSORS_INDEX, let_others_read
 from ..configuration_qwen import QWenConfig
 from ..target_folder import check_target, filled_at_the_end
 from .layout import BIASED, EMBEDDING, HEAD, NORM, split_name, wanted
-from .limits import exact_length, remarks, rope_base
+from .limits import check_network, exact_length, remarks, rope_base
 from .source import Source, open_source
 from .tokenizer_json import write_tokenizer
 from .weights import Weights
@@ -53,6 +54,11 @@ _WRITTEN = (
     "initializer_range",
     "use_sliding_window",
     "use_cache",
+)
+_FILE_BYTES = 2_000_000_000
+# Some models have, and others then would have too.
+_TOKENIZER_FILES = (
+    *("chat_template.jinja", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json"),
 )
 # Fields of generation_config.json that only our code reads.
 _OURS = ("chat_format", "stop_words_ids", "transformers_version", "_from_model_config")
@@ -90,13 +96,13 @@ def export_qwen2(
     check_target(target, source.folder, overwrite, model_type=Qwen2Config.model_type)
     weights = Weights(source.folder)
     names = wanted(weights, source.config)
-    with filled_at_the_end(target) as new:
+    with filled_at_the_end(target, replaces=_TOKENIZER_FILES) as new:
         dtype = _write_weights(weights, names, new, progress)
         _write_json(_config_json(config, source, dtype), new / CONFIG_NAME)
         _write_json(generation_config(source), new / GENERATION_CONFIG_NAME)
         write_tokenizer(source.tokenizer, new, config.max_position_embeddings, source.is_chat)
         let_others_read(new)
-    return remarks(source.config, max_length)
+    return remarks(source.config, max_length, source.chat_format)
 
 
 def qwen2_config(config: QWenConfig, max_length: int | None = None) -> Qwen2Config:
@@ -105,10 +111,7 @@ def qwen2_config(config: QWenConfig, max_length: int | None = None) -> Qwen2Conf
     Raises:
         ValueError: a network that Qwen2 has no words for.
     """
-    if config.rotary_pct != 1:
-        raise ValueError(f"Qwen2 turns all channels of a head, and this model {config.rotary_pct} of them.")
-    if not config.scale_attn_weights:
-        raise ValueError("Qwen2 scales attention by the square root of the head size, and this model does not.")
+    check_network(config)
     return Qwen2Config(
         hidden_size=config.hidden_size,
         num_hidden_layers=config.num_hidden_layers,
@@ -149,33 +152,52 @@ def qwen2_tensors(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.
 def generation_config(source: Source) -> dict[str, Any]:
     """The checkpoint's, with all that ends a reply: engines do not know stop words of a model."""
     generation = {name: value for name, value in source.generation_config.items() if name not in _OURS}
+    if generation.get("top_k") == 0:  # all tokens; SGLang refuses requests with that 0, every engine takes their number
+        generation["top_k"] = source.config.vocab_size
     tokenizer = source.tokenizer
     ends = [tokenizer.im_end_id, tokenizer.im_start_id] if source.is_chat else []
     return generation | {"eos_token_id": [*ends, tokenizer.eod_id], "pad_token_id": tokenizer.eod_id}
 
 
 def _write_weights(weights: Weights, names: list[str], folder: Path, progress: bool) -> torch.dtype:
-    """Each file of weights becomes one; returns the type of the embedding."""
-    total, weight_map, dtype = 0, {}, torch.float32
-    chosen = set(names)
-    single = len(weights.files) == 1
-    for number, file in enumerate(tqdm(weights.files, unit="file", disable=not progress), start=1):
-        tensors = {}
-        for name in weights.names_in(file):
-            if name not in chosen:
-                continue
-            tensor = weights[name]
-            tensors |= qwen2_tensors(name, tensor)
-            if name == f"{EMBEDDING}.weight":
-                dtype = tensor.dtype
-        target = SAFETENSORS if single else f"model-{number:05}-of-{len(weights.files):05}.safetensors"
-        save_file(tensors, folder / target, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, target)
-        total += sum(tensor.nbytes for tensor in tensors.values())
-    if not single:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        _write_json(index, folder / SAFETENSORS_INDEX)
+    """Each file of weights becomes one, or several of at most _FILE_BYTES; returns the type of the embedding."""
+    total, files, dtype = 0, [], torch.float32
+    tensors, room, before = {}, _FILE_BYTES, None
+    for name in tqdm(names, unit="tensor", disable=not progress):
+        tensor, file = weights[name], weights.file_of(name)
+        if tensors and (file != before or tensor.nbytes > room):
+            files.append(_write_file(tensors, folder / f"{len(files)}.safetensors"))
+            tensors, room = {}, _FILE_BYTES
+        before = file
+        made = dict(qwen2_tensors(name, tensor))
+        tensors |= made
+        room -= tensor.nbytes
+        total += sum(part.nbytes for part in made.values())
+        if name == f"{EMBEDDING}.weight":
+            dtype = tensor.dtype
+    files.append(_write_file(tensors, folder / f"{len(files)}.safetensors"))
+    # How many there are, which their names tell, is known only now.
+    weight_map = {}
+    for number, inside in enumerate(files):
+        file = SAFETENSORS if len(files) == 1 else f"model-{number + 1:05}-of-{len(files):05}.safetensors"
+        (folder / f"{number}.safetensors").rename(folder / file)
+        weight_map |= dict.fromkeys(inside, file)
+    if len(files) > 1:
+        _write_json({"metadata": {"total_size": total}, "weight_map": weight_map}, folder / SAFETENSORS_INDEX)
     return dtype
+
+
+def _write_file(tensors: dict[str, torch.Tensor], path: Path) -> list[str]:
+    """Returns the names of the tensors.
+
+    Raises:
+        OSError: there is no room, or the disk fails.
+    """
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # it wraps those of the system
+        raise OSError(f"The weights could not be written: {error}") from error
+    return list(tensors)
 
 
 def _config_json(config: Qwen2Config, source: Source, dtype: torch.dtype) -> dict[str, Any]:

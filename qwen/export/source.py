@@ -26,7 +26,7 @@ class Source:
     Args:
         name: as the user gave it.
         folder: where its files of weights lie.
-        is_chat: it speaks ChatML.
+        chat_format: "chatml" a chat model, "raw" a base model; None where it says nothing.
     """
 
     name: str
@@ -34,7 +34,12 @@ class Source:
     config: QWenConfig
     tokenizer: QWenTokenizer
     generation_config: dict[str, Any]
-    is_chat: bool
+    chat_format: str | None
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether it speaks ChatML."""
+        return self.chat_format == "chatml"
 
 
 def open_source(checkpoint: str | os.PathLike | None) -> Source:
@@ -44,21 +49,27 @@ def open_source(checkpoint: str | os.PathLike | None) -> Source:
         CheckpointError: it is not, or it is an adapter.
     """
     name = resolve(checkpoint)
-    check_checkpoint(name)
     if is_adapter(Path(name)):
         raise CheckpointError(
             f"{name} is an adapter, not a model. Merge it first: `python finetune/merge_lora.py {name} MERGED`."
         )
+    check_checkpoint(name)
     place, _ = hubs.source(name, weights=True)
     folder = Path(place) if Path(place).is_dir() else _fetched(name)
     generation = folder / GENERATION_CONFIG_NAME
+    config, tokenizer = load_config(name), load_tokenizer(name)
+    if len(tokenizer) > config.vocab_size:
+        raise CheckpointError(
+            f"The vocabulary of {name} has {len(tokenizer)} tokens, and its matrices have {config.vocab_size} rows: "
+            "the two come from different models."
+        )
     return Source(
         name=name,
         folder=folder,
-        config=load_config(name),
-        tokenizer=load_tokenizer(name),
+        config=config,
+        tokenizer=tokenizer,
         generation_config=read_json(generation, name) if generation.is_file() else {},
-        is_chat=chat_format(name) == "chatml",
+        chat_format=chat_format(name),
     )
 
 
@@ -72,4 +83,7 @@ def _fetched(name: str) -> Path:
         if found := cached_file(name, index, **quiet):
             get_checkpoint_shard_files(name, found)
             return Path(found).parent
-    raise CheckpointError(f"{name} has no weights on the hub: neither {SAFETENSORS} nor {BIN} nor an index of either.")
+    raise CheckpointError(
+        f"{name} has no weights on the hub, or they are out of reach and not in the cache: neither {SAFETENSORS} nor "
+        f"{BIN} nor an index of either."
+    )

@@ -11,7 +11,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from ..tokenization_qwen import ENDOFTEXT, IM_END, SPLIT_PATTERN, QWenTokenizer
+from ..tokenization_qwen import CHAT_TEMPLATE, ENDOFTEXT, IM_END, SPLIT_PATTERN, QWenTokenizer
 
 _LETTERS = bytes_to_unicode()
 
@@ -70,8 +70,14 @@ def fast_tokenizer(tokenizer: QWenTokenizer) -> Tokenizer:
     return fast
 
 
+def chat_template(tokenizer: QWenTokenizer) -> str:
+    """The one that engines use, where a checkpoint has several."""
+    template = tokenizer.chat_template
+    return template if isinstance(template, str) else template.get("default", CHAT_TEMPLATE)
+
+
 def write_tokenizer(tokenizer: QWenTokenizer, folder: Path, max_length: int, chat: bool) -> None:
-    """Write tokenizer.json, tokenizer_config.json, for a chat model chat_template.jinja, and for our own code qwen.tiktoken.
+    """Write tokenizer.json, its config, for a chat model chat_template.jinja, and for our own code qwen.tiktoken.
 
     Args:
         max_length: tokens that the model is offered for.
@@ -88,4 +94,4 @@ def write_tokenizer(tokenizer: QWenTokenizer, folder: Path, max_length: int, cha
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     if chat:
-        (folder / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
+        (folder / "chat_template.jinja").write_text(chat_template(tokenizer), encoding="utf-8")

@@ -3,6 +3,8 @@
 Knows the two ways in which they are stored, and not what they mean.
 """
 
+import pickle
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -31,9 +33,9 @@ class Weights(Mapping[str, torch.Tensor]):
         """Names of the files of weights."""
         self._file_of = {name: file for file in self.files for name in self._open(file)}
 
-    def names_in(self, file: str) -> list[str]:
-        """The tensors that lie in one of `files`."""
-        return [name for name, there in self._file_of.items() if there == file]
+    def file_of(self, name: str) -> str:
+        """The one of `files` that a tensor lies in."""
+        return self._file_of[name]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of a tensor, which is not read for it."""
@@ -79,7 +81,14 @@ def _opened(path: Path) -> Mapping[str, torch.Tensor]:
     try:
         if path.suffix == ".safetensors":
             return _Safetensors(path)
-        return torch.load(path, mmap=True, weights_only=True, map_location="cpu")
+        # Files of torch before 1.6 are no archives and cannot be mapped.
+        tensors = torch.load(path, mmap=zipfile.is_zipfile(path), weights_only=True, map_location="cpu")
+        return {name: tensor for name, tensor in tensors.items() if isinstance(tensor, torch.Tensor)}
+    except (AttributeError, EOFError, pickle.UnpicklingError) as error:
+        raise CheckpointError(
+            f"{path} holds something else than tensors by name, and is not read: take the weights from where they were "
+            "published."
+        ) from error
     except (SafetensorError, RuntimeError, ValueError, OSError) as error:
         raise CheckpointError(
             f"{path} cannot be read ({first_line(error)}): its download stopped early, or it is damaged. Delete it "

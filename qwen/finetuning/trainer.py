@@ -93,7 +93,8 @@ class SupervisedTrainer(Trainer):
         if self._final_dtype is not None:
             # One by one to the CPU: the optimizer still fills the device.
             state_dict = {name: tensor.to("cpu", self._final_dtype) for name, tensor in state_dict.items()}
-        self._as_published(model, next(iter(state_dict.values())).dtype).save_pretrained(folder, state_dict=state_dict)
+        published = self._as_published(model, next(iter(state_dict.values())).dtype)
+        published.save_pretrained(folder, state_dict=state_dict, max_shard_size="2GB")  # others read them file by file
         self.processing_class.save_pretrained(folder)
         let_others_read(folder)
 
