@@ -30,7 +30,10 @@ from documents import Document
 DOCKER = ROOT / "docker"
 DOCKERFILE = (DOCKER / "Dockerfile").read_text(encoding="utf-8")
 CLI, WEB, API = "docker_cli_demo.sh", "docker_web_demo.sh", "docker_openai_api.sh"
-PASSED_ON = ("HF_TOKEN", "HF_ENDPOINT", "HF_HUB_OFFLINE", "QWEN_HUB", "QWEN_API_KEY", "QWEN_API_AUTH")
+PASSED_ON = (
+    *("HF_TOKEN", "HF_ENDPOINT", "HF_HUB_OFFLINE", "QWEN_HUB", "MODELSCOPE_API_TOKEN", "MODELSCOPE_ENDPOINT"),
+    *("QWEN_API_KEY", "QWEN_API_AUTH"),
+)
 USER = os.getuid() or 1000
 ODD = """O'Neil "7B", $HOME; a\\b"""
 needs_client = pytest.mark.skipif(shutil.which("docker") is None, reason="there is no docker command here")
