@@ -41,7 +41,7 @@ finetune: $(VENV)/.ready-finetune  ## train a model on conversations (ARGS="--da
 	@$(BIN)/python finetune.py $(or $(ARGS),$(IDENTITY))
 
 quantize: $(VENV)/.ready-gptq  ## write a model in 4 or 8 bits (ARGS="--model_name_or_path MODEL --data_path data.json")
-	@$(BIN)/python run_gptq.py $(ARGS)
+	@$(BIN)/python run_gptq.py $(or $(ARGS),--overwrite)
 
 # A benchmark of eval/: evaluate_$(EVAL).py, or where there is none of that name, $(EVAL).py.
 EVAL ?= long_context
@@ -52,7 +52,7 @@ evaluate: $(VENV)/.ready-eval  ## perplexity by length (EVAL=mmlu ARGS="-c MODEL
 	@$(BIN)/python $(firstword $(wildcard eval/evaluate_$(EVAL).py) eval/$(EVAL).py) $(or $(ARGS),$(if $(filter long_context,$(EVAL)),$(SHORT)))
 
 export: $(VENV)/.ready-export  ## write a model for other engines (ARGS="-c Qwen/Qwen-7B-Chat -o qwen-7b-chat.gguf")
-	@$(BIN)/python export.py $(ARGS)
+	@$(BIN)/python export.py $(or $(ARGS),--overwrite)
 
 test: $(VENV)/.ready-dev  ## lint and run all tests
 	$(BIN)/ruff check .
@@ -73,7 +73,7 @@ clean:  ## remove the environment
 # A stamp is written last, so an install that failed or was interrupted is taken up again by the next make.
 $(VENV)/.ready: requirements.txt constraints.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: install it, or name it with make PYTHON=..." >&2; exit 1; }
-	@echo "Making the Python environment in $(VENV) ..."
+	@echo "Making the Python environment in $(VENV), which takes a minute or two ..."
 	@$(PYTHON) -m venv $(VENV)
 	@$(INSTALL) --requirement requirements.txt
 	@touch $@
