@@ -56,8 +56,7 @@ def wanted(weights: Weights, config: QWenConfig) -> list[str]:
         CheckpointError: tensors are missing or have other shapes than the config gives, or biases are not zero where
             other architectures have none.
     """
-    names, expected = [], shapes(config)
-    bits = (getattr(config, "quantization_config", None) or {}).get("bits")
+    names = []
     layers = {layer for layer, _, _ in map(split_name, weights) if layer}
     if len(layers) > config.num_hidden_layers:
         raise CheckpointError(
@@ -75,14 +74,7 @@ def wanted(weights: Weights, config: QWenConfig) -> list[str]:
                 "config.json belongs to another model. Download it again as a whole."
             )
         names += [f"{module}.{part}" for part in needed]
-        shape, first = expected[split_name(f"{module}.")[1]], needed[0]
-        if first == "qweight":
-            shape = (shape[1] * bits // 32, shape[0]) if bits else None
-        if (found := weights.shape(f"{module}.{first}")) != shape:
-            raise CheckpointError(
-                f"{module}.{first} has the shape {found}, and config.json means {shape or 'no quantized weights'}: the "
-                "two come from different models. Download the checkpoint again as a whole."
-            )
+        _check_shape(f"{module}.{needed[0]}", weights, config)
         bias = f"{module}.bias"
         if bias in weights and not module.endswith(BIASED) and weights[bias].any():
             raise CheckpointError(
@@ -92,7 +84,22 @@ def wanted(weights: Weights, config: QWenConfig) -> list[str]:
     return [name for name in weights if name in kept]
 
 
-def dequantized(qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor, g_idx: torch.Tensor, config: dict):
+def _check_shape(name: str, weights: Weights, config: QWenConfig) -> None:
+    _, module, part = split_name(name)
+    shape: tuple[int, ...] | None = shapes(config)[module]
+    if part == "qweight":
+        bits = (getattr(config, "quantization_config", None) or {}).get("bits")
+        shape = (shape[1] * bits // 32, shape[0]) if bits else None
+    if (found := weights.shape(name)) != shape:
+        raise CheckpointError(
+            f"{name} has the shape {found}, and config.json means {shape or 'no quantized weights'}: the two come from "
+            "different models. Download the checkpoint again as a whole."
+        )
+
+
+def dequantized(
+    qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor, g_idx: torch.Tensor, config: dict
+) -> torch.Tensor:
     """The matrix (outputs, inputs), float32, that the parts of a GPTQ layer stand for: scale · (integer − zero).
 
     Args:
