@@ -20,7 +20,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "-c", "--checkpoint-path", metavar="NAME", help="a folder or a hub id (default: the bundled toy)"
     )
-    parser.add_argument("-o", "--out-path", metavar="OUT", help="a folder, or a file that ends in .gguf")
+    parser.add_argument("-o", "--out-path", metavar="OUT", help="a folder, or a file that ends in .gguf (output_qwen2)")
     parser.add_argument(
         "--type", metavar="TYPE", help="of the weights in GGUF: f32, f16 (the default), bf16, q8_0 or q4_0"
     )

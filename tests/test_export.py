@@ -504,7 +504,7 @@ def test_command(run, source: Path, tmp_path: Path) -> None:
         (["-c", "{tmp}/adapter", "-o", "{tmp}/out"], "python finetune/merge_lora.py {tmp}/adapter MERGED"),
         (["-o", "{tmp}/out", "--type", "q8_0"], "--type is for GGUF"),
         (["-o", "{tmp}/x.gguf", "--type", "q9"], "'q9' is no type of weights that is written: name one of f32, f16"),
-        (["-o", "{tmp}/adapter", "--max-length", "9999999999"], "A length of 9999999999 tokens is none"),
+        (["-o", "{tmp}/out", "--max-length", "9999999999"], "A length of 9999999999 tokens is none"),
         (["-o", "{tmp}/folder.gguf"], "{tmp}/folder.gguf is a folder. Name a file."),
         (["-o", "{tmp}/no/x.gguf"], "There is no folder {tmp}/no to write x.gguf into"),
         (["-o", "{tmp}/out", "--max-length", "-5"], "A length of -5 tokens is none"),

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from ..checkpoint_files import CheckpointError
 from ..configuration_qwen import QWenConfig
 from ..gptq_qwen import PARTS
 from .layout import EMBEDDING, HEAD, NORM, dequantized, split_name, wanted
@@ -80,24 +81,27 @@ def export_gguf(
         raise ModuleNotFoundError("No module named 'gguf'")
     if kind not in KINDS:
         raise ValueError(f"{kind!r} is no type of weights that is written: name one of {', '.join(KINDS)}.")
-    source, target = open_source(checkpoint), Path(file)
-    config = source.config
-    check_network(config)
-    if config.num_attention_heads * config.kv_channels != config.hidden_size:
-        raise ValueError("llama.cpp has heads that are as wide together as the model, and this model has others.")
-    rope_base(config, max_length)  # raises what it has to say before anything is written
+    target = Path(file)
     if target.is_dir():
         raise FileExistsError(f"{target} is a folder. Name a file.")
     if target.exists() and not overwrite:
         raise FileExistsError(f"{target} is there already. Name another file, or add --overwrite to replace it.")
     if not target.parent.is_dir():
         raise FileNotFoundError(f"There is no folder {target.parent} to write {target.name} into.")
+    source = open_source(checkpoint)
+    config = source.config
+    check_network(config)
+    if config.num_attention_heads * config.kv_channels != config.hidden_size:
+        raise ValueError("llama.cpp has heads that are as wide together as the model, and this model has others.")
+    rope_base(config, max_length)  # raises what it has to say before anything is written
     weights = Weights(source.folder)
     entries = _entries(weights, wanted(weights, config), config)
     work = target.with_name(f".{target.name}-{os.getpid()}")  # beside its place, so that taking it is one step
     try:
         write_gguf(work, config, entries, kind, source=source, max_length=max_length, progress=progress)
         work.replace(target)
+    except CheckpointError:  # about what is read
+        raise
     except OSError as error:
         raise OSError(f"{target} could not be written ({error}). Is there room and permission for it?") from error
     finally:

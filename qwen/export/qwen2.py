@@ -19,6 +19,7 @@ from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
 from ..checkpoint_files import SAFETENSORS, SAFETENSORS_INDEX, let_others_read
 from ..configuration_qwen import QWenConfig
+from ..loading import resolve
 from ..target_folder import check_target, filled_at_the_end
 from .layout import BIASED, EMBEDDING, HEAD, NORM, split_name, wanted
 from .limits import check_network, exact_length, remarks, rope_base
@@ -57,9 +58,7 @@ _WRITTEN = (
 )
 _FILE_BYTES = 2_000_000_000
 # Some models have, and others then would have too.
-_TOKENIZER_FILES = (
-    *("chat_template.jinja", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json"),
-)
+_TOKENIZER_FILES = ["chat_template.jinja", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json"]
 # Fields of generation_config.json that only our code reads.
 _OURS = ("chat_format", "stop_words_ids", "transformers_version", "_from_model_config")
 
@@ -74,7 +73,7 @@ def export_qwen2(
 ) -> list[str]:
     """Write a checkpoint in the format of Qwen2, weights as they are (float or GPTQ), with tokenizer.json.
 
-    Memory: one file of weights of the checkpoint at a time.
+    Memory: one file of weights of the checkpoint at a time, and of a larger one 2 GB.
 
     Args:
         checkpoint: a folder or a hub id; None is the bundled chat model.
@@ -91,9 +90,11 @@ def export_qwen2(
         ValueError: the model cannot be written in this format, or not with this `max_length`.
         OSError: `folder` cannot be written.
     """
-    source, target = open_source(checkpoint), Path(folder)
+    target = Path(folder)
+    # Before gigabytes are fetched.
+    check_target(target, Path(resolve(checkpoint)), overwrite, model_type=Qwen2Config.model_type)
+    source = open_source(checkpoint)
     config = qwen2_config(source.config, max_length)
-    check_target(target, source.folder, overwrite, model_type=Qwen2Config.model_type)
     weights = Weights(source.folder)
     names = wanted(weights, source.config)
     with filled_at_the_end(target, replaces=_TOKENIZER_FILES) as new:
