@@ -48,7 +48,7 @@ EVAL ?= long_context
 SHORT := --lengths 256 1024 4096 --tokens 4096
 
 evaluate: $(VENV)/.ready-eval  ## perplexity by length (EVAL=mmlu ARGS="-c MODEL -d DATA" for another benchmark)
-		@test -f eval/evaluate_$(EVAL).py || test -f eval/$(EVAL).py || { echo "There is no benchmark $(EVAL) in eval/." >&2; exit 1; }
+	@test -f eval/evaluate_$(EVAL).py || test -f eval/$(EVAL).py || { echo "There is no benchmark $(EVAL) in eval/." >&2; exit 1; }
 	@$(BIN)/python $(firstword $(wildcard eval/evaluate_$(EVAL).py) eval/$(EVAL).py) $(or $(ARGS),$(if $(filter long_context,$(EVAL)),$(SHORT)))
 
 export: $(VENV)/.ready-export  ## write a model for other engines (ARGS="-c Qwen/Qwen-7B-Chat -o qwen-7b-chat.gguf")

@@ -40,7 +40,7 @@ class _Finder(MetaPathFinder):
                 execute(module)
                 _teach(module)
 
-            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+            spec.loader.exec_module = exec_module
         return spec
 
 

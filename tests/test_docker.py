@@ -150,7 +150,7 @@ class Engine(http.server.BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(text)
 
-    do_GET = do_HEAD = do_POST = do_DELETE = answer  # noqa: N815
+    do_GET = do_HEAD = do_POST = do_DELETE = answer
 
     def body(self) -> bytes:
         if self.headers.get("Transfer-Encoding") != "chunked":

@@ -160,8 +160,8 @@ def write_gguf(
             raise ValueError(
                 f"{kind} packs {block} weights at a time: rows of {entry.shape[-1]} are no multiple of it."
             )
-        # Its shape is given in numbers, so the type of an array must be one that the writer does not count bytes of.
         size = _size(entry.shape, type_)
+        # Its shape is given in numbers, so the type of an array must be one that the writer does not count bytes of.
         writer.add_tensor_info(name, entry.shape, np.dtype(np.float32), size, raw_dtype=type_)
         typed.append((entry, type_))
     writer.write_header_to_file()
