@@ -40,7 +40,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import Cache
 
 from qwen import QWenLMHeadModel
-from qwen.cache_qwen import (
+from qwen.model.kv_cache_qwen import (
     QuantizedKVCache,
     QuantizedKVLayer,
     dequantize_cache_torch,

@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from qwen.tokenization_qwen import QWenTokenizer
+from qwen.model.tokenization_qwen import QWenTokenizer
 
 
 def published_vocabulary() -> str:

@@ -27,7 +27,7 @@ from qwen.evaluation.language_model import LanguageModel
 from qwen.evaluation.task import Case, Score, Task, by_group, mean
 from qwen.evaluation.texts import read_texts
 from qwen.loading import BUNDLED_CHAT, check_chat, load_config, load_tokenizer, resolve
-from qwen.qwen_generation_utils import DEFAULT_SYSTEM, make_context
+from qwen.model.qwen_generation_utils import DEFAULT_SYSTEM, make_context
 
 NEEDLE, QUESTION = "door: 7351;", "What is door?"
 MAX_NEW_TOKENS = 64

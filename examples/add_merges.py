@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # qwen, where i
 import regex
 
 from qwen.finetuning.vocabulary import merge_pieces, single_bytes
-from qwen.tokenization_qwen import SPLIT_PATTERN, QWenTokenizer
+from qwen.model.tokenization_qwen import SPLIT_PATTERN, QWenTokenizer
 
 MAX_BYTES = 256  # of a word; the longest published token has 128
 END_OF_IDS = 2**31

@@ -25,7 +25,7 @@ import torch
 
 from qwen.hubs import add_hub_argument
 from qwen.loading import load_model_quietly
-from qwen.qwen_generation_utils import DEFAULT_SYSTEM, make_context
+from qwen.model.qwen_generation_utils import DEFAULT_SYSTEM, make_context
 from qwen.react import STOP_WORD, extend_stop_words, observation_text, parse_response, tool_prompt
 
 MAX_STEPS = 5  # a model that calls tools without end is stopped

@@ -38,8 +38,7 @@ from qwen.export import export_qwen2
 from qwen.export.source import open_source
 from qwen.hubs import add_hub_argument, use
 from qwen.loading import check_chat, resolve
-from qwen.quiet import quiet_loading
-from qwen.qwen_generation_utils import (
+from qwen.model.qwen_generation_utils import (
     DEFAULT_SYSTEM,
     History,
     check_stop_words,
@@ -48,6 +47,7 @@ from qwen.qwen_generation_utils import (
     make_context,
     reply_so_far,
 )
+from qwen.quiet import quiet_loading
 
 MAX_WINDOW_SIZE = 6144  # where a checkpoint names none, as in make_context
 

@@ -7,13 +7,15 @@ with this code, whatever code lies beside its weights.
 from . import quiet  # noqa: F401  the first, for it is about the next
 
 # isort: split
+import os
+
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from .configuration_qwen import QWenConfig
-from .modeling_qwen import QWenLMHeadModel, QWenModel
+from .model.configuration_qwen import QWenConfig
+from .model.modeling_qwen import QWenLMHeadModel, QWenModel
+from .model.qwen_generation_utils import decode_tokens, get_stop_words_ids, make_context
+from .model.tokenization_qwen import QWenTokenizer
 from .modelscope_pipeline import teach_modelscope
-from .qwen_generation_utils import decode_tokens, get_stop_words_ids, make_context
-from .tokenization_qwen import QWenTokenizer
 
 AutoConfig.register(QWenConfig.model_type, QWenConfig)
 AutoModel.register(QWenConfig, QWenModel)
@@ -30,6 +32,8 @@ QWenConfig.register_for_auto_class()
 QWenModel.register_for_auto_class("AutoModel")
 QWenLMHeadModel.register_for_auto_class("AutoModelForCausalLM")
 QWenTokenizer.register_for_auto_class("AutoTokenizer")
+
+__path__.append(os.path.join(os.path.dirname(__file__), "_moved"))  # aliases of old module paths, searched last
 
 __all__ = [
     "QWenConfig",

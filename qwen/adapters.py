@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .checkpoint_files import CheckpointError, is_complete, is_lfs_pointer, listing, pointer_text, read_json
-from .modeling_qwen import QWenLMHeadModel
+from .model.modeling_qwen import QWenLMHeadModel
 
 if TYPE_CHECKING:
     from peft import PeftModel

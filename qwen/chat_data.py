@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .qwen_generation_utils import DEFAULT_SYSTEM
+from .model.qwen_generation_utils import DEFAULT_SYSTEM
 
 IGNORE_INDEX = -100
 

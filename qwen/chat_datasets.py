@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from .chat_data import encode_sample, pack_samples, pad_samples
 from .chat_files import PROGRESS_DELAY
-from .qwen_generation_utils import DEFAULT_SYSTEM
+from .model.qwen_generation_utils import DEFAULT_SYSTEM
 
 
 class SupervisedDataset(Dataset):

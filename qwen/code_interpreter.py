@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .qwen_generation_utils import make_context
+from .model.qwen_generation_utils import make_context
 from .react import STOP_WORD, extend_stop_words, parse_messages, parse_response
 from .sandbox import Sandbox
 

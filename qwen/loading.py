@@ -29,11 +29,11 @@ from .checkpoint_files import (
     first_line,
     listing,
 )
-from .configuration_qwen import QWenConfig
 from .hubs import PUBLISHED, config_file, published_spelling, source, use
-from .modeling_qwen import QWenLMHeadModel
+from .model.configuration_qwen import QWenConfig
+from .model.modeling_qwen import QWenLMHeadModel
+from .model.tokenization_qwen import QWenTokenizer
 from .quiet import quiet_loading
-from .tokenization_qwen import QWenTokenizer
 
 CHECKPOINTS = Path(__file__).resolve().parent.parent / "checkpoints"
 BUNDLED_CHAT = CHECKPOINTS / "qwen-tiny-chat"

@@ -10,8 +10,8 @@ from modelscope.pipelines.builder import PIPELINES
 from modelscope.utils.constant import Tasks
 
 from .loading import check_chat, load_model
+from .model.qwen_generation_utils import History
 from .modelscope_pipeline import TYPE
-from .qwen_generation_utils import History
 
 
 @PIPELINES.register_module(Tasks.chat, module_name=TYPE, force=True)

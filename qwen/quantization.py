@@ -40,13 +40,13 @@ from .checkpoint_files import (
     let_others_read,
     read_json,
 )
-from .configuration_qwen import QWenConfig
 from .loading import check_checkpoint, load_config, load_model, resolve
-from .modeling_qwen import QWenLMHeadModel
-from .options_qwen import PRECISIONS
+from .model.configuration_qwen import QWenConfig
+from .model.loading_options_qwen import PRECISIONS
+from .model.modeling_qwen import QWenLMHeadModel
+from .model.tokenization_qwen import QWenTokenizer
 from .quiet import quiet_gptqmodel
 from .target_folder import check_target, filled_at_the_end
-from .tokenization_qwen import QWenTokenizer
 
 GROUP_SIZES = (32, 64, 128, 256, 512, 1024)
 PUBLISHED_SETTINGS = {

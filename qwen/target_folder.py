@@ -17,7 +17,7 @@ from transformers.utils import CONFIG_NAME
 
 from .adapters import ADAPTER_CONFIG
 from .checkpoint_files import BIN, BIN_INDEX, SAFETENSORS, SAFETENSORS_INDEX, CheckpointError, read_json
-from .configuration_qwen import QWenConfig
+from .model.configuration_qwen import QWenConfig
 
 _WORK = ".unfinished-"  # how the folder begins that is filled meanwhile
 _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]

@@ -43,7 +43,7 @@ def real_vocab_file() -> Path:
 @pytest.fixture(scope="session")
 def real_tokenizer(real_vocab_file: Path):
     """The tokenizer of the published models."""
-    from qwen.tokenization_qwen import QWenTokenizer
+    from qwen.model.tokenization_qwen import QWenTokenizer
 
     return QWenTokenizer(str(real_vocab_file))
 
@@ -75,9 +75,9 @@ def tiny_chat_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """
     import torch
 
-    from qwen.configuration_qwen import QWenConfig
-    from qwen.modeling_qwen import QWenLMHeadModel
-    from qwen.tokenization_qwen import QWenTokenizer
+    from qwen.model.configuration_qwen import QWenConfig
+    from qwen.model.modeling_qwen import QWenLMHeadModel
+    from qwen.model.tokenization_qwen import QWenTokenizer
 
     folder = tmp_path_factory.mktemp("checkpoints") / "tiny-chat"
     folder.mkdir()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from qwen import QWenLMHeadModel
-from qwen.cache_qwen import (
+from qwen.model.kv_cache_qwen import (
     QuantizedKVLayer,
     QuantizedStates,
     decode_in_torch,

@@ -20,11 +20,11 @@ import torch
 from forked import ROOT, run_script
 
 from qwen.chat_data import encode_sample, pad_samples
-from qwen.configuration_qwen import QWenConfig
 from qwen.finetuning.vocabulary import expand_embeddings, merge_pieces, single_bytes
 from qwen.loading import load_model
-from qwen.modeling_qwen import QWenLMHeadModel
-from qwen.tokenization_qwen import SPLIT_PATTERN, QWenTokenizer
+from qwen.model.configuration_qwen import QWenConfig
+from qwen.model.modeling_qwen import QWenLMHeadModel
+from qwen.model.tokenization_qwen import SPLIT_PATTERN, QWenTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 import add_merges

@@ -18,8 +18,8 @@ from qwen.chat_data import (
     pad_samples,
 )
 from qwen.loading import load_model
-from qwen.qwen_generation_utils import DEFAULT_SYSTEM
-from qwen.tokenization_qwen import QWenTokenizer
+from qwen.model.qwen_generation_utils import DEFAULT_SYSTEM
+from qwen.model.tokenization_qwen import QWenTokenizer
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "sft.json").read_text(encoding="utf-8"))
 

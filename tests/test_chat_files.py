@@ -19,7 +19,7 @@ from qwen import chat_datasets, chat_files
 from qwen.chat_data import IGNORE_INDEX, MalformedSample, encode_sample, pack_samples, pad_samples
 from qwen.chat_datasets import Collator, PackedDataset, SupervisedDataset, best_fit_decreasing
 from qwen.chat_files import ConversationFile, DataFileError
-from qwen.tokenization_qwen import QWenTokenizer
+from qwen.model.tokenization_qwen import QWenTokenizer
 
 
 def sample(number, question="q", answer="a", **fields):

@@ -10,8 +10,9 @@ import pytest
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from qwen.modeling_qwen import QWenLMHeadModel
-from qwen.qwen_generation_utils import make_context
+from qwen.model.modeling_qwen import QWenLMHeadModel
+from qwen.model.qwen_generation_utils import make_context
+from qwen.model.tokenization_qwen import QWenTokenizer
 from qwen.react import (
     FINAL_ANSWER,
     STOP_WORD,
@@ -25,7 +26,6 @@ from qwen.react import (
 )
 from qwen.serving.constraints import ConstraintFactory
 from qwen.serving.sampler import ConstraintError
-from qwen.tokenization_qwen import QWenTokenizer
 
 PADDING = 16  # rows of the model's matrix that no token belongs to
 

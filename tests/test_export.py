@@ -23,7 +23,7 @@ from qwen.checkpoint_files import CheckpointError
 from qwen.export import export_gguf, export_qwen2
 from qwen.export.tokenizer_json import fast_tokenizer
 from qwen.loading import BUNDLED_CHAT_INT4, load_model, load_tokenizer
-from qwen.tokenization_qwen import QWenTokenizer
+from qwen.model.tokenization_qwen import QWenTokenizer
 
 QUESTIONS = [
     "What is 47 + 38?",

@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPTQConfig
 
 from qwen.chat_data import encode_conversation, pad_samples
-from qwen.configuration_qwen import QWenConfig
 from qwen.loading import BUNDLED_CHAT_INT4, CheckpointError, load_model
-from qwen.modeling_qwen import QWenLMHeadModel
+from qwen.model.configuration_qwen import QWenConfig
+from qwen.model.modeling_qwen import QWenLMHeadModel
 
 LINEAR = ["c_attn", "c_proj", "w1", "w2"]
 PARTS = ("qweight", "qzeros", "scales", "g_idx")

@@ -10,14 +10,14 @@ import pytest
 import torch
 from conftest import ROOT
 
-from qwen import cache_qwen
+from qwen.model import kv_cache_qwen
 
 pytest.importorskip("triton", reason="Triton has no build for this platform")
 
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel, compile
 
-from qwen import kernels_qwen
+from qwen.model import kv_cache_triton_qwen
 
 TARGETS = {
     "A100": GPUTarget("cuda", 80, 32),
@@ -49,11 +49,17 @@ def test_decoding_compiles(target, mask):
     types = {"query": "*bf16", "tiles": "*i64", "scaling": "fp32"}
     types |= dict.fromkeys(("output", "highest", "total"), "*fp32")
     types["mask"] = {"boolean": "*i1", "additive": "*bf16"}.get(mask)
-    constants = {"SCALE": kernels_qwen.tl.bfloat16, "ALIGNED": 16, "D": 128, "BLOCK_D": 128, "TILE": cache_qwen.TILE}
+    constants = {
+        "SCALE": kv_cache_triton_qwen.tl.bfloat16,
+        "ALIGNED": 16,
+        "D": 128,
+        "BLOCK_D": 128,
+        "TILE": kv_cache_qwen.TILE,
+    }
     constants |= {"MASK": mask} | ({"mask": None} if mask is None else {})
     if target == "A100":  # a launch makes constants of numbers that are 1
         constants |= {"heads": 1, "tiles_each": 1}
-    kernel = compiled(kernels_qwen.decode_kernel, target, types, **constants)
+    kernel = compiled(kv_cache_triton_qwen.decode_kernel, target, types, **constants)
     if target == "MI300":
         assert "global_load_dwordx4" in kernel.asm["amdgcn"]
     else:
@@ -66,9 +72,9 @@ def test_appending_and_combining_compile(target):
     shape = {"D": 128, "BLOCK_D": 128}
     for constants in ({"RAGGED": False, "starts": None}, {"RAGGED": True, "tokens": 1}):
         types = {**STATES, **STORE, "starts": "*i64", "tiny": "fp32"}
-        compiled(kernels_qwen.append_kernel, target, types, BLOCK_S=16, **shape, **constants)
+        compiled(kv_cache_triton_qwen.append_kernel, target, types, BLOCK_S=16, **shape, **constants)
     types = {"output": "*bf16", **dict.fromkeys(("shares", "highest", "total"), "*fp32")}
-    compiled(kernels_qwen.combine_kernel, target, types, BLOCK_SPLITS=16, **shape)
+    compiled(kv_cache_triton_qwen.combine_kernel, target, types, BLOCK_SPLITS=16, **shape)
 
 
 def test_their_arithmetic():
@@ -87,9 +93,9 @@ def test_their_arithmetic():
 
 @pytest.fixture
 def asked_anew():
-    cache_qwen.triton_kernels.cache_clear()
+    kv_cache_qwen.triton_kernels.cache_clear()
     yield
-    cache_qwen.triton_kernels.cache_clear()
+    kv_cache_qwen.triton_kernels.cache_clear()
 
 
 @pytest.mark.usefixtures("asked_anew")
@@ -97,9 +103,9 @@ def asked_anew():
 def test_where_triton_does_not_run_torch_does_it(lacking, monkeypatch, caplog):
     if lacking == "Triton":
         monkeypatch.setitem(sys.modules, "triton", None)
-        monkeypatch.delitem(sys.modules, "qwen.kernels_qwen")
+        monkeypatch.delitem(sys.modules, "qwen.model.kv_cache_triton_qwen")
     elif torch.cuda.is_available():
         pytest.skip("it runs here")
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
-    assert cache_qwen.triton_kernels("cuda") is None
+    assert kv_cache_qwen.triton_kernels("cuda") is None
     assert "use_cache_kernel=True falls back on torch" in caplog.text and "a C compiler" in caplog.text

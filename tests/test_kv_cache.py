@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 import qwen  # noqa: F401  registers the classes
 from qwen import QWenLMHeadModel
-from qwen.cache_qwen import (
+from qwen.loading import load_model
+from qwen.model.kv_cache_qwen import (
     TILE,
     QuantizedKVCache,
     QuantizedKVLayer,
@@ -22,7 +23,6 @@ from qwen.cache_qwen import (
     quantize_cache_v,
     quantize_tokens,
 )
-from qwen.loading import load_model
 
 KINDS = {"tensors": {}, "kernel": {"use_cache_kernel": True}}
 GREEDY = {"do_sample": False, "max_new_tokens": 8, "eos_token_id": None}

@@ -9,8 +9,9 @@ from safetensors.torch import load_file
 from torch.utils import cpp_extension
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from qwen import QWenConfig, QWenLMHeadModel, options_qwen
-from qwen.options_qwen import choose_attention, choose_dtype, choose_kernel, target_device
+from qwen import QWenConfig, QWenLMHeadModel
+from qwen.model import loading_options_qwen
+from qwen.model.loading_options_qwen import choose_attention, choose_dtype, choose_kernel, target_device
 
 CPU = torch.device("cpu")
 
@@ -117,7 +118,7 @@ def test_flash_attention_is_switched_off_with_a_reason(caplog, monkeypatch):
     reasons = " ".join(record.getMessage() for record in caplog.records)
     assert "does not run on cpu" in reasons and "float32" in reasons and "8 bits" in reasons
     # On a machine with the package and a GPU of some generation.
-    monkeypatch.setattr(options_qwen, "is_flash_attn_2_available", lambda: True)
+    monkeypatch.setattr(loading_options_qwen, "is_flash_attn_2_available", lambda: True)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     for capability, expected in (((7, 5), "sdpa"), ((8, 0), "flash_attention_2"), ((9, 0), "flash_attention_2")):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)

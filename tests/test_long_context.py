@@ -90,7 +90,7 @@ def test_depths_and_lengths_are_what_they_say(bundled_chat):
     import argparse
 
     from qwen.loading import load_tokenizer
-    from qwen.qwen_generation_utils import DEFAULT_SYSTEM, make_context
+    from qwen.model.qwen_generation_utils import DEFAULT_SYSTEM, make_context
 
     parser = argparse.ArgumentParser()
     needle.Needle.add_arguments(parser)

@@ -26,8 +26,8 @@ from qwen.finetuning.merging import is_approximate, merge
 from qwen.finetuning.model import chat_generation_config, load_for_training
 from qwen.finetuning.vocabulary import expand_embeddings
 from qwen.loading import BUNDLED_CHAT_INT4, CheckpointError, check_chat, load_model, load_tokenizer
-from qwen.modeling_qwen import QWenLMHeadModel
-from qwen.tokenization_qwen import QWenTokenizer
+from qwen.model.modeling_qwen import QWenLMHeadModel
+from qwen.model.tokenization_qwen import QWenTokenizer
 
 LINEAR = ["c_attn", "c_proj", "w1", "w2"]
 PROMPTS = ("Hello, who are you?", "你好！", "What is 12 + 30?")

@@ -14,7 +14,7 @@ from pydantic import TypeAdapter
 from server_process import ServerProcess
 
 from qwen.loading import load_model
-from qwen.qwen_generation_utils import make_context
+from qwen.model.qwen_generation_utils import make_context
 from qwen.react import ReplyReader
 from qwen.serving.chat import ChatWriter, Offer, collect
 from qwen.serving.responses import ChatCompletion, ChatCompletionChunk

@@ -20,8 +20,8 @@ from checkpoints.recipe.evaluate import Case, all_cases, last_number, score
 from checkpoints.recipe.train import config, encode_sample, loss_of, optimizers, schedule
 from checkpoints.recipe.vocabulary import learn, verify
 from checkpoints.recipe.words import held_out, invented
-from qwen.modeling_qwen import QWenLMHeadModel
-from qwen.tokenization_qwen import QWenTokenizer
+from qwen.model.modeling_qwen import QWenLMHeadModel
+from qwen.model.tokenization_qwen import QWenTokenizer
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = [ROOT / "checkpoints" / f"qwen-tiny-{stage}" for stage in ("base", "chat")]

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from qwen.loading import load_model
-from qwen.qwen_generation_utils import DEFAULT_SYSTEM, make_context
+from qwen.model.qwen_generation_utils import DEFAULT_SYSTEM, make_context
 from qwen.serving import scheduler as scheduler_module
 from qwen.serving.engine import Engine, EngineError, PromptTooLong, QueueFull, SchedulerClosed
 from qwen.serving.ragged_cache import RaggedCache

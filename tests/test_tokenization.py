@@ -15,8 +15,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from qwen import tokenization_qwen
-from qwen.tokenization_qwen import CONTROL_TOKENS, QWenTokenizer
+from qwen.model import tokenization_qwen
+from qwen.model.tokenization_qwen import CONTROL_TOKENS, QWenTokenizer
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "tokenizer.json").read_text(encoding="utf-8"))
 SMALL_MERGES = [b"ab", b"cd", b"abcd", b" a", "中".encode()[:2], "中".encode()]

@@ -11,7 +11,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from qwen import QWenConfig, QWenLMHeadModel
 from qwen.loading import load_model
-from qwen.modeling_qwen import logn_scale, rotary_tables, rotate
+from qwen.model.modeling_qwen import logn_scale, rotary_tables, rotate
 from qwen.serving.engine import Engine
 
 TOKENS = 330
@@ -212,6 +212,6 @@ def test_what_does_not_go_together_says_so(golden, ids):
 
 def test_a_saved_model_keeps_its_windows(golden, tmp_path):
     load(golden).save_pretrained(tmp_path)
-    assert (tmp_path / "window_qwen.py").is_file()
+    assert (tmp_path / "window_attention_qwen.py").is_file()
     again = QWenConfig.from_pretrained(tmp_path)
     assert again.use_window_attn and again.windows == window_sizes(again.num_hidden_layers)

@@ -18,9 +18,9 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, IterableDataset
 
 from qwen.chat_data import IGNORE_INDEX, encode_conversation, pad_samples
-from qwen.configuration_qwen import QWenConfig
-from qwen.modeling_qwen import QWenLMHeadModel
-from qwen.tokenization_qwen import QWenTokenizer
+from qwen.model.configuration_qwen import QWenConfig
+from qwen.model.modeling_qwen import QWenLMHeadModel
+from qwen.model.tokenization_qwen import QWenTokenizer
 
 from .conversations import conversations
 from .corpus import documents

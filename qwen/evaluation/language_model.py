@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from transformers import Cache, StoppingCriteria, StoppingCriteriaList
 
-from ..modeling_qwen import QWenLMHeadModel
-from ..qwen_generation_utils import DEFAULT_SYSTEM
-from ..tokenization_qwen import QWenTokenizer
+from ..model.modeling_qwen import QWenLMHeadModel
+from ..model.qwen_generation_utils import DEFAULT_SYSTEM
+from ..model.tokenization_qwen import QWenTokenizer
 from .task import Case
 
 LOGITS_AT_ONCE = 1024  # positions; those of a long text together would be larger than the model

@@ -13,8 +13,8 @@ import torch
 from tqdm import tqdm
 
 from ..checkpoint_files import CheckpointError
-from ..configuration_qwen import QWenConfig
-from ..gptq_qwen import PARTS
+from ..model.configuration_qwen import QWenConfig
+from ..model.gptq_qwen import PARTS
 from .layout import EMBEDDING, HEAD, NORM, dequantized, split_name, wanted
 from .limits import check_network, exact_length, remarks, rope_base
 from .source import Source, open_source

@@ -7,8 +7,8 @@ integers stand for.
 import torch
 
 from ..checkpoint_files import CheckpointError
-from ..configuration_qwen import QWenConfig
-from ..gptq_qwen import PARTS
+from ..model.configuration_qwen import QWenConfig
+from ..model.gptq_qwen import PARTS
 from .weights import Weights
 
 EMBEDDING, NORM, HEAD = "transformer.wte", "transformer.ln_f", "lm_head"

@@ -18,8 +18,8 @@ from transformers import Qwen2Config
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
 from ..checkpoint_files import SAFETENSORS, SAFETENSORS_INDEX, let_others_read
-from ..configuration_qwen import QWenConfig
 from ..loading import resolve
+from ..model.configuration_qwen import QWenConfig
 from ..target_folder import check_target, filled_at_the_end
 from .layout import BIASED, EMBEDDING, HEAD, NORM, split_name, wanted
 from .limits import check_network, exact_length, remarks, rope_base

@@ -14,9 +14,9 @@ from transformers.utils.hub import get_checkpoint_shard_files
 from .. import hubs
 from ..adapters import is_adapter
 from ..checkpoint_files import BIN, BIN_INDEX, SAFETENSORS, SAFETENSORS_INDEX, CheckpointError, read_json
-from ..configuration_qwen import QWenConfig
 from ..loading import chat_format, check_checkpoint, load_config, load_tokenizer, resolve
-from ..tokenization_qwen import QWenTokenizer
+from ..model.configuration_qwen import QWenConfig
+from ..model.tokenization_qwen import QWenTokenizer
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from ..tokenization_qwen import CHAT_TEMPLATE, ENDOFTEXT, IM_END, SPLIT_PATTERN, QWenTokenizer
+from ..model.tokenization_qwen import CHAT_TEMPLATE, ENDOFTEXT, IM_END, SPLIT_PATTERN, QWenTokenizer
 
 _LETTERS = bytes_to_unicode()
 

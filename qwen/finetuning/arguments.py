@@ -17,7 +17,7 @@ import transformers
 from transformers import HfArgumentParser
 
 from ..hubs import HUBS
-from ..qwen_generation_utils import DEFAULT_SYSTEM
+from ..model.qwen_generation_utils import DEFAULT_SYSTEM
 from .legacy_arguments import modernized
 from .processes import allow_fsdp_on_cpu, join_deepspeed
 

@@ -23,8 +23,8 @@ from ..loading import (
     load_tokenizer,
     resolve,
 )
-from ..modeling_qwen import QWenLMHeadModel
-from ..tokenization_qwen import QWenTokenizer
+from ..model.modeling_qwen import QWenLMHeadModel
+from ..model.tokenization_qwen import QWenTokenizer
 from .arguments import LORA_TARGETS, ArgumentError, Arguments, LoraArguments, TrainingArguments, zero_stage
 from .vocabulary import expand_embeddings
 

@@ -19,7 +19,7 @@ from ..adapters import ADAPTER_CONFIG, is_adapter
 from ..chat_data import IGNORE_INDEX
 from ..chat_datasets import Collator, PackedDataset, SupervisedDataset
 from ..chat_files import ConversationFile, DataFileError
-from ..tokenization_qwen import QWenTokenizer
+from ..model.tokenization_qwen import QWenTokenizer
 from .arguments import ArgumentError, Arguments, TrainingArguments
 from .interrupts import SaveOnInterrupt
 from .loss_curve import draw

@@ -15,7 +15,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from ..chat_data import IGNORE_INDEX
 from ..checkpoint_files import let_others_read
-from ..modeling_qwen import QWenLMHeadModel
+from ..model.modeling_qwen import QWenLMHeadModel
 from .arguments import zero_stage
 
 

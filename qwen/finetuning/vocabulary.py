@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from ..tokenization_qwen import QWenTokenizer
+from ..model.tokenization_qwen import QWenTokenizer
 
 
 def merge_pieces(pieces: Iterable[bytes], ranks: Mapping[bytes, int]) -> list[bytes]:

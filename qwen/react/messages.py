@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from ..qwen_generation_utils import DEFAULT_SYSTEM
+from ..model.qwen_generation_utils import DEFAULT_SYSTEM
 from .format import STOP_WORD, THOUGHT, MalformedConversation, call_step, final_answer_text, tool_prompt
 
 

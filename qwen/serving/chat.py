@@ -14,7 +14,8 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic_core import from_json
 
-from ..qwen_generation_utils import make_context
+from ..model.qwen_generation_utils import make_context
+from ..model.tokenization_qwen import QWenTokenizer
 from ..react import (
     ACTION,
     ACTION_INPUT,
@@ -26,7 +27,6 @@ from ..react import (
     ReplyReader,
     parse_messages,
 )
-from ..tokenization_qwen import QWenTokenizer
 from .choices import Choice, Chunk, Envelope, Plan, check_room, sampling_params
 from .constraints import ConstraintFactory, GrammarConstraint
 from .engine import Engine

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from ..tokenization_qwen import QWenTokenizer
+from ..model.tokenization_qwen import QWenTokenizer
 from .choices import Choice, Chunk, Envelope, Plan, check_room, sampling_params
 from .engine import Engine
 from .errors import invalid

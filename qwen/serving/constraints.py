@@ -14,8 +14,8 @@ import torch
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from llguidance.tiktoken import lltokenizer_from_encoding
 
+from ..model.tokenization_qwen import QWenTokenizer
 from ..react import ACTION, ACTION_INPUT, FINAL_ANSWER, MARKERS, STOP_WORD, THOUGHT, Tool, read_tools
-from ..tokenization_qwen import QWenTokenizer
 from .sampler import ConstraintError
 
 # JSON as the models were taught to write it. No other blanks: a weak model would go on with them for ever.

@@ -12,8 +12,8 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Any
 
-from ..modeling_qwen import QWenLMHeadModel
-from ..tokenization_qwen import QWenTokenizer
+from ..model.modeling_qwen import QWenLMHeadModel
+from ..model.tokenization_qwen import QWenTokenizer
 from .sampler import Constraint, ConstraintError, SampledToken, SamplingParams
 from .scheduler import EndReason, GenerationSequence, Load, QueueFull, Scheduler, SchedulerClosed
 from .text import IncrementalText, Piece

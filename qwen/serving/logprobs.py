@@ -10,7 +10,7 @@ import codecs
 from collections.abc import Sequence
 from typing import Any
 
-from ..tokenization_qwen import QWenTokenizer
+from ..model.tokenization_qwen import QWenTokenizer
 from .text import TokenLogprob
 
 LOWEST = -9999.0  # stands for minus infinity, which JSON does not have

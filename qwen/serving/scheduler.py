@@ -21,7 +21,7 @@ import psutil
 import torch
 from transformers import DynamicCache
 
-from ..modeling_qwen import QWenLMHeadModel
+from ..model.modeling_qwen import QWenLMHeadModel
 from .ragged_cache import RaggedCache
 from .sampler import Constraint, SampledToken, SamplingParams, SamplingState, sample
 

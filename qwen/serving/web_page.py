@@ -16,7 +16,7 @@ from typing import Any
 
 import gradio as gr
 
-from ..qwen_generation_utils import DEFAULT_SYSTEM, History, make_context
+from ..model.qwen_generation_utils import DEFAULT_SYSTEM, History, make_context
 from .engine import Engine, PromptTooLong, QueueFull, SchedulerClosed, TextStream
 from .web_texts import TEXTS
 

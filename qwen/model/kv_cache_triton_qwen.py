@@ -1,8 +1,8 @@
 """Triton kernels for the 8-bit key/value cache: new tokens are quantized into it, and one token attends to its bytes.
 
 Triton compiles them where they run, for CUDA and ROCm, and brings what it needs but for the C compiler with which it
-builds its launcher once. `cache_qwen` imports this file when a model that decodes with `use_cache_kernel=True` comes to
-its first token; the same arithmetic in torch stands there, for machines where this does not run.
+builds its launcher once. `kv_cache_qwen` imports this file when a model that decodes with `use_cache_kernel=True`
+comes to its first token; the same arithmetic in torch stands there, for machines where this does not run.
 
 Decoding follows flash-decoding (Dao et al. 2023, https://pytorch.org/blog/flash-decoding/): the tokens of each row and
 head are split over programs, each of which keeps a running softmax (Milakov and Gimelshein 2018,
@@ -23,7 +23,7 @@ try:  # optional: a plain import would make it a requirement of every checkpoint
 except ImportError as error:
     raise ImportError(f"{error}; `pip install triton` brings it on Linux") from error
 
-from .cache_qwen import TILE, QuantizedStates, Segment
+from .kv_cache_qwen import TILE, QuantizedStates, Segment
 
 PROGRAMS = 8  # for each multiprocessor: enough for their loads to overlap
 MOST_SPLITS = 128  # of a row and head: what the second kernel adds up at once
@@ -35,7 +35,7 @@ def _quantize_rows(
     source, source_b, source_h, source_s, q, scale, zero, slot_b, slot_h, slot_s,
     b, h, s, first, inside, tiny, D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """`quantize_tokens` of cache_qwen for tokens s (BLOCK_S) of row b and head h, written `first` tokens further on."""
+    """`quantize_tokens` of kv_cache_qwen for tokens s (BLOCK_S) of row b and head h, written `first` further on."""
     d = tl.arange(0, BLOCK_D)
     mask = inside[:, None] & (d < D)[None, :]
     place = source + b * source_b + h * source_h + s[:, None] * source_s + d[None, :]

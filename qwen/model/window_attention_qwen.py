@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from .cache_qwen import QuantizedStates
+from .kv_cache_qwen import QuantizedStates
 
 MIN_BLOCK = 128  # queries; fewer at a time cost more in calls than they save in scores
 

@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .options_qwen import choose_kernel, is_gptq
+from .loading_options_qwen import choose_kernel, is_gptq
 
 TRAINING_KERNELS = ("gptq_torch", "gptq_triton")
 """Kernels that pass right gradients whatever was computed before. Others that claim to, stop after a first answer."""

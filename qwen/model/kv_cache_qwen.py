@@ -82,7 +82,7 @@ def piece_of(x: torch.Tensor) -> int:
 
 
 class Kernels(NamedTuple):
-    """The functions of kernels_qwen.py."""
+    """The functions of kv_cache_triton_qwen.py."""
 
     append: Callable[..., None]
     decode: Callable[..., torch.Tensor]
@@ -94,7 +94,7 @@ def triton_kernels(device_type: str) -> Kernels | None:
     if device_type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return None
     try:
-        from .kernels_qwen import append_tokens, check_driver, decode_attention
+        from .kv_cache_triton_qwen import append_tokens, check_driver, decode_attention
 
         if device_type == "cuda":
             check_driver()
