@@ -444,7 +444,7 @@ def main() -> int:
     else:
         terminal.note(f"Loading {arguments.checkpoint_path} ...")
     try:
-        from qwen.loading import load_model_quietly
+        from qwen.checkpoint.loading import load_model_quietly
 
         model, tokenizer = load_model_quietly(
             arguments.checkpoint_path,

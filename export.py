@@ -75,10 +75,10 @@ def main() -> int:
 
 
 def run(arguments: argparse.Namespace) -> list[str]:
+    from qwen.checkpoint.hub import use
+    from qwen.checkpoint.staging import end_like_ctrl_c
     from qwen.export import export_gguf, export_qwen2
-    from qwen.hubs import use
     from qwen.quiet import quiet_loading
-    from qwen.target_folder import end_like_ctrl_c
 
     end_like_ctrl_c()
     use(arguments.hub)

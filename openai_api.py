@@ -205,7 +205,7 @@ def main() -> int:
     # Threads of torch that wait for each other spin by default, and take the processor from those that answer requests.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        from qwen.loading import load_model_quietly
+        from qwen.checkpoint.loading import load_model_quietly
 
         model, tokenizer = load_model_quietly(
             arguments.checkpoint_path,

@@ -93,11 +93,11 @@ def say(text: str) -> None:
 
 
 def run(arguments: argparse.Namespace) -> "Outcome":
-    from qwen.hubs import use
-    from qwen.loading import resolve
+    from qwen.checkpoint.hub import use
+    from qwen.checkpoint.loading import resolve
+    from qwen.checkpoint.staging import end_like_ctrl_c
     from qwen.quantization import check, quantize
     from qwen.quiet import quiet_loading
-    from qwen.target_folder import end_like_ctrl_c
 
     end_like_ctrl_c()
     use(arguments.hub)
@@ -124,7 +124,7 @@ def run(arguments: argparse.Namespace) -> "Outcome":
 
 
 def report(outcome: "Outcome", out: str) -> None:
-    from qwen.loading import chat_format
+    from qwen.checkpoint.loading import chat_format
     from qwen.quantization import gigabytes
 
     say(f"{'matrix':14}{'mean loss':>12}{'worst':>12}  in layer")
@@ -139,7 +139,7 @@ def report(outcome: "Outcome", out: str) -> None:
 def conversations(arguments: argparse.Namespace, source: str) -> tuple[list[list[int]], int]:
     """Token ids of the conversations that calibrate, and how many there are to choose from."""
     from qwen.chat_files import ConversationFile
-    from qwen.loading import BUNDLED_CHAT, load_tokenizer
+    from qwen.checkpoint.loading import BUNDLED_CHAT, load_tokenizer
     from qwen.quantization import calibration_samples
 
     if arguments.data_path is None:

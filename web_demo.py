@@ -153,7 +153,7 @@ def main() -> int:
         check_address(arguments.server_name, arguments.server_port)
         import gradio  # noqa: F401  # a missing library should be known before gigabytes are loaded
 
-        from qwen.loading import load_model_quietly
+        from qwen.checkpoint.loading import load_model_quietly
 
         model, tokenizer = load_model_quietly(
             arguments.checkpoint_path,

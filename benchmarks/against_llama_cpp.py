@@ -23,8 +23,8 @@ import torch
 from llama_cpp import Llama
 
 from qwen import make_context
+from qwen.checkpoint.loading import load_model
 from qwen.export import export_gguf
-from qwen.loading import load_model
 
 PROMPTS = [
     "Hello!",

@@ -18,7 +18,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
 
-from qwen.loading import load_model
+from qwen.checkpoint.loading import load_model
 
 QUESTIONS = [
     "Hello, who are you?",

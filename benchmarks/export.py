@@ -28,9 +28,9 @@ from safetensors.torch import save_file
 from transformers import Qwen2ForCausalLM
 
 from qwen import QWenLMHeadModel
-from qwen.checkpoint_files import weight_files
+from qwen.checkpoint.files import weight_files
 from qwen.export import export_gguf, export_qwen2
-from qwen.loading import BUNDLED_CHAT
+from qwen.checkpoint.loading import BUNDLED_CHAT
 from qwen.quiet import quiet_loading
 
 

@@ -25,9 +25,9 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import torch
 from random_models import SHAPES, random_model
 
+from qwen.checkpoint.loading import BUNDLED_BASE, load_model_quietly
 from qwen.evaluation.language_model import LanguageModel
 from qwen.evaluation.task import Case
-from qwen.loading import BUNDLED_BASE, load_model_quietly
 
 WORDS = ("a", "the", "of", "in", "to", "which", "is", "when", "by", "with", "force", "energy", "law", "state", "time")
 LETTERS = ("A", "B", "C", "D")

@@ -46,8 +46,8 @@ from qwen2 import as_qwen2
 from random_models import SHAPES, config, fill, random_model, write_quantized
 
 from qwen import QWenConfig, QWenLMHeadModel
-from qwen.hubs import add_hub_argument, use
-from qwen.loading import check_checkpoint, load_config, load_model_quietly, resolve
+from qwen.checkpoint.hub import add_hub_argument, use
+from qwen.checkpoint.loading import check_checkpoint, load_config, load_model_quietly, resolve
 from qwen.model.loading_options_qwen import is_gptq
 from qwen.quiet import quiet_loading
 

@@ -17,7 +17,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 from checkpoints.recipe.evaluate import all_cases, answer, score
 from checkpoints.recipe.quantize import calibration
-from qwen.loading import BUNDLED_CHAT, load_model_quietly
+from qwen.checkpoint.loading import BUNDLED_CHAT, load_model_quietly
 from qwen.quantization import quantize
 from qwen.quiet import quiet_loading
 

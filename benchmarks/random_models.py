@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from transformers.initialization import no_init_weights
 
 from qwen import QWenConfig, QWenLMHeadModel
-from qwen.loading import BUNDLED_CHAT_INT4
+from qwen.checkpoint.loading import BUNDLED_CHAT_INT4
 
 # hidden_size, layers, heads, width of the MLP, rows of the embedding
 SHAPES = {

@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from qwen.loading import load_tokenizer
+from qwen.checkpoint.loading import load_tokenizer
 
 SERVER = Path(__file__).resolve().parent.parent / "openai_api.py"
 CLIENTS = 16

@@ -19,12 +19,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # qwen, where it is not installed
 
+from qwen.checkpoint.loading import BUNDLED_BASE, check_checkpoint, load_config, load_tokenizer, resolve
 from qwen.evaluation.data_files import DataError
 from qwen.evaluation.harness import at_least_1, main
 from qwen.evaluation.language_model import LanguageModel
 from qwen.evaluation.task import Case, Score, Task, by_group, mean
 from qwen.evaluation.texts import read_texts
-from qwen.loading import BUNDLED_BASE, check_checkpoint, load_config, load_tokenizer, resolve
 
 SWITCHES = {"dynamic_ntk": "use_dynamic_ntk", "logn": "use_logn_attn", "window_attn": "use_window_attn"}
 TOGETHER = ((), ("dynamic_ntk",), ("dynamic_ntk", "logn"), ("dynamic_ntk", "logn", "window_attn"))

@@ -21,12 +21,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # qwen, where it is not installed
 
+from qwen.checkpoint.loading import BUNDLED_CHAT, check_chat, load_config, load_tokenizer, resolve
 from qwen.evaluation.data_files import DataError
 from qwen.evaluation.harness import at_least_1, main
 from qwen.evaluation.language_model import LanguageModel
 from qwen.evaluation.task import Case, Score, Task, by_group, mean
 from qwen.evaluation.texts import read_texts
-from qwen.loading import BUNDLED_CHAT, check_chat, load_config, load_tokenizer, resolve
 from qwen.model.qwen_generation_utils import DEFAULT_SYSTEM, make_context
 
 NEEDLE, QUESTION = "door: 7351;", "What is door?"

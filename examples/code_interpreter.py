@@ -18,9 +18,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # qwen, where it is not installed
 
+from qwen.checkpoint.hub import add_hub_argument
+from qwen.checkpoint.loading import load_model_quietly
 from qwen.code_interpreter import MAX_STEPS, OUTPUT_BYTES, Answer, Call, Output, solve
-from qwen.hubs import add_hub_argument
-from qwen.loading import load_model_quietly
 from qwen.sandbox import Limits, Sandbox, SandboxUnavailable
 from qwen.sandbox.arguments import add_sandbox_arguments
 

@@ -23,8 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # qwen, where i
 
 import torch
 
-from qwen.hubs import add_hub_argument
-from qwen.loading import load_model_quietly
+from qwen.checkpoint.hub import add_hub_argument
+from qwen.checkpoint.loading import load_model_quietly
 from qwen.model.qwen_generation_utils import DEFAULT_SYSTEM, make_context
 from qwen.react import STOP_WORD, extend_stop_words, observation_text, parse_response, tool_prompt
 

@@ -33,11 +33,11 @@ from filelock import FileLock
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
 from qwen import QWenTokenizer
-from qwen.checkpoint_files import VOCABULARY, CheckpointError, check_vocabulary, read_json
+from qwen.checkpoint.files import VOCABULARY, CheckpointError, check_vocabulary, read_json
+from qwen.checkpoint.hub import add_hub_argument, use
+from qwen.checkpoint.loading import check_chat, resolve
+from qwen.checkpoint.source import open_source
 from qwen.export import export_qwen2
-from qwen.export.source import open_source
-from qwen.hubs import add_hub_argument, use
-from qwen.loading import check_chat, resolve
 from qwen.model.qwen_generation_utils import (
     DEFAULT_SYSTEM,
     History,

@@ -48,8 +48,8 @@ def main() -> int:
     try:
         import torch
 
+        from qwen.checkpoint.hub import use
         from qwen.finetuning.merging import is_approximate, merge
-        from qwen.hubs import use
         from qwen.quiet import quiet_loading
 
         use(arguments.hub)

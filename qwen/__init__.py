@@ -7,10 +7,9 @@ with this code, whatever code lies beside its weights.
 from . import quiet  # noqa: F401  the first, for it is about the next
 
 # isort: split
-import os
-
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
+from ._moved import old_paths
 from .model.configuration_qwen import QWenConfig
 from .model.modeling_qwen import QWenLMHeadModel, QWenModel
 from .model.qwen_generation_utils import decode_tokens, get_stop_words_ids, make_context
@@ -33,7 +32,7 @@ QWenModel.register_for_auto_class("AutoModel")
 QWenLMHeadModel.register_for_auto_class("AutoModelForCausalLM")
 QWenTokenizer.register_for_auto_class("AutoTokenizer")
 
-__path__.append(os.path.join(os.path.dirname(__file__), "_moved"))  # aliases of old module paths, searched last
+__path__.append(old_paths(__name__))  # searched last
 
 __all__ = [
     "QWenConfig",

@@ -9,7 +9,7 @@ from typing import Any
 from modelscope.pipelines.builder import PIPELINES
 from modelscope.utils.constant import Tasks
 
-from .loading import check_chat, load_model
+from .checkpoint.loading import check_chat, load_model
 from .model.qwen_generation_utils import History
 from .modelscope_pipeline import TYPE
 

@@ -20,8 +20,8 @@ import torch
 from forked import ROOT, run_script
 
 from qwen.chat_data import encode_sample, pad_samples
+from qwen.checkpoint.loading import load_model
 from qwen.finetuning.vocabulary import expand_embeddings, merge_pieces, single_bytes
-from qwen.loading import load_model
 from qwen.model.configuration_qwen import QWenConfig
 from qwen.model.modeling_qwen import QWenLMHeadModel
 from qwen.model.tokenization_qwen import SPLIT_PATTERN, QWenTokenizer

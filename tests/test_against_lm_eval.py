@@ -19,8 +19,8 @@ import pytest
 import torch
 from evaluation_runs import read_records, read_scores
 
+from qwen.checkpoint.loading import load_model, load_tokenizer
 from qwen.evaluation import harness
-from qwen.loading import load_model, load_tokenizer
 
 LETTERS = "ABCD"
 KEYWORDS = ("for", "while", "def", "class", "return", "import", "yield", "raise")

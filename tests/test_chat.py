@@ -226,7 +226,7 @@ def test_a_closed_stream_stops_computing(chat):
 
 def test_an_exit_in_the_middle_of_a_stream_is_clean(tiny_chat_checkpoint):
     script = (
-        "import sys; from qwen.loading import load_model; model, tokenizer = load_model(sys.argv[1]); "
+        "import sys; from qwen.checkpoint.loading import load_model; model, tokenizer = load_model(sys.argv[1]); "
         "stream = model.chat_stream(tokenizer, 'hello', max_new_tokens=3000); print(next(stream))"
     )
     result = subprocess.run(

@@ -17,7 +17,7 @@ from qwen.chat_data import (
     pack_samples,
     pad_samples,
 )
-from qwen.loading import load_model
+from qwen.checkpoint.loading import load_model
 from qwen.model.qwen_generation_utils import DEFAULT_SYSTEM
 from qwen.model.tokenization_qwen import QWenTokenizer
 

@@ -15,7 +15,7 @@ from documents import APART, NOT_RUN, RUN, Block, Document, pages, table_of_bloc
 from reader_machine import PUBLISHED
 from run_document import commands_of, difference, questions_of
 
-from qwen import loading
+from qwen.checkpoint import loading
 
 DOCUMENTS = [Document(page) for page in pages()]
 BLOCKS = [block for document in DOCUMENTS for block in document.blocks]

@@ -12,10 +12,10 @@ import evaluate_leval
 import pytest
 from evaluation_runs import results, run_script, write_csv, write_jsonl
 
+from qwen.checkpoint.loading import load_model
 from qwen.evaluation import harness
 from qwen.evaluation.language_model import LanguageModel
 from qwen.evaluation.task import Case
-from qwen.loading import load_model
 
 TASKS = {
     "chat_mmlu": evaluate_chat_mmlu.EvaluateChatMMLU,

@@ -17,10 +17,10 @@ import evaluate_mbpp
 import pytest
 from evaluation_runs import results
 
+from qwen.checkpoint.loading import load_model
 from qwen.evaluation import harness
 from qwen.evaluation.data_files import DataError
 from qwen.evaluation.language_model import LanguageModel
-from qwen.loading import load_model
 from qwen.sandbox import SandboxUnavailable
 
 TASKS = {

@@ -20,10 +20,10 @@ import pytest
 import torch
 from evaluation_runs import read_records, read_scores, run_script, write_csv
 
+from qwen.checkpoint.loading import load_model
 from qwen.evaluation import harness
 from qwen.evaluation.data_files import DataError
 from qwen.evaluation.subjects import CEVAL, CMMLU, LETTERS, MMLU, SubjectSet, averages, read_subjects
-from qwen.loading import load_model
 
 TASKS = {
     "mmlu": evaluate_mmlu.EvaluateMMLU,

@@ -8,10 +8,10 @@ import evaluate_plugin
 import pytest
 from evaluation_runs import results, run_script, write_jsonl
 
+from qwen.checkpoint.loading import load_model
 from qwen.evaluation import harness
 from qwen.evaluation.agent import FirstCallAgent
 from qwen.evaluation.language_model import LanguageModel
-from qwen.loading import load_model
 from qwen.react import tool_prompt
 
 WEATHER = {

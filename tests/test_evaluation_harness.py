@@ -14,12 +14,12 @@ import torch
 from evaluation_runs import read_records
 from forked import Script
 
+from qwen.checkpoint.loading import load_model
 from qwen.evaluation.data_files import DataError, existing, read_csv, read_json, read_jsonl
 from qwen.evaluation.harness import main
 from qwen.evaluation.language_model import LanguageModel, StopStrings, cut
 from qwen.evaluation.task import Case, Score, Task
 from qwen.evaluation.texts import read_texts
-from qwen.loading import load_model
 
 SUMS = [(12, 30), (47, 38), (5, 6), (21, 13), (60, 19), (33, 44), (8, 90)]
 

@@ -16,8 +16,8 @@ import pytest
 from forked import ROOT, run_script
 from server_process import ServerProcess
 
+from qwen.checkpoint.loading import load_model
 from qwen.code_interpreter import code_of
-from qwen.loading import load_model
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 import code_interpreter

@@ -19,10 +19,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPTQConfig, Qwen2F
 
 import export
 from qwen import QWenConfig, QWenLMHeadModel
-from qwen.checkpoint_files import CheckpointError
+from qwen.checkpoint.files import CheckpointError
+from qwen.checkpoint.loading import BUNDLED_CHAT_INT4, load_model, load_tokenizer
 from qwen.export import export_gguf, export_qwen2
 from qwen.export.tokenizer_json import fast_tokenizer
-from qwen.loading import BUNDLED_CHAT_INT4, load_model, load_tokenizer
 from qwen.model.tokenization_qwen import QWenTokenizer
 
 QUESTIONS = [
@@ -528,7 +528,7 @@ def test_errors_of_the_command(arguments: list[str], said: str, run, source: Pat
 
 @pytest.mark.parametrize("out", ["out", "out.gguf"])
 def test_ctrl_c_leaves_nothing(out: str, run, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import qwen.export.weights as weights
+    import qwen.checkpoint.weights as weights
 
     def interrupted(self, name: str) -> None:
         raise KeyboardInterrupt

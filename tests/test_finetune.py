@@ -113,7 +113,7 @@ def replies(folder: Path, questions: list[str]) -> list[str]:
     """What the model in a folder, or the adapter with its base, answers (greedily)."""
     from transformers import GenerationConfig
 
-    from qwen.loading import load_model, load_tokenizer
+    from qwen.checkpoint.loading import load_model, load_tokenizer
 
     if (folder / "adapter_config.json").exists():
         from peft import AutoPeftModelForCausalLM
@@ -433,7 +433,7 @@ def chatml(turns: list[tuple[str, str]], tokenizer: Any) -> tuple[torch.Tensor, 
 @torch.no_grad()
 def loss_by_hand(folder: Path, data: Path, system: str = "You are a helpful assistant.", smoothing: float = 0) -> float:
     """Nats a learned token, sample by sample. Smoothed, it should have been any token in that share of the cases."""
-    from qwen.loading import load_model
+    from qwen.checkpoint.loading import load_model
 
     model, tokenizer = load_model(folder, cpu_only=True, fp32=True)
     total = number = 0.0

@@ -25,7 +25,7 @@ from forked import Child, main
 from safetensors.torch import load_file
 from transformers import get_cosine_schedule_with_warmup
 
-from qwen.loading import load_model
+from qwen.checkpoint.loading import load_model
 
 ROOT = Path(__file__).resolve().parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "PORT"]

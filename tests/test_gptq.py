@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPTQConfig
 
 from qwen.chat_data import encode_conversation, pad_samples
-from qwen.loading import BUNDLED_CHAT_INT4, CheckpointError, load_model
+from qwen.checkpoint.loading import BUNDLED_CHAT_INT4, CheckpointError, load_model
 from qwen.model.configuration_qwen import QWenConfig
 from qwen.model.modeling_qwen import QWenLMHeadModel
 

@@ -14,9 +14,16 @@ from evaluation_runs import run_script
 from modelscope_server import Hub
 from safetensors.torch import save_file
 
-from qwen import hubs
-from qwen.checkpoint_files import CheckpointError
-from qwen.loading import check_chat, check_checkpoint, load_config, load_model, load_model_quietly, load_tokenizer
+from qwen.checkpoint import hub as hubs
+from qwen.checkpoint.files import CheckpointError
+from qwen.checkpoint.loading import (
+    check_chat,
+    check_checkpoint,
+    load_config,
+    load_model,
+    load_model_quietly,
+    load_tokenizer,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 CHAT, BASE = "Qwen/Qwen-7B-Chat", "Qwen/Qwen-7B"

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 import qwen  # noqa: F401  registers the classes
 from qwen import QWenLMHeadModel
-from qwen.loading import load_model
+from qwen.checkpoint.loading import load_model
 from qwen.model.kv_cache_qwen import (
     TILE,
     QuantizedKVCache,

@@ -1,4 +1,4 @@
-"""qwen.loading: good checkpoints load, and every way in which one can be broken is said in a sentence with a remedy."""
+"""qwen.checkpoint: good checkpoints load, and every way in which one can be broken is said in a sentence with a remedy."""
 
 import importlib.util
 import json
@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from qwen import loading
-from qwen.loading import CheckpointError, check_chat, check_checkpoint, load_model, load_tokenizer
+from qwen.checkpoint import loading
+from qwen.checkpoint.loading import CheckpointError, check_chat, check_checkpoint, load_model, load_tokenizer
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 123\n"
 

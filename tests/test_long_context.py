@@ -9,8 +9,8 @@ import needle
 import pytest
 import torch
 
+from qwen.checkpoint.loading import load_model
 from qwen.evaluation.harness import main
-from qwen.loading import load_model
 
 
 @pytest.fixture
@@ -89,7 +89,7 @@ def test_a_needle_is_found_where_the_toy_can(tmp_path, capsys):
 def test_depths_and_lengths_are_what_they_say(bundled_chat):
     import argparse
 
-    from qwen.loading import load_tokenizer
+    from qwen.checkpoint.loading import load_tokenizer
     from qwen.model.qwen_generation_utils import DEFAULT_SYSTEM, make_context
 
     parser = argparse.ArgumentParser()

@@ -20,12 +20,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from qwen.chat_data import encode_conversation, pad_samples
+from qwen.checkpoint.loading import BUNDLED_CHAT_INT4, CheckpointError, check_chat, load_model, load_tokenizer
 from qwen.finetuning.arguments import ArgumentError, Arguments, DataArguments, LoraArguments, ModelArguments
 from qwen.finetuning.arguments import TrainingArguments as FinetuningArguments
 from qwen.finetuning.merging import is_approximate, merge
 from qwen.finetuning.model import chat_generation_config, load_for_training
 from qwen.finetuning.vocabulary import expand_embeddings
-from qwen.loading import BUNDLED_CHAT_INT4, CheckpointError, check_chat, load_model, load_tokenizer
 from qwen.model.modeling_qwen import QWenLMHeadModel
 from qwen.model.tokenization_qwen import QWenTokenizer
 

@@ -13,7 +13,7 @@ import pytest
 from pydantic import TypeAdapter
 from server_process import ServerProcess
 
-from qwen.loading import load_model
+from qwen.checkpoint.loading import load_model
 from qwen.model.qwen_generation_utils import make_context
 from qwen.react import ReplyReader
 from qwen.serving.chat import ChatWriter, Offer, collect

@@ -12,7 +12,7 @@ from fastapi import FastAPI
 from pydantic import TypeAdapter
 from server_process import ServerProcess
 
-from qwen.loading import load_model
+from qwen.checkpoint.loading import load_model
 from qwen.serving.app import Settings, create_app
 from qwen.serving.engine import Engine
 from qwen.serving.responses import Completion

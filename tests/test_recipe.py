@@ -175,7 +175,7 @@ def test_evaluation_is_deterministic():
 
 
 def test_bundled_folders_load_and_fit():
-    from qwen.loading import load_model
+    from qwen.checkpoint.loading import load_model
 
     total = sum(
         path.stat().st_size

@@ -14,8 +14,8 @@ from documents import Document
 from forked import ROOT, run_script, start_forking
 
 from qwen.chat_data import check_sample
+from qwen.checkpoint.loading import load_model
 from qwen.finetuning.arguments import DataArguments, LoraArguments, ModelArguments, TrainingArguments, parse
-from qwen.loading import load_model
 
 PAGE = (ROOT / "docs" / "finetuning.md").read_text(encoding="utf-8")
 SH, PYTHON = (re.findall(rf"^```{language}\n(.*?)^```$", PAGE, re.S | re.M) for language in ("(?:ba)?sh", "python"))
@@ -131,7 +131,7 @@ def test_the_adapter_merges(run: Run, lora: Path) -> None:
     code = the(PYTHON, "AutoPeftModelForCausalLM")
     code += (
         'for folder in ("output_qwen_merged", "output_qwen_merged_by_peft"):\n'
-        "    from qwen.loading import load_model_quietly\n"
+        "    from qwen.checkpoint.loading import load_model_quietly\n"
         '    print(load_model_quietly(folder)[0].chat(tokenizer, "Who are you?", history=None, do_sample=False)[0])\n'
     )
     (run.folder / "merge.py").write_text(code, encoding="utf-8")

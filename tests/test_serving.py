@@ -21,7 +21,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from qwen.loading import load_model
+from qwen.checkpoint.loading import load_model
 from qwen.model.qwen_generation_utils import DEFAULT_SYSTEM, make_context
 from qwen.serving import scheduler as scheduler_module
 from qwen.serving.engine import Engine, EngineError, PromptTooLong, QueueFull, SchedulerClosed

@@ -22,9 +22,9 @@ import pytest
 import torch
 from transformers import Qwen2ForCausalLM
 
-from qwen.checkpoint_files import CheckpointError
+from qwen.checkpoint.files import CheckpointError
+from qwen.checkpoint.loading import BUNDLED_CHAT_INT4, load_model
 from qwen.export import export_qwen2
-from qwen.loading import BUNDLED_CHAT_INT4, load_model
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 import vllm_wrapper

@@ -10,7 +10,7 @@ from transformers import AttentionInterface, StaticCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from qwen import QWenConfig, QWenLMHeadModel
-from qwen.loading import load_model
+from qwen.checkpoint.loading import load_model
 from qwen.model.modeling_qwen import logn_scale, rotary_tables, rotate
 from qwen.serving.engine import Engine
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 import qwen
-from qwen.checkpoint_files import let_others_read
+from qwen.checkpoint.files import let_others_read
 
 
 def publish(model: qwen.QWenLMHeadModel, tokenizer: qwen.QWenTokenizer, folder: Path, stage: str) -> None:

@@ -11,7 +11,7 @@ import shutil
 from itertools import islice
 from pathlib import Path
 
-from qwen.loading import BUNDLED_CHAT, BUNDLED_CHAT_INT4, load_tokenizer
+from qwen.checkpoint.loading import BUNDLED_CHAT, BUNDLED_CHAT_INT4, load_tokenizer
 from qwen.quantization import quantize
 
 from .conversations import conversations

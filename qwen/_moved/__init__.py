@@ -7,14 +7,26 @@ search this folder after their own (`__path__`), so no import hook is needed.
 import importlib
 import sys
 import warnings
+from pathlib import Path
 
 MOVED: dict[str, str] = {
+    "qwen.adapters": "qwen.checkpoint.adapters",
     "qwen.cache_qwen": "qwen.model.kv_cache_qwen",
+    "qwen.checkpoint_files": "qwen.checkpoint.files",
+    "qwen.export.source": "qwen.checkpoint.source",
+    "qwen.export.weights": "qwen.checkpoint.weights",
     "qwen.gptq_qwen": "qwen.model.gptq_qwen",
+    "qwen.hubs": "qwen.checkpoint.hub",
     "qwen.kernels_qwen": "qwen.model.kv_cache_triton_qwen",
     "qwen.options_qwen": "qwen.model.loading_options_qwen",
+    "qwen.target_folder": "qwen.checkpoint.staging",
     "qwen.window_qwen": "qwen.model.window_attention_qwen",
 }
+
+
+def old_paths(package: str) -> str:
+    """The folder of aliases for the submodules of a package, to append to its `__path__`."""
+    return str(Path(__file__).parent.joinpath(*package.split(".")[1:]))
 
 
 def redirect(old: str) -> None:
@@ -27,4 +39,6 @@ def redirect(old: str) -> None:
     warnings.warn(
         f"{old} has moved: import {new}. The old path goes with the next release.", FutureWarning, stacklevel=3
     )
-    sys.modules[old] = importlib.import_module(new)
+    for name, target in MOVED.items():
+        if name == old or name.startswith(f"{old}."):
+            sys.modules[name] = importlib.import_module(target)

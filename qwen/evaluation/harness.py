@@ -24,8 +24,8 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 from transformers import set_seed
 
-from ..hubs import add_hub_argument, use
-from ..loading import BUNDLED_BASE, BUNDLED_CHAT, load_model_quietly, resolve
+from ..checkpoint.hub import add_hub_argument, use
+from ..checkpoint.loading import BUNDLED_BASE, BUNDLED_CHAT, load_model_quietly, resolve
 from ..sandbox import SandboxUnavailable
 from .data_files import DataError
 from .language_model import LanguageModel

@@ -5,7 +5,10 @@ length; `gguf_file` writes llama.cpp's format. Both work tensor by tensor and ne
 model runs.
 """
 
+from .._moved import old_paths
 from .gguf_file import export_gguf
 from .qwen2 import export_qwen2
+
+__path__.append(old_paths(__name__))
 
 __all__ = ["export_gguf", "export_qwen2"]

@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ..checkpoint_files import CheckpointError
+from ..checkpoint.files import CheckpointError
+from ..checkpoint.source import Source, open_source
+from ..checkpoint.weights import Weights
 from ..model.configuration_qwen import QWenConfig
 from ..model.gptq_qwen import PARTS
 from .layout import EMBEDDING, HEAD, NORM, dequantized, split_name, wanted
 from .limits import check_network, exact_length, remarks, rope_base
-from .source import Source, open_source
 from .tokenizer_json import as_text, chat_template, merges
-from .weights import Weights
 
 OUTSIDE = {EMBEDDING: "token_embd", NORM: "output_norm", HEAD: "output"}
 IN_LAYER = {

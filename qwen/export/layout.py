@@ -6,10 +6,10 @@ integers stand for.
 
 import torch
 
-from ..checkpoint_files import CheckpointError
+from ..checkpoint.files import CheckpointError
+from ..checkpoint.weights import Weights
 from ..model.configuration_qwen import QWenConfig
 from ..model.gptq_qwen import PARTS
-from .weights import Weights
 
 EMBEDDING, NORM, HEAD = "transformer.wte", "transformer.ln_f", "lm_head"
 IN_LAYERS = ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.w1", "mlp.w2", "mlp.c_proj")

@@ -17,15 +17,15 @@ from tqdm import tqdm
 from transformers import Qwen2Config
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
-from ..checkpoint_files import SAFETENSORS, SAFETENSORS_INDEX, let_others_read
-from ..loading import resolve
+from ..checkpoint.files import SAFETENSORS, SAFETENSORS_INDEX, let_others_read
+from ..checkpoint.loading import resolve
+from ..checkpoint.source import Source, open_source
+from ..checkpoint.staging import check_target, filled_at_the_end
+from ..checkpoint.weights import Weights
 from ..model.configuration_qwen import QWenConfig
-from ..target_folder import check_target, filled_at_the_end
 from .layout import BIASED, EMBEDDING, HEAD, NORM, split_name, wanted
 from .limits import check_network, exact_length, remarks, rope_base
-from .source import Source, open_source
 from .tokenizer_json import write_tokenizer
-from .weights import Weights
 
 OUTSIDE = {EMBEDDING: "model.embed_tokens", NORM: "model.norm", HEAD: "lm_head"}
 IN_LAYER = {

@@ -16,7 +16,7 @@ import torch
 import transformers
 from transformers import HfArgumentParser
 
-from ..hubs import HUBS
+from ..checkpoint.hub import HUBS
 from ..model.qwen_generation_utils import DEFAULT_SYSTEM
 from .legacy_arguments import modernized
 from .processes import allow_fsdp_on_cpu, join_deepspeed

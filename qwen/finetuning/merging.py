@@ -1,7 +1,7 @@
 """An adapter and its base model → one folder that needs neither.
 
 Revolves around what must not happen to weights: an approximation that nobody was told of, rounding twice, something
-written over. How an adapter goes into a model, `qwen.adapters` knows.
+written over. How an adapter goes into a model, `qwen.checkpoint.adapters` knows.
 """
 
 import os
@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from ..adapters import ADAPTER_CONFIG, check_adapter, is_adapter, recorded_base
-from ..checkpoint_files import BIN, BIN_INDEX, SAFETENSORS, SAFETENSORS_INDEX, CheckpointError, let_others_read
-from ..loading import load_config, load_with_adapter, resolve
+from ..checkpoint.adapters import ADAPTER_CONFIG, check_adapter, is_adapter, recorded_base
+from ..checkpoint.files import BIN, BIN_INDEX, SAFETENSORS, SAFETENSORS_INDEX, CheckpointError, let_others_read
+from ..checkpoint.loading import load_config, load_with_adapter, resolve
 
 
 def merge(

@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig, GPTQConfig, PreTrainedModel
 
-from ..adapters import ADAPTER_CONFIG, check_adapter, is_adapter, put_on
-from ..checkpoint_files import read_json
-from ..hubs import use
-from ..loading import (
+from ..checkpoint.adapters import ADAPTER_CONFIG, check_adapter, is_adapter, put_on
+from ..checkpoint.files import read_json
+from ..checkpoint.hub import use
+from ..checkpoint.loading import (
     BUNDLED_CHAT_INT4,
     chat_format,
     check_checkpoint,

@@ -14,7 +14,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput
 
 from ..chat_data import IGNORE_INDEX
-from ..checkpoint_files import let_others_read
+from ..checkpoint.files import let_others_read
 from ..model.modeling_qwen import QWenLMHeadModel
 from .arguments import zero_stage
 

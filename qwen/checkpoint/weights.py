@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..checkpoint_files import CheckpointError, first_line, weight_files
+from .files import CheckpointError, first_line, weight_files
 
 
 class Weights(Mapping[str, torch.Tensor]):

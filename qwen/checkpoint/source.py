@@ -11,12 +11,12 @@ from typing import Any
 from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
-from .. import hubs
-from ..adapters import is_adapter
-from ..checkpoint_files import BIN, BIN_INDEX, SAFETENSORS, SAFETENSORS_INDEX, CheckpointError, read_json
-from ..loading import chat_format, check_checkpoint, load_config, load_tokenizer, resolve
 from ..model.configuration_qwen import QWenConfig
 from ..model.tokenization_qwen import QWenTokenizer
+from . import hub as hubs
+from .adapters import is_adapter
+from .files import BIN, BIN_INDEX, SAFETENSORS, SAFETENSORS_INDEX, CheckpointError, read_json
+from .loading import chat_format, check_checkpoint, load_config, load_tokenizer, resolve
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from transformers.utils import CONFIG_NAME
 from transformers.utils.logging import is_progress_bar_enabled
 
-from .checkpoint_files import CheckpointError, first_line
+from .files import CheckpointError, first_line
 
 if TYPE_CHECKING:
     from modelscope_hub import FileInfo, HubApi

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .checkpoint_files import CheckpointError, is_complete, is_lfs_pointer, listing, pointer_text, read_json
-from .model.modeling_qwen import QWenLMHeadModel
+from ..model.modeling_qwen import QWenLMHeadModel
+from .files import CheckpointError, is_complete, is_lfs_pointer, listing, pointer_text, read_json
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -15,9 +15,9 @@ from pathlib import Path
 
 from transformers.utils import CONFIG_NAME
 
+from ..model.configuration_qwen import QWenConfig
 from .adapters import ADAPTER_CONFIG
-from .checkpoint_files import BIN, BIN_INDEX, SAFETENSORS, SAFETENSORS_INDEX, CheckpointError, read_json
-from .model.configuration_qwen import QWenConfig
+from .files import BIN, BIN_INDEX, SAFETENSORS, SAFETENSORS_INDEX, CheckpointError, read_json
 
 _WORK = ".unfinished-"  # how the folder begins that is filled meanwhile
 _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
