@@ -60,8 +60,8 @@ def run(argv: list[str]) -> int:
 
     from safetensors import SafetensorError
 
-    from qwen.chat_data import MalformedSample
-    from qwen.chat_files import DataFileError
+    from qwen.data.conversation_file import DataFileError
+    from qwen.data.samples import MalformedSample
     from qwen.finetuning.run import finetune
 
     try:

@@ -138,8 +138,8 @@ def report(outcome: "Outcome", out: str) -> None:
 
 def conversations(arguments: argparse.Namespace, source: str) -> tuple[list[list[int]], int]:
     """Token ids of the conversations that calibrate, and how many there are to choose from."""
-    from qwen.chat_files import ConversationFile
     from qwen.checkpoint.loading import BUNDLED_CHAT, load_tokenizer
+    from qwen.data.conversation_file import ConversationFile
     from qwen.quantization import calibration_samples
 
     if arguments.data_path is None:

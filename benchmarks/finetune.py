@@ -32,7 +32,7 @@ from random_models import SHAPES, config, write_quantized
 from transformers import Qwen2ForCausalLM, Trainer, TrainerCallback
 
 from qwen import QWenLMHeadModel
-from qwen.chat_datasets import Collator
+from qwen.data.datasets import Collator
 from qwen.export.qwen2 import qwen2_config
 from qwen.finetuning.arguments import LoraArguments, TrainingArguments, parse
 from qwen.finetuning.model import EMBEDDINGS, add_lora, load_for_training

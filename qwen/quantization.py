@@ -32,7 +32,6 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, cached_file
 from transformers.utils.hub import convert_file_size_to_int
 
-from .chat_data import encode_sample
 from .checkpoint.adapters import is_adapter
 from .checkpoint.files import (
     CheckpointError,
@@ -42,6 +41,7 @@ from .checkpoint.files import (
 )
 from .checkpoint.loading import check_checkpoint, load_config, load_model, resolve
 from .checkpoint.staging import check_target, filled_at_the_end
+from .data.samples import encode_sample
 from .model.configuration_qwen import QWenConfig
 from .model.loading_options_qwen import PRECISIONS
 from .model.modeling_qwen import QWenLMHeadModel

@@ -19,8 +19,8 @@ import tiktoken
 import torch
 from forked import ROOT, run_script
 
-from qwen.chat_data import encode_sample, pad_samples
 from qwen.checkpoint.loading import load_model
+from qwen.data.samples import encode_sample, pad_samples
 from qwen.finetuning.vocabulary import expand_embeddings, merge_pieces, single_bytes
 from qwen.model.configuration_qwen import QWenConfig
 from qwen.model.modeling_qwen import QWenLMHeadModel

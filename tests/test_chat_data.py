@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from qwen.chat_data import (
+from qwen.checkpoint.loading import load_model
+from qwen.data.samples import (
     IGNORE_INDEX,
     MalformedSample,
     check_sample,
@@ -17,7 +18,6 @@ from qwen.chat_data import (
     pack_samples,
     pad_samples,
 )
-from qwen.checkpoint.loading import load_model
 from qwen.model.qwen_generation_utils import DEFAULT_SYSTEM
 from qwen.model.tokenization_qwen import QWenTokenizer
 

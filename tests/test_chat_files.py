@@ -15,10 +15,10 @@ import torch
 from forked import ROOT, start_forking
 from torch.utils.data import DataLoader
 
-from qwen import chat_datasets, chat_files
-from qwen.chat_data import IGNORE_INDEX, MalformedSample, encode_sample, pack_samples, pad_samples
-from qwen.chat_datasets import Collator, PackedDataset, SupervisedDataset, best_fit_decreasing
-from qwen.chat_files import ConversationFile, DataFileError
+from qwen.data import conversation_file, datasets
+from qwen.data.conversation_file import ConversationFile, DataFileError
+from qwen.data.datasets import Collator, PackedDataset, SupervisedDataset, best_fit_decreasing
+from qwen.data.samples import IGNORE_INDEX, MalformedSample, encode_sample, pack_samples, pad_samples
 from qwen.model.tokenization_qwen import QWenTokenizer
 
 
@@ -75,7 +75,7 @@ FORMATS = {
 def test_formats(text, mark, write, monkeypatch):
     path = write(mark + text.encode())
     for chunk in (*range(1, 20), 61, 1 << 18):  # every border there can be
-        monkeypatch.setattr(chat_files, "_CHUNK", chunk)
+        monkeypatch.setattr(conversation_file, "_CHUNK", chunk)
         samples = ConversationFile(path)
         assert list(samples) == TEXTS, chunk
 
@@ -140,7 +140,7 @@ BROKEN = {
 @pytest.mark.parametrize("content, complaint", BROKEN.values(), ids=BROKEN)
 @pytest.mark.parametrize("chunk", [1, 64, 1 << 18])
 def test_broken_files(content, complaint, chunk, write, monkeypatch):
-    monkeypatch.setattr(chat_files, "_CHUNK", chunk)
+    monkeypatch.setattr(conversation_file, "_CHUNK", chunk)
     path = write(content)
     with pytest.raises(DataFileError, match=complaint) as error:
         ConversationFile(path)
@@ -163,7 +163,7 @@ def test_broken_files(content, complaint, chunk, write, monkeypatch):
 )
 @pytest.mark.parametrize("chunk", [1, 1 << 18])
 def test_malformed_samples_are_placed(content, complaint, chunk, write, monkeypatch):
-    monkeypatch.setattr(chat_files, "_CHUNK", chunk)
+    monkeypatch.setattr(conversation_file, "_CHUNK", chunk)
     path = write(content)
     with pytest.raises(MalformedSample, match=complaint) as error:
         ConversationFile(path)
@@ -171,10 +171,10 @@ def test_malformed_samples_are_placed(content, complaint, chunk, write, monkeypa
 
 
 def test_columns_count_characters_from_the_line(write, monkeypatch):
-    monkeypatch.setattr(chat_files, "_CHUNK", 7)
+    monkeypatch.setattr(conversation_file, "_CHUNK", 7)
     path = write(codecs.BOM_UTF8 + f"[\n{json.dumps('你好' * 50, ensure_ascii=False)} 😀".encode())
     with pytest.raises(DataFileError, match="line 2, column 104"):
-        list(chat_files._JsonReader(path.open("rb"), path))
+        list(conversation_file._JsonReader(path.open("rb"), path))
 
 
 def test_paths_that_are_no_file(tmp_path):
@@ -223,7 +223,7 @@ def test_changed_files_are_noticed(write):
 
 
 def test_change_while_it_is_indexed(write, monkeypatch):
-    monkeypatch.setattr(chat_files, "_CHUNK", 64)
+    monkeypatch.setattr(conversation_file, "_CHUNK", 64)
     path = write(as_lines([sample(i) for i in range(50)]))
 
     def append(checked, index):
@@ -231,7 +231,7 @@ def test_change_while_it_is_indexed(write, monkeypatch):
             with path.open("a") as file:
                 file.write("\n" + GOOD)
 
-    monkeypatch.setattr(chat_files, "check_sample", append)
+    monkeypatch.setattr(conversation_file, "check_sample", append)
     with pytest.raises(DataFileError, match="has changed"):
         ConversationFile(path)
 
@@ -248,7 +248,7 @@ def test_pickled_file_reads_elsewhere(write, monkeypatch, tmp_path):
 
 OPEN_LARGE_FILES = """
 import sys
-from qwen.chat_files import ConversationFile
+from qwen.data.conversation_file import ConversationFile
 
 def peak():
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) << 10
@@ -290,8 +290,8 @@ def test_large_files_are_streamed(tmp_path):
 
 def test_one_enormous_sample(write, monkeypatch):
     reads = []
-    read_on = chat_files._JsonReader._read_on
-    monkeypatch.setattr(chat_files._JsonReader, "_read_on", lambda reader: reads.append(1) or read_on(reader))
+    read_on = conversation_file._JsonReader._read_on
+    monkeypatch.setattr(conversation_file._JsonReader, "_read_on", lambda reader: reads.append(1) or read_on(reader))
     enormous = sample(0, "你好 " * 2_000_000, 'a "quoted" word ' * 500_000)  # 22 MB, 90 chunks
     path = write(json.dumps([sample(1), enormous, sample(2)], ensure_ascii=False))
     samples = ConversationFile(path)
@@ -302,7 +302,7 @@ def test_one_enormous_sample(write, monkeypatch):
 
 @pytest.mark.parametrize("progress", [False, True])
 def test_progress(progress, write, tokenizer, monkeypatch, capsys):
-    for module in (chat_files, chat_datasets):
+    for module in (conversation_file, datasets):
         monkeypatch.setattr(module, "PROGRESS_DELAY", 0)
     samples = ConversationFile(write(FORMATS["list"]), progress=progress)
     SupervisedDataset(samples, tokenizer, 64, progress=progress)

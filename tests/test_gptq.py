@@ -15,8 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPTQConfig
 
-from qwen.chat_data import encode_conversation, pad_samples
 from qwen.checkpoint.loading import BUNDLED_CHAT_INT4, CheckpointError, load_model
+from qwen.data.samples import encode_conversation, pad_samples
 from qwen.model.configuration_qwen import QWenConfig
 from qwen.model.modeling_qwen import QWenLMHeadModel
 

@@ -1,4 +1,4 @@
-"""qwen.checkpoint: good checkpoints load, and every way in which one can be broken is said in a sentence with a remedy."""
+"""qwen.checkpoint: good checkpoints load; what can be broken in one is named in a sentence with a remedy."""
 
 import importlib.util
 import json

@@ -19,8 +19,8 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
-from qwen.chat_data import encode_conversation, pad_samples
 from qwen.checkpoint.loading import BUNDLED_CHAT_INT4, CheckpointError, check_chat, load_model, load_tokenizer
+from qwen.data.samples import encode_conversation, pad_samples
 from qwen.finetuning.arguments import ArgumentError, Arguments, DataArguments, LoraArguments, ModelArguments
 from qwen.finetuning.arguments import TrainingArguments as FinetuningArguments
 from qwen.finetuning.merging import is_approximate, merge

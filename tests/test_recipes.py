@@ -13,8 +13,8 @@ import pytest
 from documents import Document
 from forked import ROOT, run_script, start_forking
 
-from qwen.chat_data import check_sample
 from qwen.checkpoint.loading import load_model
+from qwen.data.samples import check_sample
 from qwen.finetuning.arguments import DataArguments, LoraArguments, ModelArguments, TrainingArguments, parse
 
 PAGE = (ROOT / "docs" / "finetuning.md").read_text(encoding="utf-8")

@@ -19,8 +19,8 @@ from transformers import GPTQConfig
 
 import qwen.quantization
 import run_gptq
-from qwen.chat_files import ConversationFile
 from qwen.checkpoint.loading import BUNDLED_BASE, BUNDLED_CHAT_INT4, check_checkpoint, load_model, load_tokenizer
+from qwen.data.conversation_file import ConversationFile
 from qwen.model.configuration_qwen import QWenConfig
 from qwen.model.modeling_qwen import QWenLMHeadModel
 from qwen.quantization import calibration_samples, quantize

@@ -27,8 +27,8 @@ import torch
 from forked import ROOT, Script, run_script
 from playwright.sync_api import Browser, Locator, Page, Request, expect, sync_playwright
 
-from qwen.chat_data import encode_conversation, pad_samples
 from qwen.checkpoint.loading import load_model
+from qwen.data.samples import encode_conversation, pad_samples
 from qwen.serving.engine import Engine
 from qwen.serving.web_page import Page as WebPage
 from qwen.serving.web_page import text_message

@@ -17,7 +17,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, IterableDataset
 
-from qwen.chat_data import IGNORE_INDEX, encode_conversation, pad_samples
+from qwen.data.samples import IGNORE_INDEX, encode_conversation, pad_samples
 from qwen.model.configuration_qwen import QWenConfig
 from qwen.model.modeling_qwen import QWenLMHeadModel
 from qwen.model.tokenization_qwen import QWenTokenizer

@@ -12,6 +12,9 @@ from pathlib import Path
 MOVED: dict[str, str] = {
     "qwen.adapters": "qwen.checkpoint.adapters",
     "qwen.cache_qwen": "qwen.model.kv_cache_qwen",
+    "qwen.chat_data": "qwen.data.samples",
+    "qwen.chat_datasets": "qwen.data.datasets",
+    "qwen.chat_files": "qwen.data.conversation_file",
     "qwen.checkpoint_files": "qwen.checkpoint.files",
     "qwen.export.source": "qwen.checkpoint.source",
     "qwen.export.weights": "qwen.checkpoint.weights",

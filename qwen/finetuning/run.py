@@ -15,10 +15,10 @@ from pathlib import Path
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, set_seed
 
-from ..chat_data import IGNORE_INDEX
-from ..chat_datasets import Collator, PackedDataset, SupervisedDataset
-from ..chat_files import ConversationFile, DataFileError
 from ..checkpoint.adapters import ADAPTER_CONFIG, is_adapter
+from ..data.conversation_file import ConversationFile, DataFileError
+from ..data.datasets import Collator, PackedDataset, SupervisedDataset
+from ..data.samples import IGNORE_INDEX
 from ..model.tokenization_qwen import QWenTokenizer
 from .arguments import ArgumentError, Arguments, TrainingArguments
 from .interrupts import SaveOnInterrupt

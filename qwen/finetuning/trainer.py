@@ -13,8 +13,8 @@ from transformers import EvalPrediction, Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput
 
-from ..chat_data import IGNORE_INDEX
 from ..checkpoint.files import let_others_read
+from ..data.samples import IGNORE_INDEX
 from ..model.modeling_qwen import QWenLMHeadModel
 from .arguments import zero_stage
 

@@ -1,7 +1,7 @@
 """Files of conversations to samples.
 
 Revolves around one file, a JSON list or JSON Lines, which may be larger than memory: where each sample begins and ends,
-and what is wrong with it. What a sample is stands in `chat_data`; tokens are not known here.
+and what is wrong with it. What a sample is stands in `samples`; tokens are not known here.
 """
 
 import codecs
@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 from tqdm import tqdm
 
-from .chat_data import MalformedSample, check_sample
+from .samples import MalformedSample, check_sample
 
 _CHUNK = 1 << 18  # bytes read at a time; a window that stays in the processor's cache is read twice as fast
 _BLANK = re.compile(r"[ \t\r\n]*")

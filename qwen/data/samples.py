@@ -2,7 +2,7 @@
 
 Revolves around the supervised sample in ChatML: what its form is, what its tokens are, which of them are learned, and
 how several share a tensor, padded or packed. Fine-tuning, calibration and the bundled checkpoint's chat stage share it.
-It knows a tokenizer, but no files (those are in `chat_files`), data sets (`chat_datasets`) or trainers.
+It knows a tokenizer, but no files (those are in `conversation_file`), data sets (`datasets`) or trainers.
 """
 
 import weakref
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .model.qwen_generation_utils import DEFAULT_SYSTEM
+from ..model.qwen_generation_utils import DEFAULT_SYSTEM
 
 IGNORE_INDEX = -100
 

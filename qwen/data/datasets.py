@@ -1,7 +1,7 @@
 """Samples to data sets and batches.
 
 Revolves around what the trainer asks for: samples become ids and labels (`SupervisedDataset`), several of those a row
-(`PackedDataset`), and rows a batch (`Collator`). How one sample is encoded stands in `chat_data`; models and trainers
+(`PackedDataset`), and rows a batch (`Collator`). How one sample is encoded stands in `samples`; models and trainers
 are not known here.
 """
 
@@ -17,9 +17,9 @@ import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from .chat_data import encode_sample, pack_samples, pad_samples
-from .chat_files import PROGRESS_DELAY
-from .model.qwen_generation_utils import DEFAULT_SYSTEM
+from ..model.qwen_generation_utils import DEFAULT_SYSTEM
+from .conversation_file import PROGRESS_DELAY
+from .samples import encode_sample, pack_samples, pad_samples
 
 
 class SupervisedDataset(Dataset):
