@@ -21,7 +21,6 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # qwen, where it is not installed
 
-from qwen.code_interpreter import OUTPUT_BYTES, Answer, Call, Output, solve
 from qwen.evaluation.code import check_sandbox
 from qwen.evaluation.data_files import DataError, existing, read_jsonl
 from qwen.evaluation.harness import main
@@ -31,6 +30,7 @@ from qwen.evaluation.task import Case, Score, Task, add_file_argument, by_group,
 from qwen.evaluation.word_problems import read_problems
 from qwen.sandbox import Limits, Sandbox
 from qwen.sandbox.arguments import add_sandbox_arguments
+from qwen.tools.code_interpreter import OUTPUT_BYTES, Answer, Call, Output, solve
 
 CATEGORIES = ("math", "visualization-hard", "visualization-easy", "general")
 FILES = "upload_file_clean"

@@ -31,7 +31,7 @@ from qwen.evaluation.data_files import DataError, check_fields, read_jsonl
 from qwen.evaluation.harness import main
 from qwen.evaluation.language_model import LanguageModel
 from qwen.evaluation.task import Case, Score, Task, add_folder_argument, mean
-from qwen.react import ACTION, STOP_WORD, parse_response
+from qwen.tools import ACTION, STOP_WORD, parse_response
 
 MAX_NEW_TOKENS = 512
 POSITIVE, NEGATIVE, AGENT = "react positive", "react negative", "agent"

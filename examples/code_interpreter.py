@@ -5,9 +5,8 @@
     python examples/code_interpreter.py -c Qwen/Qwen-7B-Chat            # asks for questions, until Ctrl-D
     python examples/code_interpreter.py -c Qwen/Qwen-7B-Chat --folder data "Plot the columns of data.csv."
 
-Revolves around what the user types and sees; the conversation between model and sandbox is qwen/code_interpreter.py.
-examples/react_demo.py does the same with bare text. What the sandbox protects against, and what not, stands in
-qwen/sandbox/__init__.py.
+The conversation between model and sandbox is in qwen/tools/code_interpreter.py; examples/react_demo.py does the same
+with bare text. What the sandbox protects against, and what not, stands in qwen/sandbox/__init__.py.
 """
 
 import argparse
@@ -20,9 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # qwen, where i
 
 from qwen.checkpoint.hub import add_hub_argument
 from qwen.checkpoint.loading import load_model_quietly
-from qwen.code_interpreter import MAX_STEPS, OUTPUT_BYTES, Answer, Call, Output, solve
 from qwen.sandbox import Limits, Sandbox, SandboxUnavailable
 from qwen.sandbox.arguments import add_sandbox_arguments
+from qwen.tools.code_interpreter import MAX_STEPS, OUTPUT_BYTES, Answer, Call, Output, solve
 
 
 def answer(model: Any, tokenizer: Any, sandbox: Sandbox, messages: list[dict]) -> str:

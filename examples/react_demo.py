@@ -26,7 +26,7 @@ import torch
 from qwen.checkpoint.hub import add_hub_argument
 from qwen.checkpoint.loading import load_model_quietly
 from qwen.model.qwen_generation_utils import DEFAULT_SYSTEM, make_context
-from qwen.react import STOP_WORD, extend_stop_words, observation_text, parse_response, tool_prompt
+from qwen.tools import STOP_WORD, extend_stop_words, observation_text, parse_response, tool_prompt
 
 MAX_STEPS = 5  # a model that calls tools without end is stopped
 MAX_NEW_TOKENS = 512  # a step

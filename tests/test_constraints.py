@@ -13,7 +13,9 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from qwen.model.modeling_qwen import QWenLMHeadModel
 from qwen.model.qwen_generation_utils import make_context
 from qwen.model.tokenization_qwen import QWenTokenizer
-from qwen.react import (
+from qwen.serving.constraints import ConstraintFactory
+from qwen.serving.sampler import ConstraintError
+from qwen.tools import (
     FINAL_ANSWER,
     STOP_WORD,
     THOUGHT,
@@ -24,8 +26,6 @@ from qwen.react import (
     tool_call_text,
     tool_prompt,
 )
-from qwen.serving.constraints import ConstraintFactory
-from qwen.serving.sampler import ConstraintError
 
 PADDING = 16  # rows of the model's matrix that no token belongs to
 

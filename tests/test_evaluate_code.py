@@ -237,7 +237,7 @@ def test_code_interpreter(run: Callable, monkeypatch: pytest.MonkeyPatch, tmp_pa
         queries.append(messages[0]["content"])
         return next(steps), messages[-1]["role"] == "function"
 
-    monkeypatch.setattr("qwen.code_interpreter.next_step", next_step)
+    monkeypatch.setattr("qwen.tools.code_interpreter.next_step", next_step)
     gsm8k = tmp_path / "test.jsonl"
     gsm8k.write_text('{"question": "4 + 4?", "answer": "#### 8"}\n{"question": "4 + 5?", "answer": "#### 9"}\n')
     scores, records = run("code_interpreter", "--gsm8k", str(gsm8k))

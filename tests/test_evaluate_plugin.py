@@ -12,7 +12,7 @@ from qwen.checkpoint.loading import load_model
 from qwen.evaluation import harness
 from qwen.evaluation.agent import FirstCallAgent
 from qwen.evaluation.language_model import LanguageModel
-from qwen.react import tool_prompt
+from qwen.tools import tool_prompt
 
 WEATHER = {
     "name": "get_current_weather",

@@ -17,7 +17,7 @@ from forked import ROOT, run_script
 from server_process import ServerProcess
 
 from qwen.checkpoint.loading import load_model
-from qwen.code_interpreter import code_of
+from qwen.tools.code_interpreter import code_of
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 import code_interpreter

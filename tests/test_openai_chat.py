@@ -15,10 +15,10 @@ from server_process import ServerProcess
 
 from qwen.checkpoint.loading import load_model
 from qwen.model.qwen_generation_utils import make_context
-from qwen.react import ReplyReader
 from qwen.serving.chat import ChatWriter, Offer, collect
 from qwen.serving.responses import ChatCompletion, ChatCompletionChunk
 from qwen.serving.text import Piece
+from qwen.tools import ReplyReader
 
 SUM = [{"role": "user", "content": "What is 47 + 38?"}]
 HI = [{"role": "user", "content": "hi"}]

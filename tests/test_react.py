@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from qwen.react import (
+from qwen.tools import (
     CallDelta,
     ContentDelta,
     MalformedConversation,

@@ -22,7 +22,7 @@ import torch
 from qwen.model.modeling_qwen import QWenLMHeadModel
 from qwen.model.qwen_generation_utils import make_context
 from qwen.model.tokenization_qwen import QWenTokenizer
-from qwen.react import observation_text, parse_response, tool_prompt
+from qwen.tools import observation_text, parse_response, tool_prompt
 
 from .conversations.arithmetic import Fact, fact, worked
 from .conversations.memory import VALUES, acknowledge, recall, tell

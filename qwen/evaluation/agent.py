@@ -7,7 +7,7 @@ Knows no benchmark. smolagents is needed only here, and imported where it is.
 import json
 from typing import Any
 
-from ..react import STOP_WORD, parse_messages, parse_response
+from ..tools import STOP_WORD, parse_messages, parse_response
 from .data_files import DataError, check_fields
 from .language_model import LanguageModel
 from .task import Case

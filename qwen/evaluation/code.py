@@ -21,9 +21,9 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
-from ..code_interpreter import FENCED
 from ..sandbox import Limits, Sandbox, SandboxUnavailable
 from ..sandbox.arguments import add_sandbox_arguments
+from ..tools.code_interpreter import FENCED
 from .task import Case, Task, add_file_argument
 
 HUMANEVAL_FIELDS = dict.fromkeys(("task_id", "prompt", "entry_point", "test"), str)

@@ -1,7 +1,7 @@
 """Chat completions: messages to a prompt, a reply to messages.
 
 Revolves around `plan`, which says what the engine has to do for a request, and `ChatWriter`, which makes chunks of what
-the engine says. Tools are offered and read in the models' own format (qwen.react); this module gives them the shape of
+the engine says. Tools are offered and read in the models' own format (qwen.tools); this module gives them the shape of
 OpenAI's `tools`, or of the `functions` before them.
 """
 
@@ -16,7 +16,7 @@ from pydantic_core import from_json
 
 from ..model.qwen_generation_utils import make_context
 from ..model.tokenization_qwen import QWenTokenizer
-from ..react import (
+from ..tools import (
     ACTION,
     ACTION_INPUT,
     STOP_WORD,
@@ -43,7 +43,7 @@ class Offer(NamedTuple):
     """The tools that a request lets the model see.
 
     Args:
-        functions: as qwen.react takes them; none where the request has none or does not want them used.
+        functions: as qwen.tools takes them; none where the request has none or does not want them used.
         dialect: in which the request speaks of them, and the answer must.
         required: the model has to call one.
         name: the one it has to call.
@@ -152,7 +152,7 @@ def _prompt(messages: list[dict], functions: list[dict], engine: Engine) -> tupl
 
 
 def _param(message: str) -> str:
-    """The field that an error of qwen.react is about: "messages[1].tool_calls[0]" → "messages.1.tool_calls.0"."""
+    """The field that an error of qwen.tools is about: "messages[1].tool_calls[0]" → "messages.1.tool_calls.0"."""
     found = re.match(r"(messages|tools|functions)\[[\w.\[\]]*", message)
     return re.sub(r"\[(\d+)\]", r".\1", found[0]) if found else "messages"
 

@@ -15,7 +15,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from llguidance.tiktoken import lltokenizer_from_encoding
 
 from ..model.tokenization_qwen import QWenTokenizer
-from ..react import ACTION, ACTION_INPUT, FINAL_ANSWER, MARKERS, STOP_WORD, THOUGHT, Tool, read_tools
+from ..tools import ACTION, ACTION_INPUT, FINAL_ANSWER, MARKERS, STOP_WORD, THOUGHT, Tool, read_tools
 from .sampler import ConstraintError
 
 # JSON as the models were taught to write it. No other blanks: a weak model would go on with them for ever.
@@ -106,7 +106,7 @@ class ConstraintFactory:
         """A reply in the ReAct format: a thought of one line, then a tool call up to and with "Observation:".
 
         Args:
-            functions: tools, as qwen.react takes them. The arguments of a call are valid against their parameters.
+            functions: tools, as qwen.tools takes them. The arguments of a call are valid against their parameters.
             names: of the tools that may be called; None for all.
             answer_schema: what a final answer is valid against, in JSON; None for free text.
             call_required: whether a final answer may not come in place of the call.

@@ -9,7 +9,7 @@ import random
 import string
 from dataclasses import dataclass
 
-from qwen.react import final_answer_text, observation_text, tool_call_text, tool_prompt
+from qwen.tools import final_answer_text, observation_text, tool_call_text, tool_prompt
 
 from ..words import invented
 from .arithmetic import arithmetic

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from enum import Enum, auto
 from typing import NamedTuple
 
-from .format import ACTION, ACTION_INPUT, FINAL_ANSWER, MARKERS, STOP_WORD, THOUGHT
+from .react import ACTION, ACTION_INPUT, FINAL_ANSWER, MARKERS, STOP_WORD, THOUGHT
 
 _LINES = re.compile(r"[^\n]*\n|[^\n]+")
 # An answer this long (in characters) is sent and stays; a shorter one may still be replaced.

@@ -1,7 +1,7 @@
 """The code interpreter: the model writes Python, a sandbox runs it, the model reads what came out and goes on.
 
 Revolves around one conversation of API-style messages and one sandbox, in which variables live on from question to
-question. It folds the messages into prompts with `qwen.react`, as the server does. It refuses to know who looks on: a
+question. It folds the messages into prompts with `qwen.tools`, as the server does. It refuses to know who looks on: a
 demo prints what happens, an evaluation counts it.
 """
 
@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .model.qwen_generation_utils import make_context
-from .react import STOP_WORD, extend_stop_words, parse_messages, parse_response
-from .sandbox import Sandbox
+from ..model.qwen_generation_utils import make_context
+from ..sandbox import Sandbox
+from . import STOP_WORD, extend_stop_words, parse_messages, parse_response
 
 MAX_STEPS = 8  # a model that runs code without end is stopped
 MAX_NEW_TOKENS = 1024  # a step

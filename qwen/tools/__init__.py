@@ -1,14 +1,12 @@
-"""Tools to prompt, reply to tool call.
-
-Revolves around one text format, ReAct, that the models learned to call tools in:
+"""Tool calls in ReAct, the text format that the models were trained on, and the code interpreter.
 
     Question: … → Thought: … → Action: … → Action Input: … → Observation: … → Thought: … → Final Answer: …
 
-and around API-style messages, which it folds into (query, history, system). It knows text only: nothing of tokens,
-of models, or of HTTP.
+API-style messages are folded into (query, history, system). Text only: no tokens, models or HTTP.
 """
 
-from .format import (
+from .messages import parse_messages
+from .react import (
     ACTION,
     ACTION_INPUT,
     FINAL_ANSWER,
@@ -24,7 +22,6 @@ from .format import (
     tool_call_text,
     tool_prompt,
 )
-from .messages import parse_messages
 from .reply import CallDelta, ContentDelta, Delta, Reply, ReplyReader, parse_response
 
 __all__ = [

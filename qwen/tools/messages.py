@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from ..model.qwen_generation_utils import DEFAULT_SYSTEM
-from .format import STOP_WORD, THOUGHT, MalformedConversation, call_step, final_answer_text, tool_prompt
+from .react import STOP_WORD, THOUGHT, MalformedConversation, call_step, final_answer_text, tool_prompt
 
 
 def parse_messages(messages: list[dict], functions: list[dict] | None) -> tuple[str | None, list[tuple[str, str]], str]:
