@@ -29,14 +29,14 @@ def main() -> int:
         if os.environ.get("RANK", "0") == "0":
             print("\nStopped.", file=sys.stderr)
         return 130
-    from qwen.finetuning.processes import destroy_process_group
+    from qwen.finetuning.distributed import destroy_process_group
 
     destroy_process_group()
     return status
 
 
 def run(argv: list[str]) -> int:
-    from qwen.finetuning.processes import ProcessFailed, barrier, is_main_process, let_main_process_speak
+    from qwen.finetuning.distributed import ProcessFailed, barrier, is_main_process, let_main_process_speak
     from qwen.quiet import quiet_training
 
     quiet_training(main=is_main_process())

@@ -12,7 +12,7 @@ from transformers import HfArgumentParser
 
 from qwen.finetuning import legacy_arguments
 from qwen.finetuning.arguments import ArgumentError, Arguments, TrainingArguments, parse
-from qwen.finetuning.legacy_arguments import modernized
+from qwen.finetuning.transformers4_arguments import modernized
 
 ROOT = Path(__file__).resolve().parent.parent
 TODAY = {field.name for field in dataclasses.fields(transformers.TrainingArguments)}

@@ -18,8 +18,8 @@ from transformers import HfArgumentParser
 
 from ..checkpoint.hub import HUBS
 from ..model.qwen_generation_utils import DEFAULT_SYSTEM
-from .legacy_arguments import modernized
-from .processes import allow_fsdp_on_cpu, join_deepspeed
+from .distributed import allow_fsdp_on_cpu, join_deepspeed
+from .transformers4_arguments import modernized
 
 LORA_TARGETS = ["c_attn", "c_proj", "w1", "w2"]
 

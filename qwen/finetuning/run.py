@@ -21,11 +21,10 @@ from ..data.datasets import Collator, PackedDataset, SupervisedDataset
 from ..data.samples import IGNORE_INDEX
 from ..model.tokenization_qwen import QWenTokenizer
 from .arguments import ArgumentError, Arguments, TrainingArguments
-from .interrupts import SaveOnInterrupt
+from .callbacks import SaveOnInterrupt, ShowProgress
+from .distributed import failing_together, is_main_process
 from .loss_curve import draw
 from .model import load_for_training
-from .processes import failing_together, is_main_process
-from .progress import ShowProgress
 from .trainer import SupervisedTrainer
 
 
