@@ -153,9 +153,9 @@ def serve(model: Any, tokenizer: Any, arguments: argparse.Namespace, bound: sock
 
     import uvicorn
 
-    from qwen.serving.app import Settings, create_app
+    from qwen.serving.api.app import Settings, create_app
+    from qwen.serving.api.server import DrainingServer
     from qwen.serving.engine import Engine
-    from qwen.serving.server import DrainingServer
 
     settings = Settings(
         model_name=arguments.served_model_name,

@@ -2,7 +2,7 @@
 """Chat with a first-generation Qwen model in the browser.
 
 Arguments, the way from a name to a served page, and what the person at the terminal sees. The page itself is
-qwen/serving/web.py.
+qwen/serving/web/launch.py.
 """
 
 import argparse
@@ -105,8 +105,8 @@ def check_address(host: str, port: int) -> None:
 
 def serve(model: Any, tokenizer: Any, arguments: argparse.Namespace) -> None:
     """Serve the page until Ctrl-C or SIGTERM."""
-    from qwen.serving import web
     from qwen.serving.engine import Engine
+    from qwen.serving.web import launch as web
 
     engine = Engine(model, tokenizer, max_batch_size=arguments.max_batch_size)
     page = None

@@ -22,7 +22,14 @@ FORKING = multiprocessing.get_context("forkserver")
 PRELOADED = ["finetune", "qwen.finetuning.run", "transformers.trainer", "peft.tuners.lora", "datasets", "deepspeed"]
 PRELOADED += ["deepspeed.runtime.zero.muon.muon_optimizer", "torch.distributed.fsdp", "torch.utils.cpp_extension"]
 PRELOADED += ["transformers.models.auto.processing_auto", "matplotlib.figure", "torch.utils.tensorboard", "requests"]
-PRELOADED += ["qwen.serving.app", "qwen.serving.engine", "qwen.serving.server", "gradio", "pytest", "forked"]
+PRELOADED += [
+    "qwen.serving.api.app",
+    "qwen.serving.engine.engine",
+    "qwen.serving.api.server",
+    "gradio",
+    "pytest",
+    "forked",
+]
 
 
 @functools.cache

@@ -17,7 +17,7 @@ from qwen.model.kv_cache_qwen import (
     quantize_tokens,
     triton_kernels,
 )
-from qwen.serving.ragged_cache import RaggedCache
+from qwen.serving.engine.batched_kv_cache import RaggedCache
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 5e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}

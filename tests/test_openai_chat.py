@@ -15,9 +15,9 @@ from server_process import ServerProcess
 
 from qwen.checkpoint.loading import load_model
 from qwen.model.qwen_generation_utils import make_context
-from qwen.serving.chat import ChatWriter, Offer, collect
-from qwen.serving.responses import ChatCompletion, ChatCompletionChunk
-from qwen.serving.text import Piece
+from qwen.serving.api.chat import ChatWriter, Offer, collect
+from qwen.serving.api.responses import ChatCompletion, ChatCompletionChunk
+from qwen.serving.engine.detokenizer import Piece
 from qwen.tools import ReplyReader
 
 SUM = [{"role": "user", "content": "What is 47 + 38?"}]

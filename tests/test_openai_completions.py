@@ -13,9 +13,9 @@ from pydantic import TypeAdapter
 from server_process import ServerProcess
 
 from qwen.checkpoint.loading import load_model
-from qwen.serving.app import Settings, create_app
+from qwen.serving.api.app import Settings, create_app
+from qwen.serving.api.responses import Completion
 from qwen.serving.engine import Engine
-from qwen.serving.responses import Completion
 
 
 @pytest.fixture(scope="module")

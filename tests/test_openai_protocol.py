@@ -19,7 +19,7 @@ from schemathesis.specs.openapi.checks import (
 )
 from server_process import ROOT, ServerProcess
 
-from qwen.serving.protocol import ChatCompletionRequest, CompletionRequest
+from qwen.serving.api.requests import ChatCompletionRequest, CompletionRequest
 
 HI = [{"role": "user", "content": "hi"}]
 TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}

@@ -25,10 +25,10 @@ from qwen.checkpoint.loading import load_model
 from qwen.model.qwen_generation_utils import DEFAULT_SYSTEM, make_context
 from qwen.serving import scheduler as scheduler_module
 from qwen.serving.engine import Engine, EngineError, PromptTooLong, QueueFull, SchedulerClosed
-from qwen.serving.ragged_cache import RaggedCache
-from qwen.serving.sampler import ConstraintError, SampledToken, SamplingParams, SamplingState, sample
-from qwen.serving.scheduler import EndReason, GenerationSequence
-from qwen.serving.text import IncrementalText
+from qwen.serving.engine.batched_kv_cache import RaggedCache
+from qwen.serving.engine.detokenizer import IncrementalText
+from qwen.serving.engine.sampler import ConstraintError, SampledToken, SamplingParams, SamplingState, sample
+from qwen.serving.engine.scheduler import EndReason, GenerationSequence
 
 LENGTHS = (1, 3, 17, 63, 64, 65, 130, 200, 257, 40)  # of prompts, on both sides of 64, 128 and 256
 

@@ -30,9 +30,9 @@ from playwright.sync_api import Browser, Locator, Page, Request, expect, sync_pl
 from qwen.checkpoint.loading import load_model
 from qwen.data.samples import encode_conversation, pad_samples
 from qwen.serving.engine import Engine
-from qwen.serving.web_page import Page as WebPage
-from qwen.serving.web_page import text_message
-from qwen.serving.web_texts import TEXTS
+from qwen.serving.web.page import Page as WebPage
+from qwen.serving.web.page import text_message
+from qwen.serving.web.texts import TEXTS
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 BROWSER_FLAGS = [

@@ -10,8 +10,8 @@ import codecs
 from collections.abc import Sequence
 from typing import Any
 
-from ..model.tokenization_qwen import QWenTokenizer
-from .text import TokenLogprob
+from ...model.tokenization_qwen import QWenTokenizer
+from ..engine.detokenizer import TokenLogprob
 
 LOWEST = -9999.0  # stands for minus infinity, which JSON does not have
 

@@ -12,11 +12,11 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Any
 
-from ..model.modeling_qwen import QWenLMHeadModel
-from ..model.tokenization_qwen import QWenTokenizer
+from ...model.modeling_qwen import QWenLMHeadModel
+from ...model.tokenization_qwen import QWenTokenizer
+from .detokenizer import IncrementalText, Piece
 from .sampler import Constraint, ConstraintError, SampledToken, SamplingParams
 from .scheduler import EndReason, GenerationSequence, Load, QueueFull, Scheduler, SchedulerClosed
-from .text import IncrementalText, Piece
 
 # Below this the published server decodes greedily; clients send 0.001 or so where they mean 0.
 GREEDY_BELOW = 0.01

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from ..model.tokenization_qwen import QWenTokenizer
-from .choices import Choice, Chunk, Envelope, Plan, check_room, sampling_params
-from .engine import Engine
+from ...model.tokenization_qwen import QWenTokenizer
+from ..engine import Engine
+from ..engine.detokenizer import Piece
 from .errors import invalid
+from .generation import Choice, Chunk, Envelope, Plan, check_room, sampling_params
 from .logprobs import CompletionLogprobs
-from .protocol import CompletionRequest
-from .text import Piece
+from .requests import CompletionRequest
 
 
 def plan(request: CompletionRequest, engine: Engine) -> Plan:

@@ -16,9 +16,9 @@ from typing import Any
 
 import gradio as gr
 
-from ..model.qwen_generation_utils import DEFAULT_SYSTEM, History, make_context
-from .engine import Engine, PromptTooLong, QueueFull, SchedulerClosed, TextStream
-from .web_texts import TEXTS
+from ...model.qwen_generation_utils import DEFAULT_SYSTEM, History, make_context
+from ..engine import Engine, PromptTooLong, QueueFull, SchedulerClosed, TextStream
+from .texts import TEXTS
 
 Messages = list[dict[str, Any]]  # as the chat component has them
 Update = tuple[Any, Any]  # of the box and the conversation

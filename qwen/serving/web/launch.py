@@ -1,4 +1,4 @@
-"""The web demo: the page of web_page.py, its looks, and what keeps it to itself.
+"""The web demo: the page of page.py, its looks, and what keeps it to itself.
 
 Revolves around two calls, `launch` and `close`. The page needs nothing from the internet and the server tells nobody
 about it: fonts are those of the reader's system, Gradio's statistics and records are switched off, and a policy forbids
@@ -13,8 +13,8 @@ import gradio as gr
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .engine import Engine
-from .web_page import TEXT, Page
+from ..engine import Engine
+from .page import TEXT, Page
 
 SPARE_WORKERS = 8  # so that the engine, not Gradio, is the one to say that its queue is full
 SECONDS_FOR_LAST_UPDATES = 0.5  # for replies that were broken off just now to reach their pages

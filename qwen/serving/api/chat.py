@@ -14,9 +14,9 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic_core import from_json
 
-from ..model.qwen_generation_utils import make_context
-from ..model.tokenization_qwen import QWenTokenizer
-from ..tools import (
+from ...model.qwen_generation_utils import make_context
+from ...model.tokenization_qwen import QWenTokenizer
+from ...tools import (
     ACTION,
     ACTION_INPUT,
     STOP_WORD,
@@ -27,13 +27,13 @@ from ..tools import (
     ReplyReader,
     parse_messages,
 )
-from .choices import Choice, Chunk, Envelope, Plan, check_room, sampling_params
-from .constraints import ConstraintFactory, GrammarConstraint
-from .engine import Engine
+from ..engine import Engine
+from ..engine.detokenizer import Piece, TokenLogprob
+from ..engine.grammar import ConstraintFactory, GrammarConstraint
 from .errors import invalid
+from .generation import Choice, Chunk, Envelope, Plan, check_room, sampling_params
 from .logprobs import chat_logprobs
-from .protocol import ChatCompletionRequest, JsonObjectFormat, JsonSchemaFormat, NamedFunction, NamedTool
-from .text import Piece, TokenLogprob
+from .requests import ChatCompletionRequest, JsonObjectFormat, JsonSchemaFormat, NamedFunction, NamedTool
 
 Dialect = Literal["tools", "functions"]
 ANY_OBJECT = {"type": "object"}

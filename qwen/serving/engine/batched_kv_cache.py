@@ -13,7 +13,7 @@ import torch
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin
 
-from ..model.kv_cache_qwen import QuantizedStates, quantize_tokens, triton_kernels
+from ...model.kv_cache_qwen import QuantizedStates, quantize_tokens, triton_kernels
 
 
 class Lengths:

@@ -21,8 +21,8 @@ import psutil
 import torch
 from transformers import DynamicCache
 
-from ..model.modeling_qwen import QWenLMHeadModel
-from .ragged_cache import RaggedCache
+from ...model.modeling_qwen import QWenLMHeadModel
+from .batched_kv_cache import RaggedCache
 from .sampler import Constraint, SampledToken, SamplingParams, SamplingState, sample
 
 logger = logging.getLogger(__name__)

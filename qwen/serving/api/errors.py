@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from .engine import EngineError, PromptTooLong, QueueFull, SchedulerClosed
+from ..engine import EngineError, PromptTooLong, QueueFull, SchedulerClosed
 
 MAX_ERRORS = 100  # of one request that are looked at: the first one is reported, with its alternatives
 RETRY_SECONDS = 1  # a place in the queue becomes free about every so often, a slot more seldom

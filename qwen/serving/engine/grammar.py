@@ -14,8 +14,8 @@ import torch
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from llguidance.tiktoken import lltokenizer_from_encoding
 
-from ..model.tokenization_qwen import QWenTokenizer
-from ..tools import ACTION, ACTION_INPUT, FINAL_ANSWER, MARKERS, STOP_WORD, THOUGHT, Tool, read_tools
+from ...model.tokenization_qwen import QWenTokenizer
+from ...tools import ACTION, ACTION_INPUT, FINAL_ANSWER, MARKERS, STOP_WORD, THOUGHT, Tool, read_tools
 from .sampler import ConstraintError
 
 # JSON as the models were taught to write it. No other blanks: a weak model would go on with them for ever.

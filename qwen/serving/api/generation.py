@@ -21,12 +21,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from .engine import Engine, TextStream
+from ..engine import Engine, TextStream
+from ..engine.detokenizer import Piece
+from ..engine.sampler import Constraint, SamplingParams
 from .errors import ApiError, cut_off, engine_failed, from_engine, invalid, server_error
 from .metrics import CLIENT_GONE, Metrics
-from .protocol import SamplingFields
-from .sampler import Constraint, SamplingParams
-from .text import Piece
+from .requests import SamplingFields
 
 # Entries of log-probabilities in one answer, at about 100 bytes of JSON: what a whole context with 20 a token comes to
 # fits.

@@ -1,8 +1,8 @@
 """The OpenAI-compatible HTTP server as a factory: an engine in, an app out.
 
 Revolves around `create_app`, which holds the routes and what stands in front of them. What a request means is for
-chat.py and completions.py, how its answer is sent for choices.py. Nothing is kept outside the app, so that one process
-may have several.
+chat.py and completions.py, how its answer is sent for generation.py. Nothing is kept outside the app, so that one
+process may have several.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 
-from . import chat, completions, errors
-from .choices import Envelope, Generation, Plan, at_once, stream
-from .constraints import ConstraintFactory
-from .engine import Engine
+from .. import chat, completions, errors
+from ..engine import Engine
+from ..engine.grammar import ConstraintFactory
 from .errors import ApiError, invalid, shutting_down
+from .generation import Envelope, Generation, Plan, at_once, stream
 from .metrics import Metrics, MetricsMiddleware
-from .protocol import ChatCompletionRequest, CompletionRequest, SamplingFields
+from .middleware import Authentication, BodyLimit
+from .requests import ChatCompletionRequest, CompletionRequest, SamplingFields
 from .responses import ChatCompletion, Completion, ErrorResponse, Health, Model, ModelList
-from .security import Authentication, BodyLimit
 
 HEALTH = "/health"
 SERVER_SENT_EVENT = {  # as OpenAPI 3.2 describes one, section 4.14.4
