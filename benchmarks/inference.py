@@ -45,9 +45,9 @@ from memory import available, resident
 from qwen2 import as_qwen2
 from random_models import SHAPES, config, fill, random_model, write_quantized
 
-from qwen import QWenConfig, QWenLMHeadModel
-from qwen.checkpoint.hub import add_hub_argument, use
-from qwen.checkpoint.loading import check_checkpoint, load_config, load_model_quietly, resolve
+from qwen import Checkpoint, QWenConfig, QWenLMHeadModel
+from qwen.checkpoint.hub import HUBS
+from qwen.checkpoint.loading import load_config, load_model_quietly
 from qwen.model.loading_options_qwen import is_gptq
 from qwen.quiet import quiet_loading
 
@@ -101,10 +101,11 @@ class Cell:
     context: int
     generate: int
     repeat: int
+    hub: str | None = None
 
     @functools.cached_property
     def config(self) -> QWenConfig:
-        return load_config(self.model) if self.is_checkpoint else config(self.model)
+        return load_config(self.model, hub=self.hub) if self.is_checkpoint else config(self.model)
 
     @property
     def size(self) -> str | None:
@@ -135,7 +136,6 @@ def main() -> int:
         if hasattr(signal, name):  # Windows has no SIGHUP
             signal.signal(getattr(signal, name), signal.default_int_handler)
     try:
-        use(arguments.hub)
         table(cells(arguments), arguments.cpu_only)
     except (OSError, ValueError, Failed) as error:  # CheckpointError is among them
         print(error, file=sys.stderr)
@@ -152,7 +152,7 @@ def parse() -> argparse.Namespace:
     models = parser.add_mutually_exclusive_group()
     models.add_argument("--sizes", nargs="+", choices=SHAPES, default=["1.8B"], help="random weights (1.8B)")
     models.add_argument("-c", "--checkpoint-path", help="a folder or a hub id, instead of random weights")
-    add_hub_argument(parser)
+    parser.add_argument("--hub", choices=HUBS, help="hub to download from (default: $QWEN_HUB, or huggingface)")
     parser.add_argument(
         "--precisions",
         nargs="+",
@@ -185,8 +185,9 @@ def cells(arguments: argparse.Namespace) -> list[Cell]:
     is_checkpoint = arguments.checkpoint_path is not None
     models, precisions = arguments.sizes, arguments.precisions or ["bf16", "int8", "int4"]
     if is_checkpoint:
-        models = [resolve(arguments.checkpoint_path)]
-        precisions = checkpoint_precisions(models[0], arguments.precisions)
+        checkpoint = Checkpoint.open(arguments.checkpoint_path, hub=arguments.hub)
+        precisions = checkpoint_precisions(checkpoint, arguments.precisions)
+        models = [checkpoint.name]
     engines = arguments.engines or installed(arguments.cpu_only)
     if missing := set(engines) - set(installed(arguments.cpu_only)):
         raise ValueError(
@@ -194,7 +195,16 @@ def cells(arguments: argparse.Namespace) -> list[Cell]:
             "--cpu-only, or leave it out of --engines."
         )
     combined = [
-        Cell(model, is_checkpoint, precision, engine, arguments.context, arguments.generate, arguments.repeat)
+        Cell(
+            model,
+            is_checkpoint,
+            precision,
+            engine,
+            arguments.context,
+            arguments.generate,
+            arguments.repeat,
+            arguments.hub,
+        )
         for model, precision, engine in itertools.product(models, precisions, engines)
         if engine == "this" or BITS[precision] >= 16 or (engine == "llama.cpp" and not is_checkpoint)
     ]
@@ -203,9 +213,8 @@ def cells(arguments: argparse.Namespace) -> list[Cell]:
     return combined
 
 
-def checkpoint_precisions(name: str, asked: list[str] | None) -> list[str]:
-    check_checkpoint(name)
-    settings = load_config(name)
+def checkpoint_precisions(checkpoint: Checkpoint, asked: list[str] | None) -> list[str]:
+    name, settings = checkpoint.name, checkpoint.config
     own = ["bf16", "fp32"]
     if is_gptq(settings):
         own = [f"int{settings.quantization_config['bits']}"]
@@ -401,7 +410,7 @@ def write(cell: Cell, folder: Path) -> dict:
     from qwen.export.gguf_file import Entry, write_gguf
 
     if cell.is_checkpoint:
-        model, _ = load_model_quietly(cell.model, cpu_only=True, dtype=DTYPES[cell.precision])
+        model, _ = load_model_quietly(cell.model, hub=cell.hub, cpu_only=True, dtype=DTYPES[cell.precision])
         entries = [Entry(name, tensor.shape, lambda held=tensor: held) for name, tensor in model.state_dict().items()]
     else:
         with torch.device("meta"):
@@ -462,7 +471,7 @@ def load_transformers(cell: Cell, folder: Path) -> tuple[Decoder, Callable[[], i
     if cell.is_written:
         model, _ = load_model_quietly(folder)
     elif cell.is_checkpoint:
-        model, _ = load_model_quietly(cell.model, **({"dtype": dtype} if dtype else {}))
+        model, _ = load_model_quietly(cell.model, hub=cell.hub, **({"dtype": dtype} if dtype else {}))
     else:
         model = random_model(cell.model, dtype, "cuda" if torch.cuda.is_available() else "cpu")
     kernel = type(model.transformer.h[0].attn.c_attn).__name__

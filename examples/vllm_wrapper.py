@@ -32,12 +32,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # qwen, where i
 from filelock import FileLock
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
-from qwen import QWenTokenizer
-from qwen.checkpoint.files import VOCABULARY, CheckpointError, check_vocabulary, read_json
-from qwen.checkpoint.hub import add_hub_argument, use
-from qwen.checkpoint.loading import check_chat, resolve
-from qwen.checkpoint.source import open_source
+from qwen import Checkpoint, CheckpointError, QWenTokenizer
+from qwen.checkpoint.files import VOCABULARY, check_vocabulary, read_json
+from qwen.checkpoint.hub import HUBS
 from qwen.export import export_qwen2
+from qwen.export.source import open_source
 from qwen.model.qwen_generation_utils import (
     DEFAULT_SYSTEM,
     History,
@@ -72,6 +71,7 @@ class vLLMWrapper:
             the bundled toy.
         tensor_parallel_size: over how many GPUs each matrix is spread.
         max_length: export for prompts of so many tokens, beyond the trained length (see export.py).
+        hub: where an id is fetched from, "huggingface" or "modelscope"; None is $QWEN_HUB, or the former.
         engine_arguments: for vLLM's EngineArgs: gpu_memory_utilization, dtype, pipeline_parallel_size, max_model_len,
             kv_cache_dtype, ...
 
@@ -92,10 +92,11 @@ class vLLMWrapper:
         tensor_parallel_size: int = 1,
         *,
         max_length: int | None = None,
+        hub: str | None = None,
         **engine_arguments: Any,
     ):
         check_vllm()
-        self.folder, self.tokenizer, self._generation = prepared(path, max_length)
+        self.folder, self.tokenizer, self._generation = prepared(path, max_length, hub)
         self._engine = start_engine(self.folder, tensor_parallel_size=tensor_parallel_size, **engine_arguments)
         self.limit = self._engine.model_config.max_model_len
         self._numbers = itertools.count()
@@ -296,21 +297,24 @@ def start_engine(folder: Path, **engine_arguments: Any) -> Any:
         raise ValueError(f"vLLM does not start: {error}") from error
 
 
-def prepared(path: str | os.PathLike | None, max_length: int | None) -> tuple[Path, QWenTokenizer, dict[str, Any]]:
+def prepared(
+    path: str | os.PathLike | None, max_length: int | None, hub: str | None = None
+) -> tuple[Path, QWenTokenizer, dict[str, Any]]:
     """An exported model: its folder, and the tokenizer and the generation config of its checkpoint.
 
     Raises:
         CheckpointError: it is not to be had, or no chat model.
     """
-    name = resolve(path)
-    if is_exported(Path(name)):
+    if path is not None and is_exported(folder := Path(path).expanduser()):
         if max_length is not None:
-            raise CheckpointError(f"{name} is exported already: max_length is chosen there, `export.py --max-length`.")
-        return exported_before(Path(name))
+            raise CheckpointError(
+                f"{folder} is exported already: max_length is chosen there, `export.py --max-length`."
+            )
+        return exported_before(folder)
     with quiet_loading(progress=path is not None):
-        check_chat(name)
-        source = open_source(name)
-        return exported(source.name, source.folder, max_length), source.tokenizer, source.generation_config
+        Checkpoint.open(path, hub=hub).require_chat()  # before the weights are fetched
+        source, tokenizer = open_source(path, hub)
+        return exported(source.name, source.folder, max_length), tokenizer, source.generation_settings
 
 
 def is_exported(folder: Path) -> bool:
@@ -388,7 +392,7 @@ def parse() -> argparse.Namespace:
         metavar="NAME",
         help="a folder or a hub id; or a folder that export.py has written (default: the bundled toy)",
     )
-    add_hub_argument(parser)
+    parser.add_argument("--hub", choices=HUBS, help="hub to download from (default: $QWEN_HUB, or huggingface)")
     parser.add_argument("--system", metavar="TEXT", default=DEFAULT_SYSTEM, help="system prompt (default: %(default)r)")
     parser.add_argument("-s", "--seed", type=int, default=1234, help="random seed (default: %(default)s)")
     parser.add_argument(
@@ -413,7 +417,6 @@ def main() -> int:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     try:
-        use(arguments.pop("hub"))
         conversation(vLLMWrapper(name, **arguments), system, {"seed": seed})
     except (ImportError, OSError, ValueError) as error:
         print(error, file=sys.stderr)

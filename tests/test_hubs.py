@@ -14,7 +14,9 @@ from evaluation_runs import run_script
 from modelscope_server import Hub
 from safetensors.torch import save_file
 
+from qwen import Checkpoint
 from qwen.checkpoint import hub as hubs
+from qwen.checkpoint import hub_modelscope
 from qwen.checkpoint.files import CheckpointError
 from qwen.checkpoint.loading import (
     check_chat,
@@ -115,8 +117,8 @@ def test_a_model_in_any_spelling(hub: Hub, capfd: pytest.CaptureFixture) -> None
 
 
 def test_a_person_sees_weights_come(capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hubs, "is_progress_bar_enabled", lambda: True)
-    hubs.source(CHAT, weights=True)
+    monkeypatch.setattr(hub_modelscope, "is_progress_bar_enabled", lambda: True)
+    _ = Checkpoint.open(CHAT).folder
     assert "model.safetensors" in capfd.readouterr().err
 
 
@@ -146,7 +148,7 @@ def test_what_cannot_be_used_costs_no_download(name: str, expected: str, hub: Hu
 
 
 def test_the_one_format_that_there_is(hub: Hub) -> None:
-    hubs.source("someone/bins", weights=True)
+    _ = Checkpoint.open("someone/bins").folder
     assert "pytorch_model.bin" in hub.files()
 
 
@@ -219,8 +221,9 @@ def test_the_base_model_of_an_adapter(hub: Hub, tmp_path: Path) -> None:
 
 
 def test_hubs_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "QWEN_HUB is 'nowhere'" in complaint(hubs.use, "nowhere")
-    assert "huggingface or modelscope" in complaint(load_model, CHAT)
+    assert "hub is 'nowhere'" in complaint(load_model, CHAT, hub="nowhere")
+    monkeypatch.setenv(hubs.VARIABLE, "nowhere")
+    assert "QWEN_HUB is 'nowhere': it must be huggingface or modelscope" in complaint(load_model, CHAT)
     monkeypatch.setenv(hubs.VARIABLE, "modelscope")
     monkeypatch.setitem(sys.modules, "modelscope_hub", None)
     assert "pip install -U modelscope" in complaint(load_model, CHAT)
@@ -284,6 +287,7 @@ response, history = model.chat(tokenizer, "My name is Alice.", history=None)
 response, history = model.chat(tokenizer, "What is my name?", history=history)
 print(response, model.dtype)
 
+import qwen.integrations.modelscope
 from modelscope.pipelines import pipeline
 from modelscope.utils.constant import Tasks
 
@@ -299,7 +303,7 @@ MODELSCOPE_FIRST = """\
 import sys
 from modelscope.pipelines import pipeline
 from modelscope.utils.constant import Tasks
-import qwen
+import qwen.integrations.modelscope
 
 print(pipeline(Tasks.chat, sys.argv[1])("What is 47 + 38?", system="You are a helpful assistant.")["response"])
 try:

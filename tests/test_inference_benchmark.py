@@ -248,7 +248,7 @@ def test_errors_talk_to_people(
 
 
 def test_llama_cpp_is_offered_where_it_is_installed(monkeypatch: pytest.MonkeyPatch):
-    options = {"checkpoint_path": None, "sizes": ["7B"], "precisions": ["bf16", "int4"], "cpu_only": True}
+    options = {"checkpoint_path": None, "hub": None, "sizes": ["7B"], "precisions": ["bf16", "int4"], "cpu_only": True}
     arguments = Namespace(**options, engines=None, context=1, generate=1, repeat=1)
     for found, expected in ((None, 3), (os, 5)):  # Qwen2 reads no quantized weights
         monkeypatch.setattr(inference.importlib.util, "find_spec", lambda name, found=found: found)

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from qwen.checkpoint import loading
+from qwen.checkpoint import bundled, loading
+from qwen.checkpoint import checkpoint as opened
 from qwen.checkpoint.loading import CheckpointError, check_chat, check_checkpoint, load_model, load_tokenizer
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 123\n"
@@ -77,7 +78,7 @@ def test_the_bundled_base_model_loads(bundled_base: Path) -> None:
 
 
 def test_without_the_bundled_model_another_must_be_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(loading, "BUNDLED_CHAT", tmp_path / "site-packages" / "checkpoints" / "qwen-tiny-chat")
+    monkeypatch.setattr(bundled, "BUNDLED_CHAT", tmp_path / "site-packages" / "checkpoints" / "qwen-tiny-chat")
     assert "Name another one with -c" in complaint(None)
 
 
@@ -238,7 +239,7 @@ def test_no_vocabulary(checkpoint: Path) -> None:
 
 
 def test_checking_alone_reads_no_weights(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "QWenLMHeadModel", None)
+    monkeypatch.setattr(opened, "QWenLMHeadModel", None)
     check_checkpoint(checkpoint)
 
 

@@ -1,8 +1,7 @@
-"""LoRA adapters: the small folder that fine-tuning leaves, and the model that it changes.
+"""Validates LoRA adapters and puts them on a loaded model.
 
-Revolves around what such a folder says of itself, its base model and the tensors in its file, and whether that is true
-of the model it is put on. How that model was loaded it does not know. peft does the work, and is imported where it is
-used: whoever has no adapters need not have it.
+An adapter's folder names its base model and holds tensors; both are compared with the model that it is put on. peft
+does the work, and is imported where it is used, since most checkpoints need none.
 """
 
 import importlib.util
@@ -27,9 +26,13 @@ def is_adapter(folder: Path) -> bool:
     return (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
 
 
-def check_adapter(folder: Path) -> None:
-    """Raise CheckpointError unless the folder holds a complete LoRA adapter, as far as can be seen quickly."""
-    kind = read_json(folder / ADAPTER_CONFIG, folder).get("peft_type")
+def check_adapter(folder: Path, config: dict[str, Any] | None = None) -> None:
+    """Raise CheckpointError unless the folder holds a complete LoRA adapter, as far as can be seen quickly.
+
+    Args:
+        config: the content of adapter_config.json; None reads it.
+    """
+    kind = (read_json(folder / ADAPTER_CONFIG, folder) if config is None else config).get("peft_type")
     if kind != "LORA":
         raise CheckpointError(
             f"{folder} holds an adapter of the kind {kind!r}. Only LoRA adapters are put on a model here; peft itself "
@@ -52,13 +55,16 @@ def check_adapter(folder: Path) -> None:
         raise CheckpointError(f"{folder} holds an adapter (LoRA), which needs one more package: `pip install peft`.")
 
 
-def recorded_base(folder: Path) -> tuple[str, str | None]:
+def recorded_base(folder: Path, config: dict[str, Any] | None = None) -> tuple[str, str | None]:
     """The name of the model that the adapter was trained on, and its revision on the hub, None for the newest.
+
+    Args:
+        config: the content of adapter_config.json; None reads it.
 
     Raises:
         CheckpointError: adapter_config.json is damaged or names none.
     """
-    config = read_json(folder / ADAPTER_CONFIG, folder)
+    config = read_json(folder / ADAPTER_CONFIG, folder) if config is None else config
     name = config.get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
         raise CheckpointError(

@@ -1,7 +1,7 @@
-"""What lies in the folder of a checkpoint: is it all there, and of which model?
+"""Validates a local checkpoint folder: completeness of its files, and the architecture.
 
-Revolves around what interrupted downloads, clones and copies leave behind, and says what to do about it. Looks at
-names, sizes and headers, never at weights; loads nothing.
+Finds what interrupted downloads, clones and copies leave behind, and says what to do about it. Reads names, sizes and
+headers, never weights.
 """
 
 import importlib.util
@@ -23,13 +23,13 @@ class CheckpointError(OSError):
     """A checkpoint cannot be loaded. The text is for people: what is wrong, where, and what to do."""
 
 
-def check_config(path: Path, name: str | Path) -> None:
-    """Raise CheckpointError unless the config.json at `path` is a first-generation Qwen's that can be loaded here.
+def check_config(config: dict[str, Any], name: str | Path) -> None:
+    """Raise CheckpointError unless this is the config.json of a first-generation Qwen that can be loaded here.
 
     Args:
+        config: the content of the file.
         name: the checkpoint, as errors call it.
     """
-    config = read_json(path, name)
     model_type = config.get("model_type")
     if model_type == QWenConfig.model_type:
         if quantization := config.get("quantization_config"):
@@ -173,11 +173,12 @@ def read_json(path: Path, name: str | Path) -> dict[str, Any]:
     Raises:
         CheckpointError: it is a git-lfs pointer, no JSON, or no object.
     """
-    if is_lfs_pointer(path):
+    data = path.read_bytes()
+    if data.startswith(LFS_POINTER):
         raise CheckpointError(pointer_text(path.parent, [path.name]))
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        content = json.loads(data.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{path.name} of {name} is not valid JSON ({first_line(error)}). Mend it, or download it again."
         ) from error

@@ -24,8 +24,10 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 from transformers import set_seed
 
-from ..checkpoint.hub import add_hub_argument, use
-from ..checkpoint.loading import BUNDLED_BASE, BUNDLED_CHAT, load_model_quietly, resolve
+from ..checkpoint.bundled import BUNDLED_BASE, BUNDLED_CHAT
+from ..checkpoint.checkpoint import resolve
+from ..checkpoint.hub import HUBS
+from ..checkpoint.loading import load_model_quietly
 from ..sandbox import SandboxUnavailable
 from .data_files import DataError
 from .language_model import LanguageModel
@@ -50,7 +52,6 @@ def main(task_class: type[Task], description: str | None, arguments: Sequence[st
     options = parser.parse_args(arguments)
     chosen = {name: value for name, value in vars(options).items() if value != parser.get_default(name)}
     try:
-        use(options.hub)
         return _evaluate(task_class(options), options, variant(chosen))
     except (OSError, ValueError, SandboxUnavailable) as error:
         print(error, file=sys.stderr)
@@ -75,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser, task_class: type[Task]) -> No
     parser.add_argument(
         "-c", "--checkpoint-path", metavar="NAME", help=f"a folder or a hub id (default: the bundled toy, {toy.name})"
     )
-    add_hub_argument(parser)
+    parser.add_argument("--hub", choices=HUBS, help="hub to download from (default: $QWEN_HUB, or huggingface)")
     parser.add_argument("-s", "--seed", type=int, default=1234, help="random seed (default: %(default)s)")
     parser.add_argument(
         "-o",
@@ -137,7 +138,9 @@ def _evaluate(task: Task, options: argparse.Namespace, variant: list[str]) -> in
             print(f"{done} of {len(cases)} answers are in {output} already: {what}.", file=sys.stderr)
         if done < len(cases):
             set_seed(options.seed)
-            model, tokenizer = load_model_quietly(checkpoint, chat=task.chat, cpu_only=options.cpu_only)
+            model, tokenizer = load_model_quietly(
+                checkpoint, chat=task.chat, hub=options.hub, cpu_only=options.cpu_only
+            )
             offered = max(model.config.max_position_embeddings, model.config.seq_length)
             lm = LanguageModel(model, tokenizer, options.max_seq_len or offered)
             run.begin()

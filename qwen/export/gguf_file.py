@@ -12,13 +12,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.files import CheckpointError
-from ..checkpoint.source import Source, open_source
 from ..checkpoint.weights import Weights
 from ..model.configuration_qwen import QWenConfig
 from ..model.gptq_qwen import PARTS
+from ..model.tokenization_qwen import QWenTokenizer
 from .layout import EMBEDDING, HEAD, NORM, dequantized, split_name, wanted
 from .limits import check_network, exact_length, remarks, rope_base
+from .source import open_source
 from .tokenizer_json import as_text, chat_template, merges
 
 OUTSIDE = {EMBEDDING: "token_embd", NORM: "output_norm", HEAD: "output"}
@@ -53,6 +55,7 @@ def export_gguf(
     *,
     kind: str = "f16",
     max_length: int | None = None,
+    hub: str | None = None,
     overwrite: bool = False,
     progress: bool = False,
 ) -> list[str]:
@@ -65,6 +68,7 @@ def export_gguf(
         file: it is complete at the end or not there at all.
         kind: type of the matrices, one of `KINDS`.
         max_length: stretch the rotary embedding for prompts of so many tokens. None: exact, up to the trained length.
+        hub: where an id is fetched from, "huggingface" or "modelscope"; None is $QWEN_HUB, or the former.
         overwrite: `file` may be replaced.
         progress: show a bar on stderr.
 
@@ -88,17 +92,17 @@ def export_gguf(
         raise FileExistsError(f"{target} is there already. Name another file, or add --overwrite to replace it.")
     if not target.parent.is_dir():
         raise FileNotFoundError(f"There is no folder {target.parent} to write {target.name} into.")
-    source = open_source(checkpoint)
+    source, tokenizer = open_source(checkpoint, hub)
     config = source.config
     check_network(config)
     if config.num_attention_heads * config.kv_channels != config.hidden_size:
         raise ValueError("llama.cpp has heads that are as wide together as the model, and this model has others.")
     rope_base(config, max_length)  # raises what it has to say before anything is written
-    weights = Weights(source.folder)
+    weights = source.weights()
     entries = _entries(weights, wanted(weights, config), config)
     work = target.with_name(f".{target.name}-{os.getpid()}")  # beside its place, so that taking it is one step
     try:
-        write_gguf(work, config, entries, kind, source=source, max_length=max_length, progress=progress)
+        write_gguf(work, config, entries, kind, source=(source, tokenizer), max_length=max_length, progress=progress)
         work.replace(target)
     except CheckpointError:  # about what is read
         raise
@@ -116,7 +120,7 @@ def write_gguf(
     kind: str,
     *,
     outside: str | None = None,
-    source: Source | None = None,
+    source: tuple[Checkpoint, QWenTokenizer] | None = None,
     max_length: int | None = None,
     progress: bool = False,
 ) -> None:
@@ -126,7 +130,7 @@ def write_gguf(
         entries: all of a float model, named as in our checkpoints.
         kind: type of the matrices in the layers; vectors are in float32.
         outside: type of the embedding and of the output matrix, where it is another than the one for `kind`.
-        source: whose tokenizer goes into the file. None: token ids go in and come out.
+        source: a checkpoint and its tokenizer, which goes into the file. None: token ids go in and come out.
     """
     import gguf
 
@@ -148,7 +152,7 @@ def write_gguf(
     if source is None:
         writer.add_tokenizer_model("none")
     else:
-        _add_tokenizer(writer, source)
+        _add_tokenizer(writer, *source)
 
     typed = []
     for entry in entries:
@@ -219,11 +223,11 @@ def _unpacked(weights: Weights, module: str, quantization: dict) -> torch.Tensor
     return dequantized(*(weights[f"{module}{part}"] for part in PARTS), quantization)
 
 
-def _add_tokenizer(writer, source: Source) -> None:
+def _add_tokenizer(writer, source: Checkpoint, tokenizer: QWenTokenizer) -> None:
     """Vocabulary, merges, control tokens and, for a chat model, its template."""
     from gguf import TokenType
 
-    tokenizer, rows = source.tokenizer, source.config.vocab_size
+    rows = source.config.vocab_size
     tokens = [f"[PAD{i}]" for i in range(rows)]  # rows of the matrices that no token has
     types = [TokenType.UNUSED] * rows
     for index, token in tokenizer.decoder.items():

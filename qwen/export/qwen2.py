@@ -17,14 +17,15 @@ from tqdm import tqdm
 from transformers import Qwen2Config
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
+from ..checkpoint.checkpoint import Checkpoint, resolve
 from ..checkpoint.files import SAFETENSORS, SAFETENSORS_INDEX, let_others_read
-from ..checkpoint.loading import resolve
-from ..checkpoint.source import Source, open_source
 from ..checkpoint.staging import check_target, filled_at_the_end
 from ..checkpoint.weights import Weights
 from ..model.configuration_qwen import QWenConfig
+from ..model.tokenization_qwen import QWenTokenizer
 from .layout import BIASED, EMBEDDING, HEAD, NORM, split_name, wanted
 from .limits import check_network, exact_length, remarks, rope_base
+from .source import open_source
 from .tokenizer_json import write_tokenizer
 
 OUTSIDE = {EMBEDDING: "model.embed_tokens", NORM: "model.norm", HEAD: "lm_head"}
@@ -68,6 +69,7 @@ def export_qwen2(
     folder: str | os.PathLike,
     *,
     max_length: int | None = None,
+    hub: str | None = None,
     overwrite: bool = False,
     progress: bool = False,
 ) -> list[str]:
@@ -79,6 +81,7 @@ def export_qwen2(
         checkpoint: a folder or a hub id; None is the bundled chat model.
         folder: to be made, or empty; it is complete at the end or not there at all.
         max_length: stretch the rotary embedding for prompts of so many tokens. None: exact, up to the trained length.
+        hub: where an id is fetched from, "huggingface" or "modelscope"; None is $QWEN_HUB, or the former.
         overwrite: an exported model in `folder` may be replaced.
         progress: show a bar on stderr.
 
@@ -93,15 +96,15 @@ def export_qwen2(
     target = Path(folder)
     # Before gigabytes are fetched.
     check_target(target, Path(resolve(checkpoint)), overwrite, model_type=Qwen2Config.model_type)
-    source = open_source(checkpoint)
+    source, tokenizer = open_source(checkpoint, hub)
     config = qwen2_config(source.config, max_length)
-    weights = Weights(source.folder)
+    weights = source.weights()
     names = wanted(weights, source.config)
     with filled_at_the_end(target, replaces=_TOKENIZER_FILES) as new:
         dtype = _write_weights(weights, names, new, progress)
-        _write_json(_config_json(config, source, dtype), new / CONFIG_NAME)
-        _write_json(generation_config(source), new / GENERATION_CONFIG_NAME)
-        write_tokenizer(source.tokenizer, new, config.max_position_embeddings, source.is_chat)
+        _write_json(_config_json(config, source, tokenizer, dtype), new / CONFIG_NAME)
+        _write_json(generation_config(source, tokenizer), new / GENERATION_CONFIG_NAME)
+        write_tokenizer(tokenizer, new, config.max_position_embeddings, source.is_chat)
         let_others_read(new)
     return remarks(source.config, max_length, source.chat_format)
 
@@ -150,12 +153,11 @@ def qwen2_tensors(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.
             yield f"model.layers.{layer}.{target}.{part}", third.contiguous()
 
 
-def generation_config(source: Source) -> dict[str, Any]:
+def generation_config(source: Checkpoint, tokenizer: QWenTokenizer) -> dict[str, Any]:
     """The checkpoint's, with all that ends a reply: engines do not know stop words of a model."""
-    generation = {name: value for name, value in source.generation_config.items() if name not in _OURS}
+    generation = {name: value for name, value in source.generation_settings.items() if name not in _OURS}
     if generation.get("top_k") == 0:  # all tokens; SGLang refuses requests with that 0, every engine takes their number
         generation["top_k"] = source.config.vocab_size
-    tokenizer = source.tokenizer
     ends = [tokenizer.im_end_id, tokenizer.im_start_id] if source.is_chat else []
     return generation | {"eos_token_id": [*ends, tokenizer.eod_id], "pad_token_id": tokenizer.eod_id}
 
@@ -201,13 +203,15 @@ def _write_file(tensors: dict[str, torch.Tensor], path: Path) -> list[str]:
     return list(tensors)
 
 
-def _config_json(config: Qwen2Config, source: Source, dtype: torch.dtype) -> dict[str, Any]:
+def _config_json(
+    config: Qwen2Config, source: Checkpoint, tokenizer: QWenTokenizer, dtype: torch.dtype
+) -> dict[str, Any]:
     """What engines read; fields that have two names, today's and yesterday's of transformers, in both."""
     document = {name: getattr(config, name) for name in _WRITTEN}
     document |= {
         "architectures": ["Qwen2ForCausalLM"],
-        "eos_token_id": source.tokenizer.im_end_id if source.is_chat else source.tokenizer.eod_id,
-        "pad_token_id": source.tokenizer.eod_id,
+        "eos_token_id": tokenizer.im_end_id if source.is_chat else tokenizer.eod_id,
+        "pad_token_id": tokenizer.eod_id,
         "rope_theta": config.rope_parameters["rope_theta"],
         "torch_dtype": str(dtype).removeprefix("torch."),
     }

@@ -1,7 +1,7 @@
-"""A checkpoint → the model that is trained: all of it, or adapters on it.
+"""Loads a checkpoint for training: all of its parameters, or adapters on it.
 
-Revolves around which parameters are trained and in which precision they are kept. What cannot work is refused before
-the weights are loaded. Knows the checkpoint and the arguments; data and training it has never heard of.
+Decides which parameters are trained and in which precision they are kept. What cannot work is refused before the
+weights are loaded.
 """
 
 import copy
@@ -12,17 +12,9 @@ import torch
 from transformers import GenerationConfig, GPTQConfig, PreTrainedModel
 
 from ..checkpoint.adapters import ADAPTER_CONFIG, check_adapter, is_adapter, put_on
+from ..checkpoint.bundled import BUNDLED_CHAT_INT4
+from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.files import read_json
-from ..checkpoint.hub import use
-from ..checkpoint.loading import (
-    BUNDLED_CHAT_INT4,
-    chat_format,
-    check_checkpoint,
-    load_config,
-    load_model,
-    load_tokenizer,
-    resolve,
-)
 from ..model.modeling_qwen import QWenLMHeadModel
 from ..model.tokenization_qwen import QWenTokenizer
 from .arguments import LORA_TARGETS, ArgumentError, Arguments, LoraArguments, TrainingArguments, zero_stage
@@ -45,40 +37,39 @@ def load_for_training(arguments: Arguments) -> tuple[PreTrainedModel, QWenTokeni
         CheckpointError: it cannot be loaded.
     """
     given, lora, training = arguments.model, arguments.lora, arguments.training
-    use(given.hub)
-    where = {} if given.cache_dir is None else {"cache_dir": given.cache_dir}
-    name = given.model_name_or_path
-    name = resolve(BUNDLED_CHAT_INT4 if name is None and lora.q_lora else name)
-    if is_adapter(Path(name)):
+    name = BUNDLED_CHAT_INT4 if given.model_name_or_path is None and lora.q_lora else given.model_name_or_path
+    if name is not None and os.path.isdir(name):
+        name = os.path.abspath(name)  # an adapter records it, and must find it from anywhere
+    checkpoint = Checkpoint(name, hub=given.hub, cache_dir=given.cache_dir)
+    name = checkpoint.name
+    if checkpoint.is_adapter:
         raise ArgumentError(
-            f"--model_name_or_path {name} is an adapter. To go on training it, name its base model and add "
-            f"--lora_weight_path {name}; to train on top of it, merge it first with finetune/merge_lora.py."
+            f"--model_name_or_path {given.model_name_or_path} is an adapter. To go on training it, name its base model "
+            f"and add --lora_weight_path {given.model_name_or_path}; to train on top of it, merge it first with "
+            "finetune/merge_lora.py."
         )
     if given.extra_vocab_file is not None and not Path(given.extra_vocab_file).is_file():
         raise ArgumentError(
             f"--extra_vocab_file: there is no file {given.extra_vocab_file}. examples/add_merges.py makes one."
         )
-    check_checkpoint(name, **where)
-    if os.path.isdir(name):
-        name = os.path.abspath(name)  # an adapter records it, and must find it from anywhere
-    quantization = getattr(load_config(name, **where), "quantization_config", None)
-    _check_weights_fit(name, quantization is not None, arguments)
+    checkpoint.check()
+    quantization = getattr(checkpoint.config, "quantization_config", None)
+    _check_weights_fit(name, checkpoint.is_quantized, arguments)
     if quantization is not None:
         training.ddp_broadcast_buffers = False  # the packed weights are buffers: gigabytes, at every step
         if training.device.type == "cpu":
             # Their kernel would compile itself, which wants a C++ compiler, for no gain.
             torch.compiler.set_stance("force_eager")
-    is_chat = chat_format(name, **where) == "chatml"
-    modules_to_save = _modules_to_save(name, is_chat, arguments)
+    modules_to_save = _modules_to_save(name, checkpoint.is_chat, arguments)
     if training.use_lora:
         _check_modules(lora, modules_to_save)
 
-    model, tokenizer = load_model(name, **where, **_loading_arguments(quantization, training))
+    model, tokenizer = checkpoint.load(**_loading_arguments(quantization, training))
     model.generation_config = chat_generation_config(model.generation_config)
     model.config.use_cache = False
     if given.extra_vocab_file is not None:
         base_tokenizer = tokenizer
-        tokenizer = load_tokenizer(name, **where, extra_vocab_file=given.extra_vocab_file)
+        tokenizer = checkpoint.tokenizer(extra_vocab_file=given.extra_vocab_file)
         try:
             expand_embeddings(model, tokenizer, base_tokenizer)
         except ValueError as error:

@@ -1,3 +1,0 @@
-from qwen._moved import redirect
-
-redirect(__name__)

@@ -1,0 +1,8 @@
+"""The toy checkpoints that come with the repository. An installed package has none of them."""
+
+from pathlib import Path
+
+CHECKPOINTS = Path(__file__).resolve().parents[2] / "checkpoints"
+BUNDLED_CHAT = CHECKPOINTS / "qwen-tiny-chat"
+BUNDLED_BASE = CHECKPOINTS / "qwen-tiny-base"
+BUNDLED_CHAT_INT4 = CHECKPOINTS / "qwen-tiny-chat-int4"

@@ -1,0 +1,324 @@
+"""From a name to a loaded model: one opened `Checkpoint`, which reads each of its small files once.
+
+The files are checked before transformers sees them, because transformers reports a half-downloaded folder as a JSON or
+a header error. The model code of this package is used whatever code lies beside the weights, so nothing from a
+checkpoint is executed and no `trust_remote_code` is needed.
+"""
+
+import copy
+import functools
+import os
+from pathlib import Path
+from typing import Any
+
+from transformers import GenerationConfig
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
+
+from ..model.configuration_qwen import QWenConfig
+from ..model.modeling_qwen import QWenLMHeadModel
+from ..model.tokenization_qwen import QWenTokenizer
+from . import bundled
+from .adapters import ADAPTER_CONFIG, check_adapter, is_adapter, recorded_base, with_adapter
+from .files import (
+    VOCABULARY,
+    CheckpointError,
+    check_config,
+    check_gptq_installed,
+    check_vocabulary,
+    check_weights,
+    first_line,
+    read_json,
+)
+from .hub import Files, HubOptions, published_spelling
+from .locate import LocalFiles, find
+from .weights import Weights
+
+
+class Checkpoint:
+    """A first-generation Qwen checkpoint: a folder, a hub id, or the folder of a LoRA adapter.
+
+    Small files are read when they are asked for, once; weights only by `load` and `weights`. `open` also checks that
+    the checkpoint is complete.
+
+    Args:
+        name_or_path: a folder, or a hub id such as "Qwen/Qwen-7B-Chat"; None is the bundled chat model.
+        base: for an adapter, the model to put it on: a folder or a hub id. None is the one that it was trained on.
+        hub_options: `hub`, "huggingface" or "modelscope" (None: $QWEN_HUB, or the Hugging Face Hub), and the keyword
+            arguments of from_pretrained that say where files come from: `revision`, `subfolder`, `cache_dir`, `token`,
+            `local_files_only`, `force_download`.
+
+    Attributes:
+        name: the name as text: ~ expanded, published ids in their published spelling.
+
+    Raises:
+        CheckpointError: the name is neither a folder nor a hub id; or, by any member, a file of the checkpoint is
+            missing, damaged or out of reach.
+    """
+
+    def __init__(
+        self,
+        name_or_path: str | os.PathLike | None = None,
+        *,
+        base: str | os.PathLike | None = None,
+        **hub_options: Any,
+    ):
+        self.name = resolve(name_or_path)
+        self._options = HubOptions(**hub_options)
+        self._files: Files = find(self.name, self._options)
+        self._named_base = base
+        self._vocabulary_checked = False
+
+    @classmethod
+    def open(
+        cls,
+        name_or_path: str | os.PathLike | None = None,
+        *,
+        base: str | os.PathLike | None = None,
+        hub: str | None = None,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+    ) -> "Checkpoint":
+        """Find a checkpoint and check it, as far as can be seen quickly. See the class for the arguments.
+
+        Raises:
+            CheckpointError: it is missing, incomplete, of another architecture, or out of reach; says what to do.
+        """
+        options = HubOptions(hub, revision, subfolder, cache_dir, token, local_files_only, force_download)
+        checkpoint = cls(name_or_path, base=base, **vars(options))
+        checkpoint.check()
+        return checkpoint
+
+    def check(self) -> None:
+        """Raise CheckpointError unless this is a complete first-generation Qwen checkpoint.
+
+        Reads config.json, the index and the headers of local weight files, never the weights. Of a hub id only
+        config.json is fetched.
+        """
+        if self.is_adapter:
+            _ = self.base  # checks both
+            return
+        _ = self.config
+        if isinstance(self._files, LocalFiles):
+            check_weights(self._files.path)
+            self._check_vocabulary(self._files.path)
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether this is the folder of a LoRA adapter."""
+        return isinstance(self._files, LocalFiles) and is_adapter(self._files.path)
+
+    @functools.cached_property
+    def adapter_config(self) -> dict[str, Any]:
+        """The content of adapter_config.json."""
+        folder = self._files.folder()
+        return read_json(folder / ADAPTER_CONFIG, folder)
+
+    @functools.cached_property
+    def base(self) -> "Checkpoint | None":
+        """Of an adapter, the checked checkpoint that it goes on; else None."""
+        if not self.is_adapter:
+            return None
+        folder = self._files.folder()
+        check_adapter(folder, self.adapter_config)
+        # The revision and the subfolder are those of the adapter.
+        options = vars(self._options) | {"revision": None, "subfolder": None}
+        if self._named_base is not None:
+            name = self._named_base
+            advice = "Name the whole model that the adapter was trained on."
+        else:
+            name, options["revision"] = recorded_base(folder, self.adapter_config)
+            advice = (
+                f"If it lies elsewhere now, write its folder or hub id as base_model_name_or_path into "
+                f"{folder / ADAPTER_CONFIG}."
+            )
+        try:
+            base = Checkpoint(name, **options)
+            if base.is_adapter:
+                raise CheckpointError(
+                    f"{base.name} is an adapter itself: merge that one first, `finetune/merge_lora.py`."
+                )
+            base.check()
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"The base model of the adapter in {folder} cannot be used. {error} {advice}"
+            ) from error
+        return base
+
+    @property
+    def folder(self) -> Path:
+        """The local folder that holds the small files and the weights, which are fetched if need be."""
+        return self._files.folder()
+
+    @functools.cached_property
+    def _config_json(self) -> dict[str, Any]:
+        content = read_json(self._files.config(), self.name)
+        check_config(content, self.name)
+        return content
+
+    @functools.cached_property
+    def config(self) -> QWenConfig:
+        """The config as config.json gives it; of an adapter, that of its base.
+
+        Raises:
+            ValueError: the numbers in it make no network.
+        """
+        if self.base is not None:
+            return self.base.config
+        return QWenConfig.from_dict(copy.deepcopy(self._config_json))
+
+    @functools.cached_property
+    def generation_settings(self) -> dict[str, Any]:
+        """The content of generation_config.json, empty where there is none; an adapter without one has its base's."""
+        path = self._files.find(GENERATION_CONFIG_NAME)
+        if path is None:
+            return {} if self.base is None else self.base.generation_settings
+        return read_json(path, self.name)
+
+    @property
+    def generation_config(self) -> GenerationConfig:
+        """The generation config that the checkpoint ships, transformers' defaults where it ships none."""
+        return GenerationConfig.from_dict(copy.deepcopy(self.generation_settings))
+
+    @property
+    def chat_format(self) -> str | None:
+        """The prompt format: "chatml" for a chat model, "raw" for a base model; None where no file names one."""
+        return self.generation_settings.get("chat_format")
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether this is a chat model."""
+        return self.chat_format == "chatml"
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the weights are quantized, as those of the published Int4 and Int8 checkpoints are."""
+        return getattr(self.config, "quantization_config", None) is not None
+
+    def require_chat(self) -> "Checkpoint":
+        """This checkpoint.
+
+        Raises:
+            CheckpointError: it is not a chat model.
+        """
+        if not self.is_chat:
+            raise CheckpointError(
+                f'{self.name} is no chat model: its chat_format is {self.chat_format!r}, not "chatml". Name a chat '
+                "checkpoint such as Qwen/Qwen-7B-Chat. If it is one, its generation_config.json is missing: put it "
+                "beside the weights."
+            )
+        return self
+
+    def tokenizer(self, **from_pretrained_kwargs: Any) -> QWenTokenizer:
+        """A new tokenizer; an adapter without a vocabulary has that of its base.
+
+        Args:
+            from_pretrained_kwargs: for `QWenTokenizer.from_pretrained`, such as extra_vocab_file="plants.tiktoken".
+        """
+        if self.base is not None and self._files.find(VOCABULARY) is None:
+            return self.base.tokenizer(**from_pretrained_kwargs)
+        if isinstance(self._files, LocalFiles):
+            self._check_vocabulary(self._files.path)
+        place, keywords = self._files.source()
+        try:
+            return QWenTokenizer.from_pretrained(place, **from_pretrained_kwargs, **keywords)
+        except OSError as error:
+            raise CheckpointError(f"The tokenizer of {self.name} could not be loaded. {error}") from error
+
+    def load(
+        self, *, cpu_only: bool = False, int8_cache: bool = False, **from_pretrained_kwargs: Any
+    ) -> tuple[QWenLMHeadModel, QWenTokenizer]:
+        """The model, ready to generate, and its tokenizer.
+
+        An adapter is merged into the weights of its base, or put beside them where they are quantized. Its tokenizer
+        and generation config count, and where it has none, those of the base.
+
+        Args:
+            cpu_only: keep the model off any accelerator.
+            int8_cache: keep the key/value cache in 8 bits and decode from those; False leaves it to config.json.
+            from_pretrained_kwargs: for `QWenLMHeadModel.from_pretrained`, such as bf16=True.
+
+        Returns:
+            The model in eval mode, its generation_config as the checkpoint sets it, and the tokenizer.
+
+        Raises:
+            CheckpointError: also where the adapter does not fit the base.
+            ValueError: the keyword arguments contradict one another (e.g. bf16=True with fp16=True).
+        """
+        kwargs = dict(from_pretrained_kwargs)
+        kwargs.pop("trust_remote_code", None)  # accepted as in the published examples, but not needed
+        kwargs.setdefault("device_map", "cpu" if cpu_only else "auto")
+        if int8_cache:
+            kwargs |= {"use_cache_quantization": True, "use_cache_kernel": True}
+        tokenizer = self.tokenizer()  # first, as it fails in a second where the weights take minutes
+        if self.base is None:
+            return self._load_model(kwargs), tokenizer
+        folder = self._files.folder()
+        model = with_adapter(self.base._load_model(kwargs), folder, len(tokenizer))
+        if (folder / GENERATION_CONFIG_NAME).is_file():
+            model.generation_config = self.generation_config
+        model.name_or_path = self.name
+        return model.eval(), tokenizer
+
+    def weights(self) -> Weights:
+        """The tensors by name, each read when it is asked for; fetched first if need be."""
+        return Weights(self.folder)
+
+    def _load_model(self, kwargs: dict[str, Any]) -> QWenLMHeadModel:
+        if self.is_quantized:
+            check_gptq_installed(self.name)  # before gigabytes are fetched
+        place, keywords = self._files.source(weights=True)
+        if not isinstance(self._files, LocalFiles) and os.path.isdir(place):
+            check_weights(Path(place))  # the download may have been cut off
+        # transformers merges a quantization_config with that of the file, as long as the config does not swallow it.
+        switches = {name: value for name, value in kwargs.items() if name != "quantization_config"}
+        config = QWenConfig.from_dict(copy.deepcopy(self._config_json), **switches)
+        try:
+            model, report = QWenLMHeadModel.from_pretrained(
+                place, config=config, output_loading_info=True, **keywords, **kwargs
+            )
+        except ImportError as error:  # a quantized checkpoint without its library
+            raise CheckpointError(f"{self.name} needs a package that is not installed. {error}") from error
+        except RuntimeError as error:
+            if "size mismatch" not in str(error) and "mismatched" not in str(error):
+                raise
+            raise CheckpointError(
+                f"The weights in {self.name} do not have the shapes that its {CONFIG_NAME} gives: the two come from "
+                f"different models. Download the checkpoint again as a whole. ({first_line(error)})"
+            ) from error
+        except OSError as error:
+            raise CheckpointError(f"{self.name} could not be loaded. {error}") from error
+        if missing := sorted(report["missing_keys"]):
+            raise CheckpointError(
+                f"{len(missing)} tensors are in none of the weight files of {self.name}, for example {missing[0]}: the "
+                f"checkpoint is incomplete, or its {CONFIG_NAME} belongs to another model. Download it again as a "
+                "whole."
+            )
+        model.name_or_path = self.name  # what an adapter records, and a server answers to
+        return model.eval()
+
+    def _check_vocabulary(self, folder: Path) -> None:
+        if not self._vocabulary_checked:
+            check_vocabulary(folder)
+            self._vocabulary_checked = True
+
+
+def resolve(name_or_path: str | os.PathLike | None) -> str:
+    """The name as text, with ~ for the home folder understood and published ids as they are written; None is the
+    bundled chat model.
+
+    Raises:
+        CheckpointError: the bundled model is not there.
+    """
+    if name_or_path is not None:
+        name = os.path.expanduser(os.fspath(name_or_path))
+        return name if os.path.exists(name) else published_spelling(name)
+    if not bundled.BUNDLED_CHAT.is_dir():
+        raise CheckpointError(
+            f"The bundled model is not here ({bundled.BUNDLED_CHAT}): it comes with the repository, not with the "
+            "installed package. Name another one with -c: a folder, or a hub id such as Qwen/Qwen-1_8B-Chat."
+        )
+    return str(bundled.BUNDLED_CHAT)

@@ -1,0 +1,77 @@
+"""Downloads checkpoints from the Hugging Face Hub, with errors that say what to do."""
+
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, cached_file
+from transformers.utils.hub import get_checkpoint_shard_files
+
+from .files import BIN, BIN_INDEX, SAFETENSORS, SAFETENSORS_INDEX, CheckpointError, first_line
+from .hub import HubOptions, no_such_model, out_of_reach
+
+
+class HuggingFaceFiles:
+    """A checkpoint on the Hugging Face Hub, where `from_pretrained` fetches what it needs by itself."""
+
+    def __init__(self, name: str, options: HubOptions):
+        self._name, self._keywords = name, options.keywords()
+
+    def find(self, name: str) -> Path | None:
+        try:
+            found = cached_file(self._name, name, **self._keywords, _raise_exceptions_for_missing_entries=False)
+        except OSError:  # out of reach and not in the cache
+            return None
+        return None if found is None else Path(found)
+
+    def config(self) -> Path:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import (
+            EntryNotFoundError,
+            GatedRepoError,
+            HfHubHTTPError,
+            LocalEntryNotFoundError,
+            RepositoryNotFoundError,
+            RevisionNotFoundError,
+        )
+
+        name, hub = self._name, "the Hugging Face hub"
+        unreachable = out_of_reach(name, hub, "or set HF_ENDPOINT to a mirror, or take ModelScope: QWEN_HUB=modelscope")
+        # The order matters: the later classes are parents of some of the earlier ones.
+        try:
+            return Path(hf_hub_download(name, CONFIG_NAME, **self._keywords))
+        except LocalEntryNotFoundError as error:
+            raise CheckpointError(unreachable) from error
+        except GatedRepoError as error:
+            raise CheckpointError(
+                f"Access to {name} must be granted: log in with `hf auth login` or set HF_TOKEN."
+            ) from error
+        except RepositoryNotFoundError as error:
+            raise CheckpointError(no_such_model(name, hub, "a private one needs HF_TOKEN")) from error
+        except RevisionNotFoundError as error:
+            raise CheckpointError(f"{name} has no revision {self._keywords.get('revision')!r} on {hub}.") from error
+        except EntryNotFoundError as error:
+            raise CheckpointError(
+                f"{name} is on {hub} but has no config.json: it is no model. If it is an adapter (LoRA), "
+                f"fetch it with `hf download {name} --local-dir FOLDER` and name that folder."
+            ) from error
+        except HfHubHTTPError as error:
+            raise CheckpointError(f"The Hugging Face hub refused {name}: {first_line(error)}") from error
+        except OSError as error:  # connection, proxy and TLS errors of the HTTP client
+            raise CheckpointError(unreachable) from error
+
+    def source(self, *, weights: bool = False) -> tuple[str, dict[str, Any]]:
+        return self._name, self._keywords
+
+    def folder(self) -> Path:
+        """As in `Files`; of two formats of weights, the one that transformers prefers."""
+        self.find(GENERATION_CONFIG_NAME)
+        for single, index in ((SAFETENSORS, SAFETENSORS_INDEX), (BIN, BIN_INDEX)):
+            if found := self.find(single):
+                return found.parent
+            if found := self.find(index):
+                get_checkpoint_shard_files(self._name, str(found), **self._keywords)
+                return found.parent
+        raise CheckpointError(
+            f"{self._name} has no weights on the hub, or they are out of reach and not in the cache: neither "
+            f"{SAFETENSORS} nor {BIN} nor an index of either."
+        )

@@ -1,0 +1,71 @@
+"""Finds the files of a checkpoint by its name: in a local folder, on the Hugging Face Hub or on ModelScope."""
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import CONFIG_NAME
+
+from .files import CheckpointError, download_advice, listing
+from .hub import HUB_ID, HUBS, PUBLISHED, Files, HubOptions, default_hub
+from .hub_huggingface import HuggingFaceFiles
+from .hub_modelscope import ModelScopeFiles
+
+
+def find(name: str, options: HubOptions) -> Files:
+    """The files of a checkpoint by its name: a folder, or a hub id.
+
+    Raises:
+        CheckpointError: it can be neither, or there is no such hub.
+    """
+    path = Path(name)
+    if name and path.is_dir():
+        return LocalFiles(path / (options.subfolder or ""), name)
+    if path.is_file():
+        raise CheckpointError(f"{name} is a file. Name the folder that it lies in (with config.json and the weights).")
+    if HUB_ID.fullmatch(name):
+        if name not in PUBLISHED and (beside := sorted(file.parent.name for file in path.parent.glob("*/config.json"))):
+            raise CheckpointError(f"There is no folder {name!r}; {path.parent} holds {listing(beside)}.")
+        if options.hub not in (None, *HUBS):
+            raise CheckpointError(f"hub is {options.hub!r}: it must be {' or '.join(HUBS)}.")
+        if (options.hub or default_hub()) == "huggingface":
+            return HuggingFaceFiles(name, options)
+        return ModelScopeFiles(name, options)
+    near = difflib.get_close_matches(f"Qwen/{path.name}", PUBLISHED, n=1, cutoff=0.75)
+    raise CheckpointError(
+        f"There is no folder {name!r}, and it is not a hub id (OWNER/NAME) either. "
+        + (f"Did you mean {near[0]}?" if near else "Check the path, or name a model such as Qwen/Qwen-7B-Chat.")
+    )
+
+
+class LocalFiles:
+    """A checkpoint in a local folder.
+
+    Args:
+        path: the folder, the subfolder included.
+        name: as the user gave it.
+    """
+
+    def __init__(self, path: Path, name: str):
+        self.path, self._name = path, name
+
+    def find(self, name: str) -> Path | None:
+        return self.path / name if (self.path / name).is_file() else None
+
+    def config(self) -> Path:
+        if not self.path.is_dir():
+            raise CheckpointError(
+                f"{self.path} does not exist. Leave `subfolder` out, or name one that {self._name} has."
+            )
+        if not (self.path / CONFIG_NAME).is_file():
+            raise CheckpointError(
+                f"{self.path} has no config.json: it is not a model folder, or its download stopped early. "
+                + download_advice(self.path)
+            )
+        return self.path / CONFIG_NAME
+
+    def source(self, *, weights: bool = False) -> tuple[str, dict[str, Any]]:
+        return str(self.path), {}
+
+    def folder(self) -> Path:
+        return self.path

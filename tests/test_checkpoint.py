@@ -1,0 +1,132 @@
+"""qwen.Checkpoint: opened once, and each of its small files is read at most twice for a chat."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from qwen import Checkpoint, CheckpointError, load_model
+from qwen.checkpoint.bundled import BUNDLED_CHAT_INT4
+from qwen.checkpoint.weights import Weights
+
+# Weights may be opened as often as their library likes.
+COUNT = """\
+import collections, json, os, sys
+
+opened = collections.Counter()
+folders = [os.path.realpath(folder) for folder in sys.argv[1:]]
+
+
+def watch(event, arguments):
+    if event == "open" and isinstance(arguments[0], (str, bytes, os.PathLike)):
+        path = os.path.realpath(os.fsdecode(arguments[0]))
+        if os.path.dirname(path) in folders and not path.endswith((".safetensors", ".bin")):
+            opened[path] += 1
+
+
+sys.addaudithook(watch)
+import qwen
+
+model, tokenizer = qwen.Checkpoint.open(sys.argv[1]).require_chat().load(cpu_only=True)
+reply, _ = model.chat(tokenizer, "What is 47 + 38?")
+print(json.dumps([reply, opened]))
+"""
+
+
+def openings(*folders: Path) -> tuple[str, dict[str, int]]:
+    """A reply from the checkpoint in the first folder, and how often each small file of the folders was opened."""
+    done = subprocess.run(
+        [sys.executable, "-c", COUNT, *map(str, folders)], capture_output=True, text=True, check=True, timeout=300
+    )
+    reply, opened = json.loads(done.stdout.splitlines()[-1])
+    return reply, opened
+
+
+def test_a_chat_opens_each_small_file_at_most_twice(bundled_chat: Path) -> None:
+    reply, opened = openings(bundled_chat)
+    assert reply == "47 + 38 = 85."
+    names = {"config.json", "generation_config.json", "tokenizer_config.json", "qwen.tiktoken"}
+    assert names <= {os.path.basename(path) for path in opened}
+    assert {path: times for path, times in opened.items() if times > 2} == {}
+
+
+def test_so_does_a_chat_with_an_adapter(bundled_chat: Path, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    base = Path(shutil.copytree(bundled_chat, tmp_path / "base"))
+    model, tokenizer = load_model(base, cpu_only=True)
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["c_attn"], task_type="CAUSAL_LM"))
+    adapter = tmp_path / "adapter"
+    adapted.save_pretrained(adapter)
+    tokenizer.save_pretrained(adapter)
+    model.generation_config.save_pretrained(adapter)
+    reply, opened = openings(adapter, base)
+    assert reply == "47 + 38 = 85."  # a new adapter changes nothing
+    assert str(adapter / "adapter_config.json") in opened and str(base / "config.json") in opened
+    assert {path: times for path, times in opened.items() if times > 2} == {}
+
+
+def test_what_an_opened_checkpoint_says(bundled_chat: Path, bundled_base: Path) -> None:
+    chat = Checkpoint.open()
+    assert (chat.name, chat.folder) == (str(bundled_chat), bundled_chat)
+    assert chat.is_chat and not chat.is_quantized and not chat.is_adapter and chat.base is None
+    assert chat.generation_config.top_p == chat.generation_settings["top_p"]
+    assert chat.require_chat() is chat
+    base = Checkpoint.open(bundled_base)
+    assert (base.chat_format, base.is_chat) == ("raw", False)
+    with pytest.raises(CheckpointError, match="no chat model"):
+        base.require_chat()
+    assert Checkpoint.open(BUNDLED_CHAT_INT4).is_quantized
+
+
+def test_the_config_that_it_gives_is_read_once_and_not_shared(bundled_chat: Path) -> None:
+    checkpoint = Checkpoint.open(bundled_chat)
+    model, _ = checkpoint.load(cpu_only=True, bf16=True, use_cache_quantization=True)
+    assert model.config.bf16 and model.config.use_cache_quantization
+    assert not checkpoint.config.bf16 and not checkpoint.config.use_cache_quantization
+    again, _ = checkpoint.load(cpu_only=True)
+    assert (again.dtype, again.config.use_cache_quantization) == (torch.float32, False)
+
+
+def test_int8_cache_sets_both_switches(bundled_chat: Path) -> None:
+    model, _ = load_model(bundled_chat, cpu_only=True, int8_cache=True)
+    assert model.config.use_cache_quantization and model.config.use_cache_kernel
+
+
+def test_weights_come_one_by_one(bundled_chat: Path) -> None:
+    weights = Checkpoint.open(bundled_chat).weights()
+    model, _ = load_model(bundled_chat, cpu_only=True)
+    assert isinstance(weights, Weights) and set(weights) == set(model.state_dict())
+    assert torch.equal(weights["transformer.ln_f.weight"], model.transformer.ln_f.weight)
+
+
+def test_an_adapter_has_a_base_and_takes_another(bundled_chat: Path, bundled_base: Path, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    (tmp_path / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "base_model_name_or_path": str(bundled_chat)})
+    )
+    save_file({"nothing": torch.zeros(1)}, tmp_path / "adapter_model.safetensors")
+    adapter = Checkpoint.open(tmp_path)
+    assert adapter.is_adapter and adapter.base.name == str(bundled_chat)
+    assert adapter.is_chat and len(adapter.tokenizer()) == len(adapter.base.tokenizer())
+    assert Checkpoint.open(tmp_path, base=bundled_base).base.name == str(bundled_base)
+    with pytest.raises(CheckpointError, match="cannot be used.*is an adapter itself"):
+        Checkpoint.open(tmp_path, base=tmp_path)
+    with pytest.raises(CheckpointError, match="does not fit"):
+        adapter.load(cpu_only=True)
+
+
+def test_a_hub_is_handed_on_and_never_set(bundled_chat: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("QWEN_HUB", raising=False)
+    load_model(bundled_chat, hub="modelscope", cpu_only=True)
+    assert "QWEN_HUB" not in os.environ
+    with pytest.raises(CheckpointError, match="hub is 'nowhere'"):
+        Checkpoint.open("Qwen/Qwen-7B", hub="nowhere")
+    with pytest.raises(TypeError, match="revison"):  # a mistyped option is no option
+        Checkpoint.open(bundled_chat, revison="v1.0.5")
