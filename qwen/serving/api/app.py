@@ -26,9 +26,9 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 
-from .. import chat, completions, errors
 from ..engine import Engine
 from ..engine.grammar import ConstraintFactory
+from . import chat, completions, errors
 from .errors import ApiError, invalid, shutting_down
 from .generation import Envelope, Generation, Plan, at_once, stream
 from .metrics import Metrics, MetricsMiddleware

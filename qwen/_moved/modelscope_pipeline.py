@@ -1,0 +1,3 @@
+from qwen._moved import redirect
+
+redirect(__name__)

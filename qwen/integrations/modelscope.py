@@ -1,0 +1,95 @@
+"""ModelScope's `pipeline(task=Tasks.chat, model=…)` for these models, as programs of 2023 call it.
+
+Importing this module registers a pipeline of our own with ModelScope, whose chat pipelines need transformers 4:
+
+    import qwen.integrations.modelscope
+    from modelscope.pipelines import pipeline
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from modelscope.hub.file_download import model_file_download
+from modelscope.pipelines import builder
+from modelscope.utils.config import Config
+from modelscope.utils.constant import Tasks
+from modelscope.utils.import_utils import LazyImportModule
+
+from ..checkpoint.checkpoint import Checkpoint
+from ..model.configuration_qwen import QWenConfig
+from ..model.qwen_generation_utils import History
+
+TYPE = "qwen-chat"  # in configuration.json beside published weights, and in modelscope's registry
+
+
+@builder.PIPELINES.register_module(Tasks.chat, module_name=TYPE, force=True)
+class QwenChat:
+    """What `pipeline(task=Tasks.chat, model=FOLDER)` returns.
+
+    Args:
+        model: a folder, which modelscope fetches first where an id is given.
+        device: "gpu", which is the CPU where there is none, "gpu:1" or "cpu".
+        device_map: as for from_pretrained, instead of `device`.
+        kwargs: for from_pretrained, such as bf16=True.
+
+    Raises:
+        CheckpointError: this is no chat model, or it cannot be loaded.
+    """
+
+    def __init__(self, model: str, device: str = "gpu", device_map: Any = None, **kwargs: Any):
+        if device_map is None:
+            device_map = "auto" if device in ("gpu", "cuda") else device.replace("gpu", "cuda")
+        self.model, self.tokenizer = Checkpoint.open(model).require_chat().load(device_map=device_map, **kwargs)
+
+    def __call__(
+        self, input: str | dict[str, Any], history: Sequence[tuple[str, str]] | None = None, **kwargs: Any
+    ) -> dict[str, str | History]:
+        """Answer one query.
+
+        Args:
+            input: the query, or {"text": query, "history": earlier turns}.
+            history: earlier turns, (query, response) each.
+            kwargs: for `model.chat`, such as system="…".
+
+        Returns:
+            "response", and "history" with this turn at its end.
+        """
+        if isinstance(input, dict):
+            input, history = input["text"], input.get("history", history)
+        response, history = self.model.chat(self.tokenizer, input, history=history, **kwargs)
+        return {"response": response, "history": history}
+
+
+def _register() -> None:
+    """Replace what `pipeline` asks about a model; programs may have imported `pipeline` itself already."""
+    is_official, read = builder.is_official_hub_path, builder.read_config
+
+    def is_official_hub_path(path: Any, revision: str | None = None) -> bool:
+        return _is_qwen(path, revision) or is_official(path, revision)
+
+    def read_config(path: Any, revision: str | None = None) -> Any:
+        if not _is_qwen(path, revision):
+            return read(path, revision)
+        return Config({"framework": "pytorch", "task": "chat", "pipeline": {"type": TYPE}})
+
+    builder.is_official_hub_path, builder.read_config = is_official_hub_path, read_config
+    # Where the registry looks for the module of a type; without it, it would import one of its own.
+    LazyImportModule.get_ast_index()["index"]["PIPELINES", "chat", TYPE] = {"module": __name__}
+
+
+def _is_qwen(path: Any, revision: str | None) -> bool:
+    """Whether this is a folder or a ModelScope id of a first-generation Qwen model."""
+    if not isinstance(path, str):
+        return False
+    config = Path(path, "config.json")
+    try:
+        if not Path(path).is_dir():
+            config = Path(model_file_download(path, config.name, revision=revision))
+        return json.loads(config.read_text(encoding="utf-8")).get("model_type") == QWenConfig.model_type
+    except (OSError, ValueError, AttributeError):  # modelscope says what is wrong with it
+        return False
+
+
+_register()

@@ -1,0 +1,119 @@
+"""`import qwen` registers classes and changes nothing else; old module paths lead to the very modules."""
+
+import ast
+import importlib
+import json
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+
+import qwen
+from qwen._moved import MOVED
+
+NAMES = json.loads(Path(__file__).with_name("public_names.json").read_text(encoding="utf-8"))
+PERMANENT = {
+    "qwen.configuration_qwen": "qwen.model.configuration_qwen",
+    "qwen.loading": "qwen.checkpoint.loading",
+    "qwen.modeling_qwen": "qwen.model.modeling_qwen",
+    "qwen.qwen_generation_utils": "qwen.model.qwen_generation_utils",
+    "qwen.tokenization_qwen": "qwen.model.tokenization_qwen",
+}
+
+STATE = """\
+import json, logging, os, sys
+
+
+def state():
+    loggers = {name: (logger.level, len(logger.handlers), logger.disabled, logger.propagate)
+               for name, logger in logging.root.manager.loggerDict.items() if isinstance(logger, logging.Logger)}
+    return {
+        "sys.meta_path": [repr(finder) for finder in sys.meta_path],
+        "sys.path_hooks": [repr(hook) for hook in sys.path_hooks],
+        "sys.path": list(sys.path),
+        "os.environ": dict(os.environ),
+        "root logger": (logging.root.level, len(logging.root.handlers)),
+        "loggers": loggers,
+    }
+
+
+from transformers import GenerationMixin, PreTrainedModel
+before = state()
+import qwen
+after = state()
+# Loggers that come with a module which qwen imports are there with their first level.
+after["loggers"] = {name: after["loggers"][name] for name in before["loggers"]}
+print(json.dumps([before, after]))
+"""
+
+
+def test_importing_changes_nothing_in_the_process() -> None:
+    done = subprocess.run([sys.executable, "-c", STATE], capture_output=True, text=True, check=True, timeout=300)
+    before, after = json.loads(done.stdout.splitlines()[-1])
+    for what, value in before.items():
+        assert after[what] == value, what
+
+
+def test_importing_sets_no_level_of_a_new_logger() -> None:
+    code = (
+        "import logging\nfrom transformers import GenerationMixin, PreTrainedModel\n"
+        "known = set(logging.root.manager.loggerDict)\nimport qwen\n"
+        "print([name for name, logger in logging.root.manager.loggerDict.items()"
+        " if name not in known and getattr(logger, 'level', 0)])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize(("old", "new"), PERMANENT.items())
+def test_published_paths_lead_to_the_very_module_and_never_warn(old: str, new: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sys.modules.pop(old, None)
+        assert importlib.import_module(old) is importlib.import_module(new)
+
+
+@pytest.mark.parametrize(("old", "new"), MOVED.items())
+def test_moved_paths_lead_to_the_very_module_and_warn(old: str, new: str) -> None:
+    parent = old.rpartition(".")[0]
+    first = parent if parent in MOVED else old  # the one that is imported first, and warns
+    for name in [name for name in sys.modules if name == first or name.startswith(f"{first}.")]:
+        del sys.modules[name]
+    with pytest.warns(FutureWarning, match=f"{first} has moved: import {MOVED[first]}"):
+        assert importlib.import_module(old) is importlib.import_module(new)
+
+
+@pytest.mark.parametrize("module", NAMES)
+@pytest.mark.filterwarnings("ignore:.*has moved")
+def test_every_public_name_of_the_last_release_is_there(module: str) -> None:
+    found = importlib.import_module(module)
+    assert [name for name in NAMES[module] if not hasattr(found, name)] == []
+
+
+def test_the_warning_names_the_line_that_imports(tmp_path: Path) -> None:
+    script = tmp_path / "notebook.py"
+    script.write_text("x = 1\nfrom qwen.react import parse_response\n")
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True, timeout=300)
+    assert f"{script}:2: FutureWarning: qwen.react has moved: import qwen.tools" in done.stderr
+
+
+def test_a_patch_through_an_old_path_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    from qwen.checkpoint import loading
+
+    monkeypatch.setattr("qwen.loading.quiet_loading", None)
+    assert loading.quiet_loading is None
+
+
+def test_each_alias_is_listed_and_each_listed_module_exists() -> None:
+    folder = Path(qwen.__file__).parent / "_moved"
+    aliases = {
+        "qwen." + ".".join(path.relative_to(folder).with_suffix("").parts)
+        for path in folder.rglob("*.py")
+        if path.name != "__init__.py"
+    }
+    below = {old for old in MOVED if old.rpartition(".")[0] in MOVED}  # registered with their parent
+    assert aliases == set(MOVED) - below
+    for path in folder.rglob("*.py"):
+        ast.parse(path.read_text(encoding="utf-8"))
