@@ -48,7 +48,7 @@ from random_models import SHAPES, config, fill, random_model, write_quantized
 from qwen import Checkpoint, QWenConfig, QWenLMHeadModel
 from qwen.checkpoint.hub import HUBS
 from qwen.checkpoint.loading import load_config, load_model_quietly
-from qwen.model.loading_options_qwen import is_gptq
+from qwen.model.gptq_qwen import is_gptq
 from qwen.quiet import quiet_loading
 
 BITS = {"fp32": 32, "bf16": 16, "int8": 8, "int4": 4}

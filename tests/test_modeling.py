@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, Dynamic
 import qwen  # noqa: F401  registers the classes
 from qwen import QWenConfig, QWenLMHeadModel
 from qwen.model.kv_cache_qwen import dequantize_cache_torch, quantize_cache_v, quantize_tokens
-from qwen.model.modeling_qwen import ntk_alpha, rotary_tables
+from qwen.model.rope_qwen import ntk_alpha, rotary_tables
 
 VARIANTS = {
     "default": {},

@@ -11,7 +11,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from qwen import QWenConfig, QWenLMHeadModel
 from qwen.checkpoint.loading import load_model
-from qwen.model.modeling_qwen import logn_scale, rotary_tables, rotate
+from qwen.model.rope_qwen import logn_scale, rotary_tables, rotate
 from qwen.serving.engine import Engine
 
 TOKENS = 330

@@ -6,7 +6,7 @@ They know neither dynamic NTK nor LogN, which act beyond the trained length only
 import torch
 
 from ..model.configuration_qwen import QWenConfig
-from ..model.modeling_qwen import ntk_alpha
+from ..model.rope_qwen import ntk_alpha
 
 
 def exact_length(config: QWenConfig) -> int:

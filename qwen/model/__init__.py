@@ -1,5 +1,5 @@
-"""What travels with the weights: `save_pretrained` copies these files beside them, and they load without this package.
+"""The model code that `save_pretrained` copies beside the weights, so that they load without this package.
 
-The folder is flat, because transformers copies the siblings of a class, and its files import only
+transformers copies the siblings of a class by their file names. Therefore the folder is flat, and its files import only
 installed packages and one another.
 """
