@@ -2,7 +2,7 @@
 
 Keys and values are stored as unsigned bytes with one scale and one zero point per token and head: (1 + 4/D) bytes a
 channel where those are 16-bit. A layer grows by segments, so that nothing held is ever copied, and attention over it
-either dequantizes it or, with `use_cache_kernel`, reads the bytes. Knows tensors only.
+either dequantizes it or, with `use_cache_kernel`, reads the bytes.
 
 Shapes: B batch, H heads, T tokens held, S new tokens, D head size.
 """
@@ -85,7 +85,13 @@ class Kernels(NamedTuple):
     """The functions of kv_cache_triton_qwen.py."""
 
     append: Callable[..., None]
-    decode: Callable[..., torch.Tensor]
+    decode_tiles: Callable[..., torch.Tensor]
+
+    def decode(
+        self, query: torch.Tensor, states: QuantizedStates, mask: torch.Tensor | None, scaling: float
+    ) -> torch.Tensor:
+        """As `decode_in_torch`, for one new token."""
+        return self.decode_tiles(query, states.tiles, TILE, states.length, states.scale_dtype, mask, scaling)
 
 
 @functools.cache
@@ -116,12 +122,25 @@ class QuantizedStates:
     """
 
     def __init__(self, segments: Sequence[Segment] = (), length: int = 0):
-        self.segments, self.length = list(segments), length
-        self._mapped: list[Segment] = []  # the segments that `_tiles` tells of
-        self._tiles: torch.Tensor | None = None
+        self.segments, self.length = segments, length
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_mapped": [], "_tiles": None}  # the tensors of a copy lie elsewhere
+        return vars(self) | {"_tiles": None}  # the tensors of a copy lie elsewhere
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """The tensors, in the order of their tokens. A tuple, so that they change by assignment alone."""
+        return self._segments
+
+    @segments.setter
+    def segments(self, segments: Sequence[Segment]) -> None:
+        self._segments = tuple(segments)
+        self._tiles: torch.Tensor | None = None  # made when it is asked for
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        """Of scales and zero points."""
+        return self.segments[0][1].dtype
 
     def parts(self) -> Iterator[Segment]:
         """All tokens, in pieces of a size that is quickly converted."""
@@ -153,8 +172,7 @@ class QuantizedStates:
     def tiles(self) -> torch.Tensor:
         """Where each tile of tokens lies, for the kernel: (tiles, 9) int64. Six addresses, in the order of a segment,
         and the strides of B, H and T in vectors of D channels."""
-        # Segments are replaced as a whole and never changed: which ones they are tells whether the map still holds.
-        if self._tiles is None or [*map(id, self._mapped)] != [*map(id, self.segments)]:
+        if self._tiles is None:
             rows = []
             for segment in self.segments:
                 strides = segment[1].stride()[:3]
@@ -164,7 +182,6 @@ class QuantizedStates:
                     )
                     rows.append([*places, *strides])
             self._tiles = torch.tensor(rows, dtype=torch.int64, device=self.segments[0][0].device)
-            self._mapped = [*self.segments]
         return self._tiles
 
 
@@ -282,23 +299,23 @@ class QuantizedKVLayer(DynamicLayer):
         """Room for as many tokens as (B, H, S, D) `like` has: parts of segments, new ones where the last is full, and
         which of the tokens go there. Counts them as held."""
         batch, heads, tokens, channels = like.shape
-        segments, done = self.states.segments, 0
+        done = 0
         while done < tokens:
-            room = sum(segment[0].shape[2] for segment in segments) - self.states.length
+            room = sum(segment[0].shape[2] for segment in self.states.segments) - self.states.length
             if room == 0:
-                growth = max(self.GROWTH, self.states.length // 8) if segments else 0
+                growth = max(self.GROWTH, self.states.length // 8) if self.states.segments else 0
                 room = -(-max(tokens - done, growth) // TILE) * TILE
                 half = ((channels, torch.uint8), (1, self.dtype), (1, self.dtype))
                 with torch.inference_mode(False):  # a prompt encoded there may be gone on from elsewhere
-                    segments.append(
-                        tuple(
-                            torch.empty(batch, heads, room, width, dtype=dtype, device=like.device)
-                            for width, dtype in (*half, *half)
-                        )
+                    new = tuple(
+                        torch.empty(batch, heads, room, width, dtype=dtype, device=like.device)
+                        for width, dtype in (*half, *half)
                     )
+                self.states.segments = (*self.states.segments, new)
+            last = self.states.segments[-1]
             size = min(room, tokens - done)
-            start = segments[-1][0].shape[2] - room
-            yield tuple(tensor[:, :, start : start + size] for tensor in segments[-1]), slice(done, done + size)
+            start = last[0].shape[2] - room
+            yield tuple(tensor[:, :, start : start + size] for tensor in last), slice(done, done + size)
             done += size
             self.states.length += size
 
@@ -322,7 +339,7 @@ class QuantizedKVLayer(DynamicLayer):
         states = self.states
         states.length = max(0, states.length + tokens_to_remove)
         while states.segments and sum(segment[0].shape[2] for segment in states.segments[:-1]) >= states.length:
-            states.segments.pop()
+            states.segments = states.segments[:-1]
 
     def offload(self) -> None:
         self._replace(lambda tensor: tensor.to("cpu", non_blocking=True))
@@ -341,8 +358,10 @@ class QuantizedKVLayer(DynamicLayer):
 
     def _replace(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         # One segment after the other, so that little is held twice.
-        for index, segment in enumerate(self.states.segments):
-            self.states.segments[index] = tuple(change(tensor) for tensor in segment)
+        for index in range(len(self.states.segments)):
+            segments = list(self.states.segments)
+            segments[index] = tuple(change(tensor) for tensor in segments[index])
+            self.states.segments = segments
 
 
 class QuantizedKVCache(Cache):
