@@ -20,6 +20,7 @@ from qwen.model.kv_cache_qwen import (
     QuantizedKVLayer,
     QuantizedStates,
     decode_in_torch,
+    prompt_state,
     quantize_cache_v,
     quantize_tokens,
 )
@@ -234,7 +235,7 @@ def test_layers_read_and_written_in_the_published_layout(model):
 
     expected = model(ids[:, 20:], past_key_values=copy.deepcopy(cache)).logits
     again = QuantizedKVCache.from_legacy_cache(layers)
-    again.ntk_alpha = cache.ntk_alpha
+    prompt_state(again).alpha = prompt_state(cache).alpha
     torch.testing.assert_close(model(ids[:, 20:], past_key_values=again).logits, expected, rtol=1e-4, atol=1e-5)
     outputs = model(ids[:, 20:], past_key_values=layers)
     torch.testing.assert_close(outputs.logits, expected, rtol=1e-4, atol=1e-5)

@@ -11,6 +11,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from qwen import QWenConfig, QWenLMHeadModel
 from qwen.checkpoint.loading import load_model
+from qwen.model.kv_cache_qwen import prompt_state
 from qwen.model.rope_qwen import logn_scale, rotary_tables, rotate
 from qwen.serving.engine import Engine
 
@@ -112,7 +113,7 @@ def test_a_static_cache(model, ids):
     expected = model(ids).logits
     cache = StaticCache(config=model.config, max_cache_len=400)
     first = model(ids[:, :-2], past_key_values=cache, use_cache=True)
-    alpha = cache.ntk_alpha.clone()
+    alpha = prompt_state(cache).alpha.clone()
     second = model(ids[:, -2:-1], past_key_values=cache, use_cache=True)
     third = model(ids[:, -1:], past_key_values=cache, use_cache=True)
     assert alpha.item() == 15.0

@@ -1,4 +1,4 @@
-"""The 8-bit key/value cache.
+"""The 8-bit key/value cache, and what the model remembers of the prompts in a cache of any kind.
 
 Keys and values are stored as unsigned bytes with one scale and one zero point per token and head: (1 + 4/D) bytes a
 channel where those are 16-bit. A layer grows by segments, so that nothing held is ever copied, and attention over it
@@ -13,6 +13,7 @@ import functools
 import os
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +27,29 @@ TILE = 64  # tokens that the kernel reads at once; segments hold whole tiles
 # D = 128) few enough beside the rest.
 PIECE, GPU_PIECE = 2**13, 2**19
 Segment = tuple[torch.Tensor, ...]  # of keys, then of values: bytes (B, H, n, D), scale and zero point (B, H, n, 1)
+
+
+@dataclass
+class PromptState:
+    """What the model remembers of the prompts in a cache, besides their keys and values. Copied with the cache.
+
+    Args:
+        alpha: (B), the α of dynamic NTK that the keys of each row were rotated with; None before there are any.
+        lengths: (B), tokens of each whole prompt, for a first forward that does not see the prompts as they are: it
+            gets a part of them, or padding, or drafted tokens behind them. That forward takes them away.
+        rows: tokens of each row, where the rows are of different lengths and all begin at index 0.
+    """
+
+    alpha: torch.Tensor | None = None
+    lengths: torch.Tensor | None = None
+    rows: list[int] | None = None
+
+
+def prompt_state(cache: Cache) -> PromptState:
+    """The `PromptState` of a cache, to read and to change. This function alone attaches it."""
+    if not hasattr(cache, "qwen_prompt_state"):
+        cache.qwen_prompt_state = PromptState()
+    return cache.qwen_prompt_state
 
 
 def quantize_cache_v(

@@ -27,7 +27,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .chat_qwen import ChatMixin
 from .configuration_qwen import QWenConfig
 from .gptq_qwen import GPTQMixin
-from .kv_cache_qwen import QuantizedKVCache, QuantizedStates, cache_of_tuples, quantized_attention
+from .kv_cache_qwen import QuantizedKVCache, QuantizedStates, cache_of_tuples, prompt_state, quantized_attention
 from .loading_qwen import LoadingMixin
 from .rope_qwen import MAX_DOUBLINGS, logn_scale, ntk_alpha, rotary_tables, rotate  # noqa: F401  MAX_DOUBLINGS was here
 from .window_attention_qwen import Window, window_attention, windows
@@ -283,7 +283,7 @@ class QWenModel(QWenPreTrainedModel):
             return [None] * len(self.h)
         if self.config._attn_implementation == "flex_attention":
             raise ValueError('use_window_attn=True works with attn_implementation "sdpa", "eager" and flash attention.')
-        rows = getattr(cache, "row_lengths", None)  # of a cache whose rows are of different lengths
+        rows = None if cache is None else prompt_state(cache).rows
         return windows(self.config.windows, past_length, rows, inputs_embeds.shape[1], inputs_embeds.device)
 
     def dynamic_ntk(
@@ -296,7 +296,7 @@ class QWenModel(QWenPreTrainedModel):
     ) -> torch.Tensor | None:
         """α of each row: from its prompt when that is encoded, from the cache when decoding goes on.
 
-        The keys in a cache were rotated with the α of their prompt, so it travels with them, as `cache.ntk_alpha`.
+        The keys in a cache were rotated with the α of their prompt, so it is kept with them, in its `PromptState`.
         Without a cache every call is a prompt of its own.
 
         Args:
@@ -307,27 +307,26 @@ class QWenModel(QWenPreTrainedModel):
         """
         if not self.config.use_dynamic_ntk or self.training or self.config._attn_implementation.startswith("paged|"):
             return None
-        kept = getattr(cache, "ntk_alpha", None)
-        if kept is not None and isinstance(past_length, int) and past_length > 0:
+        if cache is None:
+            return ntk_alpha(count_prompt_tokens(inputs_embeds, attention_mask, position_ids), self.config.seq_length)
+        prompts = prompt_state(cache)
+        if prompts.alpha is not None and isinstance(past_length, int) and past_length > 0:
             batch = len(inputs_embeds)
-            if len(kept) != batch:  # the cache was repeated for several answers to each prompt
-                kept = cache.ntk_alpha = kept.repeat_interleave(batch // len(kept))
-            return kept
+            if len(prompts.alpha) != batch:  # the cache was repeated for several answers to each prompt
+                prompts.alpha = prompts.alpha.repeat_interleave(batch // len(prompts.alpha))
+            return prompts.alpha
 
-        announced = getattr(cache, "prompt_lengths", None)
-        if announced is not None:  # by `generate`: this call may hold a part of the prompt, or drafted tokens behind it
-            lengths, cache.prompt_lengths = announced.expand(len(inputs_embeds)), None
+        if prompts.lengths is not None:
+            lengths, prompts.lengths = prompts.lengths.expand(len(inputs_embeds)), None
         else:
             lengths = count_prompt_tokens(inputs_embeds, attention_mask, position_ids)
         alpha = ntk_alpha(lengths, self.config.seq_length)
-        if cache is None:
-            return alpha
-        if kept is not None and isinstance(past_length, torch.Tensor):
+        if prompts.alpha is not None and isinstance(past_length, torch.Tensor):
             # In place and without a branch, so that one compiled graph serves every step.
-            return kept.copy_(torch.where(past_length == 0, alpha, kept))
+            return prompts.alpha.copy_(torch.where(past_length == 0, alpha, prompts.alpha))
         if cache.is_compileable and not torch.compiler.is_compiling():
             torch._dynamo.mark_static_address(alpha)  # the compiled step writes to it, which CUDA graphs must know
-        cache.ntk_alpha = alpha
+        prompts.alpha = alpha
         return alpha
 
 
@@ -435,7 +434,7 @@ class QWenLMHeadModel(QWenPreTrainedModel, ChatMixin, GenerationMixin):
         # The last call of `generate` before its first forward: the prompt is known whole here, and may come in chunks.
         cache, position_ids = model_kwargs.get("past_key_values"), model_kwargs.get("position_ids")
         if cache is not None and position_ids is not None and cache.get_seq_length() == 0:
-            cache.prompt_lengths = position_ids.amax(-1) + 1
+            prompt_state(cache).lengths = position_ids.amax(-1) + 1
 
 
 __all__ = ["QWenLMHeadModel", "QWenModel", "QWenPreTrainedModel"]

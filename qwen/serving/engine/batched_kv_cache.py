@@ -1,7 +1,7 @@
 """Keys and values of sequences of different lengths, side by side in one batch.
 
 A key/value cache as the model's forward expects it, whose rows come and go while the batch runs: each has its own
-length, and a new token is written behind its own last one. Knows tensors only.
+length, and a new token is written behind its own last one.
 
 Stored as (rows, tokens, H, D), H heads of D channels, so that a token is one piece of memory. There is room for a power
 of two of rows; layers are reallocated one by one, so that growing needs little memory beside the cache itself.
@@ -13,11 +13,11 @@ import torch
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin
 
-from ...model.kv_cache_qwen import QuantizedStates, quantize_tokens, triton_kernels
+from ...model.kv_cache_qwen import QuantizedStates, prompt_state, quantize_tokens, triton_kernels
 
 
 class Lengths:
-    """How many tokens each row holds; shared by the layers of a cache."""
+    """How many tokens each row holds; shared by the layers of a cache, and `tokens` with its `PromptState`."""
 
     def __init__(self, device: torch.device):
         self.tokens: list[int] = []
@@ -134,17 +134,13 @@ class RaggedCache(Cache):
         super().__init__(
             layers=[RaggedLayer(self.lengths, capacity, quantized, quantized and fused) for _ in range(num_layers)]
         )
-        self.ntk_alpha: torch.Tensor | None = None  # (B), read by the model: the base that each row was encoded with
+        self.prompt_state = prompt_state(self)  # read by the model
+        self.prompt_state.rows = self.lengths.tokens  # the list itself: it is changed in place only
 
     @property
     def rows(self) -> int:
         """Sequences in the batch."""
         return len(self.lengths.tokens)
-
-    @property
-    def row_lengths(self) -> list[int]:
-        """Tokens of each row, read by the model where layers see windows."""
-        return self.lengths.tokens
 
     @staticmethod
     def room_for(rows: int) -> int:
@@ -160,9 +156,9 @@ class RaggedCache(Cache):
         """Take over a sequence as the last row: the first `length` tokens of row `row` of `prompts`."""
         for layer, encoded in zip(self.layers, prompts.layers, strict=True):
             layer.write(self.rows, encoded.keys[row : row + 1, :, :length], encoded.values[row : row + 1, :, :length])
-        if (alpha := getattr(prompts, "ntk_alpha", None)) is not None:
-            kept = [] if self.ntk_alpha is None else [self.ntk_alpha]
-            self.ntk_alpha = torch.cat([*kept, alpha[row : row + 1]])
+        if (alpha := prompt_state(prompts).alpha) is not None:
+            kept = [] if self.prompt_state.alpha is None else [self.prompt_state.alpha]
+            self.prompt_state.alpha = torch.cat([*kept, alpha[row : row + 1]])
         self.lengths.tokens.append(length)
         self.lengths.refresh()
 
@@ -171,9 +167,9 @@ class RaggedCache(Cache):
         last = self.rows - 1
         for layer in self.layers:
             layer.vacate(row, last)
-        if self.ntk_alpha is not None:
-            self.ntk_alpha[row] = self.ntk_alpha[last].clone()
-            self.ntk_alpha = self.ntk_alpha[:last].clone()
+        if (alpha := self.prompt_state.alpha) is not None:
+            alpha[row] = alpha[last].clone()
+            self.prompt_state.alpha = alpha[:last].clone()
         self.lengths.tokens[row] = self.lengths.tokens[last]
         self.lengths.tokens.pop()
         self.lengths.refresh()
@@ -183,7 +179,7 @@ class RaggedCache(Cache):
 
     def advance(self) -> None:
         """To be called after a forward: every row has one token more."""
-        self.lengths.tokens = [length + 1 for length in self.lengths.tokens]
+        self.lengths.tokens[:] = [length + 1 for length in self.lengths.tokens]
         self.lengths.refresh()
 
     def attention_mask(self) -> torch.Tensor:

@@ -1,9 +1,8 @@
 """Continuous batching: sequences of token ids in, tokens out.
 
-Revolves around one thread that owns the model and repeats a step (Yu et al. 2022, Orca, section 3.2): take in waiting
-sequences, encode a piece of prompt, give every running sequence its next token. Sequences join and leave between steps.
-What one gets does not depend on the others: each keeps its sampling settings, its random numbers and the NTK base of
-its own prompt. Knows token ids; what they mean, who asked and over which wire, it does not.
+One thread owns the model and repeats a step (Yu et al. 2022, Orca, section 3.2): take in waiting sequences, encode a
+piece of prompt, give every running sequence its next token. Sequences join and leave between steps. What one gets does
+not depend on the others: each keeps its sampling settings, its random numbers and the NTK base of its own prompt.
 
 Memory: a sequence is taken in only when there is room for all the tokens it may ever have, so that a running one is
 never pushed out. Rows of about the same reach share a cache, so that one long sequence does not pad the short ones.
@@ -21,6 +20,7 @@ import psutil
 import torch
 from transformers import DynamicCache
 
+from ...model.kv_cache_qwen import prompt_state
 from ...model.modeling_qwen import QWenLMHeadModel
 from .batched_kv_cache import RaggedCache
 from .sampler import Constraint, SampledToken, SamplingParams, SamplingState, sample
@@ -273,7 +273,7 @@ class Scheduler:
             self.prefills.append(prefill)
         # The whole length counts for NTK, also where the first forward sees a piece of the prompt only.
         lengths = [len(sequence.prompt_ids) for sequence in admitted]
-        prefill.cache.prompt_lengths = torch.tensor(lengths, device=self.device)
+        prompt_state(prefill.cache).lengths = torch.tensor(lengths, device=self.device)
 
     def _fits(self, sequence: GenerationSequence, admitted: list[GenerationSequence]) -> bool:
         """Whether a sequence can be taken in, after those that have just been."""
