@@ -1,6 +1,6 @@
 """A model as benchmarks see it: text in, log-probabilities or text out. Greedy, in batches.
 
-Knows tokens, caches and where the model's context ends; no benchmark, and nothing of what is right.
+This file handles tokens, caches and the end of the model's context; what is asked and what is right is with the tasks.
 """
 
 import copy
@@ -14,7 +14,7 @@ from transformers import Cache, StoppingCriteria, StoppingCriteriaList
 from ..model.modeling_qwen import QWenLMHeadModel
 from ..model.qwen_generation_utils import DEFAULT_SYSTEM
 from ..model.tokenization_qwen import QWenTokenizer
-from .task import Case
+from .case import Case
 
 LOGITS_AT_ONCE = 1024  # positions; those of a long text together would be larger than the model
 

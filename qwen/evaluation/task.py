@@ -1,49 +1,19 @@
-"""What a benchmark has to say for itself: its cases, how they are asked, which answers are right, what is averaged.
+"""The base class of benchmarks: its cases, how they are asked, which answers are right, what is averaged.
 
-Knows nothing of models, files of results or progress: harness.py runs a `Task`.
+`harness.py` runs a `Task`; models, files of results and progress are there.
 """
 
 import argparse
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
+from .case import Case
+
 if TYPE_CHECKING:
     from .language_model import LanguageModel
-
-
-@dataclass(frozen=True)
-class Case:
-    """One question of a benchmark.
-
-    Args:
-        name: unique in the benchmark and the same in every run, "abstract_algebra/17".
-        prompt: the question and what stands behind it, up to where the model goes on; for a chat model the user turn.
-        gold: the right answer, as JSON can hold it.
-        group: subject or category, over which averages are taken.
-        preamble: stands in front of the shots.
-        shots: worked examples. The first of them are left out where the whole would be too long.
-        data: what else scoring needs, as JSON can hold it.
-    """
-
-    name: str
-    prompt: str
-    gold: Any
-    group: str = ""
-    preamble: str = ""
-    shots: tuple[str, ...] = ()
-    data: dict[str, Any] = field(default_factory=dict)
-
-    def text(self, dropped: int = 0) -> str:
-        """What the model reads, without the first `dropped` shots."""
-        return self.context(dropped) + self.prompt
-
-    def context(self, dropped: int = 0) -> str:
-        """What stands in front of the question."""
-        return self.preamble + "".join(self.shots[dropped:])
 
 
 class Score(NamedTuple):
