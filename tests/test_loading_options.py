@@ -1,4 +1,4 @@
-"""What from_pretrained understands, both dialects of config.json, and checkpoints that travel."""
+"""Arguments of from_pretrained, and both dialects of config.json."""
 
 import json
 import shutil
@@ -7,11 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.utils import cpp_extension
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from qwen import QWenConfig, QWenLMHeadModel
 from qwen.model import loading_options_qwen
-from qwen.model.loading_options_qwen import choose_attention, choose_dtype, choose_kernel, target_device
+from qwen.model.gptq_qwen import choose_kernel
+from qwen.model.loading_options_qwen import choose_attention, choose_dtype, target_device
 
 CPU = torch.device("cpu")
 
@@ -332,35 +333,3 @@ def test_code_beside_the_weights_is_not_used(checkpoint):
     (checkpoint / "modeling_qwen.py").write_text("raise RuntimeError('the published code was run')\n")
     model = AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=True)
     assert type(model) is QWenLMHeadModel
-
-
-ALONE = """
-    import sys
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.generation import GenerationConfig
-    path, *again = sys.argv[1:]
-    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True, resume_download=True)
-    model = AutoModelForCausalLM.from_pretrained(path, device_map="auto", trust_remote_code=True, bf16=True).eval()
-    model.generation_config = GenerationConfig.from_pretrained(path, trust_remote_code=True, resume_download=True)
-    assert model.dtype.itemsize == 2
-    model = AutoModelForCausalLM.from_pretrained(path, device_map="auto", trust_remote_code=True).eval()
-    print(model.chat(tokenizer, "hello", history=None, do_sample=False)[0])
-    for folder in again:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    sys.path.insert(0, path)
-    from qwen_generation_utils import decode_tokens, get_stop_words_ids, make_context
-    print(len(make_context(tokenizer, "hello")[1]))
-"""
-
-
-def test_a_saved_checkpoint_chats_where_this_repository_is_not(tiny_chat_checkpoint, tmp_path, elsewhere):
-    tokenizer = AutoTokenizer.from_pretrained(tiny_chat_checkpoint)
-    model = AutoModelForCausalLM.from_pretrained(tiny_chat_checkpoint).eval()
-    response = model.chat(tokenizer, "hello", do_sample=False)[0]
-    model.save_pretrained(tmp_path / "saved")
-    tokenizer.save_pretrained(tmp_path / "saved")
-    # And once more from there: a checkpoint that was loaded from its own code saves complete again.
-    for arguments in (["saved", "twice"], ["twice"]):
-        said = elsewhere(ALONE, *(tmp_path / name for name in arguments))
-        assert response in said and int(said[-1]) > 10
