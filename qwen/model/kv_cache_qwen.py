@@ -354,6 +354,7 @@ class QuantizedKVLayer(DynamicLayer):
 
     def reset(self) -> None:
         self.states = QuantizedStates()
+        self.is_initialized = False  # transformers before 5.19 would clear `keys` and `values`, of which there are none
         super().reset()
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -361,7 +362,8 @@ class QuantizedKVLayer(DynamicLayer):
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes minus the number of tokens to remove, not {tokens_to_remove}.")
         states = self.states
-        states.length = max(0, states.length + tokens_to_remove)
+        # An int, for transformers 5.17 hands over a tensor, and a length that is one is a static cache's.
+        states.length = max(0, states.length + int(tokens_to_remove))
         while states.segments and sum(segment[0].shape[2] for segment in states.segments[:-1]) >= states.length:
             states.segments = states.segments[:-1]
 
