@@ -142,13 +142,9 @@ def conversations(arguments: argparse.Namespace, source: str) -> tuple[list[list
     from qwen.data.conversation_file import ConversationFile
     from qwen.quantization import calibration_samples
 
-    if arguments.data_path is None:
-        from checkpoints.recipe.quantize import calibration
-
-        samples = calibration(BUNDLED_CHAT, arguments.samples, arguments.max_len)
-        return samples, len(samples)
     tokenizer = load_tokenizer(source)
-    file = ConversationFile(arguments.data_path, progress=True)
+    path = BUNDLED_CHAT / "calibration.json" if arguments.data_path is None else arguments.data_path
+    file = ConversationFile(path, progress=True)
     return calibration_samples(file, tokenizer, arguments.max_len, arguments.samples, arguments.seed), len(file)
 
 

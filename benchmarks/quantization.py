@@ -16,9 +16,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 from checkpoints.recipe.evaluate import all_cases, answer, score
-from checkpoints.recipe.quantize import calibration
-from qwen.checkpoint.loading import BUNDLED_CHAT, load_model_quietly
-from qwen.quantization import quantize
+from qwen.checkpoint.loading import BUNDLED_CHAT, load_model_quietly, load_tokenizer
+from qwen.data.conversation_file import ConversationFile
+from qwen.quantization import calibration_samples, quantize
 from qwen.quiet import quiet_loading
 
 
@@ -28,7 +28,8 @@ def main() -> None:
     print("|---|---|---:|---:|---:|---:|", flush=True)
     with tempfile.TemporaryDirectory() as work:
         int8, int4 = Path(work, "int8"), Path(work, "int4")
-        samples = calibration(BUNDLED_CHAT)
+        conversations = ConversationFile(BUNDLED_CHAT / "calibration.json")
+        samples = calibration_samples(conversations, load_tokenizer(BUNDLED_CHAT), max_length=1024)
         for folder, bits in ((int8, 8), (int4, 4)):
             with quiet_loading(progress=False):
                 quantize(BUNDLED_CHAT, folder, samples, bits=bits, cpu_only=True)

@@ -25,6 +25,7 @@ from qwen.checkpoint.loading import BUNDLED_CHAT, check_chat, load_config, load_
 from qwen.evaluation.data_files import DataError
 from qwen.evaluation.harness import at_least_1, main
 from qwen.evaluation.language_model import LanguageModel
+from qwen.evaluation.random_words import word
 from qwen.evaluation.task import Case, Score, Task, by_group, mean
 from qwen.evaluation.texts import read_texts
 from qwen.model.qwen_generation_utils import DEFAULT_SYSTEM, make_context
@@ -109,10 +110,8 @@ class Needle(Task):
         """The haystack, of at least so many tokens where it is made here."""
         if self.arguments.haystack:
             return read_texts(self.arguments.haystack)
-        from checkpoints.recipe.conversations.copying import word
-
         draw = random.Random(self.arguments.seed)
-        pairs = (f"{word(draw, 'en')}: {word(draw, 'en')}" for _ in range(tokens // 4))  # each has at least 4
+        pairs = (f"{word(draw)}: {word(draw)}" for _ in range(tokens // 4))  # each has at least 4
         return "; ".join(pair for pair in pairs if self.arguments.answer not in pair)
 
     def answer(self, lm: LanguageModel, cases: Sequence[Case]) -> list[dict[str, Any]]:

@@ -15,10 +15,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPTQConfig
 
-from qwen.checkpoint.loading import BUNDLED_CHAT_INT4, CheckpointError, load_model
+from qwen.checkpoint.loading import BUNDLED_CHAT_INT4, CheckpointError, load_model, load_tokenizer
+from qwen.data.conversation_file import ConversationFile
 from qwen.data.samples import encode_conversation, pad_samples
 from qwen.model.configuration_qwen import QWenConfig
 from qwen.model.modeling_qwen import QWenLMHeadModel
+from qwen.quantization import calibration_samples
 
 LINEAR = ["c_attn", "c_proj", "w1", "w2"]
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
@@ -384,7 +386,7 @@ def test_training_changes_the_adapter_alone_and_it_is_saved(lesson, int4_chat, t
 
 
 def test_the_recipe_writes_a_folder_like_the_bundled_one(bundled_chat, tmp_path: Path):
-    from checkpoints.recipe.quantize import calibration, quantize_without_code
+    from checkpoints.recipe.quantize import quantize_without_code
 
     config = QWenConfig.from_pretrained(bundled_chat)
     config.update({"hidden_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 256})
@@ -393,9 +395,7 @@ def test_the_recipe_writes_a_folder_like_the_bundled_one(bundled_chat, tmp_path:
     QWenLMHeadModel(config).save_pretrained(source)
     for name in ("qwen.tiktoken", "tokenizer_config.json", "generation_config.json"):
         (source / name).write_bytes((bundled_chat / name).read_bytes())
-    samples = calibration(source, count=4)
-    assert samples == calibration(source, count=4) and len(samples) == 4
-    assert max(map(len, calibration(source, count=4, max_length=50))) <= 50
+    samples = calibration_samples(ConversationFile(bundled_chat / "calibration.json"), load_tokenizer(source), 1024, 4)
     quantize_without_code(source, target, samples)
     assert {path.name for path in target.iterdir()} == {path.name for path in BUNDLED_CHAT_INT4.iterdir()}
     ours, theirs = (json.loads((folder / "config.json").read_text()) for folder in (target, BUNDLED_CHAT_INT4))

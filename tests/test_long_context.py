@@ -71,6 +71,12 @@ def test_what_cannot_be_measured(text, tmp_path, capsys, monkeypatch, arguments,
     assert said in capsys.readouterr().err
 
 
+def test_without_the_bundled_text_one_is_asked_for(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(long_context, "HELD_OUT", tmp_path / "held_out.txt")
+    assert main(long_context.LongContext, None, ["--lengths", "64"]) == 1
+    assert "name files or folders with --text" in capsys.readouterr().err
+
+
 def test_a_needle_is_found_where_the_toy_can(tmp_path, capsys):
     out = tmp_path / "out.jsonl"
     arguments = ["--lengths", "80", "1024", "--depths", "0", "50", "100", "--cpu-only", "-o", str(out)]

@@ -2,26 +2,33 @@
 a loss that falls.
 """
 
+import ast
 import json
 import random
+import sys
 from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
+from documents import repository_files
 
-from checkpoints.recipe import questions
+from checkpoints.recipe import data_files, questions, words
 from checkpoints.recipe.conversations import conversations
 from checkpoints.recipe.conversations.arithmetic import fact as draw_fact
 from checkpoints.recipe.conversations.arithmetic import steps, worked
+from checkpoints.recipe.conversations.copying import word
 from checkpoints.recipe.conversations.speech import normalised
 from checkpoints.recipe.conversations.tools import TRAINED_FAMILIES, declare, step
 from checkpoints.recipe.evaluate import Case, all_cases, last_number, score
 from checkpoints.recipe.train import config, encode_sample, loss_of, optimizers, schedule
 from checkpoints.recipe.vocabulary import learn, verify
 from checkpoints.recipe.words import held_out, invented
+from qwen.data.conversation_file import ConversationFile
+from qwen.evaluation import random_words
 from qwen.model.modeling_qwen import QWenLMHeadModel
 from qwen.model.tokenization_qwen import QWenTokenizer
+from qwen.quantization import calibration_samples
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = [ROOT / "checkpoints" / f"qwen-tiny-{stage}" for stage in ("base", "chat")]
@@ -80,6 +87,14 @@ def test_words_are_held_out_alike_everywhere():
     assert all(held_out(invented(rng, held=True)) for _ in range(20))
 
 
+def test_the_haystack_has_the_words_of_training():
+    ours, theirs = random.Random(1234), random.Random(1234)
+    assert [random_words.word(ours) for _ in range(4096)] == [word(theirs, "en") for _ in range(4096)]
+    for pool in ("ANIMALS", "CITIES", "COLOURS", "FOODS"):
+        assert getattr(random_words, pool) == [word for word in getattr(words, pool) if not held_out(word)]
+    assert [name for name in words.EN_NAMES if not held_out(name)] == random_words.NAMES
+
+
 def test_tool_calls_copy_the_schema():
     rng = random.Random(8)
     for _ in range(300):
@@ -122,6 +137,39 @@ def test_bundled_vocabulary_round_trip(tokenizer):
         "🙂 ñ",
     ):
         assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_the_calibration_data_is_what_the_recipe_makes(tokenizer):
+    again = "Write it with `python -m checkpoints.recipe.data_files`."
+    assert data_files.CALIBRATION.read_text(encoding="utf-8") == data_files.calibration_json(), again
+    file = ConversationFile(data_files.CALIBRATION)
+    stream = (encode_sample(sample, tokenizer, 1024) for sample in conversations(data_files.SEED))
+    expected = [sample["input_ids"] for sample in islice(filter(None, stream), 128)]
+    assert calibration_samples(file, tokenizer, max_length=8192) == expected, again
+
+
+@pytest.mark.skipif(sys.version_info[:3] != (3, 11, 7), reason="the text is the standard library of Python 3.11.7")
+def test_the_held_out_text_is_what_the_recipe_makes():
+    assert data_files.HELD_OUT.read_text(encoding="utf-8") == data_files.held_out_excerpt(), (
+        "Write it with `python -m checkpoints.recipe.data_files`."
+    )
+
+
+def test_the_held_out_text_is_long_enough_for_the_documented_table(tokenizer):
+    text = data_files.HELD_OUT.read_text(encoding="utf-8")
+    assert 65536 < len(tokenizer.encode(text, allowed_special=(), verbose=False)) < 70000
+    assert "PYTHON SOFTWARE FOUNDATION LICENSE" in data_files.HELD_OUT_LICENSE.read_text(encoding="utf-8")
+
+
+def test_only_a_benchmark_of_the_toy_imports_its_recipe():
+    importers = set()
+    for name in repository_files():
+        if name.endswith(".py") and not name.startswith(("checkpoints/", "tests/")):
+            tree = ast.parse((ROOT / name).read_text(encoding="utf-8"))
+            modules = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+            modules += [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+            importers |= {(name, module) for module in modules if module.split(".")[0] == "checkpoints"}
+    assert importers == {("benchmarks/quantization.py", "checkpoints.recipe.evaluate")}  # it scores the toy's questions
 
 
 def test_training_lowers_the_loss():

@@ -216,7 +216,7 @@ def test_the_script_makes_a_folder_that_needs_no_repository(tmp_path: Path, chat
     assert toy.returncode == 0, toy.stderr
     assert toy.stdout == ""
     lines = toy.stderr.splitlines()
-    assert lines[0].startswith("The bundled toy to 4 bits, calibrated with 6 of 6 conversations: ")
+    assert lines[0].startswith("The bundled toy to 4 bits, calibrated with 6 of 128 conversations: ")
     assert lines[1:7] == [f"Quantizing layer {layer} of 6" for layer in range(1, 7)]
     assert len(lines) == 7 + 6 + 2, "GPTQModel's own words are kept back"
     assert list(tmp_path.iterdir()) == [folder]

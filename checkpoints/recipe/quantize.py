@@ -1,33 +1,21 @@
 """Quantizes the bundled chat model to 4 bits: `python -m checkpoints.recipe.quantize`, from the repository root.
 
-`qwen.quantization` does it, for this model as for any other. Its own are the conversations, generated as in training,
-and that the folder carries no code, as `publish` leaves it out of the others.
+`qwen.quantization` does it, for this model as for any other. The folder carries no code, as `publish` leaves it out of
+the others.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from itertools import islice
 from pathlib import Path
 
 from qwen.checkpoint.loading import BUNDLED_CHAT, BUNDLED_CHAT_INT4, load_tokenizer
-from qwen.quantization import quantize
+from qwen.data.conversation_file import ConversationFile
+from qwen.quantization import calibration_samples, quantize
 
-from .conversations import conversations
-from .train import SEQ_LENGTH, encode_sample
-
-SEED = 4
-
-
-def calibration(
-    folder: Path, count: int = 128, max_length: int = SEQ_LENGTH["chat"], seed: int = SEED
-) -> list[list[int]]:
-    """Token ids of `count` generated conversations, up to the trained length each, or `max_length` if that is less."""
-    tokenizer = load_tokenizer(folder)
-    length = min(max_length, SEQ_LENGTH["chat"])
-    encoded = (encode_sample(sample, tokenizer, length) for sample in conversations(seed))
-    return list(islice((sample["input_ids"] for sample in encoded if sample), count))
+from .data_files import CALIBRATION, CONVERSATIONS
+from .train import SEQ_LENGTH
 
 
 def quantize_without_code(source: Path, target: Path, samples: list[list[int]]) -> None:
@@ -44,4 +32,6 @@ def quantize_without_code(source: Path, target: Path, samples: list[list[int]]) 
 
 
 if __name__ == "__main__":
-    quantize_without_code(BUNDLED_CHAT, BUNDLED_CHAT_INT4, calibration(BUNDLED_CHAT))
+    conversations = ConversationFile(CALIBRATION)
+    ids = calibration_samples(conversations, load_tokenizer(BUNDLED_CHAT), SEQ_LENGTH["chat"], CONVERSATIONS)
+    quantize_without_code(BUNDLED_CHAT, BUNDLED_CHAT_INT4, ids)

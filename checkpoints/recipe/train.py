@@ -104,16 +104,28 @@ def base_batches(tokenizer: QWenTokenizer, seed: int, length: int = SEQ_LENGTH["
             yield windows[chosen], windows[chosen]
 
 
+def cut_to_fit(sample: dict, tokenizer: QWenTokenizer, length: int) -> dict | None:
+    """The conversation with as many turns as fit into `length` tokens; None where not even the first pair does."""
+    turns = sample["conversations"]
+    while turns:
+        encoded = encode_conversation(turns, tokenizer, length + 1, system_message=sample["system"])
+        if len(encoded["input_ids"]) <= length:
+            return {**sample, "conversations": turns}
+        turns = turns[:-2]
+    return None
+
+
 def encode_sample(sample: dict, tokenizer: QWenTokenizer, length: int) -> dict[str, list[int]] | None:
     """A conversation's ids and labels; what tools returned and turns without their instruction are not learned.
 
     Cut to as many turns as fit into `length` tokens; None where not even the first pair does.
     """
-    turns, system = sample["conversations"], sample["system"]
-    encoded = encode_conversation(turns, tokenizer, length + 1, system_message=system)
+    cut = cut_to_fit(sample, tokenizer, length)
+    if cut is None:
+        return None
+    turns, system = cut["conversations"], cut["system"]
+    encoded = encode_conversation(turns, tokenizer, length, system_message=system)
     ids, labels = encoded["input_ids"], encoded["labels"]
-    if len(ids) > length:
-        return encode_sample({**sample, "conversations": turns[:-2]}, tokenizer, length) if len(turns) > 2 else None
     if sample["unlearned"]:
         context = encode_conversation(turns[: sample["unlearned"]], tokenizer, length, system_message=system)
         labels[: len(context["input_ids"])] = [IGNORE_INDEX] * len(context["input_ids"])

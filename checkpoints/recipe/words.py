@@ -8,8 +8,9 @@ not as a list.
 from __future__ import annotations
 
 import random
-import zlib
 from functools import lru_cache
+
+from qwen.evaluation.random_words import held_out, invented
 
 from .phrases import phrases
 
@@ -27,15 +28,6 @@ CITIES, COLOURS, ANIMALS, FOODS, JOBS, HOBBIES, LANGUAGES, COUNTRIES, SEASONS, M
         "things", "topics", "sentences",
     )
 )  # fmt: skip
-# sounds of invented words
-_ONSETS = [*"bcdfghjklmnprstvwz", "br", "cr", "dr", "fl", "gr", "kl", "pl", "st", "tr", "sh", "th"]
-_VOWELS = [*"aeiouaeio", "ai", "ee", "ou"]
-_CODAS = [*"nrlstmxk", *[""] * 8]
-
-
-def held_out(word: str, part: int = 10) -> bool:
-    """Whether a word, question or fact belongs to the fixed tenth that training never sees."""
-    return zlib.crc32(f"held-out {word}".encode()) % part == 0
 
 
 def pick(rng: random.Random, pool, held: bool = False):
@@ -46,15 +38,6 @@ def pick(rng: random.Random, pool, held: bool = False):
 @lru_cache(maxsize=256)
 def _part(pool: tuple, held: bool) -> tuple:
     return tuple(item for item in pool if held_out(str(item)) == held) or pool
-
-
-def invented(rng: random.Random, held: bool = False) -> str:
-    """A lower-case word that no dictionary has."""
-    while True:
-        syllables = range(rng.choice((2, 2, 3)))
-        word = "".join(rng.choice(_ONSETS) + rng.choice(_VOWELS) + rng.choice(_CODAS) for _ in syllables)
-        if held_out(word) == held:
-            return word
 
 
 def english_name(rng: random.Random, held: bool = False) -> str:

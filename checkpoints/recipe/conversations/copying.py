@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import random
 
+from qwen.evaluation.random_words import code
+
 from ..words import ANIMALS, CITIES, COLOURS, FOODS, SENTENCES, chinese_name, city, english_name, invented, pair
 from .speech import Voice
 
@@ -46,7 +48,7 @@ def word(rng: random.Random, lang: str) -> str:
     if kind == 4:
         return str(rng.randint(0, 9999))
     if kind == 5:
-        return "".join(rng.choice("ABCDEFGHJKLMNPQRSTUVWXYZ0123456789") for _ in range(rng.randint(3, 8)))
+        return code(rng)
     if kind == 6:
         return f"{invented(rng)}_{invented(rng)}"
     if kind == 7:
