@@ -386,7 +386,7 @@ def test_training_changes_the_adapter_alone_and_it_is_saved(lesson, int4_chat, t
 
 
 def test_the_recipe_writes_a_folder_like_the_bundled_one(bundled_chat, tmp_path: Path):
-    from checkpoints.recipe.quantize import quantize_without_code
+    from checkpoints.recipe.quantize import quantize_bundled
 
     config = QWenConfig.from_pretrained(bundled_chat)
     config.update({"hidden_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 256})
@@ -396,7 +396,7 @@ def test_the_recipe_writes_a_folder_like_the_bundled_one(bundled_chat, tmp_path:
     for name in ("qwen.tiktoken", "tokenizer_config.json", "generation_config.json"):
         (source / name).write_bytes((bundled_chat / name).read_bytes())
     samples = calibration_samples(ConversationFile(bundled_chat / "calibration.json"), load_tokenizer(source), 1024, 4)
-    quantize_without_code(source, target, samples)
+    quantize_bundled(source, target, samples)
     assert {path.name for path in target.iterdir()} == {path.name for path in BUNDLED_CHAT_INT4.iterdir()}
     ours, theirs = (json.loads((folder / "config.json").read_text()) for folder in (target, BUNDLED_CHAT_INT4))
     assert ours.keys() == theirs.keys() and ours["quantization_config"] == theirs["quantization_config"]

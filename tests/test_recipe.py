@@ -5,6 +5,7 @@ a loss that falls.
 import ast
 import json
 import random
+import shutil
 import sys
 from itertools import islice
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from documents import repository_files
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from checkpoints.recipe import data_files, questions, words
 from checkpoints.recipe.conversations import conversations
@@ -21,9 +23,11 @@ from checkpoints.recipe.conversations.copying import word
 from checkpoints.recipe.conversations.speech import normalised
 from checkpoints.recipe.conversations.tools import TRAINED_FAMILIES, declare, step
 from checkpoints.recipe.evaluate import Case, all_cases, last_number, score
+from checkpoints.recipe.publish import write_code
 from checkpoints.recipe.train import config, encode_sample, loss_of, optimizers, schedule
 from checkpoints.recipe.vocabulary import learn, verify
 from checkpoints.recipe.words import held_out, invented
+from qwen.checkpoint.loading import BUNDLED_CHAT_INT4
 from qwen.data.conversation_file import ConversationFile
 from qwen.evaluation import random_words
 from qwen.model.modeling_qwen import QWenLMHeadModel
@@ -32,6 +36,7 @@ from qwen.quantization import calibration_samples
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = [ROOT / "checkpoints" / f"qwen-tiny-{stage}" for stage in ("base", "chat")]
+WRITE = "Run `python -m checkpoints.recipe.publish` and commit what it writes."
 VOCABULARY = FOLDERS[0] / "qwen.tiktoken"
 
 
@@ -222,6 +227,29 @@ def test_evaluation_is_deterministic():
     assert [case.query for case in all_cases()] == [case.query for case in all_cases()]
 
 
+@pytest.mark.parametrize("bundled", [*FOLDERS, BUNDLED_CHAT_INT4], ids=lambda folder: folder.name)
+def test_the_code_beside_the_bundled_weights_is_that_of_the_package(bundled, tmp_path):
+    files = {path.name: path for path in bundled.iterdir() if path.suffix in (".py", ".json", ".tiktoken")}
+    for name in ("config.json", "tokenizer_config.json", "qwen.tiktoken"):
+        shutil.copyfile(files[name], tmp_path / name)
+    write_code(tmp_path)
+    modules = {path.name for path in tmp_path.glob("*.py")}
+    assert modules == {name for name in files if name.endswith(".py")}, WRITE
+    assert modules == {path.name for path in (ROOT / "qwen" / "model").glob("*.py")} - {"__init__.py"}
+    for path in tmp_path.iterdir():
+        assert files[path.name].read_bytes() == path.read_bytes(), f"{path.name} is old. {WRITE}"
+
+
+def test_a_bundled_folder_chats_where_this_repository_is_not(bundled_chat, chat_elsewhere):
+    assert chat_elsewhere(bundled_chat, "What is 2 + 3?") == "2 + 3 = 5."
+
+
+def test_the_code_beside_the_weights_is_not_run_where_the_package_is(bundled_chat):
+    model = AutoModelForCausalLM.from_pretrained(bundled_chat, trust_remote_code=True)
+    tokenizer = AutoTokenizer.from_pretrained(bundled_chat, trust_remote_code=True)
+    assert (type(model), type(tokenizer)) == (QWenLMHeadModel, QWenTokenizer)
+
+
 def test_bundled_folders_load_and_fit():
     from qwen.checkpoint.loading import load_model
 
@@ -232,7 +260,6 @@ def test_bundled_folders_load_and_fit():
         if path.is_file() and "__pycache__" not in path.parts
     )
     assert total < 24_000_000
-    assert not [path for folder in FOLDERS for path in folder.glob("*.py")], "qwen/ is the code; copies would age"
     model, tokenizer = load_model(FOLDERS[1])
     assert model.generation_config.chat_format == "chatml"
     response, history = model.chat(tokenizer, "What is 2 + 3?", history=None, do_sample=False)

@@ -1,0 +1,210 @@
+"""The configuration of a Qwen model: its shape, and the switches that `from_pretrained` takes.
+
+Both dialects of published `config.json` files become the same object. Knows nothing of layers or weights.
+"""
+
+import copy
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
+from transformers import PreTrainedConfig
+
+from .loading_options_qwen import PRECISIONS, check_arguments
+
+# The very first release called the same things by other names.
+FIRST_RELEASE_NAMES = {
+    "n_embd": "hidden_size",
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "n_positions": "max_position_embeddings",
+    "ffn_hidden_size": "intermediate_size",
+    "embd_pdrop": "emb_dropout_prob",
+    "attn_pdrop": "attn_dropout_prob",
+}
+
+
+@strict
+class QWenConfig(PreTrainedConfig):
+    """Shape and switches of a first-generation Qwen model.
+
+    The defaults are the published ones. Three have none in the class, because they depend on the file: `seq_length`
+    falls back to `max_position_embeddings`; `use_dynamic_ntk`, `use_logn_attn` and `layer_norm_epsilon` are true, true
+    and 1e-6, or false, false and 1e-5 in a file of the very first release (the one with `n_embd`).
+
+    Args:
+        vocab_size: rows of the embedding and of the output matrix; at least the tokenizer's length.
+        hidden_size: C, the width of the residual stream.
+        intermediate_size: twice the width of the MLP.
+        kv_channels: D, the size of one attention head; also readable as `head_dim`.
+        seq_length: trained length in tokens; dynamic NTK and LogN act beyond it.
+        max_position_embeddings: the longest sequence the model is offered for, in tokens.
+        rotary_pct: share of the channels of a head that RoPE turns.
+        rotary_emb_base: base of the RoPE frequencies.
+        use_dynamic_ntk: enlarge the RoPE base for prompts longer than `seq_length` (inference only).
+        use_logn_attn: scale queries beyond `seq_length` by the logarithm of their position (inference only).
+        use_window_attn: let each layer look back a limited distance, lower layers a smaller one (inference only).
+        window_sizes: that distance for each layer, in tokens. None: from half of `seq_length` in the lowest layer to
+            four times `seq_length`, as far as the models are said to reach, in the uppermost.
+        no_bias: no bias in the linear layers; `c_attn` has one whatever this says.
+        bf16, fp16, fp32: the precision to load in, at most one of them.
+        use_flash_attn: "auto", True or False.
+        use_cache_quantization: keep the key/value cache in 8 bits.
+        use_cache_kernel: decode from the 8-bit cache with a fused kernel where there is one.
+
+    Raises:
+        ValueError: the numbers do not make a network, or the switches contradict one another.
+    """
+
+    model_type = "qwen"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    attribute_map = {"head_dim": "kv_channels"}
+    base_model_fsdp_plan = {"wte": "free_full_weight", "h.*": "free_full_weight", "ln_f": "keep_full_weight"}
+
+    vocab_size: int = 151936
+    hidden_size: int = 4096
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    intermediate_size: int = 22016
+    kv_channels: int = 128
+    seq_length: int | None = None
+    max_position_embeddings: int = 8192
+    rotary_pct: float | int = 1.0
+    rotary_emb_base: float | int = 10000
+    use_dynamic_ntk: bool | None = None
+    use_logn_attn: bool | None = None
+    use_window_attn: bool = False
+    window_sizes: list[int] | None = None
+    emb_dropout_prob: float | int = 0.0
+    attn_dropout_prob: float | int = 0.0
+    layer_norm_epsilon: float | int | None = None
+    initializer_range: float | int = 0.02
+    scale_attn_weights: bool = True
+    softmax_in_fp32: bool = False
+    no_bias: bool = True
+    use_cache: bool = True
+    bf16: bool = False
+    fp16: bool = False
+    fp32: bool = False
+    use_flash_attn: str | bool = "auto"
+    use_cache_quantization: bool = False
+    use_cache_kernel: bool = False
+    tie_word_embeddings: bool = False
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs: Any):
+        first_release = any(name in kwargs for name in FIRST_RELEASE_NAMES)
+        if first_release:
+            for name, today in FIRST_RELEASE_NAMES.items():
+                if name in kwargs:
+                    setattr(self, today, kwargs.pop(name))
+            # In this dialect vocab_size is the tokenizer's length, and the matrices have more rows.
+            self.vocab_size = kwargs.pop("padded_vocab_size", self.vocab_size)
+        if self.use_dynamic_ntk is None:
+            self.use_dynamic_ntk = not first_release
+        if self.use_logn_attn is None:
+            self.use_logn_attn = not first_release
+        if self.layer_norm_epsilon is None:
+            self.layer_norm_epsilon = 1e-5 if first_release else 1e-6
+        if self.seq_length is None:
+            self.seq_length = self.max_position_embeddings
+        super().__post_init__(**kwargs)
+        self.check()
+
+    @property
+    def rotary_dim(self) -> int:
+        """R: how many channels of a head RoPE turns."""
+        return int(self.rotary_pct * self.kv_channels)
+
+    @property
+    def windows(self) -> list[int]:
+        """How many tokens each layer sees with `use_window_attn`, the new one among them."""
+        if self.window_sizes is not None:
+            return list(self.window_sizes)
+        low, high, steps = self.seq_length / 2, 4 * self.seq_length, max(1, self.num_hidden_layers - 1)
+        return [round(low + (high - low) * layer / steps) for layer in range(self.num_hidden_layers)]
+
+    def check(self) -> None:
+        """Refuse values that make no network; the types were checked when they were set.
+
+        Raises:
+            ValueError: names the field of config.json that cannot be right.
+        """
+        positive = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+        for name in (*positive, "kv_channels", "max_position_embeddings"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"config: {name} must be at least 1, not {getattr(self, name)}.")
+        if self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.kv_channels:
+            raise ValueError(
+                f"config: rotary_pct · kv_channels = {self.rotary_pct} · {self.kv_channels} must be an even number of "
+                f"channels between 2 and {self.kv_channels}."
+            )
+        if self.use_dynamic_ntk and self.rotary_dim == 2:
+            raise ValueError("config: dynamic NTK needs more than 2 rotary channels; set use_dynamic_ntk to false.")
+        for name in ("rotary_emb_base", "layer_norm_epsilon"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"config: {name} must be above 0, not {getattr(self, name)}.")
+        if self.seq_length < 2:
+            raise ValueError(f"config: seq_length is the trained length in tokens, at least 2, not {self.seq_length}.")
+        if self.window_sizes is not None and (
+            len(self.window_sizes) != self.num_hidden_layers or min(self.window_sizes) < 1
+        ):
+            raise ValueError(
+                f"config: window_sizes needs a number of tokens above 0 for each of the {self.num_hidden_layers} "
+                f"layers, not {self.window_sizes}."
+            )
+        if self.use_flash_attn not in ("auto", True, False):
+            raise ValueError(f'config: use_flash_attn is "auto", true or false, not {self.use_flash_attn!r}.')
+        flags = [name for name in PRECISIONS if getattr(self, name)]
+        if len(flags) > 1:
+            raise ValueError(f"config: {' and '.join(flags)} are both true; set one of bf16, fp16, fp32, or none.")
+
+    def overridden(self, arguments: dict[str, Any]) -> "QWenConfig":
+        """A copy with the fields that `arguments` names, as `from_dict` would set them; other names are left alone.
+
+        Raises:
+            ValueError: a value is of the wrong type or makes no network.
+        """
+        changes = {name: value for name, value in arguments.items() if name in self.__dataclass_fields__}
+        if any(name in changes for name in PRECISIONS):
+            changes = dict.fromkeys(PRECISIONS, False) | changes
+        config = copy.deepcopy(self)
+        try:
+            for name, value in changes.items():
+                setattr(config, name, value)
+        except StrictDataclassError as error:
+            raise ValueError(" ".join(str(error).split())) from error
+        config.check()
+        return config
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "QWenConfig | tuple[QWenConfig, dict[str, Any]]":
+        """As in transformers; what the caller names wins over what the file says.
+
+        Raises:
+            ValueError: two arguments contradict each other.
+        """
+        kwargs.pop("resume_download", None)  # the published examples pass it; downloads always resume today
+        check_arguments(kwargs)
+        asked = any(name in kwargs for name in (*PRECISIONS, "dtype", "torch_dtype"))
+        # The published quantized files flag the precision of the GPU kernels of their day.
+        if asked or config_dict.get("quantization_config"):
+            config_dict = {name: value for name, value in config_dict.items() if name not in PRECISIONS}
+        for name in ("dtype", "torch_dtype"):
+            if kwargs.get(name) == "auto":  # what the file says; transformers would keep the word as the dtype
+                kwargs.pop(name)
+        try:
+            result = super().from_dict(config_dict, **kwargs)
+        except StrictDataclassError as error:
+            raise ValueError(
+                f"config.json: {' '.join(str(error).split())} Correct that field, or download the file again."
+            ) from error
+        config = result[0] if isinstance(result, tuple) else result
+        config.check()  # the arguments were set after its own check
+        if kwargs.get("window_sizes") and not config.use_window_attn:
+            raise ValueError("window_sizes=[…] without use_window_attn=True would do nothing: pass both.")
+        if kwargs.get("use_cache_kernel") and not config.use_cache_quantization:
+            raise ValueError("use_cache_kernel=True reads the 8-bit cache: pass use_cache_quantization=True too.")
+        return result

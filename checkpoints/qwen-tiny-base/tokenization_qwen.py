@@ -1,0 +1,478 @@
+"""The tokenizer: byte-level BPE by tiktoken behind the tokenizer interface of transformers.
+
+Everything revolves around two tables, `mergeable_ranks` (bytes to id) and `special_tokens` (control token to id), and
+the tiktoken Encoding built from them. Regular tokens are `bytes`, since a token may end inside a character; control
+tokens are `str`. The layout of a conversation is known here only as `CHAT_TEMPLATE`.
+
+The file travels with every checkpoint, so it imports installed packages only.
+"""
+
+import codecs
+import itertools
+import logging
+import os
+import re
+import unicodedata
+from base64 import b64decode
+from binascii import b2a_base64
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any
+
+import tiktoken
+from transformers import AddedToken, BatchEncoding, PreTrainedTokenizer
+from transformers.utils import to_py_obj
+
+logger = logging.getLogger(__name__)
+
+VOCAB_FILES_NAMES = {"vocab_file": "qwen.tiktoken"}
+
+SPLIT_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+ENDOFTEXT = "<|endoftext|>"
+IM_START = "<|im_start|>"
+IM_END = "<|im_end|>"
+CONTROL_TOKENS = (ENDOFTEXT, IM_START, IM_END, *(f"<|extra_{i}|>" for i in range(205)))
+CONTROL_PREFIX = "<|"  # of every control token: a text without it holds none
+
+CHAT_TEMPLATE = """\
+{%- if tools %}
+{{- raise_exception('These models call tools in a text format, ReAct, which this template does not write.') }}
+{%- endif %}
+{%- if messages[0]['role'] != 'system' %}
+{{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}
+{%- endif %}
+{%- for message in messages %}
+{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+{{- '<|im_start|>assistant\\n' }}
+{%- endif %}
+"""
+
+# The pattern's `\s+(?!\S)` remembers one step of backtracking for each character of a run of whitespace, and the regex
+# engine gives up at about a million of them. Such runs end before a newline or at the last one, so the characters here
+# are the pattern's \s without newlines (Python's \s also has \x1c-\x1f).
+LONG_WHITESPACE = re.compile(r"[^\S\r\n\x1c-\x1f]{65536,}")
+
+# Where many combining marks in a row may be: they are no word characters.
+LONG_MARKS = re.compile(r"(?<!\W)\W{256,}")
+
+
+class QWenTokenizer(PreTrainedTokenizer):
+    """Tokenizer of the first-generation Qwen models.
+
+    Control tokens take the first free ids after the contiguous ranks of the vocabulary file (151643 to 151850 with the
+    published one) and stay there when the file holds further ranks behind them. A text is NFC-normalised and then
+    encoded; the written form of a control token in it becomes the control token unless `allowed_special` says
+    otherwise. Surrogates, which UTF-8 cannot carry, are read as the character of their pair or as U+FFFD.
+
+    `apply_chat_template` renders ChatML to one text and then encodes that, so a control token written inside a message
+    becomes a control token. For messages from strangers pass `sanitize_control_tokens=True`, or build the prompt with
+    `make_context`, which encodes contents as plain text.
+
+    Args:
+        vocab_file: path of `qwen.tiktoken`, lines of `base64(token) rank`.
+        errors: what decoding does about bytes that are not UTF-8, as in `bytes.decode`.
+        extra_vocab_file: path of a second file in the same form, whose tokens are added under their own ids. Tokens
+            and ids that are already there are skipped with a warning.
+        **kwargs: as in PreTrainedTokenizer. Special-token arguments (`pad_token=...`) take known control tokens only.
+
+    Attributes:
+        mergeable_ranks: `dict[bytes, int]`, the regular tokens.
+        special_tokens: `dict[str, int]`, the control tokens.
+        decoder: `dict[int, bytes | str]`, both by id.
+        tokenizer: the tiktoken Encoding.
+        eod_id, im_start_id, im_end_id: ids of `<|endoftext|>`, `<|im_start|>`, `<|im_end|>`.
+
+    Raises:
+        ValueError: a vocabulary file is missing or broken, or a special-token argument is no control token.
+        LookupError: `errors` names no error handler.
+    """
+
+    vocab_files_names = VOCAB_FILES_NAMES
+    model_input_names = ["input_ids", "attention_mask"]
+
+    def __init__(
+        self,
+        vocab_file: str | os.PathLike | None,
+        errors: str = "replace",
+        extra_vocab_file: str | os.PathLike | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if vocab_file is None:
+            raise ValueError(
+                f"{kwargs.get('name_or_path') or 'The checkpoint'} has no {VOCAB_FILES_NAMES['vocab_file']}: "
+                "download the file from the model's page into that folder."
+            )
+        codecs.lookup_error(errors)
+        self.errors = errors
+
+        self.mergeable_ranks = _load_ranks(vocab_file)
+        _check_single_bytes(self.mergeable_ranks, vocab_file)
+        used = set(self.mergeable_ranks.values())
+        first = next(i for i in range(len(used) + 1) if i not in used)
+        self.special_tokens = {token: i for i, token in enumerate(CONTROL_TOKENS, start=first)}
+        if taken := used.intersection(self.special_tokens.values()):
+            raise ValueError(
+                f"{vocab_file}: rank {min(taken)} lies where the control tokens go, {first} to "
+                f"{first + len(CONTROL_TOKENS) - 1}, the first ids without a token. If ranks are missing before it, "
+                "download the file again; added tokens need ranks above the control tokens."
+            )
+        if extra_vocab_file is not None:
+            self._add_ranks(extra_vocab_file)
+
+        self.decoder: dict[int, bytes | str] = {i: token for token, i in self.mergeable_ranks.items()}
+        self.decoder.update({i: token for token, i in self.special_tokens.items()})
+        self.tokenizer = tiktoken.Encoding(
+            "Qwen",
+            pat_str=SPLIT_PATTERN,
+            mergeable_ranks=self.mergeable_ranks,
+            special_tokens=self.special_tokens,
+        )
+        self.eod_id = self.special_tokens[ENDOFTEXT]
+        self.im_start_id = self.special_tokens[IM_START]
+        self.im_end_id = self.special_tokens[IM_END]
+
+        self._check_saved_tokens(kwargs.pop("added_tokens_decoder", {}), vocab_file)
+        self._added_tokens_decoder = {
+            i: AddedToken(token, normalized=False, special=True) for token, i in self.special_tokens.items()
+        }
+        kwargs.pop("resume_download", None)  # a download option of old examples, not to be saved
+        super().__init__(errors=errors, **kwargs)
+        self._check_control_tokens([*self.special_tokens_map.values(), *self.extra_special_tokens])
+        if self.chat_template is None:
+            self.chat_template = CHAT_TEMPLATE
+
+    # ---- vocabulary ----
+
+    def __len__(self) -> int:
+        return self.tokenizer.n_vocab
+
+    @property
+    def vocab_size(self) -> int:
+        """The highest id plus one, control tokens included: the rows that an embedding needs."""
+        return self.tokenizer.n_vocab
+
+    def get_vocab(self) -> dict[bytes | str, int]:
+        """All tokens and their ids: regular tokens as bytes, control tokens as str."""
+        return {**self.mergeable_ranks, **self.special_tokens}
+
+    @property
+    def all_special_tokens(self) -> list[str]:
+        """All control tokens, whether or not they serve as eos, pad and the like."""
+        return list(self.special_tokens)
+
+    def _add_ranks(self, path: str | os.PathLike) -> None:
+        used = {*self.mergeable_ranks.values(), *self.special_tokens.values()}
+        for token, rank in _load_ranks(path).items():
+            if token in self.mergeable_ranks:
+                logger.warning("%s: token %r skipped, it has id %d already.", path, token, self.mergeable_ranks[token])
+            elif rank in used:
+                logger.warning("%s: token %r skipped, its id %d is taken.", path, token, rank)
+            else:
+                self.mergeable_ranks[token] = rank
+
+    def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str]:
+        """Write all regular tokens, those of `extra_vocab_file` included, and return the path in a tuple."""
+        name = (filename_prefix + "-" if filename_prefix else "") + VOCAB_FILES_NAMES["vocab_file"]
+        path = os.path.join(save_directory, name)
+        with open(path, "wb") as file:
+            for token, rank in sorted(self.mergeable_ranks.items(), key=lambda item: item[1]):
+                file.write(b"%s %d\n" % (b2a_base64(token, newline=False), rank))
+        return (path,)
+
+    # ---- control tokens ----
+
+    def _check_control_tokens(self, tokens: Iterable[str | AddedToken]) -> None:
+        for token in map(str, tokens):
+            if token not in self.special_tokens:
+                raise ValueError(
+                    f"{token!r} is not a control token of this vocabulary. Special tokens can only be chosen among "
+                    f"{ENDOFTEXT}, {IM_START}, {IM_END} and {CONTROL_TOKENS[3]} to {CONTROL_TOKENS[-1]}."
+                )
+
+    def _check_saved_tokens(self, saved: dict[int, AddedToken], vocab_file: str | os.PathLike) -> None:
+        for index, token in saved.items():
+            self._check_control_tokens([token])
+            if self.special_tokens[str(token)] != index:
+                raise ValueError(
+                    f"tokenizer_config.json gives {token} the id {index}, but with {vocab_file} it has id "
+                    f"{self.special_tokens[str(token)]}. The vocabulary is incomplete or belongs to another "
+                    "checkpoint: download it again, or delete added_tokens_decoder from tokenizer_config.json if the "
+                    "vocabulary was replaced on purpose."
+                )
+
+    def __setattr__(self, key: str, value: Any) -> None:
+        name = key.removesuffix("_id")
+        if name in self.SPECIAL_TOKENS_ATTRIBUTES and value is not None:
+            if name != key:
+                key, value = name, self.convert_ids_to_tokens(value)
+            self._check_control_tokens([value])
+        elif key == "extra_special_tokens":
+            self._check_control_tokens(value or ())
+        super().__setattr__(key, value)
+
+    def add_special_tokens(self, special_tokens_dict: dict[str, Any], *args: Any, **kwargs: Any) -> int:
+        """Give known control tokens a role (`{"pad_token": "<|extra_0|>"}`) and return 0, the number of new tokens.
+
+        Raises:
+            ValueError: a token is no control token.
+        """
+        for value in special_tokens_dict.values():
+            self._check_control_tokens(value if isinstance(value, (list, tuple)) else [value])
+        return super().add_special_tokens(special_tokens_dict, *args, **kwargs)
+
+    def _add_tokens(self, new_tokens: Sequence[str | AddedToken], special_tokens: bool = False) -> int:
+        if not special_tokens:
+            raise ValueError(
+                f"Cannot add {', '.join(repr(str(token)) for token in new_tokens)}: regular tokens need a place in the "
+                "order of merges. Write them to a tiktoken file with examples/add_merges.py and load that with "
+                "extra_vocab_file=..."
+            )
+        self._check_control_tokens(new_tokens)
+        return 0
+
+    # ---- text to ids ----
+
+    def tokenize(
+        self,
+        text: str,
+        *,
+        allowed_special: str | Collection[str] = "all",
+        disallowed_special: str | Collection[str] = (),
+        **kwargs: Any,
+    ) -> list[bytes | str]:
+        """Split a text into tokens: bytes for regular ones, str for control tokens.
+
+        `__call__` and `encode` take `allowed_special` and `disallowed_special` as well.
+
+        Args:
+            text: the text to split.
+            allowed_special: the control tokens whose written form becomes the token, "all" or a set. The others are
+                split as plain text.
+            disallowed_special: texts that must not occur; "all" stands for every control token that is not allowed.
+
+        Raises:
+            ValueError: the text holds a disallowed one.
+        """
+        ids = self._encode_text(text, allowed_special, disallowed_special, kwargs.get("split_special_tokens"))
+        return [self.decoder[i] for i in ids]
+
+    def encode(self, text: Any, *args: Any, **kwargs: Any) -> list[int]:
+        """The ids of a text, as in PreTrainedTokenizer; `allowed_special` and `disallowed_special` as in `tokenize`."""
+        kwargs.setdefault("return_attention_mask", False)  # it would be built and thrown away
+        return super().encode(text, *args, **kwargs)
+
+    def _encode_plus(self, text: Any, text_pair: Any = None, **kwargs: Any) -> BatchEncoding:
+        is_plain_text = isinstance(text, str) and text_pair is None
+        if not is_plain_text or kwargs.get("is_split_into_words") or kwargs.get("sanitize_control_tokens"):
+            return super()._encode_plus(text, text_pair, **kwargs)  # which comes back here for each text of a batch
+        # Straight from text to ids: the base class would go through a list of tokens.
+        ids = self._encode_text(
+            text,
+            kwargs.pop("allowed_special", "all"),
+            kwargs.pop("disallowed_special", ()),
+            kwargs.pop("split_special_tokens", None),
+        )
+        return self.prepare_for_model(
+            ids,
+            padding=kwargs.pop("padding_strategy", False),
+            truncation=kwargs.pop("truncation_strategy", False),
+            prepend_batch_axis=True,
+            **kwargs,
+        )
+
+    def _encode_text(
+        self,
+        text: str,
+        allowed_special: str | Collection[str],
+        disallowed_special: str | Collection[str],
+        split_special_tokens: bool | None,
+    ) -> list[int]:
+        if not isinstance(text, str):
+            raise ValueError(f"The text to encode must be a str, not {type(text).__name__}: {text!r:.80}")
+        text = _normalize(text)
+        if split_special_tokens is None:
+            split_special_tokens = self.split_special_tokens
+        allowed = set()
+        if not split_special_tokens and CONTROL_PREFIX in text:  # most texts skip the cost of handling the set
+            allowed = self.special_tokens.keys() & _token_set(allowed_special, self.special_tokens)
+        for token in _token_set(disallowed_special, [token for token in self.special_tokens if token not in allowed]):
+            if token in text:
+                raise ValueError(
+                    f"The text contains {token!r}, which disallowed_special forbids. Remove it from the text, or take "
+                    "it out of disallowed_special and either put it in allowed_special (to encode it as a control "
+                    "token) or leave it out there (to encode it as plain text)."
+                )
+        try:
+            # not encode_ordinary: that one panics where encode raises
+            return self.tokenizer.encode(text, allowed_special=allowed, disallowed_special=())
+        except ValueError:  # the regex engine gave up, see LONG_WHITESPACE
+            return self._encode_long_whitespace(text, allowed)
+
+    def _encode_long_whitespace(self, text: str, allowed: Collection[str]) -> list[int]:
+        """Encode as ever, but cut the long runs of whitespace out before the split pattern meets them."""
+        whitespace = tiktoken.Encoding(
+            "whitespace", pat_str=r"\s+", mergeable_ranks=self.mergeable_ranks, special_tokens={}
+        )
+        ids = []
+        for part in re.split(f"({'|'.join(map(re.escape, allowed))})", text) if allowed else [text]:
+            if part in allowed:
+                ids.append(self.special_tokens[part])
+                continue
+            start = 0
+            for run in LONG_WHITESPACE.finditer(part):
+                following = part[run.end() : run.end() + 1]
+                if following in ("\r", "\n"):  # the run belongs to the newline's token
+                    continue
+                end = run.end() - 1 if following else run.end()  # the last blank goes with the next word
+                ids += self.tokenizer.encode(part[start : run.start()], disallowed_special=())
+                ids += whitespace.encode(part[run.start() : end])
+                start = end
+            ids += self.tokenizer.encode(part[start:], disallowed_special=())
+        return ids
+
+    def _get_padding_truncation_strategies(self, padding: Any = False, **kwargs: Any) -> tuple:
+        # the base class advises adding a token, which this vocabulary cannot do
+        if padding not in (False, "do_not_pad") and self.pad_token is None:
+            raise ValueError(
+                "Cannot pad: there is no padding token. Load the tokenizer with pad_token='<|extra_0|>', or set "
+                "tokenizer.pad_token = '<|extra_0|>'."
+            )
+        return super()._get_padding_truncation_strategies(padding=padding, **kwargs)
+
+    # ---- tokens and ids ----
+
+    def convert_tokens_to_ids(self, tokens: bytes | str | Iterable[bytes | str]) -> int | list[int]:
+        """The id of one token or the ids of several.
+
+        Raises:
+            ValueError: a token is not in the vocabulary.
+        """
+        if isinstance(tokens, (bytes, str)):
+            return self._token_to_id(tokens)
+        return [self._token_to_id(token) for token in tokens]
+
+    def _token_to_id(self, token: bytes | str) -> int:
+        table = self.special_tokens if isinstance(token, str) else self.mergeable_ranks
+        if token not in table:
+            hint = " Only control tokens are str, regular tokens are bytes." if isinstance(token, str) else ""
+            raise ValueError(f"The token {token!r} is not in the vocabulary.{hint}")
+        return table[token]
+
+    def convert_ids_to_tokens(
+        self, ids: int | Sequence[int], skip_special_tokens: bool = False
+    ) -> bytes | str | list[bytes | str]:
+        """The token of one id or the tokens of several, bytes for regular ones and str for control tokens.
+
+        Raises:
+            ValueError: an id is not in the vocabulary.
+        """
+        ids = to_py_obj(ids)
+        if isinstance(ids, int):
+            return self._id_to_token(ids)
+        tokens = [self._id_to_token(i) for i in ids]
+        return [token for token in tokens if isinstance(token, bytes)] if skip_special_tokens else tokens
+
+    def _id_to_token(self, index: int) -> bytes | str:
+        if index not in self.decoder:
+            raise ValueError(f"The id {index} is not in the vocabulary, whose ids go from 0 to {len(self) - 1}.")
+        return self.decoder[index]
+
+    # ---- ids to text ----
+
+    def convert_tokens_to_string(self, tokens: Iterable[bytes | str]) -> str:
+        """The text of a list of tokens, control tokens in their written form."""
+        joined = b"".join(token.encode() if isinstance(token, str) else token for token in tokens)
+        return joined.decode("utf-8", errors=self.errors)
+
+    def _decode(
+        self,
+        token_ids: int | Sequence[int],
+        skip_special_tokens: bool = False,
+        clean_up_tokenization_spaces: bool | None = None,
+        errors: str | None = None,
+        **kwargs: Any,
+    ) -> str:
+        ids = [token_ids] if isinstance(token_ids, int) else token_ids
+        if skip_special_tokens:
+            control = self._added_tokens_decoder
+            ids = [i for i in ids if i not in control]
+        try:
+            text = self.tokenizer.decode(ids, errors=errors or self.errors)
+        except (KeyError, OverflowError):
+            self.convert_ids_to_tokens(ids)  # raises and names the id
+            raise
+        # Only on request: byte-level tokens carry their spaces, and old checkpoints were saved with the switch on.
+        return self.clean_up_tokenization(text) if clean_up_tokenization_spaces else text
+
+
+def _token_set(tokens: str | Collection[str], everything: Collection[str]) -> Collection[str]:
+    if isinstance(tokens, str):
+        return everything if tokens == "all" else {tokens}
+    return set(tokens)
+
+
+def _load_ranks(path: str | os.PathLike) -> dict[bytes, int]:
+    """Read a tiktoken file: lines of `base64(token) rank`, in any order, to `{token: rank}`.
+
+    Raises:
+        ValueError: the file cannot be read or is broken. Not OSError: from_pretrained would hide the message.
+    """
+    advice = "The file is broken or not completely downloaded: download it again."
+    try:
+        with open(path, "rb") as file:
+            contents = file.read()
+    except OSError as error:
+        raise ValueError(f"{path}: cannot read the vocabulary ({error.strerror}).") from error
+    if contents.startswith(b"version https://git-lfs"):
+        raise ValueError(f"{path} is a Git LFS pointer, not the vocabulary itself: run `git lfs pull` in its folder.")
+
+    ranks: dict[bytes, int] = {}
+    tokens: dict[int, bytes] = {}
+    for number, line in enumerate(contents.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            encoded, rank_text = line.split()
+            token, rank = b64decode(encoded, validate=True), int(rank_text)
+        except ValueError as error:
+            raise ValueError(
+                f"{path}, line {number}: expected `base64(token) rank`, got {line[:60]!r}. {advice}"
+            ) from error
+        if not 0 <= rank < 2**31:
+            raise ValueError(f"{path}, line {number}: the rank {rank} is out of range. {advice}")
+        if token in ranks:
+            raise ValueError(f"{path}, line {number}: the token {token!r} has rank {ranks[token]} already. {advice}")
+        if rank in tokens:
+            raise ValueError(f"{path}, line {number}: rank {rank} belongs to {tokens[rank]!r} already. {advice}")
+        ranks[token] = rank
+        tokens[rank] = token
+    if not ranks:
+        raise ValueError(f"{path} is empty. {advice}")
+    return ranks
+
+
+def _check_single_bytes(ranks: dict[bytes, int], path: str | os.PathLike) -> None:
+    missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
+    if missing:
+        raise ValueError(
+            f"{path} lacks {len(missing)} of the 256 single bytes, the first is 0x{missing[0]:02x}. Texts with that "
+            "byte could not be encoded: the file is incomplete or of another kind, download it again."
+        )
+
+
+def _normalize(text: str) -> str:
+    """NFC in linear time. `unicodedata` orders combining marks by insertion: 40,000 unordered ones take it 10 s."""
+    if unicodedata.is_normalized("NFC", text):
+        return text
+    return unicodedata.normalize("NFC", LONG_MARKS.sub(_order_marks, text))
+
+
+def _order_marks(run: re.Match[str]) -> str:
+    decomposed = "".join(unicodedata.normalize("NFD", character) for character in run.group())
+    groups = itertools.groupby(decomposed, key=lambda character: unicodedata.combining(character) > 0)
+    return "".join(mark for _, group in groups for mark in sorted(group, key=unicodedata.combining))

@@ -1,0 +1,554 @@
+"""The first-generation Qwen network on transformers 5.
+
+A pre-norm decoder: RMSNorm, rotary embedding, multi-head attention with a fused projection, gated MLP. Three additions
+carry it past its trained length at inference: dynamic NTK (a larger RoPE base, fixed by the length of the prompt), LogN
+(longer queries at later positions) and, on request, windows (layers look back a limited distance). Knows token ids, not
+text.
+
+Shapes: B batch, S new tokens, T = past + S, H heads, D head size, R rotary channels of D, C hidden size.
+"""
+
+import functools
+import os
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_qwen import QWenConfig
+from .gptq_qwen import GPTQMixin, with_kernel
+from .kv_cache_qwen import QuantizedKVCache, QuantizedStates, cache_of_tuples, quantized_attention
+from .loading_options_qwen import PRECISIONS, check_arguments, choose_attention, choose_dtype, is_gptq, target_device
+from .qwen_generation_utils import ChatMixin
+from .window_attention_qwen import Window, window_attention, windows
+
+# 2^24 times the trained length is more than anyone will ask for.
+MAX_DOUBLINGS = 24
+
+
+class RMSNorm(nn.Module):
+    """Root mean square normalisation (Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467, eq. 4)."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x32 = x.float()
+        normed = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
+        return normed.to(x.dtype) * self.weight
+
+
+def ntk_alpha(lengths: torch.Tensor, seq_length: int) -> torch.Tensor:
+    """α of dynamic NTK for prompts of `lengths` tokens: max(1, 2^⌈log2(n / seq_length) + 1⌉ − 1).
+
+    Counts how often the trained length must double to hold n instead of taking a logarithm: exact in integers.
+
+    Args:
+        lengths: (B), tokens of each prompt without padding.
+
+    Returns:
+        (B), float32.
+    """
+    doublings = torch.arange(MAX_DOUBLINGS, device=lengths.device)
+    doublings = (lengths[:, None] > seq_length * 2**doublings).sum(-1)
+    return (2 ** (doublings + 1) - 1).float()
+
+
+def rotary_tables(
+    position_ids: torch.Tensor, rotary_dim: int, base: float, alpha: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines of the rotary embedding (Su et al. 2021, https://arxiv.org/abs/2104.09864, eq. 34).
+
+    Dynamic NTK replaces the base by base · α^(R/(R−2)), so that the lowest frequency is stretched by α.
+
+    Args:
+        position_ids: (B, S) or (1, S).
+        alpha: (B), or None for 1.
+
+    Returns:
+        Two of (B, 1, S, R), float32, in the halves layout: channel i turns with channel i + R/2.
+    """
+    exponents = torch.arange(0, rotary_dim, 2, device=position_ids.device).float() / rotary_dim
+    if alpha is None:
+        inv_freq = (1.0 / base**exponents)[None]
+    else:
+        inv_freq = 1.0 / (base * alpha[:, None] ** (rotary_dim / (rotary_dim - 2))) ** exponents
+    angles = position_ids[:, :, None].float() * inv_freq[:, None, :]
+    angles = torch.cat((angles, angles), dim=-1)[:, None]
+    return angles.cos(), angles.sin()
+
+
+def logn_scale(position_ids: torch.Tensor, seq_length: int) -> torch.Tensor:
+    """LogN attention: max(1, log(p + 1) / log(seq_length)) for the query at position p (https://kexue.fm/archives/8823).
+
+    Returns:
+        (B, 1, S, 1), float32.
+    """
+    steps = torch.full((), float(seq_length), device=position_ids.device)
+    return (torch.log(position_ids.float() + 1) / torch.log(steps)).clamp(min=1.0)[:, None, :, None]
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turn the first R channels of every head, in float32. x: (B, H, S, D)."""
+    rotary_dim = cos.shape[-1]
+    turned, rest = x[..., :rotary_dim].float(), x[..., rotary_dim:]
+    first, second = turned.chunk(2, dim=-1)
+    turned = turned * cos + torch.cat((-second, first), dim=-1) * sin
+    return torch.cat((turned, rest.float()), dim=-1) if rest.shape[-1] else turned
+
+
+def eager_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softmax attention written out. query: (B, H, S, D), key and value: (B, H, T, D) → (B, S, H, D), (B, H, S, T)."""
+    scores = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+class QWenAttention(nn.Module):
+    """Multi-head attention; query, key and value come from one projection."""
+
+    def __init__(self, config: QWenConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.is_causal = True
+        self.head_dim = config.kv_channels
+        self.projection_size = config.num_attention_heads * config.kv_channels
+        self.scaling = config.kv_channels**-0.5 if config.scale_attn_weights else 1.0
+        self.attention_dropout = config.attn_dropout_prob
+        self.num_key_value_groups = 1  # transformers' attention functions ask for it
+        self.c_attn = nn.Linear(config.hidden_size, 3 * self.projection_size)
+        self.c_proj = nn.Linear(self.projection_size, config.hidden_size, bias=not config.no_bias)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        window: Window | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """hidden_states: (B, S, C) → (B, S, C), and the weights (B, H, S, T) where the implementation gives them."""
+        batch, length, _ = hidden_states.shape
+        heads = self.c_attn(hidden_states).view(batch, length, 3, -1, self.head_dim).permute(2, 0, 3, 1, 4)
+        query, key, value = heads.unbind(0)
+
+        cos, sin, query_scale = position_embeddings
+        query, key = rotate(query, cos, sin), rotate(key, cos, sin).to(value.dtype)
+        query = (query if query_scale is None else query * query_scale).to(value.dtype)
+
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+
+        if isinstance(key, QuantizedStates):
+            attention = quantized_attention
+        else:
+            attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        if window is not None:
+            attention = functools.partial(window_attention, attention, window)
+        output, weights = attention(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return self.c_proj(output.reshape(batch, length, -1)), weights
+
+
+class QWenMLP(nn.Module):
+    """SwiGLU (Shazeer 2020, https://arxiv.org/abs/2002.05202): w2 is the gated branch."""
+
+    def __init__(self, config: QWenConfig):
+        super().__init__()
+        width = config.intermediate_size // 2
+        self.w1 = nn.Linear(config.hidden_size, width, bias=not config.no_bias)
+        self.w2 = nn.Linear(config.hidden_size, width, bias=not config.no_bias)
+        self.c_proj = nn.Linear(width, config.hidden_size, bias=not config.no_bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.c_proj(self.w1(x) * nn.functional.silu(self.w2(x)))
+
+
+class QWenBlock(GradientCheckpointingLayer):
+    """x += attention(norm(x)); x += mlp(norm(x))."""
+
+    def __init__(self, config: QWenConfig, layer_idx: int):
+        super().__init__()
+        self.ln_1 = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.attn = QWenAttention(config, layer_idx)
+        self.ln_2 = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.mlp = QWenMLP(config)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = False,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        attended, _ = self.attn(
+            hidden_states=self.ln_1(hidden_states),
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            position_embeddings=position_embeddings,
+            **kwargs,
+        )
+        hidden_states = hidden_states + attended
+        return hidden_states + self.mlp(self.ln_2(hidden_states))
+
+
+class QWenPreTrainedModel(GPTQMixin, PreTrainedModel):
+    """Loading, initialisation and what the architecture can do."""
+
+    config: QWenConfig
+    config_class = QWenConfig
+    base_model_prefix = "transformer"
+    _input_embed_layer = "wte"
+    _no_split_modules = ["QWenBlock"]
+    _skip_keys_device_placement = ["past_key_values"]
+    supports_gradient_checkpointing = True
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": QWenBlock, "attentions": QWenAttention}
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike | None,
+        *model_args: Any,
+        config: QWenConfig | str | os.PathLike | None = None,
+        **kwargs: Any,
+    ) -> "QWenPreTrainedModel":
+        """As in transformers, and it takes the switches of `QWenConfig` as keyword arguments.
+
+        Where no dtype is named it follows the flags (`bf16=True` …) and the device, not the stored weights; see
+        `choose_dtype`.
+
+        Raises:
+            ValueError: two arguments contradict each other.
+            OSError: files are missing or damaged.
+        """
+        check_arguments(kwargs)
+        torch_dtype = kwargs.pop("torch_dtype", None)
+        dtype = kwargs.pop("dtype", torch_dtype)
+        kwargs.pop("resume_download", None)
+        # transformers merges it with what the file says, as long as the config does not swallow it.
+        quantization_config = kwargs.pop("quantization_config", None)
+        if isinstance(config, PreTrainedConfig):
+            config = config.overridden(kwargs)
+            kwargs = {name: value for name, value in kwargs.items() if name not in QWenConfig.__dataclass_fields__}
+        else:
+            hub = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+            hub = {name: kwargs[name] for name in hub if name in kwargs}
+            named = {} if dtype is None else {"dtype": dtype}
+            config, kwargs = QWenConfig.from_pretrained(
+                config or pretrained_model_name_or_path, return_unused_kwargs=True, **kwargs, **named
+            )
+            kwargs |= hub
+
+        device_map = kwargs.get("device_map")
+        # Where none is named, transformers loads GPTQ weights for the CPU.
+        device = target_device("cpu" if device_map is None and is_gptq(config) else device_map)
+        flagged = any(getattr(config, name) for name in PRECISIONS)
+        if dtype is None or (dtype == "auto" and (flagged or is_gptq(config))):
+            dtype = choose_dtype(config, device)
+        config, quantization_config = with_kernel(config, quantization_config, dtype, device)
+        if quantization_config is not None:
+            kwargs["quantization_config"] = quantization_config
+        requested = kwargs.get("attn_implementation", config._attn_implementation)
+        kwargs["attn_implementation"] = choose_attention(config, dtype, device, requested)
+        try:
+            return super().from_pretrained(
+                pretrained_model_name_or_path, *model_args, config=config, dtype=dtype, **kwargs
+            )
+        except (SafetensorError, FileNotFoundError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "PytorchStreamReader" not in str(error):
+                raise
+            raise OSError(
+                f"The weights of {pretrained_model_name_or_path} cannot be read ({error}): the download stopped early "
+                "or left pointer files behind. Delete the weight files there and download them again."
+            ) from error
+
+
+class QWenModel(QWenPreTrainedModel):
+    """The network without its output layer."""
+
+    def __init__(self, config: QWenConfig):
+        super().__init__(config)
+        self.vocab_size = config.vocab_size
+        self.wte = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.drop = nn.Dropout(config.emb_dropout_prob)
+        self.h = nn.ModuleList(QWenBlock(config, layer_idx) for layer_idx in range(config.num_hidden_layers))
+        self.ln_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPast:
+        """Token ids to hidden states.
+
+        Args:
+            input_ids: (B, S); or `inputs_embeds`: (B, S, C).
+            attention_mask: (B, T), 1 for tokens and 0 for padding, or an additive mask (B, 1, S, T).
+            position_ids: (B, S); counted from the start of the padded row where they are not given.
+
+        Raises:
+            ValueError: both or neither of `input_ids` and `inputs_embeds`.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
+        if inputs_embeds is None:
+            inputs_embeds = self.wte(input_ids)
+        if isinstance(past_key_values, tuple | list):
+            past_key_values = cache_of_tuples(past_key_values, self.fused)
+        if use_cache and past_key_values is None:
+            past_key_values = self.new_cache()
+
+        past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
+        alpha = self.dynamic_ntk(past_key_values, past_length, inputs_embeds, attention_mask, position_ids)
+        if position_ids is None:
+            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + past_length
+
+        visible = self.layer_windows(past_key_values, past_length, inputs_embeds)
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        cos, sin = rotary_tables(position_ids, self.config.rotary_dim, self.config.rotary_emb_base, alpha)
+        stretch_queries = self.config.use_logn_attn and not self.training
+        query_scale = logn_scale(position_ids, self.config.seq_length) if stretch_queries else None
+
+        hidden_states = self.drop(inputs_embeds)
+        # Fewer layers when `generate` drafts with the first of them.
+        for block, window in zip(self.h[: self.config.num_hidden_layers], visible, strict=False):
+            hidden_states = block(
+                hidden_states,
+                attention_mask=mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                position_embeddings=(cos, sin, query_scale),
+                window=window,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.ln_f(hidden_states), past_key_values=past_key_values if use_cache else None
+        )
+
+    def new_cache(self) -> Cache:
+        """An empty key/value cache of the kind that the configuration asks for."""
+        return QuantizedKVCache(self.fused) if self.config.use_cache_quantization else DynamicCache(config=self.config)
+
+    @property
+    def fused(self) -> bool:
+        """Whether single tokens attend to the bytes of an 8-bit cache. Other implementations than the usual one are
+        asked for by those who want weights ("eager"), or bring masks of their own ("flex_attention")."""
+        return self.config.use_cache_kernel and self.config._attn_implementation == "sdpa"
+
+    def layer_windows(
+        self, cache: Cache | None, past_length: int | torch.Tensor, inputs_embeds: torch.Tensor
+    ) -> list[Window | None]:
+        """What each layer sees, None for all. ValueError for flex attention, whose masks are no tensors."""
+        if not self.config.use_window_attn or self.training:
+            return [None] * len(self.h)
+        if self.config._attn_implementation == "flex_attention":
+            raise ValueError('use_window_attn=True works with attn_implementation "sdpa", "eager" and flash attention.')
+        rows = getattr(cache, "row_lengths", None)  # of a cache whose rows are of different lengths
+        return windows(self.config.windows, past_length, rows, inputs_embeds.shape[1], inputs_embeds.device)
+
+    def dynamic_ntk(
+        self,
+        cache: Cache | None,
+        past_length: int | torch.Tensor,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+    ) -> torch.Tensor | None:
+        """α of each row: from its prompt when that is encoded, from the cache when decoding goes on.
+
+        The keys in a cache were rotated with the α of their prompt, so it travels with them, as `cache.ntk_alpha`.
+        Without a cache every call is a prompt of its own.
+
+        Args:
+            past_length: tokens in the cache; a tensor where the cache is a static one.
+
+        Returns:
+            (B), or None where dynamic NTK is off. Paged rows hold several prompts at once and have none.
+        """
+        if not self.config.use_dynamic_ntk or self.training or self.config._attn_implementation.startswith("paged|"):
+            return None
+        kept = getattr(cache, "ntk_alpha", None)
+        if kept is not None and isinstance(past_length, int) and past_length > 0:
+            batch = len(inputs_embeds)
+            if len(kept) != batch:  # the cache was repeated for several answers to each prompt
+                kept = cache.ntk_alpha = kept.repeat_interleave(batch // len(kept))
+            return kept
+
+        announced = getattr(cache, "prompt_lengths", None)
+        if announced is not None:  # by `generate`: this call may hold a part of the prompt, or drafted tokens behind it
+            lengths, cache.prompt_lengths = announced.expand(len(inputs_embeds)), None
+        else:
+            lengths = count_prompt_tokens(inputs_embeds, attention_mask, position_ids)
+        alpha = ntk_alpha(lengths, self.config.seq_length)
+        if cache is None:
+            return alpha
+        if kept is not None and isinstance(past_length, torch.Tensor):
+            # In place and without a branch, so that one compiled graph serves every step.
+            return kept.copy_(torch.where(past_length == 0, alpha, kept))
+        if cache.is_compileable and not torch.compiler.is_compiling():
+            torch._dynamo.mark_static_address(alpha)  # the compiled step writes to it, which CUDA graphs must know
+        cache.ntk_alpha = alpha
+        return alpha
+
+
+def count_prompt_tokens(
+    inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None
+) -> torch.Tensor:
+    """True length of each prompt, padding not counted: (B)."""
+    batch, length, _ = inputs_embeds.shape
+    if attention_mask is not None and attention_mask.dim() == 2:
+        return attention_mask.sum(-1)
+    if position_ids is not None:
+        return (position_ids.amax(-1) + 1).expand(batch)
+    return torch.full((batch,), length, device=inputs_embeds.device)
+
+
+class QWenLMHeadModel(QWenPreTrainedModel, ChatMixin, GenerationMixin):
+    """The language model: next-token logits, generation and chat."""
+
+    _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}
+
+    def __init__(self, config: QWenConfig):
+        super().__init__(config)
+        self.transformer = QWenModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.loss_type = "ForCausalLM"
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CausalLMOutputWithPast:
+        """Token ids to logits (B, S, vocab_size), and to the loss where labels are given. See `QWenModel.forward`.
+
+        Args:
+            labels: (B, S), token ids, -100 where nothing is to be learned; shifted here, so they equal `input_ids`.
+            logits_to_keep: only the last so many positions, or those at the given indices; 0 for all.
+        """
+        outputs: BaseModelOutputWithPast = self.transformer(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers.
+
+        Raises:
+            ValueError: with `use_cache_quantization=True` or `use_window_attn=True`: its paged cache ignores both.
+        """
+        if self.config.use_window_attn:
+            raise ValueError(
+                "transformers' continuous batching (generate_batch) gives every layer the whole context: load the "
+                "model without use_window_attn=True for it. generate, chat_batch and openai_api.py serve many at once "
+                "with windows."
+            )
+        if self.config.use_cache_quantization:
+            raise ValueError(
+                "transformers' continuous batching (generate_batch) has a paged cache of its own, in full precision: "
+                "load the model without use_cache_quantization=True for it. generate, chat_batch and openai_api.py "
+                "serve many at once from the 8-bit cache."
+            )
+        return super().init_continuous_batching(*args, **kwargs)
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        wants_default = generation_config.cache_implementation is None and generation_config.use_cache is not False
+        if isinstance(model_kwargs.get("past_key_values"), tuple | list):
+            model_kwargs["past_key_values"] = cache_of_tuples(model_kwargs["past_key_values"], self.transformer.fused)
+        if self.config.use_cache_quantization and wants_default and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = self.transformer.new_cache()
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        # The last call of `generate` before its first forward: the prompt is known whole here, and may come in chunks.
+        cache, position_ids = model_kwargs.get("past_key_values"), model_kwargs.get("position_ids")
+        if cache is not None and position_ids is not None and cache.get_seq_length() == 0:
+            cache.prompt_lengths = position_ids.amax(-1) + 1
+
+
+__all__ = ["QWenLMHeadModel", "QWenModel", "QWenPreTrainedModel"]
