@@ -32,21 +32,21 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, cached_file
 from transformers.utils.hub import convert_file_size_to_int
 
-from .checkpoint.adapters import is_adapter
-from .checkpoint.files import (
+from ..checkpoint.adapters import is_adapter
+from ..checkpoint.files import (
     CheckpointError,
     first_line,
     let_others_read,
     read_json,
 )
-from .checkpoint.loading import check_checkpoint, load_config, load_model, resolve
-from .checkpoint.staging import check_target, filled_at_the_end
-from .data.samples import encode_sample
-from .model.configuration_qwen import QWenConfig
-from .model.loading_options_qwen import PRECISIONS
-from .model.modeling_qwen import QWenLMHeadModel
-from .model.tokenization_qwen import QWenTokenizer
-from .quiet import quiet_gptqmodel
+from ..checkpoint.loading import check_checkpoint, load_config, load_model, resolve
+from ..checkpoint.staging import check_target, filled_at_the_end
+from ..data.samples import encode_sample
+from ..model.configuration_qwen import QWenConfig
+from ..model.loading_options_qwen import PRECISIONS
+from ..model.modeling_qwen import QWenLMHeadModel
+from ..model.tokenization_qwen import QWenTokenizer
+from ..quiet import quiet_gptqmodel
 
 GROUP_SIZES = (32, 64, 128, 256, 512, 1024)
 PUBLISHED_SETTINGS = {
