@@ -1,0 +1,175 @@
+"""Refuses what cannot be quantized, before anything slow begins; explains it when the memory is full.
+
+Quantizing a large model takes hours: everything that can be known beforehand is checked in a second.
+"""
+
+import contextlib
+import importlib.util
+import os
+import shlex
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers.utils.hub import convert_file_size_to_int
+
+from ..checkpoint.adapters import is_adapter
+from ..checkpoint.files import CheckpointError
+from ..checkpoint.loading import check_checkpoint, load_config, resolve
+from ..checkpoint.staging import check_target
+from ..model.configuration_qwen import QWenConfig
+from ..model.modeling_qwen import QWenLMHeadModel
+
+GROUP_SIZES = (32, 64, 128, 256, 512, 1024)
+
+_WORD = 32  # bits of the integers that hold packed weights; rows and columns come in multiples of it
+
+
+def check(
+    source: str | os.PathLike | None,
+    target: str | os.PathLike,
+    *,
+    bits: int = 4,
+    group_size: int = 128,
+    max_shard_size: str = "2GB",
+    overwrite: bool = False,
+) -> QWenConfig:
+    """Refuse what `quantize` could not do, as far as can be seen in a second; the configuration of `source`.
+
+    Raises:
+        CheckpointError: `source` is no float checkpoint of these models, or a package is missing.
+        MemoryError: the model is larger than the main memory.
+        OSError: `target` is not empty, cannot be written to, or has no room.
+        ValueError: the bits, the group size or the shard size do not go with this model.
+    """
+    name, target = resolve(source), Path(target).expanduser()
+    if bits not in (4, 8):
+        raise ValueError(f"{bits} bits: these models are quantized to 4 or 8.")
+    try:
+        convert_file_size_to_int(max_shard_size)
+    except ValueError as error:
+        raise ValueError(f"{max_shard_size!r} is no size: write a number and MB or GB, such as 2GB.") from error
+    config = _check_source(name)
+    with torch.device("meta"):
+        empty = QWenLMHeadModel(config)
+    _check_shapes(empty, group_size)
+    check_target(target, Path(name), overwrite)
+    if (held := bytes_before(empty)) > (memory := _main_memory()):
+        raise MemoryError(
+            f"{name} does not fit into the main memory, where it takes {gigabytes(held)} in 16 bits: this machine has "
+            f"{gigabytes(memory)}."
+        )
+    needed = _bytes_after(empty, bits, group_size)
+    place = next(folder for folder in (target, *target.absolute().parents) if folder.is_dir())
+    if (free := shutil.disk_usage(place).free) < needed:
+        raise OSError(f"There is no room for {target}: it takes {gigabytes(needed)}, and {gigabytes(free)} are free.")
+    return config
+
+
+def _check_source(name: str) -> QWenConfig:
+    """The configuration, unless this is no float checkpoint, as a whole and of these models."""
+    if is_adapter(Path(name)):
+        adapter, merged = shlex.quote(name), shlex.quote(f"{name.rstrip('/')}-merged")
+        raise CheckpointError(
+            f"{name} is an adapter (LoRA), and a whole model is quantized. Merge it into its base first, and quantize "
+            f"the result: `python finetune/merge_lora.py {adapter} {merged}`. If it was trained on a quantized model "
+            "(Q-LoRA), name the float one with --base."
+        )
+    if missing := [package for package in ("gptqmodel", "optimum") if importlib.util.find_spec(package) is None]:
+        raise CheckpointError(f"Quantizing needs packages that are missing: `pip install {' '.join(missing)}`.")
+    check_checkpoint(name)
+    config = load_config(name)
+    if getattr(config, "quantization_config", None) is not None:
+        raise CheckpointError(
+            f"{name} is quantized already. Name the model that it was made from, such as Qwen/Qwen-7B-Chat for "
+            "Qwen/Qwen-7B-Chat-Int4."
+        )
+    return config
+
+
+def _linears(model: QWenLMHeadModel) -> dict[str, nn.Linear]:
+    """The matrices of a layer that are quantized, by their kind."""
+    return {name: module for name, module in model.transformer.h[0].named_modules() if isinstance(module, nn.Linear)}
+
+
+def _check_shapes(model: QWenLMHeadModel, group_size: int) -> None:
+    if group_size not in GROUP_SIZES:
+        raise ValueError(f"A group size of {group_size} is not among {', '.join(map(str, GROUP_SIZES))}.")
+    for name, linear in _linears(model).items():
+        for side, width in (("inputs", linear.in_features), ("outputs", linear.out_features)):
+            if width % _WORD:
+                raise ValueError(
+                    f"{name} has {width} {side}, and weights are packed in multiples of {_WORD}: a model of this shape "
+                    "cannot be quantized."
+                )
+        if linear.in_features % group_size:
+            fitting = [str(size) for size in GROUP_SIZES if linear.in_features % size == 0]
+            raise ValueError(
+                f"A group size of {group_size} does not divide the {linear.in_features} inputs of {name}: take "
+                f"{' or '.join(fitting)}."
+            )
+
+
+def _main_memory() -> float:
+    """All that the machine has, in bytes; infinite where the system does not say."""
+    try:
+        size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError):  # Windows has no sysconf, others not these names
+        return float("inf")
+    return size if size > 0 else float("inf")
+
+
+def bytes_before(model: QWenLMHeadModel) -> int:
+    """Of the weights in 16 bits."""
+    return sum(2 * weight.numel() for weight in model.parameters())
+
+
+def _bytes_after(model: QWenLMHeadModel, bits: int, group_size: int) -> int:
+    """Of the files of weights: packed integers, 16-bit scales and packed zero points per group, the rest in 16 bits."""
+    packed = scales = 0
+    for linear in _linears(model).values():
+        packed += linear.weight.numel()
+        scales += linear.weight.numel() // group_size
+    layers = len(model.transformer.h)
+    others = sum(weight.numel() for weight in model.parameters()) - layers * packed
+    return 2 * others + layers * (packed * bits + scales * (16 + bits)) // 8
+
+
+@torch.no_grad()
+def check_numbers(model: QWenLMHeadModel, ids: list[int]) -> None:
+    """Refuse a model that leaves the range of float16, with its weights or on the way through it."""
+    logits = model(torch.tensor([ids[:32]]), use_cache=False).logits
+    for name, tensor in (*model.named_parameters(), ("its logits", logits)):
+        if not tensor.isfinite().all():
+            raise out_of_range(model, name)
+
+
+def out_of_range(model: QWenLMHeadModel, what: str) -> ValueError:
+    return ValueError(
+        f"{model.name_or_path} leaves the range of float16, in which quantized models compute: see {what}."
+    )
+
+
+@contextlib.contextmanager
+def full_memory_explained() -> Iterator[None]:
+    """Make a MemoryError with advice of what Python, torch and GPU libraries raise when there is no memory left."""
+    less = "Calibrate with fewer conversations (--samples) or shorter ones (--max_len)"
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):  # torch's has no class of its own
+            raise MemoryError(f"The main memory is full. {less}, or take a machine with more.") from error
+        if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower():
+            raise MemoryError(f"The memory of the GPU is full. {less}, or stay off it with --cpu-only.") from error
+        raise
+
+
+def gigabytes(size: float) -> str:
+    """A number of bytes for people: "5.81 MB"."""
+    for unit in ("kB", "MB", "GB"):
+        size /= 1000
+        if size < 1000 or unit == "GB":
+            return f"{size:.3g} {unit}"
+    raise AssertionError

@@ -1,0 +1,64 @@
+"""Writes the folder of a quantized model, as the published -Int4 and -Int8 ones are."""
+
+import json
+import shutil
+from pathlib import Path
+
+from huggingface_hub import save_torch_state_dict
+from safetensors import SafetensorError
+from transformers.dynamic_module_utils import custom_object_save
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, cached_file
+
+from ..checkpoint.files import first_line, let_others_read, read_json
+from ..model.loading_options_qwen import PRECISIONS
+from ..model.modeling_qwen import QWenLMHeadModel
+from ..model.tokenization_qwen import QWenTokenizer
+from .gptqmodel_runner import PUBLISHED_SETTINGS
+
+
+def save(
+    model: QWenLMHeadModel,
+    tokenizer: QWenTokenizer,
+    source: str,
+    folder: Path,
+    options: dict[str, int],
+    max_shard_size: str,
+) -> None:
+    """Write packed weights, tokenizer, code, configuration and generation config.
+
+    Raises:
+        OSError: there is no room.
+    """
+    weights = {
+        name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in model.state_dict().items()
+    }
+    try:
+        save_torch_state_dict(
+            weights, folder, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
+        )
+    except SafetensorError as error:  # its name for a full disk
+        raise OSError(f"The weights could not be written: {first_line(error)}") from error
+    let_others_read(folder)
+    tokenizer.save_pretrained(folder)
+    custom_object_save(model, folder, config=model.config)
+    model.config.save_pretrained(folder)
+    _write_config(source, folder, options)
+    found = cached_file(source, GENERATION_CONFIG_NAME, _raise_exceptions_for_missing_entries=False)
+    if found is not None:
+        shutil.copyfile(found, folder / GENERATION_CONFIG_NAME)
+
+
+def _write_config(source: str, folder: Path, options: dict[str, int]) -> None:
+    """In the place of what transformers wrote: the configuration of `source`, field by field, and what is new."""
+    config = read_json(Path(cached_file(source, CONFIG_NAME)), source)
+    config["auto_map"] = read_json(folder / CONFIG_NAME, folder)["auto_map"]
+    config["torch_dtype" if "torch_dtype" in config else "dtype"] = "float16"
+    config |= {flag: False for flag in PRECISIONS if config.get(flag)}  # they would win over that
+    config["quantization_config"] = {
+        **options,
+        **PUBLISHED_SETTINGS,
+        "model_file_base_name": "model",
+        "quant_method": "gptq",
+    }
+    text = json.dumps(config, indent=2, ensure_ascii=False, sort_keys=True)
+    (folder / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
