@@ -9,6 +9,7 @@ model (Q-LoRA) cannot be merged into it: use it as it is, or name the float mode
 """
 
 import argparse
+import contextlib
 import re
 import sys
 from pathlib import Path
@@ -49,9 +50,11 @@ def main() -> int:
         import torch
 
         from qwen.checkpoint.hub import use
+        from qwen.checkpoint.staging import end_like_ctrl_c
         from qwen.finetuning.merging import is_approximate, merge
         from qwen.quiet import quiet_loading
 
+        end_like_ctrl_c()
         use(arguments.hub)
         with quiet_loading():
             merge(
@@ -62,19 +65,20 @@ def main() -> int:
                 max_shard_size=arguments.max_shard_size,
                 overwrite=arguments.overwrite,
             )
+    except (OSError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nStopped. Nothing was written.", file=sys.stderr)
+        return 130
+    with contextlib.suppress(KeyboardInterrupt):  # it comes too late
         if is_approximate(arguments.adapter):
             print(
                 "An approximation: the adapter was trained on quantized weights. Try whether the model still does what "
                 "it learned.",
                 file=sys.stderr,
             )
-    except (OSError, ValueError) as error:
-        print(error, file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"Stopped. {arguments.out} is incomplete: start again with --overwrite.", file=sys.stderr)
-        return 130
-    print(arguments.out)
+        print(arguments.out)
     return 0
 
 

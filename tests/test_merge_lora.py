@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import torch
 from forked import ROOT, run_script
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
@@ -136,10 +138,14 @@ def main(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Call
 
     def call(*arguments: object) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["merge_lora.py", *map(str, arguments)])
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
         try:
             code = load_script().main()
         except SystemExit as leave:
             code = leave.code
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
         return code, capsys.readouterr().err
 
     return call
@@ -498,7 +504,7 @@ def test_by_its_name_a_missing_base_is_known_to_be_quantized(adapter: Path, trai
         (["{base}", "{out}"], 1, "is no adapter"),
         (["{out}/nothing", "{out}"], 1, "is no adapter"),
         (["{adapter}", "{file}"], 1, "is a file. Name a folder"),
-        (["{adapter}", "{file}/out"], 1, "Not a directory"),
+        (["{adapter}", "{file}/out"], 1, "cannot be written to"),
         (["{adapter}", "{out}", "--base", "{adapter}"], 1, "is an adapter itself"),
         (["{adapter}"], 2, "OUT"),
         (["{adapter}", "{out}", "--dtype", "int8"], 2, "int8"),
@@ -513,18 +519,47 @@ def test_mistakes_are_told(
     assert found == code and expected in text
 
 
-def test_when_it_is_stopped_it_says_so(trained: Path, tmp_path: Path, main, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(*args: object, **kwargs: object) -> None:
-        raise KeyboardInterrupt
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
-    with monkeypatch.context() as patch:
-        patch.setattr(PreTrainedModel, "save_pretrained", interrupt)  # Ctrl-C comes where the time goes
-        code, text = main(trained, tmp_path)
-    assert code == 130 and "is incomplete: start again with --overwrite" in text
-    with pytest.raises(CheckpointError):
-        load_model(tmp_path)
-    assert main(trained, tmp_path, "--overwrite")[0] == 0
-    load_model(tmp_path)
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SafetensorError("No space left on device")])
+def test_what_stops_halfway_leaves_no_trace(
+    error: type | Exception, trained: Path, merged: Path, tmp_path: Path, main, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C and a full disk, where the time goes: in a new folder, and over a model that is there."""
+    seen = []
+
+    def stop(model: PreTrainedModel, folder: Path, **kwargs: object) -> None:
+        (folder / "model.safetensors").write_bytes(b"half of it")
+        seen.append(folder)
+        raise error
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", stop)
+    code, text = main(trained, tmp_path / "a" / "new")
+    if error is KeyboardInterrupt:
+        assert code == 130 and text.endswith("\nStopped. Nothing was written.\n")
+    else:
+        assert code == 1 and "The weights could not be written: No space left on device" in text
+    assert not list(tmp_path.iterdir())
+    old = Path(shutil.copytree(merged, tmp_path / "old"))
+    assert main(trained, old, "--overwrite")[0] == code
+    assert content(old) == content(merged)
+    assert [folder.parents[1] for folder in seen] == [tmp_path / "a" / "new", old]
+
+
+def test_sigterm_stops_it_like_ctrl_c(trained: Path, tmp_path: Path, main, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", lambda *args, **kwargs: signal.raise_signal(signal.SIGTERM))
+    code, text = main(trained, tmp_path / "new")
+    assert code == 130 and text.endswith("\nStopped. Nothing was written.\n") and not list(tmp_path.iterdir())
+
+
+def test_a_folder_of_something_else_is_not_replaced(trained: Path, tmp_path: Path, main) -> None:
+    (tmp_path / "config.json").write_text('{"port": 80}')
+    (tmp_path / "model.safetensors").write_text("somebody's")
+    before = content(tmp_path)
+    code, text = main(trained, tmp_path, "--overwrite")
+    assert code == 1 and "holds no model that could be replaced" in text and content(tmp_path) == before
 
 
 def test_the_documented_way_in_python(trained: Path, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
-"""An adapter and its base model → one folder that needs neither.
+"""Merges a LoRA adapter into its base model: a folder that needs neither.
 
-Revolves around what must not happen to weights: an approximation that nobody was told of, rounding twice, something
-written over. How an adapter goes into a model, `qwen.checkpoint.adapters` knows.
+Weights are rounded once; nothing but a model is written over; a merge that would be an approximation is refused, unless
+the base is named. How an adapter is loaded into a model is in `qwen.checkpoint.adapters`.
 """
 
 import os
@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from ..checkpoint.adapters import ADAPTER_CONFIG, check_adapter, is_adapter, recorded_base
-from ..checkpoint.files import BIN, BIN_INDEX, SAFETENSORS, SAFETENSORS_INDEX, CheckpointError, let_others_read
+from ..checkpoint.adapters import check_adapter, is_adapter, recorded_base
+from ..checkpoint.files import CheckpointError, first_line, let_others_read
 from ..checkpoint.loading import load_config, load_with_adapter, resolve
+from ..checkpoint.staging import check_target, filled_at_the_end
 
 
 def merge(
@@ -31,15 +32,16 @@ def merge(
 
     Args:
         adapter: the folder of a LoRA adapter.
-        out: a folder that is made, or an empty one.
+        out: a folder that is made, or an empty one. It is filled at the very end: an exception leaves it as it was.
+            Where files cannot be moved in it then, the finished model stays where the error says.
         base: the model to merge into, a folder or a hub id; None is the one that the adapter was trained on.
         dtype: precision of the weights that are written; None for that of the base.
         max_shard_size: most bytes in a file of weights, such as "2GB".
-        overwrite: replace what `out` has of the same names, and its weights.
+        overwrite: replace the model that `out` holds; other files in it stay.
 
     Raises:
         CheckpointError: the adapter or the base cannot be used, or is quantized; says what can be done.
-        OSError: `out` is not empty or cannot be written to.
+        OSError: `out` is not empty, holds something else than a model, or cannot be written to.
         ValueError: the generation config contradicts itself.
     """
     adapter, out = Path(adapter).expanduser(), Path(out).expanduser()
@@ -57,19 +59,18 @@ def merge(
             "--base Qwen/Qwen-7B-Chat for one trained on Qwen/Qwen-7B-Chat-Int4. That is an approximation: it was "
             "trained to go with rounded weights."
         )
-    _check_out(out, (adapter, Path(into)), overwrite)
-    model, tokenizer = load_with_adapter(
-        adapter, base, device_map="cpu", dtype="auto" if dtype is None else torch.float32
-    )
-    model.to(dtype or model.dtype)
-    for name in (SAFETENSORS, SAFETENSORS_INDEX, BIN, BIN_INDEX):
-        (out / name).unlink(missing_ok=True)  # some of these would be loaded instead of what is written now
-    tokenizer.save_pretrained(out)  # before the weights: a folder without them is not taken for a model
-    try:
-        model.save_pretrained(out, max_shard_size=max_shard_size)
-        let_others_read(out)
-    except SafetensorError as error:  # its name for a full disk
-        raise OSError(f"The weights could not be written to {out}, which is incomplete now: {error}") from error
+    check_target(out, Path(into), overwrite)  # which refuses the adapter's folder too
+    with filled_at_the_end(out.absolute()) as folder:
+        model, tokenizer = load_with_adapter(
+            adapter, base, device_map="cpu", dtype="auto" if dtype is None else torch.float32
+        )
+        model.to(dtype or model.dtype)
+        try:
+            model.save_pretrained(folder, max_shard_size=max_shard_size)
+        except SafetensorError as error:  # its name for a full disk
+            raise OSError(f"The weights could not be written: {first_line(error)}") from error
+        let_others_read(folder)
+        tokenizer.save_pretrained(folder)
 
 
 def is_approximate(adapter: str | os.PathLike) -> bool:
@@ -82,16 +83,3 @@ def _is_quantized(name: str) -> bool:
         return getattr(load_config(name), "quantization_config", None) is not None
     except (OSError, ValueError):  # it is gone or broken; what is published tells by its name
         return name.rstrip("/").lower().endswith(("-int4", "-int8"))
-
-
-def _check_out(out: Path, inputs: tuple[Path, ...], overwrite: bool) -> None:
-    """Make the folder, unless something would be lost."""
-    if out.resolve() in [path.resolve() for path in inputs] or (out / ADAPTER_CONFIG).is_file():
-        raise FileExistsError(f"{out} holds what is to be merged, or another adapter. Name a folder of its own.")
-    if out.exists() and not out.is_dir():
-        raise FileExistsError(f"{out} is a file. Name a folder.")
-    if not overwrite and out.is_dir() and any(out.iterdir()):
-        raise FileExistsError(
-            f"{out} is not empty. Name another folder, or add --overwrite to replace the model in it."
-        )
-    out.mkdir(parents=True, exist_ok=True)
