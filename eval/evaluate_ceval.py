@@ -1,70 +1,12 @@
 #!/usr/bin/env python
-"""C-Eval, 5-shot: multiple-choice questions of 52 subjects in Chinese, for base models.
+"""The benchmark of qwen/evaluation/benchmarks/ceval.py: the same as `qwen eval ceval`."""
 
-    python eval/evaluate_ceval.py -c Qwen/Qwen-7B -d data/ceval
-    python eval/evaluate_ceval.py -c Qwen/Qwen-7B -d data/ceval --split test
-
-The answer is the most probable of the tokens "A" "B" "C" "D"; averages are those of the subjects, 8 of which are the
-hard ones. The answers of the test split are not published: with it, a file to submit to C-Eval is written.
-"""
-
-import argparse
-import json
 import sys
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # qwen, where it is not installed
-
-from qwen.evaluation.harness import main
-from qwen.evaluation.multiple_choice import FewShotChoice
-from qwen.evaluation.subjects import CEVAL, LETTERS
-from qwen.evaluation.task import Case, Score, by_group
-
-
-class EvaluateCEval(FewShotChoice):
-    name = "ceval"
-    subject_set = CEVAL
-    question_mark = "问题："
-    answer_mark = "答案："
-    choices = LETTERS
-
-    def __init__(self, arguments: argparse.Namespace):
-        super().__init__(arguments)
-        self.split = arguments.split
-
-    @classmethod
-    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
-        super().add_arguments(parser)
-        parser.add_argument(
-            "--split", choices=("val", "test"), default="val", help="test writes a file to submit (default: val)"
-        )
-
-    @property
-    def to_submit(self) -> bool:
-        return self.split in CEVAL.unanswered
-
-    def score(self, case: Case, answer: dict[str, Any]) -> dict[str, Any]:
-        return {} if self.to_submit else super().score(case, answer)
-
-    def summary(self, records: Sequence[dict[str, Any]]) -> list[Score]:
-        if self.to_submit:
-            return [Score("C-Eval test, not scored here", float("nan"), len(records))]
-        return super().summary(records)
-
-    def finish(self, records: Sequence[dict[str, Any]], output: Path) -> list[str]:
-        """In C-Eval's format: {subject: {id: letter}}."""
-        if not self.to_submit:
-            return []
-        letters = {
-            subject: {record["name"].partition("/")[2]: record["letter"] for record in members}
-            for subject, members in by_group(records).items()
-        }
-        path = output.with_name(f"{output.stem}_submission.json")
-        path.write_text(json.dumps(letters, indent=4) + "\n", encoding="utf-8")
-        return [f"To submit at https://cevalbenchmark.com: {path}"]
-
+try:
+    from qwen_cli.evaluate import main
+except ModuleNotFoundError as error:
+    sys.exit(f"{error}. Run this once in the folder of the repository: pip install -e .")
 
 if __name__ == "__main__":
-    sys.exit(main(EvaluateCEval, __doc__))
+    sys.exit(main(["ceval", *sys.argv[1:]]))

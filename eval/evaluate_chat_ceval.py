@@ -1,32 +1,12 @@
 #!/usr/bin/env python
-"""C-Eval, 0-shot, for chat models: multiple-choice questions of 52 subjects in Chinese, a user turn each.
-
-    python eval/evaluate_chat_ceval.py -c Qwen/Qwen-7B-Chat -d data/ceval --batch-size 8
-    python eval/evaluate_chat_ceval.py -c Qwen/Qwen-7B-Chat -d data/ceval --subjects law,physician --use-fewshot
-
-The letter is read from the greedy reply. Averages are those of the subjects, 8 of which are the hard ones. Asked are
-the questions of the val split, as the answers of the test split are not published.
-"""
+"""The benchmark of qwen/evaluation/benchmarks/chat_ceval.py: the same as `qwen eval chat_ceval`."""
 
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # qwen, where it is not installed
-
-from qwen.evaluation.chat_choice import ChatChoice
-from qwen.evaluation.harness import main
-from qwen.evaluation.subjects import CEVAL, options
-
-
-class EvaluateChatCEval(ChatChoice):
-    name = "chat_ceval"
-    subject_set = CEVAL
-    split = "val"
-    answer_mark = "答案："
-
-    def prompt(self, question: dict[str, str]) -> str:
-        return f"{question['question']}\n\n{options(question)}"
-
+try:
+    from qwen_cli.evaluate import main
+except ModuleNotFoundError as error:
+    sys.exit(f"{error}. Run this once in the folder of the repository: pip install -e .")
 
 if __name__ == "__main__":
-    sys.exit(main(EvaluateChatCEval, __doc__))
+    sys.exit(main(["chat_ceval", *sys.argv[1:]]))

@@ -1,72 +1,12 @@
 #!/usr/bin/env python
-"""GSM8K, 0-shot, for chat models: word problems, a user turn each.
+"""The benchmark of qwen/evaluation/benchmarks/chat_gsm8k.py: the same as `qwen eval chat_gsm8k`."""
 
-    python eval/evaluate_chat_gsm8k.py -c Qwen/Qwen-7B-Chat -f data/gsm8k/test.jsonl --batch-size 8
-    python eval/evaluate_chat_gsm8k.py -c Qwen/Qwen-7B-Chat -f data/gsm8k_saved_by_datasets --use-fewshot
-
-The last number of the greedy reply is compared with the right one, within 1e-4.
-"""
-
-import argparse
 import sys
-from collections.abc import Sequence
-from fractions import Fraction
-from pathlib import Path
-from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # qwen, where it is not installed
-
-from qwen.evaluation.harness import main
-from qwen.evaluation.language_model import LanguageModel
-from qwen.evaluation.numbers import close, last_number
-from qwen.evaluation.task import Case, Task
-from qwen.evaluation.word_problems import add_problems_argument, read_problems, worked_examples
-
-SHOTS = 8
-MAX_NEW_TOKENS = 512
-
-
-class EvaluateChatGSM8K(Task):
-    name = "chat_gsm8k"
-    chat = True
-
-    @classmethod
-    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
-        add_problems_argument(parser)
-        parser.add_argument(
-            "--use-fewshot",
-            action="store_true",
-            help=f"put {SHOTS} solved problems of the train split in front, drawn by the seed",
-        )
-
-    def __init__(self, arguments: argparse.Namespace):
-        super().__init__(arguments)
-        self.shot_indices: list[int] = []  # in the train split, from 0
-
-    def cases(self) -> list[Case]:
-        path, few = self.arguments.sample_input_file, self.arguments.use_fewshot
-        problems = read_problems(path, "test")
-        shots: tuple[str, ...] = ()
-        if few:
-            self.shot_indices, shots = worked_examples(path, self.arguments.seed, SHOTS)
-        return [
-            Case(
-                name=f"test/{number}",
-                prompt=problem.asked() if few else problem.question,
-                gold=str(problem.gold),
-                shots=shots,
-            )
-            for number, problem in enumerate(problems)
-        ]
-
-    def answer(self, lm: LanguageModel, cases: Sequence[Case]) -> list[dict[str, Any]]:
-        shots = {"shots": self.shot_indices} if self.arguments.use_fewshot else {}
-        return [{"reply": reply, **shots} for reply in lm.reply(cases, max_new_tokens=MAX_NEW_TOKENS)]
-
-    def score(self, case: Case, answer: dict[str, Any]) -> dict[str, Any]:
-        found = last_number(answer["reply"])
-        return {"number": None if found is None else str(found), "correct": close(found, Fraction(case.gold))}
-
+try:
+    from qwen_cli.evaluate import main
+except ModuleNotFoundError as error:
+    sys.exit(f"{error}. Run this once in the folder of the repository: pip install -e .")
 
 if __name__ == "__main__":
-    sys.exit(main(EvaluateChatGSM8K, __doc__))
+    sys.exit(main(["chat_gsm8k", *sys.argv[1:]]))

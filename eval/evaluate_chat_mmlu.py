@@ -1,36 +1,12 @@
 #!/usr/bin/env python
-"""MMLU, 0-shot, for chat models: multiple-choice questions of 57 subjects in English, a user turn each.
-
-    python eval/evaluate_chat_mmlu.py -c Qwen/Qwen-7B-Chat -d data/mmlu --batch-size 8
-    python eval/evaluate_chat_mmlu.py -c Qwen/Qwen-7B-Chat -d data/mmlu --subjects anatomy,virology --use-fewshot
-
-The letter is read from the greedy reply; the average is that of all questions.
-"""
+"""The benchmark of qwen/evaluation/benchmarks/chat_mmlu.py: the same as `qwen eval chat_mmlu`."""
 
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # qwen, where it is not installed
-
-from qwen.evaluation.chat_choice import ChatChoice
-from qwen.evaluation.harness import main
-from qwen.evaluation.subjects import MMLU, options
-
-INSTRUCTION = (
-    "The following is a multiple-choice question. Please choose the most suitable one among A, B, C and D "
-    "as the answer to this question.\n\n"
-)
-
-
-class EvaluateChatMMLU(ChatChoice):
-    name = "chat_mmlu"
-    subject_set = MMLU
-    split = "test"
-    answer_mark = "Answer: "
-
-    def prompt(self, question: dict[str, str]) -> str:
-        return f"{INSTRUCTION}{question['question']}\n{options(question)}\n"
-
+try:
+    from qwen_cli.evaluate import main
+except ModuleNotFoundError as error:
+    sys.exit(f"{error}. Run this once in the folder of the repository: pip install -e .")
 
 if __name__ == "__main__":
-    sys.exit(main(EvaluateChatMMLU, __doc__))
+    sys.exit(main(["chat_mmlu", *sys.argv[1:]]))

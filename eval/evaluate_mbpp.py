@@ -1,73 +1,12 @@
 #!/usr/bin/env python
-"""MBPP, 3-shot: short functions written from a sentence and three assertions, for base models.
-
-    python eval/evaluate_mbpp.py -c Qwen/Qwen-7B -f mbpp.jsonl
-
-The prompt of the paper (Austin et al. 2021, arXiv:2108.07732), as lm-evaluation-harness writes it: the problems 2, 3
-and 4 are the worked examples, 11 to 510 the test. Greedy, pass@1; the programs run in the sandbox.
-"""
+"""The benchmark of qwen/evaluation/benchmarks/mbpp.py: the same as `qwen eval mbpp`."""
 
 import sys
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # qwen, where it is not installed
-
-from qwen.evaluation.code import Program, ProgramTask
-from qwen.evaluation.data_files import DataError, read_jsonl
-from qwen.evaluation.harness import main
-from qwen.evaluation.language_model import LanguageModel
-from qwen.evaluation.task import Case
-
-SHOTS = (2, 3, 4)
-TEST = range(11, 511)
-MAX_NEW_TOKENS = 512
-STOP = ("[DONE]",)
-
-
-class EvaluateMBPP(ProgramTask):
-    name = "mbpp"
-
-    def cases(self) -> list[Case]:
-        path = self.arguments.sample_input_file
-        fields = {"task_id": int, "text": str, "code": str, "test_list": list}
-        problems = {problem["task_id"]: problem for problem in read_jsonl(path, fields)}
-        for number, problem in problems.items():
-            if not all(isinstance(text, str) for text in (problem.get("test_setup_code", ""), *problem["test_list"])):
-                raise DataError(f'{path}, problem {number}: "test_list" and "test_setup_code" must hold text.')
-        if missing := [number for number in SHOTS if number not in problems]:
-            raise DataError(f"{path} has no problem {missing[0]}, which is one of the worked examples.")
-        shots = tuple(f"{asked(problems[number])}{problems[number]['code']}\n[DONE]\n\n" for number in SHOTS)
-        if not any(number in TEST for number in problems):
-            raise DataError(f"{path} has none of the problems {TEST[0]} to {TEST[-1]}, which are the test.")
-        return [
-            Case(
-                name=f"MBPP/{number}",
-                prompt=asked(problem),
-                gold=problem["code"],
-                shots=shots,
-                data={"tests": "\n".join([problem.get("test_setup_code", ""), *problem["test_list"]])},
-            )
-            for number, problem in problems.items()
-            if number in TEST
-        ]
-
-    def answer(self, lm: LanguageModel, cases: Sequence[Case]) -> list[dict[str, Any]]:
-        completions = lm.complete(cases, stop=STOP, max_new_tokens=MAX_NEW_TOKENS)
-        return [{"completion": completion} for completion in completions]
-
-    def program(self, case: Case, answer: dict[str, Any]) -> Program:
-        return Program(answer["completion"], case.data["tests"])
-
-
-def asked(problem: dict[str, Any]) -> str:
-    tests = "\n".join(problem["test_list"])
-    return (
-        f"You are an expert Python programmer, and here is your task: {problem['text']} "
-        f"Your code should pass these tests:\n\n{tests}\n[BEGIN]\n"
-    )
-
+try:
+    from qwen_cli.evaluate import main
+except ModuleNotFoundError as error:
+    sys.exit(f"{error}. Run this once in the folder of the repository: pip install -e .")
 
 if __name__ == "__main__":
-    sys.exit(main(EvaluateMBPP, __doc__))
+    sys.exit(main(["mbpp", *sys.argv[1:]]))

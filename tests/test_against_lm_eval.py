@@ -12,15 +12,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import evaluate_ceval
-import evaluate_gsm8k
-import evaluate_mmlu
 import pytest
 import torch
 from evaluation_runs import read_records, read_scores
 
 from qwen.checkpoint.loading import load_model, load_tokenizer
 from qwen.evaluation import harness
+from qwen.evaluation.benchmarks import ceval as evaluate_ceval
+from qwen.evaluation.benchmarks import gsm8k as evaluate_gsm8k
+from qwen.evaluation.benchmarks import mmlu as evaluate_mmlu
 
 LETTERS = "ABCD"
 KEYWORDS = ("for", "while", "def", "class", "return", "import", "yield", "raise")

@@ -16,7 +16,7 @@ from pexpect.fdpexpect import fdspawn
 from pexpect.spawnbase import SpawnBase
 from transformers import GenerationConfig
 
-import cli_demo
+from qwen_cli import chat as cli_demo
 
 PROMPT = "User> "
 STARTED = "Ask something, or type :help."

@@ -5,15 +5,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import evaluate_chat_ceval
-import evaluate_chat_gsm8k
-import evaluate_chat_mmlu
-import evaluate_leval
 import pytest
 from evaluation_runs import results, run_script, write_csv, write_jsonl
 
 from qwen.checkpoint.loading import load_model
 from qwen.evaluation import harness
+from qwen.evaluation.benchmarks import chat_ceval as evaluate_chat_ceval
+from qwen.evaluation.benchmarks import chat_gsm8k as evaluate_chat_gsm8k
+from qwen.evaluation.benchmarks import chat_mmlu as evaluate_chat_mmlu
+from qwen.evaluation.benchmarks import leval as evaluate_leval
 from qwen.evaluation.language_model import LanguageModel
 from qwen.evaluation.task import Case
 

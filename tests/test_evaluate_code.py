@@ -8,17 +8,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import evaluate_bbh
-import evaluate_chat_humaneval
-import evaluate_code_interpreter
-import evaluate_humaneval
-import evaluate_math
-import evaluate_mbpp
 import pytest
 from evaluation_runs import results
 
 from qwen.checkpoint.loading import load_model
 from qwen.evaluation import harness
+from qwen.evaluation.benchmarks import bbh as evaluate_bbh
+from qwen.evaluation.benchmarks import chat_humaneval as evaluate_chat_humaneval
+from qwen.evaluation.benchmarks import code_interpreter as evaluate_code_interpreter
+from qwen.evaluation.benchmarks import humaneval as evaluate_humaneval
+from qwen.evaluation.benchmarks import math as evaluate_math
+from qwen.evaluation.benchmarks import mbpp as evaluate_mbpp
 from qwen.evaluation.data_files import DataError
 from qwen.evaluation.language_model import LanguageModel
 from qwen.sandbox import SandboxUnavailable

@@ -12,16 +12,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import evaluate_ceval
-import evaluate_cmmlu
-import evaluate_gsm8k
-import evaluate_mmlu
 import pytest
 import torch
 from evaluation_runs import read_records, read_scores, run_script, write_csv
 
 from qwen.checkpoint.loading import load_model
 from qwen.evaluation import harness
+from qwen.evaluation.benchmarks import ceval as evaluate_ceval
+from qwen.evaluation.benchmarks import cmmlu as evaluate_cmmlu
+from qwen.evaluation.benchmarks import gsm8k as evaluate_gsm8k
+from qwen.evaluation.benchmarks import mmlu as evaluate_mmlu
 from qwen.evaluation.data_files import DataError
 from qwen.evaluation.subjects import CEVAL, CMMLU, LETTERS, MMLU, SubjectSet, averages, read_subjects
 

@@ -4,13 +4,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import evaluate_plugin
 import pytest
 from evaluation_runs import results, run_script, write_jsonl
 
 from qwen.checkpoint.loading import load_model
 from qwen.evaluation import harness
 from qwen.evaluation.agent import FirstCallAgent
+from qwen.evaluation.benchmarks import plugin as evaluate_plugin
 from qwen.evaluation.language_model import LanguageModel
 from qwen.tools import tool_prompt
 

@@ -17,14 +17,15 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, normalizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTQConfig, Qwen2ForCausalLM
 
-import export
 from qwen import QWenConfig, QWenLMHeadModel
 from qwen.checkpoint.files import CheckpointError
 from qwen.checkpoint.loading import BUNDLED_CHAT_INT4, load_model, load_tokenizer
 from qwen.export import export_gguf, export_qwen2
 from qwen.export.tokenizer_json import fast_tokenizer
 from qwen.model.tokenization_qwen import QWenTokenizer
+from qwen_cli import export
 
+ROOT = Path(__file__).resolve().parent.parent
 QUESTIONS = [
     "What is 47 + 38?",
     "你好，你是谁？",
@@ -361,9 +362,9 @@ def test_memory_is_that_of_less_than_two_files(tmp_path: Path, source: Path) -> 
         export_gguf(sys.argv[3], sys.argv[2] + "/out.gguf", kind="f16")
         print(between - before, peak() - before)
     """
-    warm_up = str(Path(export.__file__).parent / "checkpoints" / "qwen-tiny-base")
+    warm_up = str(ROOT / "checkpoints" / "qwen-tiny-base")
     command = [sys.executable, "-c", script, warm_up, str(tmp_path), str(source)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(export.__file__).parent)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-1000:]
     assert all(int(number) < 2 * biggest for number in done.stdout.split()), (done.stdout, biggest)
 

@@ -247,8 +247,8 @@ def test_finetuning_takes_a_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_quantization_takes_a_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import run_gptq
     from qwen.quantization import check
+    from qwen_cli import quantize as run_gptq
 
     monkeypatch.delenv(hubs.VARIABLE)
     argv = ["--model_name_or_path", "Qwen/nothing", "--data_path", "data.json", "--hub", "modelscope"]

@@ -10,7 +10,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -30,6 +29,7 @@ from qwen.finetuning.model import chat_generation_config, load_for_training
 from qwen.finetuning.vocabulary import expand_embeddings
 from qwen.model.modeling_qwen import QWenLMHeadModel
 from qwen.model.tokenization_qwen import QWenTokenizer
+from qwen_cli import merge as merge_lora
 
 LINEAR = ["c_attn", "c_proj", "w1", "w2"]
 PROMPTS = ("Hello, who are you?", "你好！", "What is 12 + 30?")
@@ -110,7 +110,7 @@ def merged(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the script makes of the trained adapter, started elsewhere and without the package on the path."""
     folder = tmp_path_factory.mktemp("merged")
     command = [sys.executable, ROOT / "finetune" / "merge_lora.py", trained, "out"]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}  # as an editable install has it
     result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
     assert (result.returncode, result.stdout) == (0, "out\n"), result.stderr
     return folder / "out"
@@ -140,7 +140,7 @@ def main(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Call
         monkeypatch.setattr(sys, "argv", ["merge_lora.py", *map(str, arguments)])
         handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
         try:
-            code = load_script().main()
+            code = merge_lora.main()
         except SystemExit as leave:
             code = leave.code
         finally:
@@ -149,13 +149,6 @@ def main(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Call
         return code, capsys.readouterr().err
 
     return call
-
-
-def load_script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("merge_lora", ROOT / "finetune" / "merge_lora.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def complaint(folder: object, **kwargs: object) -> str:

@@ -16,7 +16,7 @@ import openai
 import pytest
 from server_process import ROOT, ServerProcess
 
-import openai_api
+from qwen_cli import serve as openai_api
 
 HI = [{"role": "user", "content": "hi"}]
 LONG = {"prompt": "The", "temperature": 0, "max_tokens": 6000, "stream": True}  # the model repeats it to the end

@@ -1,0 +1,102 @@
+"""BIG-Bench Hard, 3-shot with chains of thought, for base models.
+
+    python eval/evaluate_bbh.py -c Qwen/Qwen-7B -d data/BIG-Bench-Hard
+
+The folder is that of the authors (Suzgun et al. 2022, arXiv:2210.09261), with bbh/TASK.json and the worked examples in
+cot-prompts/TASK.txt. An answer is right if what follows "the answer is" equals the target.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..data_files import DataError, check_fields, existing, read_json
+from ..language_model import LanguageModel
+from ..task import Case, Score, Task, by_group, mean
+
+TASKS = (
+    *("boolean_expressions", "causal_judgement", "date_understanding", "disambiguation_qa", "dyck_languages"),
+    *("formal_fallacies", "geometric_shapes", "hyperbaton", "logical_deduction_five_objects"),
+    *("logical_deduction_seven_objects", "logical_deduction_three_objects", "movie_recommendation"),
+    *("multistep_arithmetic_two", "navigate", "object_counting", "penguins_in_a_table"),
+    *("reasoning_about_colored_objects", "ruin_names", "salient_translation_error_detection", "snarks"),
+    *("sports_understanding", "temporal_sequences", "tracking_shuffled_objects_five_objects"),
+    *("tracking_shuffled_objects_seven_objects", "tracking_shuffled_objects_three_objects", "web_of_lies"),
+    "word_sorting",
+)
+QUESTION = "Q: "
+MAX_NEW_TOKENS = 1024
+STOP = ("\n\n", "\nQ:")
+
+
+class EvaluateBBH(Task):
+    name = "bbh"
+
+    def cases(self) -> list[Case]:
+        folder = self.arguments.eval_data_path
+        questions = existing(folder, [f"bbh/{task}.json" for task in TASKS])
+        prompts = existing(folder, [f"cot-prompts/{task}.txt" for task in TASKS])
+        cases = []
+        for task, questions_file, prompt_file in zip(TASKS, questions, prompts, strict=True):
+            preamble, shots = read_prompt(prompt_file)
+            for number, example in enumerate(read_examples(questions_file)):
+                cases.append(
+                    Case(
+                        name=f"{task}/{number}",
+                        prompt=f"{QUESTION}{example['input']}\nA: Let's think step by step.\n",
+                        gold=example["target"],
+                        group=task,
+                        preamble=preamble,
+                        shots=shots,
+                    )
+                )
+        return cases
+
+    def answer(self, lm: LanguageModel, cases: Sequence[Case]) -> list[dict[str, Any]]:
+        completions = lm.complete(cases, stop=STOP, max_new_tokens=MAX_NEW_TOKENS)
+        return [{"completion": completion} for completion in completions]
+
+    def score(self, case: Case, answer: dict[str, Any]) -> dict[str, Any]:
+        found = extracted(answer["completion"])
+        return {"extracted": found, "correct": found == case.gold}
+
+    def summary(self, records: Sequence[dict[str, Any]]) -> list[Score]:
+        tasks = [Score(task, mean(members), len(members)) for task, members in by_group(records).items()]
+        average = sum(score.value for score in tasks) / len(tasks)
+        return [Score("average of the tasks", average, len(records)), *tasks]
+
+
+def read_prompt(path: Path) -> tuple[str, tuple[str, ...]]:
+    """What a file of worked examples says in front of them, and the examples.
+
+    Raises:
+        DataError: it is not as the authors publish it.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text ({error}). Download it again.") from error
+    _, line, text = text.partition("\n-----\n")  # above it stands what keeps the file out of training data
+    preamble, *shots = text.strip().split(f"\n\n{QUESTION}")
+    if not line or not shots:
+        raise DataError(f'{path}: a line of five dashes and examples that begin with "{QUESTION}" are needed.')
+    return f"{preamble}\n\n", tuple(f"{QUESTION}{shot}\n\n" for shot in shots)
+
+
+def read_examples(path: Path) -> list[dict[str, str]]:
+    """The questions of a task: "input" and "target"."""
+    content = read_json(path)
+    check_fields(content, ("examples",), str(path))
+    examples = content["examples"]
+    if not isinstance(examples, list) or not examples:
+        raise DataError(f'{path}: a list of questions is needed as "examples".')
+    for number, example in enumerate(examples):
+        check_fields(example, {"input": str, "target": str}, f"{path}, example {number}")
+    return examples
+
+
+def extracted(completion: str) -> str | None:
+    """What follows the first "the answer is" in its line, without the period."""
+    match = re.search(r"the answer is (.*)", completion)
+    return match[1].strip().removesuffix(".") if match else None

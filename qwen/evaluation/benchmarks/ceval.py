@@ -1,0 +1,61 @@
+"""C-Eval, 5-shot: multiple-choice questions of 52 subjects in Chinese, for base models.
+
+    python eval/evaluate_ceval.py -c Qwen/Qwen-7B -d data/ceval
+    python eval/evaluate_ceval.py -c Qwen/Qwen-7B -d data/ceval --split test
+
+The answer is the most probable of the tokens "A" "B" "C" "D"; averages are those of the subjects, 8 of which are the
+hard ones. The answers of the test split are not published: with it, a file to submit to C-Eval is written.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..multiple_choice import FewShotChoice
+from ..subjects import CEVAL, LETTERS
+from ..task import Case, Score, by_group
+
+
+class EvaluateCEval(FewShotChoice):
+    name = "ceval"
+    subject_set = CEVAL
+    question_mark = "问题："
+    answer_mark = "答案："
+    choices = LETTERS
+
+    def __init__(self, arguments: argparse.Namespace):
+        super().__init__(arguments)
+        self.split = arguments.split
+
+    @classmethod
+    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        super().add_arguments(parser)
+        parser.add_argument(
+            "--split", choices=("val", "test"), default="val", help="test writes a file to submit (default: val)"
+        )
+
+    @property
+    def to_submit(self) -> bool:
+        return self.split in CEVAL.unanswered
+
+    def score(self, case: Case, answer: dict[str, Any]) -> dict[str, Any]:
+        return {} if self.to_submit else super().score(case, answer)
+
+    def summary(self, records: Sequence[dict[str, Any]]) -> list[Score]:
+        if self.to_submit:
+            return [Score("C-Eval test, not scored here", float("nan"), len(records))]
+        return super().summary(records)
+
+    def finish(self, records: Sequence[dict[str, Any]], output: Path) -> list[str]:
+        """In C-Eval's format: {subject: {id: letter}}."""
+        if not self.to_submit:
+            return []
+        letters = {
+            subject: {record["name"].partition("/")[2]: record["letter"] for record in members}
+            for subject, members in by_group(records).items()
+        }
+        path = output.with_name(f"{output.stem}_submission.json")
+        path.write_text(json.dumps(letters, indent=4) + "\n", encoding="utf-8")
+        return [f"To submit at https://cevalbenchmark.com: {path}"]

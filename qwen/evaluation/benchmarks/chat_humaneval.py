@@ -1,0 +1,81 @@
+"""HumanEval for chat models, 0-shot: the problem as a user's turn, the code taken from the reply.
+
+    python eval/evaluate_chat_humaneval.py -c Qwen/Qwen-7B-Chat -f HumanEval.jsonl.gz -o HumanEval_chat_res.jsonl
+
+Greedy, pass@1. The programs run in the sandbox; OUT can also be given to OpenAI's human-eval, whose prompt the
+`completion` of a line then follows.
+"""
+
+import ast
+import re
+import textwrap
+from collections.abc import Sequence
+from typing import Any
+
+from ..code import HUMANEVAL_FIELDS, Program, ProgramTask, code_of_reply, defines
+from ..data_files import DataError, read_jsonl
+from ..language_model import LanguageModel
+from ..task import Case
+
+MAX_NEW_TOKENS = 1024
+
+
+class EvaluateChatHumanEval(ProgramTask):
+    name = "chat_humaneval"
+    chat = True
+
+    def cases(self) -> list[Case]:
+        path = self.arguments.sample_input_file
+        cases = []
+        for problem in read_jsonl(path, HUMANEVAL_FIELDS):
+            prompt, function = problem["prompt"], problem["entry_point"]
+            try:
+                signature, description = described(prompt, function)
+            except ValueError as error:
+                raise DataError(f"{path}, {problem['task_id']}: {error}") from error
+            asked = f"Write a Python function `{signature}` to solve the following problem:\n{description}\n{prompt}"
+            cases.append(
+                Case(
+                    name=problem["task_id"],
+                    prompt=asked,
+                    gold=problem.get("canonical_solution"),
+                    data={"head": prompt, "function": function, "tests": f"{problem['test']}\ncheck({function})"},
+                )
+            )
+        return cases
+
+    def answer(self, lm: LanguageModel, cases: Sequence[Case]) -> list[dict[str, Any]]:
+        replies = lm.reply(cases, max_new_tokens=MAX_NEW_TOKENS)
+        return [
+            {"task_id": case.name, "completion": completion(reply, **case.data), "reply": reply}
+            for case, reply in zip(cases, replies, strict=True)
+        ]
+
+    def program(self, case: Case, answer: dict[str, Any]) -> Program:
+        return Program(case.data["head"] + answer["completion"], case.data["tests"])
+
+
+def described(prompt: str, function: str) -> tuple[str, str]:
+    """The signature of a prompt's function, `add(a: int, b: int) -> int`, and its docstring.
+
+    Raises:
+        ValueError: the prompt is no Python with such a function.
+    """
+    try:
+        body = ast.parse(prompt).body
+    except SyntaxError as error:
+        raise ValueError(f"the prompt is not Python ({error}).") from error
+    found = [node for node in body if isinstance(node, ast.FunctionDef) and node.name == function]
+    if not found or not ast.get_docstring(found[-1]):
+        raise ValueError(f"the prompt has no function {function} with a docstring.")
+    head = prompt.splitlines()[found[-1].lineno - 1 : found[-1].body[0].lineno - 1]
+    signature = re.sub(r"^def\s+|\s*:\s*(#.*)?$", "", " ".join(map(str.strip, head)))
+    return signature, ast.get_docstring(found[-1]).strip()
+
+
+def completion(reply: str, head: str, function: str, **_: Any) -> str:
+    """What of a reply goes behind the prompt: the function anew, with what it needs, or the body alone."""
+    code = code_of_reply(reply, function)
+    if defines(code, function):
+        return f"    pass\n\n\n{code}"  # the first definition is replaced
+    return textwrap.indent(textwrap.dedent(code), "    ")

@@ -1,0 +1,25 @@
+"""MMLU, 0-shot, for chat models: multiple-choice questions of 57 subjects in English, a user turn each.
+
+    python eval/evaluate_chat_mmlu.py -c Qwen/Qwen-7B-Chat -d data/mmlu --batch-size 8
+    python eval/evaluate_chat_mmlu.py -c Qwen/Qwen-7B-Chat -d data/mmlu --subjects anatomy,virology --use-fewshot
+
+The letter is read from the greedy reply; the average is that of all questions.
+"""
+
+from ..chat_choice import ChatChoice
+from ..subjects import MMLU, options
+
+INSTRUCTION = (
+    "The following is a multiple-choice question. Please choose the most suitable one among A, B, C and D "
+    "as the answer to this question.\n\n"
+)
+
+
+class EvaluateChatMMLU(ChatChoice):
+    name = "chat_mmlu"
+    subject_set = MMLU
+    split = "test"
+    answer_mark = "Answer: "
+
+    def prompt(self, question: dict[str, str]) -> str:
+        return f"{INSTRUCTION}{question['question']}\n{options(question)}\n"

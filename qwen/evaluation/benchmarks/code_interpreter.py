@@ -1,0 +1,146 @@
+"""The code interpreter benchmark of Qwen-Agent: questions that a chat model answers by running Python.
+
+    python eval/evaluate_code_interpreter.py -c Qwen/Qwen-7B-Chat -f data/eval_code_interpreter_v1.jsonl \\
+        --gsm8k data/gsm8k/test.jsonl
+
+Files that the questions speak of lie in upload_file_clean beside the questions. What is counted: of mathematics, which
+is the test split of GSM8K, whether the last number of the answer is the right one; of all, and as published of the
+general questions, whether everything that the model wrote ran without an error. Whether a picture shows what it should,
+a text cannot tell, and the published figures had a vision model judge it; here a visualization counts if its code ran
+and made a picture, so these shares are an upper bound and not to be held beside the published ones.
+"""
+
+import argparse
+import shutil
+import sys
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from ...sandbox import Limits, Sandbox
+from ...sandbox.arguments import add_sandbox_arguments
+from ...tools.code_interpreter import OUTPUT_BYTES, Answer, Call, Output, solve
+from ..code import check_sandbox
+from ..data_files import DataError, existing, read_jsonl
+from ..language_model import LanguageModel
+from ..numbers import close, last_number
+from ..task import Case, Score, Task, add_file_argument, by_group, mean
+from ..word_problems import read_problems
+
+CATEGORIES = ("math", "visualization-hard", "visualization-easy", "general")
+FILES = "upload_file_clean"
+PICTURES = {".png", ".jpg", ".jpeg", ".svg", ".pdf", ".gif", ".html"}
+
+
+class EvaluateCodeInterpreter(Task):
+    name = "code_interpreter"
+    chat = True
+
+    @classmethod
+    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        add_file_argument(parser, f"the questions, as JSON lines; files that they speak of lie in {FILES} beside it")
+        parser.add_argument(
+            "--gsm8k",
+            type=Path,
+            metavar="FILE",
+            help="GSM8K's test.jsonl, for the mathematics; without it that is left out",
+        )
+        add_sandbox_arguments(parser, seconds=60.0)
+
+    def __init__(self, arguments: argparse.Namespace):
+        super().__init__(arguments)
+        check_sandbox(arguments.allow_weaker_sandbox)
+
+    def cases(self) -> list[Case]:
+        path = self.arguments.sample_input_file
+        cases = [
+            self.case(sample, number) for number, sample in enumerate(read_jsonl(path, {"query": str, "tags": list}))
+        ]
+        if self.arguments.gsm8k:
+            for number, problem in enumerate(read_problems(self.arguments.gsm8k, "test")):
+                cases.append(Case(f"gsm8k/{number}", problem.question, gold=str(problem.gold), group="math"))
+        return cases
+
+    def case(self, sample: dict[str, Any], number: int) -> Case:
+        """A question of the file, which counts from 0.
+
+        Raises:
+            DataError: no known category, no number as the result of mathematics, or files are not named or missing.
+        """
+        where = f"{self.arguments.sample_input_file}, question {number}"
+        category = next((name for name in CATEGORIES if name in sample["tags"]), None)
+        if category is None:
+            raise DataError(f"{where}: none of its tags {sample['tags']} is one of {', '.join(CATEGORIES)}.")
+        gold = last_number(str(sample.get("expected"))) if category == "math" else None
+        if category == "math" and gold is None:
+            raise DataError(f'{where}: no number as "expected", which the answer is to be compared with.')
+        named = sample.get("input_file_path") or []
+        if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+            raise DataError(f'{where}: "input_file_path" must be a list of names, not {named!r}.')
+        names = [Path(name).name for name in named]
+        existing(self.files, names)
+        return Case(
+            name=f"{category}/{number}",
+            prompt=(f"Files: {', '.join(names)}\n" if names else "") + sample["query"],
+            gold=None if gold is None else str(gold),
+            group=category,
+            data={"files": names},
+        )
+
+    @property
+    def files(self) -> Path:
+        return self.arguments.sample_input_file.parent / FILES
+
+    def answer(self, lm: LanguageModel, cases: Sequence[Case]) -> list[dict[str, Any]]:
+        return [self.solved(lm, case) for case in cases]
+
+    def solved(self, lm: LanguageModel, case: Case) -> dict[str, Any]:
+        """The model's answer to a question, what it ran, and the pictures that came of it."""
+        limits = Limits(wall_seconds=self.arguments.seconds, output_bytes=OUTPUT_BYTES)
+        runs: list[dict[str, str]] = []
+        reply = None
+        with Sandbox(limits=limits, allow_weaker=self.arguments.allow_weaker_sandbox) as sandbox:
+            for file in case.data.get("files", ()):
+                shutil.copy(self.files / file, sandbox.folder)
+            before = pictures(sandbox.folder)
+            messages = [{"role": "user", "content": case.text()}]
+            try:
+                for event in solve(lm.model, lm.tokenizer, sandbox, messages):
+                    match event:
+                        case Call(code=code):
+                            runs.append({"code": code})
+                        case Output(text, status):
+                            runs[-1] |= {"output": text, "status": status}
+                        case Answer(content):
+                            reply = content
+            except ValueError as error:  # longer than the model takes: no answer
+                print(f"{case.name}: {error}", file=sys.stderr)
+            made = sorted(pictures(sandbox.folder) - before)
+        return {"reply": reply, "runs": runs, "pictures": made}
+
+    def score(self, case: Case, answer: dict[str, Any]) -> dict[str, Any]:
+        statuses = [run["status"] for run in answer["runs"]]
+        executable = bool(statuses) and set(statuses) == {"ok"}
+        if case.group == "math":
+            correct = close(last_number(answer["reply"] or ""), Fraction(case.gold))
+        elif case.group == "general":
+            correct = executable
+        else:
+            correct = executable and bool(answer["pictures"])
+        return {"executable": executable, "correct": correct}
+
+    def summary(self, records: Sequence[dict[str, Any]]) -> list[Score]:
+        says = {"math": "right", "general": "executable"}
+        groups = by_group(records)
+        lines = [
+            Score(f"{name}: {says.get(name, 'a picture was made')}", mean(groups[name]), len(groups[name]))
+            for name in CATEGORIES
+            if name in groups
+        ]
+        return [*lines, Score("all: executable", mean(records, "executable"), len(records))]
+
+
+def pictures(folder: Path) -> set[str]:
+    """The pictures in a folder, by their path in it."""
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.suffix.lower() in PICTURES}

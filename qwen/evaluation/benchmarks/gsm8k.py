@@ -1,0 +1,51 @@
+"""GSM8K, 8-shot: word problems solved step by step, for base models.
+
+    python eval/evaluate_gsm8k.py -c Qwen/Qwen-7B -f data/gsm8k/test.jsonl --batch-size 8
+    python eval/evaluate_gsm8k.py -c Qwen/Qwen-7B -f data/gsm8k_saved_by_datasets
+
+The worked examples are drawn from the train split, train.jsonl beside the file, by the seed; which ones stands in every
+record. The last number that the model writes is compared with the right one.
+"""
+
+import argparse
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any
+
+from ..language_model import LanguageModel
+from ..numbers import last_number
+from ..task import Case, Task
+from ..word_problems import add_problems_argument, read_problems, worked_examples
+
+SHOTS = 8
+MAX_NEW_TOKENS = 512
+STOP = ("\n\n", "Question:")
+
+
+class EvaluateGSM8K(Task):
+    name = "gsm8k"
+
+    @classmethod
+    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        add_problems_argument(parser)
+
+    def __init__(self, arguments: argparse.Namespace):
+        super().__init__(arguments)
+        self.shot_indices: list[int] = []  # in the train split, from 0
+
+    def cases(self) -> list[Case]:
+        path = self.arguments.sample_input_file
+        problems = read_problems(path, "test")
+        self.shot_indices, shots = worked_examples(path, self.arguments.seed, SHOTS)
+        return [
+            Case(name=f"test/{number}", prompt=problem.asked(), gold=str(problem.gold), shots=shots)
+            for number, problem in enumerate(problems)
+        ]
+
+    def answer(self, lm: LanguageModel, cases: Sequence[Case]) -> list[dict[str, Any]]:
+        completions = lm.complete(cases, stop=STOP, max_new_tokens=MAX_NEW_TOKENS)
+        return [{"completion": completion, "shots": self.shot_indices} for completion in completions]
+
+    def score(self, case: Case, answer: dict[str, Any]) -> dict[str, Any]:
+        found = last_number(answer["completion"])
+        return {"number": None if found is None else str(found), "correct": found == Fraction(case.gold)}

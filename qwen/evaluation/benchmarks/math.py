@@ -1,0 +1,120 @@
+"""MATH, 4-shot: competition problems, for base models.
+
+    python eval/evaluate_math.py -c Qwen/Qwen-7B -d data/MATH
+
+The prompt is that of Minerva (Lewkowycz et al. 2022, arXiv:2206.14858), as lm-evaluation-harness writes it, and its
+four worked examples are looked up in the train split; where they are not in it, others are drawn by the seed. Which
+ones stands in every record. An answer is right if it is written the same after the usual rewriting, or the same number.
+"""
+
+import argparse
+import random
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..data_files import DataError, check_fields, existing, read_json
+from ..language_model import LanguageModel
+from ..math_answers import boxed, equivalent, final_answer
+from ..task import Case, Score, Task, by_group, mean
+
+SUBJECTS = (
+    *("algebra", "counting_and_probability", "geometry", "intermediate_algebra"),
+    *("number_theory", "prealgebra", "precalculus"),
+)
+SHOTS = 4
+# How the worked examples of Minerva begin, without their spaces.
+STANDARD = (
+    r"Findthedomainoftheexpression$\frac{\sqrt{x-2}}{\sqrt{5-x}}$",
+    r"If$\det\mathbf{A}=2$and$\det\mathbf{B}=12,$",
+    "Terrellusuallyliftstwo20-poundweights12times.",
+    r"Ifthesystemofequations\begin{align*}6x-4y&=a,",
+)
+MAX_NEW_TOKENS = 1024
+STOP = ("Problem:", "I hope it is correct.")
+
+
+class EvaluateMATH(Task):
+    name = "math"
+
+    def __init__(self, arguments: argparse.Namespace):
+        super().__init__(arguments)
+        self.shot_names: list[str] = []
+
+    def cases(self) -> list[Case]:
+        shots = worked_examples(read_problems(self.arguments.eval_data_path, "train"), self.arguments.seed)
+        self.shot_names = [problem["name"] for problem in shots]
+        return [
+            Case(
+                name=problem["name"],
+                prompt=f"Problem:\n{problem['problem']}\n\nSolution:",
+                gold=problem["answer"],
+                group=problem["subject"],
+                shots=tuple(map(worked, shots)),
+                data={"level": problem["level"]},
+            )
+            for problem in read_problems(self.arguments.eval_data_path, "test")
+        ]
+
+    def answer(self, lm: LanguageModel, cases: Sequence[Case]) -> list[dict[str, Any]]:
+        completions = lm.complete(cases, stop=STOP, max_new_tokens=MAX_NEW_TOKENS)
+        return [{"completion": completion, "shots": self.shot_names} for completion in completions]
+
+    def score(self, case: Case, answer: dict[str, Any]) -> dict[str, Any]:
+        found = final_answer(answer["completion"])
+        return {"extracted": found, "correct": equivalent(found, case.gold), "level": case.data["level"]}
+
+    def summary(self, records: Sequence[dict[str, Any]]) -> list[Score]:
+        levels = by_group([record | {"group": record["level"]} for record in records])
+        lines = [Score(name, mean(levels[name]), len(levels[name])) for name in sorted(levels)]
+        return [*super().summary(records), *lines]
+
+
+def read_problems(folder: Path, split: str) -> list[dict[str, str]]:
+    """The problems of a split in the order of their numbers, with name, subject and answer.
+
+    Raises:
+        DataError: files are missing or not as they should be.
+    """
+    problems = []
+    for subject in SUBJECTS:
+        names = sorted(
+            (f"{split}/{subject}/{path.name}" for path in (folder / split / subject).glob("*.json")),
+            key=lambda name: (len(name), name),  # 9.json before 10.json
+        )
+        for path in existing(folder, names or [f"{split}/{subject}/0.json"]):
+            problem = read_json(path)
+            check_fields(problem, {"problem": str, "level": str, "solution": str}, str(path))
+            answer = boxed(problem["solution"])
+            if answer is None:
+                raise DataError(rf"{path}: the solution has no answer in a \boxed{{…}}.")
+            name = str(path.relative_to(folder).with_suffix(""))
+            problems.append({**problem, "name": name, "subject": subject, "answer": answer})
+    return problems
+
+
+def worked_examples(problems: list[dict[str, str]], seed: int) -> list[dict[str, str]]:
+    """Minerva's four, if all of them are among the problems; else four that the seed draws.
+
+    Raises:
+        DataError: there are not that many.
+    """
+    bare = [re.sub(r"\s", "", problem["problem"]) for problem in problems]
+    found = [
+        next((problem for problem, text in zip(problems, bare, strict=True) if text.startswith(start)), None)
+        for start in STANDARD
+    ]
+    if None not in found:
+        return found
+    if len(problems) < SHOTS:
+        raise DataError(f"The train split has {len(problems)} problems: {SHOTS} are needed as worked examples.")
+    return random.Random(seed).sample(problems, SHOTS)
+
+
+def worked(problem: dict[str, str]) -> str:
+    """A problem with its solution and the sentence that the answer is read from."""
+    return (
+        f"Problem:\n{problem['problem']}\n\nSolution: {problem['solution']}\n"
+        f"Final Answer: The final answer is ${problem['answer']}$. I hope it is correct.\n\n"
+    )

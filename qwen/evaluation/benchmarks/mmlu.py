@@ -1,0 +1,22 @@
+"""MMLU, 5-shot: multiple-choice questions of 57 subjects in English, for base models.
+
+    python eval/evaluate_mmlu.py -c Qwen/Qwen-7B -d data/mmlu
+    python eval/evaluate_mmlu.py -c Qwen/Qwen-7B -d data/mmlu --subjects anatomy,virology --limit 20
+
+The answer is the most probable of the tokens " A" " B" " C" " D"; the average is that of all questions.
+"""
+
+from ..multiple_choice import FewShotChoice
+from ..subjects import MMLU
+
+
+class EvaluateMMLU(FewShotChoice):
+    name = "mmlu"
+    subject_set = MMLU
+    question_mark = "Question: "
+    answer_mark = "Answer:"
+    choices = (" A", " B", " C", " D")
+
+    def preamble(self, subject: str) -> str:
+        topic = subject.replace("_", " ")
+        return f"The following are multiple choice questions (with answers) about {topic}.\n\n"

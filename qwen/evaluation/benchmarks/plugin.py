@@ -1,0 +1,170 @@
+"""Tool use: does a chat model call the right tool, with the right arguments, and none where none is needed?
+
+    python eval/evaluate_plugin.py -c Qwen/Qwen-7B-Chat -d data/plugin --eval-react-positive --eval-react-negative
+    python eval/evaluate_plugin.py -c Qwen/Qwen-7B-Chat --eval-hfagent --eval-hfagent-filename tasks.jsonl
+
+ReAct files are JSON lines of "prompt" (a whole ReAct prompt, sent as one user turn), "response" (what a good model
+writes) and "query". In the positive one each response calls a tool; in the negative one the prompts offer tools that
+their questions do not need. Published are the versions 20230803 and 20231206.
+
+--eval-hfagent asks in place of transformers' agents, which are gone, an agent of smolagents: pip install smolagents.
+Its file has lines of "query", "tools", a list of {"name", "description", "parameters": a JSON schema}, and "gold",
+{"tool", "arguments"} or null where no tool is needed. Only the first step counts. The tools do nothing.
+
+Three measures: tool selection, the share of questions for which the right tool is called, in capitals or not; Rouge-L
+(F) of the arguments against the right ones, as JSON with sorted keys, on the model's tokens; false positives, the share
+of questions that need no tool for which one is called.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ...tools import ACTION, STOP_WORD, parse_response
+from ..agent import FirstCallAgent, check_tools
+from ..data_files import DataError, check_fields, read_jsonl
+from ..language_model import LanguageModel
+from ..task import Case, Score, Task, add_folder_argument, mean
+
+MAX_NEW_TOKENS = 512
+POSITIVE, NEGATIVE, AGENT = "react positive", "react negative", "agent"
+
+
+class EvaluatePlugin(Task):
+    name = "plugin"
+    chat = True
+    max_seq_len = None  # a prompt with many tools is long, and cut it would be worth nothing
+
+    @classmethod
+    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        add_folder_argument(parser, "where the files lie (default: here)", default=Path())
+        for part, filename in (
+            ("react-positive", "exam_plugin_v20231206_react_positive.jsonl"),
+            ("react-negative", "exam_plugin_v20231206_react_negative.jsonl"),
+            ("hfagent", "exam_plugin_hfagent.jsonl"),
+        ):
+            parser.add_argument(f"--eval-{part}", action="store_true", help=f"ask the questions of the {part} file")
+            parser.add_argument(
+                f"--eval-{part}-filename",
+                type=Path,
+                default=Path(filename),
+                metavar="FILE",
+                help="in that folder, or anywhere (default: %(default)s)",
+            )
+
+    def cases(self) -> list[Case]:
+        chosen, folder = self.arguments, self.arguments.eval_data_path
+        cases = []
+        if chosen.eval_react_positive:
+            cases += react_cases(folder / chosen.eval_react_positive_filename, POSITIVE)
+        if chosen.eval_react_negative:
+            cases += react_cases(folder / chosen.eval_react_negative_filename, NEGATIVE)
+        if chosen.eval_hfagent:
+            cases += agent_cases(folder / chosen.eval_hfagent_filename)
+        if not cases:
+            raise DataError("Nothing to do: give --eval-react-positive, --eval-react-negative or --eval-hfagent.")
+        return cases
+
+    def answer(self, lm: LanguageModel, cases: Sequence[Case]) -> list[dict[str, Any]]:
+        react = [case for case in cases if "tools" not in case.data]
+        replies = iter(lm.reply(react, max_new_tokens=MAX_NEW_TOKENS, stop=(f"\n{STOP_WORD}",)) if react else ())
+        answers = []
+        for case in cases:
+            if "tools" in case.data:
+                reply, call = FirstCallAgent(lm, MAX_NEW_TOKENS).ask(case.prompt, case.data["tools"])
+            else:
+                reply = next(replies)
+                call = called(reply)
+            similar = {} if case.gold is None else {"rouge_l": rouge_l(lm, case.gold, call)}
+            answers.append({"reply": reply, "call": call, **similar})
+        return answers
+
+    def score(self, case: Case, answer: dict[str, Any]) -> dict[str, Any]:
+        call = answer["call"]
+        if case.gold is not None:
+            return {"correct": call is not None and call["tool"].casefold() == case.gold["tool"].casefold()}
+        # Of a text, also a call that is not finished counts.
+        attempted = call is not None or ("tools" not in case.data and f"\n{ACTION} " in f"\n{answer['reply']}")
+        return {"correct": not attempted}
+
+    def summary(self, records: Sequence[dict[str, Any]]) -> list[Score]:
+        scores = []
+        for name, groups in (("ReAct", (POSITIVE, NEGATIVE)), ("agent", (AGENT,))):
+            asked = [record for record in records if record["group"] in groups]
+            positive = [record for record in asked if record["gold"] is not None]
+            negative = [record for record in asked if record["gold"] is None]
+            if positive:
+                scores.append(Score(f"{name}: tool selection", mean(positive), len(positive)))
+                similarity = mean(positive, "rouge_l")
+                scores.append(Score(f"{name}: arguments, Rouge-L", similarity, len(positive), percent=False))
+            if negative:
+                scores.append(Score(f"{name}: false positives", 1 - mean(negative), len(negative)))
+        return scores
+
+
+def react_cases(path: Path, group: str) -> list[Case]:
+    """Questions whose prompts offer tools, in the text format that the model learned."""
+    cases = []
+    for number, record in enumerate(read_jsonl(path, {"prompt": str, "response": str, "query": str}), start=1):
+        gold = called(record["response"]) if group == POSITIVE else None
+        if group == POSITIVE and gold is None:
+            raise DataError(
+                f"{path}, record {number}: its response calls no tool (no lines Action: and Action Input:). "
+                "Is this the negative file?"
+            )
+        if not record["prompt"].strip():
+            raise DataError(f"{path}, record {number}: its prompt is empty.")
+        cases.append(Case(name=f"{group}/{number}", prompt=record["prompt"], gold=gold, group=group))
+    return cases
+
+
+def agent_cases(path: Path) -> list[Case]:
+    """Questions to an agent that has tools."""
+    cases = []
+    for number, record in enumerate(read_jsonl(path, {"query": str, "tools": list, "gold": object}), start=1):
+        where, gold = f"{path}, record {number}", record["gold"]
+        check_tools(record["tools"], where)
+        if gold is not None:
+            check_fields(gold, {"tool": str, "arguments": dict}, f"{where}, gold")
+            if gold["tool"] not in (names := [tool["name"] for tool in record["tools"]]):
+                raise DataError(f"{where}: gold names the tool {gold['tool']!r}, which is none of {', '.join(names)}.")
+            gold = {"tool": gold["tool"], "arguments": json.dumps(gold["arguments"], ensure_ascii=False)}
+        data = {"tools": record["tools"]}
+        cases.append(Case(name=f"{AGENT}/{number}", prompt=record["query"], gold=gold, group=AGENT, data=data))
+    return cases
+
+
+def called(text: str) -> dict[str, str] | None:
+    """The tool that a text in the ReAct format calls, and the arguments as they stand there."""
+    call = parse_response(text).function_call
+    return call and {"tool": call["name"], "arguments": call["arguments"]}
+
+
+def rouge_l(lm: LanguageModel, gold: dict[str, str], call: dict[str, str] | None) -> float:
+    """F of the longest common subsequence of tokens of the arguments (Lin 2004); 0 without a call."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    if call is None:
+        return 0.0
+    scorer = RougeScorer(["rougeL"], tokenizer=ModelTokens(lm))
+    return float(scorer.score(normalized(gold["arguments"]), normalized(call["arguments"]))["rougeL"].fmeasure)
+
+
+def normalized(arguments: str) -> str:
+    """Arguments in JSON, with sorted keys and one way of spacing; others as they are."""
+    try:
+        return json.dumps(json.loads(arguments, strict=False), sort_keys=True, ensure_ascii=False)
+    except (ValueError, RecursionError):
+        return arguments.strip()
+
+
+class ModelTokens:
+    """The tokenizer that rouge-score asks for: that of the model."""
+
+    def __init__(self, lm: LanguageModel):
+        self.lm = lm
+
+    def tokenize(self, text: str) -> list[int]:
+        return self.lm.encode(text)
