@@ -1,7 +1,7 @@
-"""What libraries say that nobody in front of a script can act on.
+"""Keeps back what libraries say that nobody in front of a script can act on.
 
-Importing this module is what `qwen` does first: it keeps back what is said when transformers is imported. The rest is
-called by scripts. TRANSFORMERS_VERBOSITY in the environment shows everything.
+Nothing is changed by importing this module; scripts call its functions. What is said while transformers is imported is
+kept back by qwen_cli.console. TRANSFORMERS_VERBOSITY in the environment shows everything.
 """
 
 import contextlib
@@ -12,11 +12,6 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
-
-# Where GPTQModel is installed, transformers imports torchao at once, which complains that it has no libraries for this
-# GPU, and makes torch warn of its own calls.
-for _name in ("torchao", "torch.utils._pytree"):
-    logging.getLogger(_name).setLevel(logging.ERROR)
 
 # What is said while training, in every process and some of it at every step: the beginnings of warnings,
 _WARNINGS = (

@@ -1,17 +1,146 @@
-"""Run a benchmark of qwen/evaluation/benchmarks on a checkpoint."""
+"""Evaluate a checkpoint on a benchmark.
 
+The benchmarks are the modules of qwen/evaluation/benchmarks. They are listed without importing them: what is said about
+each one is the first line of its docstring.
+"""
+
+import argparse
+import ast
+import difflib
 import importlib
+import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .arguments import (
+    add_checkpoint_argument,
+    add_cpu_only_argument,
+    add_hub_argument,
+    add_seed_argument,
+    make_parser,
+    whole,
+)
+from .console import explain_errors, how_to_install, say
+
+if TYPE_CHECKING:  # it takes seconds to import
+    from qwen.evaluation.task import Task
+
+INSTALL = how_to_install("eval", "evaluate")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the benchmark that the first argument names, with the others; returns the exit status."""
-    name, *arguments = sys.argv[1:] if argv is None else argv
-    from qwen.evaluation.harness import main as run
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Run the benchmark that the first argument names; returns the exit status. Without a name, list all."""
+    name, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    known = benchmarks()
+    if name in ("-h", "--help"):
+        print(usage(known))
+        return 0
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        say(f"There is no benchmark {name}. " + (f"Did you mean {near[0]}?" if near else "`qwen eval` lists all."))
+        return 2
+    return run(lambda: task_of(name), rest, prog and f"{prog} {name}")
+
+
+def benchmarks() -> dict[str, str]:
+    """The name of every benchmark, and a line about it."""
+    package = importlib.util.find_spec("qwen")  # finds without importing
+    folders = [] if package is None else package.submodule_search_locations or []
+    files = sorted(file for folder in folders for file in Path(folder, "evaluation", "benchmarks").glob("[!_]*.py"))
+    docs = {file.stem: ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "" for file in files}
+    return {name: doc.partition("\n")[0] for name, doc in docs.items()}
+
+
+def usage(known: dict[str, str]) -> str:
+    """The text of `qwen eval --help`."""
+    width = max(map(len, known), default=0)
+    return "\n".join(
+        [
+            "usage: qwen eval BENCHMARK [arguments]",
+            "",
+            "Evaluate a checkpoint on a benchmark:",
+            "",
+            *(f"  {name:{width}}  {line}" for name, line in known.items()),
+            "",
+            "`qwen eval BENCHMARK --help` lists the arguments of one, after the seconds that the libraries take.",
+            "eval/EVALUATION.md tells where the data come from.",
+        ]
+    )
+
+
+def task_of(name: str) -> "type[Task]":
+    """The class of a benchmark."""
     from qwen.evaluation.task import Task
 
     module = importlib.import_module(f"qwen.evaluation.benchmarks.{name}")
-    own = (value for value in vars(module).values() if getattr(value, "__module__", None) == module.__name__)
-    (task,) = (value for value in own if isinstance(value, type) and issubclass(value, Task))
-    return run(task, module.__doc__, arguments)
+    own = [value for value in vars(module).values() if getattr(value, "__module__", None) == module.__name__]
+    (task_class,) = (value for value in own if isinstance(value, type) and issubclass(value, Task))
+    return task_class
+
+
+def run(find_task: "Callable[[], type[Task]]", argv: Sequence[str], prog: str | None) -> int:
+    """Evaluate and print the table; returns the exit status.
+
+    Args:
+        find_task: imports and returns the class of the benchmark.
+        argv: the command line.
+    """
+    stopped = "Stopped. The same command goes on from here."
+    with explain_errors(install=INSTALL, stopped=stopped) as ending:
+        task_class = find_task()
+        import torch
+
+        from qwen.checkpoint.hub import use
+        from qwen.evaluation.harness import evaluate
+        from qwen.sandbox import SandboxUnavailable
+
+        parser = make_parser(sys.modules[task_class.__module__].__doc__ or "", prog)
+        add_arguments(parser, task_class)
+        options = parser.parse_args(argv)
+        chosen = {name: value for name, value in vars(options).items() if value != parser.get_default(name)}
+        try:
+            use(options.hub)
+            evaluate(task_class, options, chosen)
+        except SandboxUnavailable as error:
+            raise OSError(str(error)) from error
+        except torch.OutOfMemoryError as error:
+            what = str(error).splitlines()[0]
+            raise MemoryError(f"{what}\nThe same command with a smaller --batch-size goes on from here.") from error
+    return ending.status
+
+
+def add_arguments(parser: argparse.ArgumentParser, task_class: "type[Task]") -> None:
+    """The arguments that all benchmarks take, and those of this one."""
+    add_checkpoint_argument(parser, f"the bundled toy, qwen-tiny-{'chat' if task_class.chat else 'base'}")
+    add_hub_argument(parser)
+    add_seed_argument(parser)
+    parser.add_argument(
+        "-o",
+        "--sample-output-file",
+        type=Path,
+        metavar="OUT.jsonl",
+        help=f"a record a question; the summary goes beside it (default: output_eval/{task_class.name}_MODEL.jsonl, "
+        "with what else is chosen in the name)",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="start anew where there are results already")
+    parser.add_argument(
+        "--batch-size",
+        type=whole(1),
+        default=task_class.batch_size,
+        metavar="N",
+        help="questions at a time (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-seq-len",
+        type=whole(1),
+        default=task_class.max_seq_len,
+        metavar="N",
+        help="longest prompt in tokens; worked examples that do not fit are left out "
+        f"(default: {task_class.max_seq_len or 'what the model is offered for'})",
+    )
+    parser.add_argument("--limit", type=whole(1), metavar="N", help="only the first N questions of each group")
+    add_cpu_only_argument(parser)
+    parser.add_argument("--debug", action="store_true", help="show every prompt, answer and verdict")
+    task_class.add_arguments(parser)

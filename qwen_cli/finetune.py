@@ -1,52 +1,79 @@
 """Fine-tune a first-generation Qwen model on conversations: all weights, LoRA, or Q-LoRA.
 
-    python finetune.py --data_path examples/identity.json --use_lora --output_dir output_qwen
+    qwen finetune --data_path examples/identity.json --use_lora --output_dir output_qwen
 
-Takes the arguments of transformers' TrainingArguments besides its own; `--help` lists them. Runs in one process, under
-torchrun, with DeepSpeed (`--deepspeed CONFIG.json`) and with FSDP (`--fsdp`); the scripts in finetune/ do that with the
-published settings.
+Takes every argument of transformers' TrainingArguments; --help lists the common ones, --help-all lists all of them.
+Runs in one process, under torchrun, with DeepSpeed (--deepspeed CONFIG.json) and with FSDP (--fsdp full_shard); the
+scripts in finetune/ do that with the published settings.
 """
 
 import os
 import sys
+from collections.abc import Sequence
+
+from .arguments import as_typed, make_parser
+from .console import explain_errors, how_to_install, say, say_starting
+from .finetune_options import add_options
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Returns the exit status: 0 after training, 1 where it failed, 2 for wrong arguments, 130 after Ctrl-C."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if {"-h", "--help"} & set(argv):
+        print_help(prog)
+        return 0
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait leave the cores to others
-    if sys.stderr.isatty() and os.environ.get("RANK", "0") == "0":
-        print("Starting ...", file=sys.stderr)  # the libraries take seconds
-    try:
-        status = run(sys.argv[1:])
-    except ModuleNotFoundError as error:
-        print(
-            f"{error}. Install the requirements (`pip install -r requirements.txt -r requirements_finetune.txt -c "
-            "constraints.txt`), or start with `make finetune`.",
-            file=sys.stderr,
-        )
-        return 1
-    except KeyboardInterrupt:  # a second one, or before training: during it, the first one saves a checkpoint
-        if os.environ.get("RANK", "0") == "0":
-            print("\nStopped.", file=sys.stderr)
-        return 130
-    from qwen.finetuning.distributed import destroy_process_group
+    first = os.environ.get("RANK", "0") == "0"
+    if first:
+        say_starting()
+    with explain_errors(
+        install=how_to_install("finetune", "finetune"),
+        stopped="\nStopped.",  # by a second Ctrl-C, or before training: during it, the first one saves a checkpoint
+        note=say if first else lambda text: None,
+        errors=(),  # `run` tells those that are for people; others need their traceback
+    ) as ending:
+        if "--help-all" in argv:
+            print_help_of_all(prog)
+        else:
+            ending.status = run(argv, prog)
+            from qwen.finetuning.distributed import destroy_process_group
 
-    destroy_process_group()
-    return status
+            destroy_process_group()
+    return ending.status
 
 
-def run(argv: list[str]) -> int:
+def print_help(prog: str | None) -> None:
+    """Print the help of the common arguments, at once."""
+    parser = make_parser(__doc__, prog, usage="%(prog)s --data_path FILE [arguments]", add_help=False)
+    parser.add_argument("-h", "--help", action="store_true", help="show the common arguments")
+    parser.add_argument("--help-all", action="store_true", help="show all arguments, which takes seconds")
+    add_options(parser)
+    parser.print_help()
+
+
+def print_help_of_all(prog: str | None) -> None:
+    """Print the help of all arguments."""
+    from qwen.finetuning.arguments import make_parser as make_whole_parser
+
+    parser = make_whole_parser()
+    parser.prog = prog or parser.prog
+    parser.print_help()
+
+
+def run(argv: list[str], prog: str | None) -> int:
+    """Train; returns the exit status."""
     from qwen.finetuning.distributed import ProcessFailed, barrier, is_main_process, let_main_process_speak
     from qwen.quiet import quiet_training
 
     quiet_training(main=is_main_process())
     from qwen.finetuning.arguments import ArgumentError, parse
 
-    def say(text: str) -> None:
+    def tell(text: str) -> None:
         if is_main_process():
-            print(text, file=sys.stderr, flush=True)
+            say(text)
 
     def fail(error: Exception, status: int) -> int:
-        say(str(error))
+        tell(str(error))
         let_main_process_speak()
         return status
 
@@ -55,7 +82,7 @@ def run(argv: list[str]) -> int:
     except ArgumentError as error:
         return fail(error, 2)
     for note in notes:
-        say(note)
+        tell(note)
 
     from safetensors import SafetensorError
 
@@ -72,13 +99,13 @@ def run(argv: list[str]) -> int:
         return fail(error, 1)
     barrier()
     if outcome.interrupted:
-        say(f"Stopped. The same command with --resume_from_checkpoint True goes on from {outcome.output_dir}.")
+        tell(f"Stopped. The same command with --resume_from_checkpoint True goes on from {outcome.output_dir}.")
         return 130
     if "eval_loss" in outcome.metrics:
-        say(
+        tell(
             "On {eval_data_path}: loss {eval_loss:.4f} nats a token, perplexity {eval_perplexity:.2f}.".format(
                 eval_data_path=arguments.data.eval_data_path, **outcome.metrics
             )
         )
-    say(f"Done: {outcome.output_dir}\nTalk to it: python cli_demo.py -c {outcome.output_dir}")
+    tell(as_typed(f"Done: {outcome.output_dir}\nTalk to it: qwen chat -c {outcome.output_dir}", prog))
     return 0

@@ -1,74 +1,85 @@
 """Merge a LoRA adapter into its base model: a folder that loads without peft and without the base.
 
-    python finetune/merge_lora.py output_qwen merged_qwen
-    python cli_demo.py -c merged_qwen
+    qwen merge output_qwen merged_qwen
+    qwen chat -c merged_qwen
 
 The weights have the precision of the base unless --dtype names another. An adapter that was trained on a quantized
 model (Q-LoRA) cannot be merged into it: use it as it is, or name the float model with --base, which approximates it.
 """
 
 import argparse
-import re
-import sys
+import contextlib
+from collections.abc import Sequence
+
+from .arguments import add_hub_argument, add_overwrite_argument, file_size, make_parser
+from .console import NOTHING_WRITTEN, explain_errors, how_to_install, say
 
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def file_size(text: str) -> str:
-    """An argparse type: a number and a unit, as transformers reads them."""
-    if not re.fullmatch(r"\d+(\.\d+)?\s*[KMGT]B", text.strip(), re.IGNORECASE):
-        raise argparse.ArgumentTypeError(f"{text!r} is no size: write a number and KB, MB, GB or TB, such as 2GB")
-    return text.strip()
-
-
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+def parse_arguments(argv: Sequence[str] | None, prog: str | None) -> argparse.Namespace:
+    """The command line."""
+    parser = make_parser(__doc__, prog, allow_abbrev=False)
     parser.add_argument("adapter", metavar="ADAPTER", help="the folder that training with --use_lora wrote")
     parser.add_argument("out", metavar="OUT", help="the folder that the model is written to")
     parser.add_argument(
         "--base", metavar="MODEL", help="folder or hub id to merge into, where the recorded one is not it"
     )
+    add_hub_argument(parser)
     parser.add_argument(
-        "--hub", choices=("huggingface", "modelscope"), help="where ids come from (QWEN_HUB, or huggingface)"
+        "--dtype", choices=DTYPES, help="precision of the weights in OUT (default: precision of the base)"
     )
-    parser.add_argument("--dtype", choices=DTYPES, help="precision of the weights in OUT; that of the base by default")
-    parser.add_argument("--max-shard-size", type=file_size, default="2GB", help="most in one file of weights (2GB)")
-    parser.add_argument("--overwrite", action="store_true", help="replace the model that OUT holds already")
-    return parser.parse_args()
+    parser.add_argument(
+        "--max-shard-size",
+        type=file_size,
+        default="2GB",
+        metavar="SIZE",
+        help="maximum size of a weight file (default: %(default)s)",
+    )
+    add_overwrite_argument(parser)
+    return parser.parse_args(argv)
 
 
-def main() -> int:
-    arguments = parse()
-    try:
-        import torch
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Returns the exit status: 0 with a merged model, 1 without one, 130 after Ctrl-C."""
+    arguments = parse_arguments(argv, prog)
+    with explain_errors(install=how_to_install("peft", "finetune"), stopped=NOTHING_WRITTEN) as ending:
+        run(arguments)
+    if not ending.status:
+        with contextlib.suppress(KeyboardInterrupt):  # it comes too late
+            report(arguments)
+    return ending.status
 
-        from qwen.checkpoint.hub import use
-        from qwen.finetuning.merging import is_approximate, merge
-        from qwen.quiet import quiet_loading
 
-        use(arguments.hub)
-        with quiet_loading():
-            merge(
-                arguments.adapter,
-                arguments.out,
-                base=arguments.base,
-                dtype=arguments.dtype and getattr(torch, arguments.dtype),
-                max_shard_size=arguments.max_shard_size,
-                overwrite=arguments.overwrite,
-            )
-        if is_approximate(arguments.adapter):
-            print(
-                "An approximation: the adapter was trained on quantized weights. Try whether the model still does what "
-                "it learned.",
-                file=sys.stderr,
-            )
-    except (OSError, ValueError) as error:
-        print(error, file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"Stopped. {arguments.out} is incomplete: start again with --overwrite.", file=sys.stderr)
-        return 130
+def run(arguments: argparse.Namespace) -> None:
+    """Merge."""
+    import torch
+
+    from qwen.checkpoint.hub import use
+    from qwen.checkpoint.staging import end_like_ctrl_c
+    from qwen.finetuning.merging import merge
+    from qwen.quiet import quiet_loading
+
+    end_like_ctrl_c()
+    use(arguments.hub)
+    with quiet_loading():
+        merge(
+            arguments.adapter,
+            arguments.out,
+            base=arguments.base,
+            dtype=arguments.dtype and getattr(torch, arguments.dtype),
+            max_shard_size=arguments.max_shard_size,
+            overwrite=arguments.overwrite,
+        )
+
+
+def report(arguments: argparse.Namespace) -> None:
+    """Print where the model is, and what to know about it."""
+    from qwen.finetuning.merging import is_approximate
+
+    if is_approximate(arguments.adapter):
+        say(
+            "An approximation: the adapter was trained on quantized weights. Try whether the model still does what it "
+            "learned."
+        )
     print(arguments.out)
-    return 0

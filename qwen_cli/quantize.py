@@ -1,7 +1,7 @@
 """Quantize a first-generation Qwen model to 4 or 8 bits (GPTQ), calibrated with conversations.
 
-    python run_gptq.py --model_name_or_path merged_qwen --data_path data.json --out_path merged_qwen_int4
-    python cli_demo.py -c merged_qwen_int4
+    qwen quantize --model_name_or_path merged_qwen --data_path data.json --out_path merged_qwen_int4
+    qwen chat -c merged_qwen_int4
 
 The data is that of fine-tuning. Without a model and data, the bundled toy is quantized with conversations of its own.
 The folder that is written is complete, and loads as every published -Int4 or -Int8 checkpoint does.
@@ -9,44 +9,54 @@ The folder that is written is complete, and loads as every published -Int4 or -I
 
 import argparse
 import contextlib
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from .arguments import add_hub_argument, add_overwrite_argument, as_typed, make_parser
+from .console import NOTHING_WRITTEN, explain_errors, how_to_install, say, say_starting
 
 if TYPE_CHECKING:  # it takes seconds to import
     from qwen.quantization import Outcome
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+def parse_arguments(argv: Sequence[str] | None, prog: str | None) -> argparse.Namespace:
+    """The command line."""
+    parser = make_parser(__doc__, prog, allow_abbrev=False)
 
     def option(name: str, **settings) -> None:
-        """One that is understood with - and with _ between its words."""
+        """An option that may be written with - or _ between its words."""
         parser.add_argument(
             *dict.fromkeys((name, "--" + name[2:].replace("_", "-"), "--" + name[2:].replace("-", "_"))), **settings
         )
 
     option(
-        "--model_name_or_path",
-        metavar="MODEL",
-        help="a folder or a hub id of a float model; the bundled toy without it",
+        "--model_name_or_path", metavar="MODEL", help="a folder or a hub id of a float model (default: the bundled toy)"
     )
-    option("--hub", choices=("huggingface", "modelscope"), help="where ids come from (QWEN_HUB, or huggingface)")
+    add_hub_argument(parser)
     option("--data_path", metavar="FILE", help="conversations to calibrate with: a JSON list, or JSON Lines")
+    option("--out_path", metavar="OUT", help="the folder to write (default: output_qwen_int4 or output_qwen_int8)")
     option(
-        "--out_path", metavar="OUT", help="the folder that is written; output_qwen_int4 or output_qwen_int8 without it"
+        "--max_len", type=int, default=8192, metavar="N", help="longest conversation in tokens (default: %(default)s)"
     )
-    option("--max_len", type=int, default=8192, metavar="N", help="longest conversation in tokens (8192)")
-    option("--bits", type=int, default=4, choices=(4, 8), help="bits of a weight (4)")
-    option("--group-size", type=int, default=128, metavar="N", help="weights that share a scale (128)")
-    option("--samples", type=int, default=128, metavar="N", help="most conversations that are used (128)")
-    option("--seed", type=int, default=1234, metavar="N", help="chooses the conversations where there are more (1234)")
-    option("--max-shard-size", default="2GB", metavar="SIZE", help="most in one file of weights (2GB)")
-    option("--overwrite", action="store_true", help="replace the model that OUT holds already")
-    option("--cpu-only", action="store_true", help="stay off the GPU")
-    arguments = parser.parse_args()
+    option("--bits", type=int, default=4, choices=(4, 8), help="bits of a weight (default: %(default)s)")
+    option("--group-size", type=int, default=128, metavar="N", help="weights that share a scale (default: %(default)s)")
+    option(
+        "--samples", type=int, default=128, metavar="N", help="maximum number of conversations (default: %(default)s)"
+    )
+    option(
+        "--seed",
+        type=int,
+        default=1234,
+        metavar="N",
+        help="chooses the conversations where there are more (default: %(default)s)",
+    )
+    option(
+        "--max-shard-size", default="2GB", metavar="SIZE", help="maximum size of a weight file (default: %(default)s)"
+    )
+    add_overwrite_argument(parser)
+    option("--cpu-only", action="store_true", help="run on the CPU even if there is a GPU")
+    arguments = parser.parse_args(argv)
     if arguments.model_name_or_path is not None and arguments.data_path is None:
         parser.error(
             "--data_path is missing: name conversations such as the model will be used for, its fine-tuning data or a "
@@ -60,38 +70,20 @@ def parse() -> argparse.Namespace:
     return arguments
 
 
-def main() -> int:
-    arguments = parse()
-    if sys.stderr.isatty():
-        print("Starting ...", file=sys.stderr)  # the libraries take seconds
-    try:
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Returns the exit status: 0 with a quantized model, 1 without one, 130 after Ctrl-C."""
+    arguments = parse_arguments(argv, prog)
+    say_starting()
+    with explain_errors(install=how_to_install("gptq", "quantize"), stopped=NOTHING_WRITTEN) as ending:
         outcome = run(arguments)
-    except ModuleNotFoundError as error:
-        print(
-            f"{error}. Install the requirements (`pip install -r requirements.txt -r requirements_gptq.txt -c "
-            "constraints.txt`), or start with `make quantize`.",
-            file=sys.stderr,
-        )
-        return 1
-    except (OSError, ValueError) as error:  # CheckpointError, DataFileError and MalformedSample are among them
-        print(error, file=sys.stderr)
-        return 1
-    except MemoryError as error:
-        print(str(error) or "The main memory is full.", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\nStopped. Nothing was written.", file=sys.stderr)
-        return 130
-    with contextlib.suppress(KeyboardInterrupt):  # it comes too late
-        report(outcome, arguments.out_path)
-    return 0
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    if not ending.status:
+        with contextlib.suppress(KeyboardInterrupt):  # it comes too late
+            report(outcome, arguments.out_path, prog)
+    return ending.status
 
 
 def run(arguments: argparse.Namespace) -> "Outcome":
+    """Quantize, and say with what."""
     from qwen.checkpoint.hub import use
     from qwen.checkpoint.loading import resolve
     from qwen.checkpoint.staging import end_like_ctrl_c
@@ -122,7 +114,8 @@ def run(arguments: argparse.Namespace) -> "Outcome":
         return quantize(source, out, samples, **how, cpu_only=arguments.cpu_only, progress=True)
 
 
-def report(outcome: "Outcome", out: str) -> None:
+def report(outcome: "Outcome", out: str, prog: str | None) -> None:
+    """Print the losses and what to do next."""
     from qwen.checkpoint.loading import chat_format
     from qwen.quantization import gigabytes
 
@@ -132,20 +125,16 @@ def report(outcome: "Outcome", out: str) -> None:
     before, after = gigabytes(outcome.bytes_before), gigabytes(outcome.bytes_after)
     say(f"Done in {outcome.seconds:.0f} s: {out}, {after} of weights, which are {before} in 16 bits.")
     if chat_format(str(outcome.folder)) == "chatml":
-        say(f"Talk to it: python cli_demo.py -c {out}")
+        say(as_typed(f"Talk to it: qwen chat -c {out}", prog))
 
 
 def conversations(arguments: argparse.Namespace, source: str) -> tuple[list[list[int]], int]:
     """Token ids of the conversations that calibrate, and how many there are to choose from."""
-    from qwen.checkpoint.loading import BUNDLED_CHAT, load_tokenizer
+    from qwen.checkpoint.loading import load_tokenizer
     from qwen.data.conversation_file import ConversationFile
     from qwen.quantization import calibration_samples
 
-    if arguments.data_path is None:
-        from checkpoints.recipe.quantize import calibration
-
-        samples = calibration(BUNDLED_CHAT, arguments.samples, arguments.max_len)
-        return samples, len(samples)
+    bundled = Path(source) / "calibration.json"  # --data_path may be missing only for the bundled model
+    file = ConversationFile(arguments.data_path or bundled, progress=arguments.data_path is not None)
     tokenizer = load_tokenizer(source)
-    file = ConversationFile(arguments.data_path, progress=True)
     return calibration_samples(file, tokenizer, arguments.max_len, arguments.samples, arguments.seed), len(file)

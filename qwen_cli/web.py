@@ -1,72 +1,32 @@
-"""Chat with a first-generation Qwen model in the browser.
-
-Arguments, the way from a name to a served page, and what the person at the terminal sees. The page itself is
-qwen/serving/web/launch.py.
-"""
+"""Chat with a first-generation Qwen model in the browser."""
 
 import argparse
 import os
 import signal
 import socket
-import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-# torch, transformers, gradio and qwen are imported when they are needed: they take seconds, and --help need not wait.
-
-BUNDLED_NOTE = (
-    "This is the small bundled toy model. Real ones: -c Qwen/Qwen-1_8B-Chat, Qwen/Qwen-7B-Chat, Qwen/Qwen-14B-Chat, "
-    "Qwen/Qwen-72B-Chat, or a folder."
+from .arguments import (
+    BUNDLED_NOTE,
+    add_address_arguments,
+    add_batch_argument,
+    add_model_arguments,
+    make_parser,
+    user_and_password,
 )
+from .console import explain_errors, how_to_install, load, say
+
 BUNDLED = "qwen-tiny-chat"
 
 
-def port_number(text: str) -> int:
-    """A TCP port."""
-    if text.isascii() and text.isdecimal() and 0 < int(text) < 2**16:
-        return int(text)
-    raise argparse.ArgumentTypeError(f"A port is a whole number from 1 to 65535, not {text!r}.")
-
-
-def batch_size(text: str) -> int:
-    """A number of replies."""
-    if text.isascii() and text.isdecimal() and int(text) > 0:
-        return int(text)
-    raise argparse.ArgumentTypeError(f"A batch size is a whole number from 1 on, not {text!r}.")
-
-
-def user_and_password(text: str) -> tuple[str, str]:
-    """USER:PASS; the password may hold further colons."""
-    user, _, password = text.partition(":")
-    if user and password:
-        return user, password
-    raise argparse.ArgumentTypeError("It is written USER:PASS, and neither may be empty.")
-
-
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None, prog: str | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Chat with a first-generation Qwen model in the browser.")
-    parser.add_argument(
-        "-c",
-        "--checkpoint-path",
-        metavar="NAME",
-        help="a folder, or a hub id such as Qwen/Qwen-7B-Chat (default: the small bundled model)",
-    )
-    parser.add_argument(
-        "--hub", choices=("huggingface", "modelscope"), help="where ids come from (default: QWEN_HUB, or huggingface)"
-    )
-    parser.add_argument("--cpu-only", action="store_true", help="run on the CPU even if there is a GPU")
-    parser.add_argument("--int8-cache", action="store_true", help="keep the key/value cache in 8 bits, half the memory")
-    parser.add_argument(
-        "--server-port", metavar="PORT", type=port_number, default=8000, help="port to serve on (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--server-name",
-        metavar="HOST",
-        default="127.0.0.1",
-        help="address to serve on; 0.0.0.0 lets other machines in (default: %(default)s)",
-    )
+    parser = make_parser(__doc__, prog)
+    add_model_arguments(parser)
+    add_address_arguments(parser)
     parser.add_argument("--inbrowser", action="store_true", help="open the page in the browser of this machine")
     parser.add_argument(
         "--share",
@@ -76,14 +36,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--auth", metavar="USER:PASS", type=user_and_password, help="ask for this user name and password"
     )
-    parser.add_argument(
-        "--max-batch-size",
-        metavar="N",
-        type=batch_size,
-        default=16,
-        help="replies that are written at once; further ones wait (default: %(default)s)",
-    )
-    return parser.parse_args()
+    add_batch_argument(parser)
+    return parser.parse_args(argv)
 
 
 def check_address(host: str, port: int) -> None:
@@ -127,11 +81,6 @@ def serve(model: Any, tokenizer: Any, arguments: argparse.Namespace) -> None:
             web.close(page)
 
 
-def say(text: str) -> None:
-    """Print something about the program."""
-    print(text, file=sys.stderr, flush=True)
-
-
 def stop(*_: Any) -> None:
     """Ends like Ctrl-C, and only once: more signals must not interrupt the cleaning up."""
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -139,37 +88,21 @@ def stop(*_: Any) -> None:
     raise KeyboardInterrupt
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Returns the exit status: 0 after serving, 1 where that could not begin, 130 when stopped before it began."""
-    arguments = parse_arguments()
+    arguments = parse_arguments(argv, prog)
     for number in (signal.SIGINT, signal.SIGTERM):  # the latter from service managers and `docker stop`
         signal.signal(number, stop)
     say(f"Loading {arguments.checkpoint_path} ..." if arguments.checkpoint_path else BUNDLED_NOTE)
     # Threads of torch that wait for each other spin by default, and take the processor from those that serve the page.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    loaded = False
-    try:
+    with explain_errors(install=how_to_install("web", "web"), stopped="Stopped while loading.") as ending:
         check_address(arguments.server_name, arguments.server_port)
         import gradio  # noqa: F401  # a missing library should be known before gigabytes are loaded
 
-        from qwen.checkpoint.loading import load_model_quietly
-
-        model, tokenizer = load_model_quietly(
-            arguments.checkpoint_path,
-            hub=arguments.hub,
-            chat=True,
-            cpu_only=arguments.cpu_only,
-            int8_cache=arguments.int8_cache,
-        )
-        loaded = True
-        serve(model, tokenizer, arguments)
-    except KeyboardInterrupt:
-        say("Stopped." if loaded else "Stopped while loading.")
-        return 0 if loaded else 130
-    except ImportError as error:
-        say(f"{error}. Install the requirements: pip install -r requirements.txt -r requirements_web_demo.txt")
-        return 1
-    except (OSError, ValueError) as error:
-        say(str(error))
-        return 1
-    return 0
+        model, tokenizer = load(arguments, chat=True)
+        try:
+            serve(model, tokenizer, arguments)
+        except KeyboardInterrupt:
+            say("Stopped.")
+    return ending.status

@@ -5,13 +5,18 @@ import json
 from pathlib import Path
 from typing import Any
 
-from qwen.evaluation import harness
 from qwen.evaluation.task import Task
+from qwen_cli.evaluate import run
+
+
+def evaluate(task: type[Task], arguments: list[str]) -> int:
+    """`qwen eval TASK ARGUMENTS` in this process: its exit status."""
+    return run(lambda: task, arguments, None)
 
 
 def run_script(task: type[Task], out: Path, *arguments: object) -> int:
-    """A script of eval/ in this process: its exit status."""
-    return harness.main(task, "", [*map(str, [*arguments, "-o", out, "--cpu-only"])])
+    """The same, with results in `out`."""
+    return evaluate(task, [*map(str, [*arguments, "-o", out, "--cpu-only"])])
 
 
 def write_csv(path: Path, rows: list[list[object]], encoding: str = "utf-8") -> None:

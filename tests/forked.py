@@ -19,9 +19,17 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FORKING = multiprocessing.get_context("forkserver")
 # What a script imports. Not gptqmodel, but what that imports: it starts threads, which a fork would lose.
-PRELOADED = ["finetune", "qwen.finetuning.run", "transformers.trainer", "peft.tuners.lora", "datasets", "deepspeed"]
-PRELOADED += ["deepspeed.runtime.zero.muon.muon_optimizer", "torch.distributed.fsdp", "torch.utils.cpp_extension"]
-PRELOADED += ["transformers.models.auto.processing_auto", "matplotlib.figure", "torch.utils.tensorboard", "requests"]
+PRELOADED = [
+    "qwen_cli.finetune",
+    "qwen.finetuning.run",
+    "transformers.trainer",
+    "peft.tuners.lora",
+    "datasets",
+    "deepspeed",
+]
+PRELOADED += ["deepspeed.runtime.zero.muon.muon_optimizer", "torch.distributed.fsdp"]
+PRELOADED += ["torch.utils.cpp_extension", "transformers.models.auto.processing_auto", "matplotlib.figure"]
+PRELOADED += ["torch.utils.tensorboard", "requests"]
 PRELOADED += [
     "qwen.serving.api.app",
     "qwen.serving.engine.engine",
@@ -120,10 +128,9 @@ def _in_child(
 
 def main(*arguments: str | Path) -> int:
     """finetune.py in this process; returns its exit code."""
-    import finetune
+    from qwen_cli.finetune import main
 
-    sys.argv = ["finetune.py", *map(str, arguments)]
-    return finetune.main()
+    return main([*map(str, arguments)])
 
 
 class Script:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from evaluation_runs import read_records, read_scores
+from evaluation_runs import read_records, read_scores, run_script
 
 from qwen.checkpoint.loading import load_model, load_tokenizer
 from qwen.evaluation import harness
@@ -66,7 +66,7 @@ def ours(loaded: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     def run(script: Any, *arguments: object) -> tuple[dict, list[dict]]:
         task = next(value for name, value in vars(script).items() if name.startswith("Evaluate"))
         out = tmp_path / "ours.jsonl"
-        assert script.main(task, script.__doc__, [*map(str, arguments), "-o", str(out), "--cpu-only"]) == 0
+        assert run_script(task, out, *arguments) == 0
         return read_scores(out), read_records(out)
 
     return run

@@ -17,6 +17,7 @@ from pexpect.spawnbase import SpawnBase
 from transformers import GenerationConfig
 
 from qwen_cli import chat as cli_demo
+from qwen_cli.chat.settings import changed_settings, parse_settings
 
 PROMPT = "User> "
 STARTED = "Ask something, or type :help."
@@ -319,7 +320,7 @@ def test_an_error_of_the_model_ends_the_answer_not_the_session(child: SpawnBase)
     ],
 )
 def test_parse_settings(text: str, expected: dict) -> None:
-    assert cli_demo.parse_settings(text) == expected
+    assert parse_settings(text) == expected
 
 
 @pytest.mark.parametrize(
@@ -351,12 +352,12 @@ def test_settings_that_are_refused(setting: dict) -> None:
     config = GenerationConfig(top_p=0.8, max_new_tokens=24)
     before = config.to_dict()
     with pytest.raises(ValueError, match=next(iter(setting))):
-        cli_demo.changed_settings(config, setting)
+        changed_settings(config, setting)
     assert config.to_dict() == before
 
 
 def test_unsetting_a_setting() -> None:
-    config = cli_demo.changed_settings(GenerationConfig(repetition_penalty=1.1), {"repetition_penalty": None})
+    config = changed_settings(GenerationConfig(repetition_penalty=1.1), {"repetition_penalty": None})
     assert config.repetition_penalty is None
 
 

@@ -16,6 +16,7 @@ from qwen.evaluation.benchmarks import chat_mmlu as evaluate_chat_mmlu
 from qwen.evaluation.benchmarks import leval as evaluate_leval
 from qwen.evaluation.language_model import LanguageModel
 from qwen.evaluation.task import Case
+from qwen_cli.evaluate import add_arguments
 
 TASKS = {
     "chat_mmlu": evaluate_chat_mmlu.EvaluateChatMMLU,
@@ -55,8 +56,7 @@ def choice(folder: Path, name: str) -> list[str]:
 def asked(name: str, *arguments: str) -> list[Case]:
     """The cases of a script."""
     parser = argparse.ArgumentParser()
-    harness.add_arguments(parser, TASKS[name])
-    TASKS[name].add_arguments(parser)
+    add_arguments(parser, TASKS[name])
     return TASKS[name](parser.parse_args(arguments)).cases()
 
 

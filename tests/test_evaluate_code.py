@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from evaluation_runs import results
+from evaluation_runs import evaluate, results
 
 from qwen.checkpoint.loading import load_model
 from qwen.evaluation import harness
@@ -49,7 +49,7 @@ def run(toys: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable
         data = ["-d" if name in FOLDERS else "-f", str(write(name, tmp_path / "data"))]
         sandbox = [] if name in FOLDERS else ["--allow-weaker-sandbox", "--seconds", "20"]
         out = tmp_path / "out.jsonl"
-        assert harness.main(TASKS[name], "", [*data, *sandbox, "-o", str(out), "--cpu-only", *arguments]) == 0
+        assert evaluate(TASKS[name], [*data, *sandbox, "-o", str(out), "--cpu-only", *arguments]) == 0
         return results(out)
 
     return run
@@ -371,5 +371,5 @@ def test_without_a_sandbox_no_model_is_loaded(monkeypatch: pytest.MonkeyPatch, t
 
     monkeypatch.setattr("qwen.sandbox.Sandbox.start", start)
     monkeypatch.setattr(harness, "load_model_quietly", None)
-    assert harness.main(TASKS["humaneval"], "", ["-f", str(write("humaneval", tmp_path))]) == 1
+    assert evaluate(TASKS["humaneval"], ["-f", str(write("humaneval", tmp_path))]) == 1
     assert "cannot confine the code. (--allow-weaker-sandbox)" in capsys.readouterr().err

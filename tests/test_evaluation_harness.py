@@ -8,15 +8,14 @@ import signal
 import time
 from pathlib import Path
 
-import long_context
 import pytest
 import torch
-from evaluation_runs import read_records
+from evaluation_runs import evaluate, read_records
 from forked import Script
 
 from qwen.checkpoint.loading import load_model
+from qwen.evaluation.benchmarks import long_context
 from qwen.evaluation.data_files import DataError, existing, read_csv, read_json, read_jsonl
-from qwen.evaluation.harness import main
 from qwen.evaluation.language_model import LanguageModel, StopStrings, cut
 from qwen.evaluation.task import Case, Score, Task
 from qwen.evaluation.texts import read_texts
@@ -71,7 +70,7 @@ def loaded_once(monkeypatch, chat):
 
 def test_a_run_writes_records_and_summary(tmp_path, capsys):
     out = tmp_path / "deep" / "out.jsonl"
-    assert main(Sums, None, ["-o", str(out), "--batch-size", "3", "--cpu-only"]) == 0
+    assert evaluate(Sums, ["-o", str(out), "--batch-size", "3", "--cpu-only"]) == 0
     found = read_records(out)
     assert [record["name"] for record in found] == [f"{a}+{b}" for a, b in SUMS]
     assert found[1] == {"name": "47+38", "group": "odd", "reply": "47 + 38 = 85.", "gold": 85, "correct": True}
@@ -86,14 +85,14 @@ def test_a_run_writes_records_and_summary(tmp_path, capsys):
 
 def test_interrupted_and_gone_on_with_is_as_uninterrupted(tmp_path, capsys, loaded_once):
     whole, broken = tmp_path / "whole.jsonl", tmp_path / "broken.jsonl"
-    assert main(Sums, None, ["-o", str(whole), "--batch-size", "2"]) == 0
-    assert main(Broken, None, ["-o", str(broken), "--batch-size", "2"]) == 130
+    assert evaluate(Sums, ["-o", str(whole), "--batch-size", "2"]) == 0
+    assert evaluate(Broken, ["-o", str(broken), "--batch-size", "2"]) == 130
     assert "same command goes on" in capsys.readouterr().err
     assert len(read_records(broken)) == 4
     with broken.open("a") as file:  # what a crash in the middle of a batch, and of a line, would leave
         file.write(json.dumps({"name": "60+19", "group": "even", "reply": "?", "gold": 79, "correct": False}) + "\n")
         file.write('{"name": "33+4')
-    assert main(Sums, None, ["-o", str(broken), "--batch-size", "2"]) == 0
+    assert evaluate(Sums, ["-o", str(broken), "--batch-size", "2"]) == 0
     assert "4 of 7 answers are in" in capsys.readouterr().err
     for suffix in (".jsonl", ".json", ".md"):
         assert broken.with_suffix(suffix).read_bytes() == whole.with_suffix(suffix).read_bytes()
@@ -101,10 +100,10 @@ def test_interrupted_and_gone_on_with_is_as_uninterrupted(tmp_path, capsys, load
 
 def test_a_finished_run_is_not_asked_again(tmp_path, capsys, loaded_once, monkeypatch):
     out = tmp_path / "out.jsonl"
-    assert main(Sums, None, ["-o", str(out), "--sums", "2"]) == 0
+    assert evaluate(Sums, ["-o", str(out), "--sums", "2"]) == 0
     before = capsys.readouterr().out
     monkeypatch.setattr("qwen.evaluation.harness.load_model_quietly", None)
-    assert main(Sums, None, ["-o", str(out), "--sums", "2"]) == 0
+    assert evaluate(Sums, ["-o", str(out), "--sums", "2"]) == 0
     after = capsys.readouterr()
     assert after.out == before and "nothing is asked again without --overwrite" in after.err
 
@@ -119,11 +118,11 @@ def test_a_finished_run_is_not_asked_again(tmp_path, capsys, loaded_once, monkey
 )
 def test_other_settings_do_not_mix(tmp_path, capsys, loaded_once, change, said):
     out = tmp_path / "out.jsonl"
-    assert main(Sums, None, ["-o", str(out), "--sums", "2"]) == 0
+    assert evaluate(Sums, ["-o", str(out), "--sums", "2"]) == 0
     written = out.read_bytes()
-    assert main(Sums, None, ["-o", str(out), "--sums", "2", *change]) == 1
+    assert evaluate(Sums, ["-o", str(out), "--sums", "2", *change]) == 1
     assert said in capsys.readouterr().err and out.read_bytes() == written
-    assert main(Sums, None, ["-o", str(out), "--sums", "2", *change, "--overwrite"]) == 0
+    assert evaluate(Sums, ["-o", str(out), "--sums", "2", *change, "--overwrite"]) == 0
 
 
 def test_other_weights_under_the_same_name_do_not_mix(tmp_path, capsys, bundled_chat, loaded_once):
@@ -132,11 +131,11 @@ def test_other_weights_under_the_same_name_do_not_mix(tmp_path, capsys, bundled_
     for file in bundled_chat.iterdir():
         (folder / file.name).symlink_to(file)
     arguments = ["-c", str(folder), "-o", str(out), "--sums", "1"]
-    assert main(Sums, None, arguments) == 0
+    assert evaluate(Sums, arguments) == 0
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors").write_bytes((bundled_chat / "model.safetensors").read_bytes())
     os.utime(folder / "model.safetensors", (2e9, 2e9))
-    assert main(Sums, None, arguments) == 1
+    assert evaluate(Sums, arguments) == 1
     assert "written was" in capsys.readouterr().err
 
 
@@ -148,11 +147,11 @@ def test_other_weights_under_the_same_name_do_not_mix(tmp_path, capsys, bundled_
 def test_a_file_that_is_not_ours_is_left_alone(tmp_path, capsys, loaded_once, content):
     out = tmp_path / "out.jsonl"
     out.write_text(content)
-    assert main(Sums, None, ["-o", str(out), "--sums", "2"]) == 1
+    assert evaluate(Sums, ["-o", str(out), "--sums", "2"]) == 1
     assert "--overwrite" in capsys.readouterr().err
-    main(Sums, None, ["-o", str(tmp_path / "other.jsonl"), "--sums", "2"])
+    evaluate(Sums, ["-o", str(tmp_path / "other.jsonl"), "--sums", "2"])
     out.with_suffix(".json").write_bytes((tmp_path / "other.json").read_bytes())
-    assert main(Sums, None, ["-o", str(out), "--sums", "2"]) == 1
+    assert evaluate(Sums, ["-o", str(out), "--sums", "2"]) == 1
     assert "does not hold what this run wrote" in capsys.readouterr().err and out.read_text() == content
 
 
@@ -161,7 +160,7 @@ def test_two_runs_do_not_write_one_file(tmp_path, capsys, loaded_once):
 
     out = tmp_path / "out.jsonl"
     with FileLock(f"{out}.lock"):
-        assert main(Sums, None, ["-o", str(out)]) == 1
+        assert evaluate(Sums, ["-o", str(out)]) == 1
     assert "is being written by another run" in capsys.readouterr().err and not out.exists()
 
 
@@ -173,21 +172,21 @@ def test_out_of_memory_goes_on_with_a_smaller_batch(tmp_path, capsys, loaded_onc
             return super().answer(lm, cases)
 
     out, whole = tmp_path / "out.jsonl", tmp_path / "whole.jsonl"
-    assert main(Large, None, ["-o", str(out), "--batch-size", "5"]) == 1
+    assert evaluate(Large, ["-o", str(out), "--batch-size", "5"]) == 1
     assert "allocate 2.00 GiB.\nThe same command with a smaller --batch-size goes on" in capsys.readouterr().err
-    assert main(Sums, None, ["-o", str(out), "--batch-size", "2"]) == 0
-    assert main(Sums, None, ["-o", str(whole), "--batch-size", "2"]) == 0
+    assert evaluate(Sums, ["-o", str(out), "--batch-size", "2"]) == 0
+    assert evaluate(Sums, ["-o", str(whole), "--batch-size", "2"]) == 0
     assert out.read_bytes() == whole.read_bytes()
 
 
 def test_other_choices_have_files_and_words_of_their_own(tmp_path, capsys, loaded_once, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert main(Sums, None, ["--limit", "1"]) == main(Sums, None, ["--sums", "2", "--batch-size", "2"]) == 0
+    assert evaluate(Sums, ["--limit", "1"]) == evaluate(Sums, ["--sums", "2", "--batch-size", "2"]) == 0
     out = capsys.readouterr().out
     assert "With limit 1.\n" in out and "With sums 2.\n" in out
     names = {path.name for path in Path("output_eval").glob("*.md")}
     assert names == {"sums_qwen-tiny-chat_limit-1.md", "sums_qwen-tiny-chat_sums-2.md"}
-    assert main(Sums, None, ["--cpu-only"]) == 0
+    assert evaluate(Sums, ["--cpu-only"]) == 0
     assert "With" not in capsys.readouterr().out and Path("output_eval/sums_qwen-tiny-chat.md").is_file()
 
 
@@ -199,16 +198,16 @@ def test_the_table_tells_of_shots_that_were_left_out(tmp_path, capsys, loaded_on
                 for case in super().cases()
             ]
 
-    assert main(Shots, None, ["-o", str(tmp_path / "out.jsonl"), "--max-seq-len", "40", "--sums", "2"]) == 0
+    assert evaluate(Shots, ["-o", str(tmp_path / "out.jsonl"), "--max-seq-len", "40", "--sums", "2"]) == 0
     said = capsys.readouterr().out
     assert "In 2 of 2 questions worked examples were left out, 4 in all: their prompts were longer than 40" in said
     assert (tmp_path / "out.md").read_text() in said
 
 
 def test_nothing_is_written_before_the_model_is_there(tmp_path, capsys):
-    assert main(Sums, None, ["-c", str(tmp_path / "none"), "-o", str(tmp_path / "out.jsonl")]) == 1
+    assert evaluate(Sums, ["-c", str(tmp_path / "none"), "-o", str(tmp_path / "out.jsonl")]) == 1
     assert "There is no folder" in capsys.readouterr().err and not list(tmp_path.iterdir())
-    assert main(Sums, None, ["-o", str(tmp_path)]) == 1
+    assert evaluate(Sums, ["-o", str(tmp_path)]) == 1
     assert "is a folder: name a file in it" in capsys.readouterr().err
 
 
@@ -217,25 +216,25 @@ def test_names_are_unique(tmp_path, capsys):
         def cases(self):
             return [*super().cases(), super().cases()[1]]
 
-    assert main(Twice, None, ["-o", str(tmp_path / "out.jsonl")]) == 1
+    assert evaluate(Twice, ["-o", str(tmp_path / "out.jsonl")]) == 1
     assert "2 questions by the name '47+38'" in capsys.readouterr().err
 
 
 def test_limit_counts_in_each_group(tmp_path, loaded_once):
     out = tmp_path / "out.jsonl"
-    assert main(Sums, None, ["-o", str(out), "--limit", "2"]) == 0
+    assert evaluate(Sums, ["-o", str(out), "--limit", "2"]) == 0
     assert [record["name"] for record in read_records(out)] == ["12+30", "47+38", "5+6", "60+19"]
 
 
 @pytest.mark.parametrize("option", [["--limit", "0"], ["--batch-size", "-1"], ["--max-seq-len", "x"]])
 def test_numbers_that_make_no_sense(option, capsys):
     with pytest.raises(SystemExit):
-        main(Sums, None, option)
-    assert "a whole number above 0 is needed" in capsys.readouterr().err
+        evaluate(Sums, option)
+    assert "a whole number from 1 on is needed" in capsys.readouterr().err
 
 
 def test_a_base_model_is_no_chat_model(tmp_path, capsys, bundled_base):
-    assert main(Sums, None, ["-c", str(bundled_base), "-o", str(tmp_path / "out.jsonl")]) == 1
+    assert evaluate(Sums, ["-c", str(bundled_base), "-o", str(tmp_path / "out.jsonl")]) == 1
     assert "is no chat model" in capsys.readouterr().err
 
 
@@ -255,7 +254,7 @@ def test_a_killed_process_is_gone_on_with(tmp_path):
     assert 4 < killed.read_bytes().count(b"\n") < 64, "it was killed too late to be of use"
 
     for out in (killed, whole):
-        assert main(long_context.LongContext, None, [*arguments, "-o", str(out)]) == 0
+        assert evaluate(long_context.LongContext, [*arguments, "-o", str(out)]) == 0
     assert killed.read_bytes() == whole.read_bytes()
     assert killed.with_suffix(".md").read_bytes() == whole.with_suffix(".md").read_bytes()
     assert killed.with_suffix(".png").stat().st_size > 1000

@@ -248,12 +248,11 @@ def test_finetuning_takes_a_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_quantization_takes_a_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from qwen.quantization import check
-    from qwen_cli import quantize as run_gptq
+    from qwen_cli import quantize
 
     monkeypatch.delenv(hubs.VARIABLE)
     argv = ["--model_name_or_path", "Qwen/nothing", "--data_path", "data.json", "--hub", "modelscope"]
-    monkeypatch.setattr(sys, "argv", ["run_gptq.py", *argv])
-    assert "nor a model on ModelScope" in complaint(run_gptq.run, run_gptq.parse())
+    assert "nor a model on ModelScope" in complaint(quantize.run, quantize.parse_arguments(argv, None))
     assert check("qwen/Qwen-7B-Chat", tmp_path / "out").model_type == "qwen"
 
 
@@ -266,7 +265,7 @@ def test_merging_takes_a_hub(tmp_path: Path) -> None:
 
 
 def test_evaluation_takes_a_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    from long_context import LongContext
+    from qwen.evaluation.benchmarks.long_context import LongContext
 
     monkeypatch.delenv(hubs.VARIABLE)
     assert run_script(LongContext, tmp_path / "out.jsonl", "-c", "Qwen/nothing", "--hub", "modelscope") == 1

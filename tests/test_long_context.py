@@ -4,13 +4,12 @@ import json
 import math
 from pathlib import Path
 
-import long_context
-import needle
 import pytest
 import torch
+from evaluation_runs import evaluate
 
 from qwen.checkpoint.loading import load_model
-from qwen.evaluation.harness import main
+from qwen.evaluation.benchmarks import long_context, needle
 
 
 @pytest.fixture
@@ -23,7 +22,7 @@ def text(tmp_path) -> Path:
 def test_perplexity_is_that_of_the_model_so_configured(text, tmp_path, capsys, bundled_base):
     out = tmp_path / "out.jsonl"
     arguments = ["--text", str(text), "--lengths", "512", "256", "--tokens", "1024", "--alone", "--cpu-only"]
-    assert main(long_context.LongContext, None, [*arguments, "-o", str(out)]) == 0
+    assert evaluate(long_context.LongContext, [*arguments, "-o", str(out)]) == 0
     table = capsys.readouterr().out.split("\n\n")[0].splitlines()
     assert table[0] == "| qwen-tiny-base | 256 | 512 |"
     rows = {line.split(" | ")[0].strip("| "): line for line in table[2:]}
@@ -67,7 +66,7 @@ def test_lengths_are_the_columns_of_the_published_table(trained, offered, length
 )
 def test_what_cannot_be_measured(text, tmp_path, capsys, monkeypatch, arguments, said):
     monkeypatch.chdir(tmp_path)
-    assert main(long_context.LongContext, None, ["--text", str(text), *arguments]) == 1
+    assert evaluate(long_context.LongContext, ["--text", str(text), *arguments]) == 1
     assert said in capsys.readouterr().err
 
 
@@ -80,7 +79,7 @@ def test_without_the_bundled_text_one_is_asked_for(tmp_path, capsys, monkeypatch
 def test_a_needle_is_found_where_the_toy_can(tmp_path, capsys):
     out = tmp_path / "out.jsonl"
     arguments = ["--lengths", "80", "1024", "--depths", "0", "50", "100", "--cpu-only", "-o", str(out)]
-    assert main(needle.Needle, None, arguments) == 0
+    assert evaluate(needle.Needle, arguments) == 0
     table = capsys.readouterr().out
     found = [json.loads(line) for line in out.read_text().splitlines()]
     assert [(record["length"], record["depth"]) for record in found] == [
@@ -127,7 +126,7 @@ def test_an_adapter_is_measured_as_its_base_would_be(module, tmp_path, bundled_b
     get_peft_model(model, LoraConfig(r=1, target_modules=["c_attn"])).save_pretrained(tmp_path)
     task, arguments = (module.Needle, ["--depths", "50"]) if chat else (module.LongContext, ["--tokens", "64"])
     out = ["-o", str(tmp_path / "out.jsonl")]
-    assert main(task, None, ["-c", str(tmp_path), "--lengths", "64", "--cpu-only", *arguments, *out]) == 0
+    assert evaluate(task, ["-c", str(tmp_path), "--lengths", "64", "--cpu-only", *arguments, *out]) == 0
 
 
 @pytest.mark.parametrize(
@@ -142,11 +141,11 @@ def test_an_adapter_is_measured_as_its_base_would_be(module, tmp_path, bundled_b
 )
 def test_haystacks_that_will_not_do(text, capsys, arguments, said):
     arguments = [str(text) if argument == "TEXT" else argument for argument in arguments]
-    assert main(needle.Needle, None, arguments) == 1
+    assert evaluate(needle.Needle, arguments) == 1
     assert said in capsys.readouterr().err
 
 
 def test_a_depth_is_a_percentage(capsys):
     with pytest.raises(SystemExit):
-        main(needle.Needle, None, ["--depths", "110"])
+        evaluate(needle.Needle, ["--depths", "110"])
     assert "a depth is a number from 0 to 100" in capsys.readouterr().err

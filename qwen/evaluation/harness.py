@@ -1,8 +1,8 @@
-"""Runs a benchmark: arguments, batches, progress, results on disk, and where it stopped, on from there.
+"""Runs a benchmark: batches, progress, results on disk, and resuming an interrupted run.
 
-Revolves around `Run`, the files of one run: OUT.jsonl with a record a case, written batch by batch; OUT.json with the
-settings, and at the end the summary, which OUT.md has as a table. A run that was interrupted goes on behind the last
-whole batch, so that it comes to the same as one that was not. Knows no benchmark; what one is stands in task.py.
+`Run` is the files of one run: OUT.jsonl with a record a case, written batch by batch; OUT.json with the settings, and
+at the end the summary, which OUT.md has as a table. A run that was interrupted continues behind the last whole batch,
+so its results are the same as those of an uninterrupted run. What a benchmark is stands in task.py.
 """
 
 import argparse
@@ -19,16 +19,13 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import torch
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 from transformers import set_seed
 
 from ..checkpoint.bundled import BUNDLED_BASE, BUNDLED_CHAT
 from ..checkpoint.checkpoint import resolve
-from ..checkpoint.hub import HUBS
 from ..checkpoint.loading import load_model_quietly
-from ..sandbox import SandboxUnavailable
 from .data_files import DataError
 from .language_model import LanguageModel
 from .task import Case, Score, Task
@@ -37,72 +34,6 @@ from .task import Case, Score, Task
 # batches, which may have to be smaller where memory was short.
 _FREE = ("sample_output_file", "overwrite", "debug", "checkpoint_path", "hub")
 _MAY_CHANGE = ("batch_size",)
-
-
-def main(task_class: type[Task], description: str | None, arguments: Sequence[str] | None = None) -> int:
-    """A script of eval/: evaluate a checkpoint on a benchmark and print the table; returns the exit status.
-
-    Args:
-        description: the script's docstring.
-        arguments: in place of the command line.
-    """
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser, task_class)
-    task_class.add_arguments(parser)
-    options = parser.parse_args(arguments)
-    chosen = {name: value for name, value in vars(options).items() if value != parser.get_default(name)}
-    try:
-        return _evaluate(task_class(options), options, variant(chosen))
-    except (OSError, ValueError, SandboxUnavailable) as error:
-        print(error, file=sys.stderr)
-        return 1
-    except torch.OutOfMemoryError as error:
-        print(
-            f"{str(error).splitlines()[0]}\nThe same command with a smaller --batch-size goes on from here.",
-            file=sys.stderr,
-        )
-        return 1
-    except ModuleNotFoundError as error:
-        print(f"{error}: pip install -r requirements_eval.txt -c constraints.txt", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("Stopped. The same command goes on from here.", file=sys.stderr)
-        return 130
-
-
-def add_arguments(parser: argparse.ArgumentParser, task_class: type[Task]) -> None:
-    """What all benchmarks take."""
-    toy = BUNDLED_CHAT if task_class.chat else BUNDLED_BASE
-    parser.add_argument(
-        "-c", "--checkpoint-path", metavar="NAME", help=f"a folder or a hub id (default: the bundled toy, {toy.name})"
-    )
-    parser.add_argument("--hub", choices=HUBS, help="hub to download from (default: $QWEN_HUB, or huggingface)")
-    parser.add_argument("-s", "--seed", type=int, default=1234, help="random seed (default: %(default)s)")
-    parser.add_argument(
-        "-o",
-        "--sample-output-file",
-        type=Path,
-        metavar="OUT.jsonl",
-        help=f"a record a question; the summary goes beside it (default: output_eval/{task_class.name}_MODEL.jsonl, "
-        "with what else is chosen in the name)",
-    )
-    parser.add_argument("--overwrite", action="store_true", help="start anew where there are results already")
-    parser.add_argument(
-        "--batch-size",
-        type=at_least_1,
-        default=task_class.batch_size,
-        help="questions at a time (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--max-seq-len",
-        type=at_least_1,
-        default=task_class.max_seq_len,
-        help="longest prompt in tokens; worked examples that do not fit are left out "
-        f"(default: {task_class.max_seq_len or 'what the model is offered for'})",
-    )
-    parser.add_argument("--limit", type=at_least_1, metavar="N", help="only the first N questions of each group")
-    parser.add_argument("--cpu-only", action="store_true", help="run on the CPU even if there is a GPU")
-    parser.add_argument("--debug", action="store_true", help="show every prompt, answer and verdict")
 
 
 def at_least_1(text: str) -> int:
@@ -124,14 +55,26 @@ def variant(chosen: dict[str, Any]) -> list[str]:
     return words
 
 
-def _evaluate(task: Task, options: argparse.Namespace, variant: list[str]) -> int:
+def evaluate(task_class: type[Task], options: argparse.Namespace, chosen: dict[str, Any]) -> None:
+    """Evaluate a checkpoint on a benchmark and print the table.
+
+    Args:
+        options: the arguments that all benchmarks take, and those of the task.
+        chosen: the options that differ from their defaults.
+
+    Raises:
+        OSError: the checkpoint cannot be used, or results cannot be written.
+        ValueError: the data or the options cannot be used; DataError is one.
+        SandboxUnavailable: the benchmark runs code, and there is no sandbox.
+    """
+    task, words = task_class(options), variant(chosen)
     checkpoint = resolve(options.checkpoint_path or (BUNDLED_CHAT if task.chat else BUNDLED_BASE))
     if Path(checkpoint).is_dir():
         checkpoint = str(Path(checkpoint).resolve())  # it also has a name where it was given as "."
     cases = limited(task.cases(), options.limit)
-    stem = re.sub(r"[^\w.-]+", "-", "_".join([task.name, Path(checkpoint).name, *variant]))[:120]
+    stem = re.sub(r"[^\w.-]+", "-", "_".join([task.name, Path(checkpoint).name, *words]))[:120]
     output = options.sample_output_file or Path("output_eval", f"{stem}.jsonl")
-    with Run(output, settings(task, checkpoint, cases, options), variant, options.overwrite) as run:
+    with Run(output, settings(task, checkpoint, cases, options), words, options.overwrite) as run:
         done = run.resume(cases, options.batch_size)
         if done:
             what = "going on from there" if done < len(cases) else "nothing is asked again without --overwrite"
@@ -150,7 +93,6 @@ def _evaluate(task: Task, options: argparse.Namespace, variant: list[str]) -> in
             print(sentence, file=sys.stderr)
     print(table)
     print(f"Every answer: {run.records_file}, the summary: {run.table_file}", file=sys.stderr)
-    return 0
 
 
 def limited(cases: Sequence[Case], limit: int | None) -> list[Case]:

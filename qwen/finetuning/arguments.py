@@ -136,7 +136,7 @@ def parse(argv: list[str]) -> tuple[Arguments, list[str]]:
     """
     try:
         argv, notes = modernized(argv)
-        parser = _Parser((ModelArguments, DataArguments, LoraArguments, TrainingArguments), allow_abbrev=False)
+        parser = make_parser()
         words, unknown = parser.parse_known_args(argv)
         if unknown:
             raise ArgumentError(_unknown(unknown[0], parser))
@@ -174,18 +174,23 @@ def parse(argv: list[str]) -> tuple[Arguments, list[str]]:
     return arguments, notes
 
 
+def make_parser() -> HfArgumentParser:
+    """The parser of all arguments, ours and transformers'."""
+    return _Parser((ModelArguments, DataArguments, LoraArguments, TrainingArguments), allow_abbrev=False)
+
+
 class _Parser(HfArgumentParser):
     """One that raises instead of printing two hundred options and ending the process."""
 
     def error(self, message: str) -> None:
-        raise ArgumentError(f"{message[0].upper()}{message[1:]}. `python finetune.py --help` lists all arguments.")
+        raise ArgumentError(f"{message[0].upper()}{message[1:]}. `--help-all` lists all arguments.")
 
 
 def _unknown(word: str, parser: HfArgumentParser) -> str:
     known = [option for action in parser._actions for option in action.option_strings]
     near = difflib.get_close_matches(word.partition("=")[0], [name for name in known if "-" not in name[2:]], n=3)
     return f"There is no argument {word}." + (
-        f" Did you mean {' or '.join(near)}?" if near else " `python finetune.py --help` lists all."
+        f" Did you mean {' or '.join(near)}?" if near else " `--help-all` lists all."
     )
 
 

@@ -1,6 +1,6 @@
 """BIG-Bench Hard, 3-shot with chains of thought, for base models.
 
-    python eval/evaluate_bbh.py -c Qwen/Qwen-7B -d data/BIG-Bench-Hard
+    qwen eval bbh -c Qwen/Qwen-7B -d data/BIG-Bench-Hard
 
 The folder is that of the authors (Suzgun et al. 2022, arXiv:2210.09261), with bbh/TASK.json and the worked examples in
 cot-prompts/TASK.txt. An answer is right if what follows "the answer is" equals the target.

@@ -1,7 +1,7 @@
 """C-Eval, 5-shot: multiple-choice questions of 52 subjects in Chinese, for base models.
 
-    python eval/evaluate_ceval.py -c Qwen/Qwen-7B -d data/ceval
-    python eval/evaluate_ceval.py -c Qwen/Qwen-7B -d data/ceval --split test
+    qwen eval ceval -c Qwen/Qwen-7B -d data/ceval
+    qwen eval ceval -c Qwen/Qwen-7B -d data/ceval --split test
 
 The answer is the most probable of the tokens "A" "B" "C" "D"; averages are those of the subjects, 8 of which are the
 hard ones. The answers of the test split are not published: with it, a file to submit to C-Eval is written.

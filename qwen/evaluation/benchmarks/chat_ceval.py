@@ -1,7 +1,7 @@
 """C-Eval, 0-shot, for chat models: multiple-choice questions of 52 subjects in Chinese, a user turn each.
 
-    python eval/evaluate_chat_ceval.py -c Qwen/Qwen-7B-Chat -d data/ceval --batch-size 8
-    python eval/evaluate_chat_ceval.py -c Qwen/Qwen-7B-Chat -d data/ceval --subjects law,physician --use-fewshot
+    qwen eval chat_ceval -c Qwen/Qwen-7B-Chat -d data/ceval --batch-size 8
+    qwen eval chat_ceval -c Qwen/Qwen-7B-Chat -d data/ceval --subjects law,physician --use-fewshot
 
 The letter is read from the greedy reply. Averages are those of the subjects, 8 of which are the hard ones. Asked are
 the questions of the val split, as the answers of the test split are not published.

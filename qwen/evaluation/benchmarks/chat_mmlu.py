@@ -1,7 +1,7 @@
 """MMLU, 0-shot, for chat models: multiple-choice questions of 57 subjects in English, a user turn each.
 
-    python eval/evaluate_chat_mmlu.py -c Qwen/Qwen-7B-Chat -d data/mmlu --batch-size 8
-    python eval/evaluate_chat_mmlu.py -c Qwen/Qwen-7B-Chat -d data/mmlu --subjects anatomy,virology --use-fewshot
+    qwen eval chat_mmlu -c Qwen/Qwen-7B-Chat -d data/mmlu --batch-size 8
+    qwen eval chat_mmlu -c Qwen/Qwen-7B-Chat -d data/mmlu --subjects anatomy,virology --use-fewshot
 
 The letter is read from the greedy reply; the average is that of all questions.
 """

@@ -1,7 +1,7 @@
 """CMMLU, 5-shot: multiple-choice questions of 67 subjects in Chinese, for base models.
 
-    python eval/evaluate_cmmlu.py -c Qwen/Qwen-7B -d data/cmmlu
-    python eval/evaluate_cmmlu.py -c Qwen/Qwen-7B -d data/cmmlu --subjects agronomy,chinese_history --limit 20
+    qwen eval cmmlu -c Qwen/Qwen-7B -d data/cmmlu
+    qwen eval cmmlu -c Qwen/Qwen-7B -d data/cmmlu --subjects agronomy,chinese_history --limit 20
 
 The answer is the most probable of the tokens "A" "B" "C" "D"; averages are those of the subjects.
 """

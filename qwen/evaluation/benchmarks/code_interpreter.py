@@ -1,6 +1,6 @@
 """The code interpreter benchmark of Qwen-Agent: questions that a chat model answers by running Python.
 
-    python eval/evaluate_code_interpreter.py -c Qwen/Qwen-7B-Chat -f data/eval_code_interpreter_v1.jsonl \\
+    qwen eval code_interpreter -c Qwen/Qwen-7B-Chat -f data/eval_code_interpreter_v1.jsonl \\
         --gsm8k data/gsm8k/test.jsonl
 
 Files that the questions speak of lie in upload_file_clean beside the questions. What is counted: of mathematics, which

@@ -1,7 +1,7 @@
 """GSM8K, 8-shot: word problems solved step by step, for base models.
 
-    python eval/evaluate_gsm8k.py -c Qwen/Qwen-7B -f data/gsm8k/test.jsonl --batch-size 8
-    python eval/evaluate_gsm8k.py -c Qwen/Qwen-7B -f data/gsm8k_saved_by_datasets
+    qwen eval gsm8k -c Qwen/Qwen-7B -f data/gsm8k/test.jsonl --batch-size 8
+    qwen eval gsm8k -c Qwen/Qwen-7B -f data/gsm8k_saved_by_datasets
 
 The worked examples are drawn from the train split, train.jsonl beside the file, by the seed; which ones stands in every
 record. The last number that the model writes is compared with the right one.

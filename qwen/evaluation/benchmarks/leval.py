@@ -1,7 +1,7 @@
 """L-Eval, closed-ended tasks (An et al. 2023, arXiv 2307.11088): questions about long documents, for chat models.
 
-    python eval/evaluate_leval.py -c Qwen/Qwen-72B-Chat -d data/leval
-    python eval/evaluate_leval.py -c Qwen/Qwen-7B-Chat -d data/leval --tasks quality,tpo --max-seq-len 8192
+    qwen eval leval -c Qwen/Qwen-72B-Chat -d data/leval
+    qwen eval leval -c Qwen/Qwen-7B-Chat -d data/leval --tasks quality,tpo --max-seq-len 8192
 
 The folder holds coursera.jsonl, gsm100.jsonl, quality.jsonl, tpo.jsonl, codeU.jsonl and sci_fi.jsonl as they are
 published: lines of "input" (the document), "instructions" and "outputs". Prompt and reply together have --max-seq-len

@@ -1,6 +1,6 @@
 """MATH, 4-shot: competition problems, for base models.
 
-    python eval/evaluate_math.py -c Qwen/Qwen-7B -d data/MATH
+    qwen eval math -c Qwen/Qwen-7B -d data/MATH
 
 The prompt is that of Minerva (Lewkowycz et al. 2022, arXiv:2206.14858), as lm-evaluation-harness writes it, and its
 four worked examples are looked up in the train split; where they are not in it, others are drawn by the seed. Which

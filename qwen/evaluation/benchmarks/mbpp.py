@@ -1,6 +1,6 @@
 """MBPP, 3-shot: short functions written from a sentence and three assertions, for base models.
 
-    python eval/evaluate_mbpp.py -c Qwen/Qwen-7B -f mbpp.jsonl
+    qwen eval mbpp -c Qwen/Qwen-7B -f mbpp.jsonl
 
 The prompt of the paper (Austin et al. 2021, arXiv:2108.07732), as lm-evaluation-harness writes it: the problems 2, 3
 and 4 are the worked examples, 11 to 510 the test. Greedy, pass@1; the programs run in the sandbox.

@@ -1,7 +1,7 @@
 """MMLU, 5-shot: multiple-choice questions of 57 subjects in English, for base models.
 
-    python eval/evaluate_mmlu.py -c Qwen/Qwen-7B -d data/mmlu
-    python eval/evaluate_mmlu.py -c Qwen/Qwen-7B -d data/mmlu --subjects anatomy,virology --limit 20
+    qwen eval mmlu -c Qwen/Qwen-7B -d data/mmlu
+    qwen eval mmlu -c Qwen/Qwen-7B -d data/mmlu --subjects anatomy,virology --limit 20
 
 The answer is the most probable of the tokens " A" " B" " C" " D"; the average is that of all questions.
 """

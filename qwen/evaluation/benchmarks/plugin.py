@@ -1,7 +1,7 @@
 """Tool use: does a chat model call the right tool, with the right arguments, and none where none is needed?
 
-    python eval/evaluate_plugin.py -c Qwen/Qwen-7B-Chat -d data/plugin --eval-react-positive --eval-react-negative
-    python eval/evaluate_plugin.py -c Qwen/Qwen-7B-Chat --eval-hfagent --eval-hfagent-filename tasks.jsonl
+    qwen eval plugin -c Qwen/Qwen-7B-Chat -d data/plugin --eval-react-positive --eval-react-negative
+    qwen eval plugin -c Qwen/Qwen-7B-Chat --eval-hfagent --eval-hfagent-filename tasks.jsonl
 
 ReAct files are JSON lines of "prompt" (a whole ReAct prompt, sent as one user turn), "response" (what a good model
 writes) and "query". In the positive one each response calls a tool; in the negative one the prompts offer tools that

@@ -1,0 +1,165 @@
+"""Perplexity by length: how far a model reads, plain and with what carries it beyond its trained length.
+
+    qwen eval long_context                                        # the bundled base model, minutes
+    qwen eval long_context -c Qwen/Qwen-7B --text arxiv/          # the published table's columns
+
+The text is cut into windows of each length, one behind the other, and each is read on its own: exp of the mean token
+loss. Every row of the table adds a technique: dynamic NTK, LogN attention, window attention. Without --text the sources
+of Python's standard library that the bundled model has not seen are read.
+"""
+
+import argparse
+import hashlib
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ...checkpoint.loading import BUNDLED_BASE, check_checkpoint, load_config, load_tokenizer, resolve
+from ..data_files import DataError
+from ..harness import at_least_1
+from ..language_model import LanguageModel
+from ..task import Case, Score, Task, by_group, mean
+from ..texts import read_texts
+
+SWITCHES = {"dynamic_ntk": "use_dynamic_ntk", "logn": "use_logn_attn", "window_attn": "use_window_attn"}
+TOGETHER = ((), ("dynamic_ntk",), ("dynamic_ntk", "logn"), ("dynamic_ntk", "logn", "window_attn"))
+ALONE = (("logn",), ("window_attn",))
+
+
+class LongContext(Task):
+    """A case is a window of the text, read with some of the techniques; its answer is the mean loss of its tokens."""
+
+    name = "long_context"
+    max_seq_len = None
+
+    def __init__(self, arguments: argparse.Namespace):
+        super().__init__(arguments)
+        self.ids: list[int] = []
+
+    @classmethod
+    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--text", nargs="+", type=Path, metavar="PATH", help="files, or folders of *.txt and *.md")
+        parser.add_argument(
+            "--lengths",
+            nargs="+",
+            type=at_least_1,
+            metavar="TOKENS",
+            help="default: doubling, from the trained length or 1024 to what the model is offered for",
+        )
+        parser.add_argument(
+            "--tokens", type=at_least_1, default=32768, help="of the text, read at each length (default: %(default)s)"
+        )
+        parser.add_argument("--alone", action="store_true", help="also LogN and windows without the others")
+
+    def cases(self) -> list[Case]:
+        checkpoint = resolve(self.arguments.checkpoint_path or BUNDLED_BASE)
+        check_checkpoint(checkpoint)
+        config = load_config(checkpoint)
+        lengths = sorted(set(self.arguments.lengths or doubling(config.seq_length, config.max_position_embeddings)))
+        if lengths[0] < 2:
+            raise DataError("A length of 1 has no token to predict: name lengths of 2 and more.")
+        text = self.text()
+        encoded = load_tokenizer(checkpoint).encode(text, allowed_special=(), verbose=False)
+        needed = max(lengths[-1], self.arguments.tokens)
+        if len(encoded) < needed:
+            raise DataError(
+                f"The text has {len(encoded)} tokens, and {needed} are needed for --tokens {self.arguments.tokens} "
+                f"and --lengths {' '.join(map(str, lengths))}: give more with --text, or lower these."
+            )
+        self.ids = encoded[:needed]
+        read = {"text": hashlib.sha256(text.encode()).hexdigest()}
+        techniques = TOGETHER + (ALONE if self.arguments.alone else ())
+        return [
+            Case(
+                name=f"{row_name(used)} {length} {start}",
+                prompt="",
+                gold=None,
+                group=f"{row_name(used)} {length}",
+                data={"used": used, "start": start, "length": length, **read},
+            )
+            for used in techniques
+            for length in lengths
+            for start in range(0, needed - length + 1, length)
+        ]
+
+    def text(self) -> str:
+        """What is read."""
+        if self.arguments.text:
+            return read_texts(self.arguments.text)
+        from checkpoints.recipe.corpus import held_out_text
+
+        return held_out_text()
+
+    def answer(self, lm: LanguageModel, cases: Sequence[Case]) -> list[dict[str, Any]]:
+        answers = []
+        for case in cases:
+            for technique, switch in SWITCHES.items():
+                setattr(lm.model.config, switch, technique in case.data["used"])
+            start = case.data["start"]
+            answers.append({"loss": lm.loss(self.ids[start : start + case.data["length"]])})
+        return answers
+
+    def score(self, case: Case, answer: dict[str, Any]) -> dict[str, Any]:
+        return {"row": row_name(case.data["used"]), "length": case.data["length"]}
+
+    def summary(self, records: Sequence[dict[str, Any]]) -> list[Score]:
+        return [
+            Score(group, math.exp(mean(members, "loss")), len(members), percent=False)
+            for group, members in by_group(records).items()
+        ]
+
+    def table(self, model: str, scores: Sequence[Score]) -> str:
+        curves = curves_of(scores)
+        lengths = sorted({length for curve in curves.values() for length in curve})
+        lines = [f"| {model} | " + " | ".join(map(str, lengths)) + " |", "|---|" + "---:|" * len(lengths)]
+        for row, curve in curves.items():
+            cells = (f"{curve[length]:.2f}" if length in curve else "–" for length in lengths)
+            lines.append(f"| {row} | " + " | ".join(cells) + " |")
+        return "\n".join(lines)
+
+    def finish(self, records: Sequence[dict[str, Any]], output: Path) -> list[str]:
+        picture = output.with_suffix(".png")
+        draw(curves_of(self.summary(records)), picture)
+        return [f"The picture: {picture}"]
+
+
+def row_name(used: Sequence[str]) -> str:
+    return " + ".join(used) or "plain"
+
+
+def doubling(trained: int, offered: int) -> list[int]:
+    """Lengths from the trained one, or 1024 where that is less, to the longest."""
+    lengths = [min(trained, 1024)]
+    while lengths[-1] * 2 <= max(offered, trained):
+        lengths.append(lengths[-1] * 2)
+    return lengths
+
+
+def curves_of(scores: Sequence[Score]) -> dict[str, dict[int, float]]:
+    """The perplexity by length of each row."""
+    curves: dict[str, dict[int, float]] = {}
+    for score in scores:
+        row, length = score.name.rsplit(" ", 1)
+        curves.setdefault(row, {})[int(length)] = score.value
+    return curves
+
+
+def draw(curves: dict[str, dict[int, float]], path: Path) -> None:
+    """Perplexity over length, a line a row."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for row, curve in curves.items():
+        axes.plot(list(curve), list(curve.values()), marker="o", markersize=4, label=row)
+    lengths = sorted({length for curve in curves.values() for length in curve})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(lengths, map(str, lengths))
+    axes.set(xlabel="length (tokens)", ylabel="perplexity")
+    values = [value for curve in curves.values() for value in curve.values()]
+    if max(values) > 4 * min(values):
+        axes.set_yscale("log")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,168 @@
+r"""A needle in a haystack: does a chat model find one sentence, wherever in a long text it stands?
+
+    qwen eval needle --lengths 96 128 256 512 1024                 # the bundled toy, a minute
+    qwen eval needle -c Qwen/Qwen-72B-Chat --haystack essays/ \
+        --needle "The best way to cross the lake is by boat." \
+        --question "What is the best way to cross the lake?" --answer "by boat"
+
+After an idea of Greg Kamradt (https://github.com/gkamradt/LLMTest_NeedleInAHaystack). A case is a text of a length with
+the needle at a depth, and a question behind it; it is right if the reply holds the answer, in capitals or not. The
+picture has depth over length. Without --haystack the text is a list of keys and values, one of which is asked for (Liu
+et al. 2023, https://arxiv.org/abs/2307.03172, section 3).
+"""
+
+import argparse
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ...checkpoint.loading import BUNDLED_CHAT, check_chat, load_config, load_tokenizer, resolve
+from ...model.qwen_generation_utils import DEFAULT_SYSTEM, make_context
+from ..data_files import DataError
+from ..harness import at_least_1
+from ..language_model import LanguageModel
+from ..task import Case, Score, Task, by_group, mean
+from ..texts import read_texts
+
+NEEDLE, QUESTION = "door: 7351;", "What is door?"
+MAX_NEW_TOKENS = 64
+STEPS = 8  # lengths, where none are named
+
+
+class Needle(Task):
+    """A case is a length and a depth; the group is the length."""
+
+    name = "needle"
+    chat = True
+    max_seq_len = None
+
+    @classmethod
+    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        parser.add_argument(
+            "--haystack", nargs="+", type=Path, metavar="PATH", help="files, or folders of *.txt and *.md"
+        )
+        parser.add_argument("--needle", default=NEEDLE, help='default: "%(default)s"')
+        parser.add_argument("--question", default=QUESTION, help='default: "%(default)s"')
+        parser.add_argument("--answer", default="7351", help='what a right reply holds (default: "%(default)s")')
+        parser.add_argument(
+            "--lengths",
+            nargs="+",
+            type=at_least_1,
+            metavar="TOKENS",
+            help=f"of the whole prompt (default: {STEPS} steps to what the model is offered for)",
+        )
+        parser.add_argument(
+            "--depths",
+            nargs="+",
+            type=_percent,
+            default=list(range(0, 101, 10)),
+            metavar="PERCENT",
+            help="default: 0 10 … 100",
+        )
+
+    def cases(self) -> list[Case]:
+        if len({self.arguments.needle == NEEDLE, self.arguments.question == QUESTION}) == 2:
+            raise DataError("A needle has a question and an answer of its own: give --needle, --question and --answer.")
+        checkpoint = resolve(self.arguments.checkpoint_path or BUNDLED_CHAT)
+        check_chat(checkpoint)
+        config, tokenizer = load_config(checkpoint), load_tokenizer(checkpoint)
+        offered = max(config.max_position_embeddings, config.seq_length) - MAX_NEW_TOKENS
+        lengths = self.arguments.lengths or [offered * step // STEPS for step in range(1, STEPS + 1)]
+        if max(lengths) > offered:
+            raise DataError(
+                f"The model takes prompts of up to {offered} tokens, with room to answer; {max(lengths)} are too many."
+            )
+        text = self.text(max(lengths))
+        if self.arguments.answer.casefold() in text.casefold():
+            raise DataError(
+                f"The haystack holds {self.arguments.answer!r} already: choose another --needle and --answer."
+            )
+        question = f"\n\n{self.arguments.question}"
+        around = len(make_context(tokenizer, f" {self.arguments.needle} {question}", system=DEFAULT_SYSTEM)[1])
+        hay = tokenizer.encode(text, allowed_special=(), verbose=False)
+        if len(hay) < max(lengths) - around:
+            raise DataError(
+                f"The haystack has {len(hay)} tokens, and {max(lengths)} are needed: give more with --haystack."
+            )
+        cases = []
+        for length in sorted(set(lengths)):
+            if length <= around:
+                raise DataError(
+                    f"A length of {length} tokens has no room for the needle and the question, which take {around}."
+                )
+            taken = tokenizer.decode(hay[: length - around])
+            taken = taken[: _gap(taken, 1.0)]
+            for depth in sorted(set(self.arguments.depths)):
+                place = _gap(taken, depth / 100)
+                told = f"{taken[:place].rstrip()} {self.arguments.needle} {taken[place:].lstrip()}".strip()
+                name = f"{length} {depth:g}%"
+                data = {"length": length, "depth": depth}
+                cases.append(Case(name, told + question, self.arguments.answer, group=str(length), data=data))
+        return cases
+
+    def text(self, tokens: int) -> str:
+        """The haystack, of at least so many tokens where it is made here."""
+        if self.arguments.haystack:
+            return read_texts(self.arguments.haystack)
+        from checkpoints.recipe.conversations.copying import word
+
+        draw = random.Random(self.arguments.seed)
+        pairs = (f"{word(draw, 'en')}: {word(draw, 'en')}" for _ in range(tokens // 4))  # each has at least 4
+        return "; ".join(pair for pair in pairs if self.arguments.answer not in pair)
+
+    def answer(self, lm: LanguageModel, cases: Sequence[Case]) -> list[dict[str, Any]]:
+        return [{"reply": reply} for reply in lm.reply(cases, max_new_tokens=MAX_NEW_TOKENS)]
+
+    def score(self, case: Case, answer: dict[str, Any]) -> dict[str, Any]:
+        return {"correct": case.gold.casefold() in answer["reply"].casefold(), **case.data}
+
+    def summary(self, records: Sequence[dict[str, Any]]) -> list[Score]:
+        groups = by_group(records)
+        lines = [Score(f"{length} tokens", mean(members), len(members)) for length, members in groups.items()]
+        return [Score("found", mean(records), len(records)), *lines]
+
+    def finish(self, records: Sequence[dict[str, Any]], output: Path) -> list[str]:
+        picture = output.with_suffix(".png")
+        draw(records, picture)
+        return [f"The picture: {picture}"]
+
+
+def _percent(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1
+    if not 0 <= value <= 100:
+        raise argparse.ArgumentTypeError(f"a depth is a number from 0 to 100, not {text!r}")
+    return value
+
+
+def _gap(text: str, share: float) -> int:
+    """The place in the text that is nearest to this share of it and between two lines, sentences or entries; just this
+    share where none is near."""
+    aim = round(share * len(text))
+    gaps = [0]
+    for end in ("\n", ". ", "; ", "。"):
+        before, after = text.rfind(end, 0, aim), text.find(end, aim)
+        gaps += [place + len(end) for place in (before, after) if place >= 0]
+    nearest = min(gaps, key=lambda place: abs(place - aim))
+    return nearest if abs(nearest - aim) <= len(text) / 4 else aim
+
+
+def draw(records: Sequence[dict[str, Any]], path: Path) -> None:
+    """Depth over length: green where the needle was found, red where not."""
+    from matplotlib.figure import Figure
+
+    lengths = sorted({record["length"] for record in records})
+    depths = sorted({record["depth"] for record in records})
+    found = {(record["depth"], record["length"]): float(record["correct"]) for record in records}
+    figure = Figure(figsize=(1.8 + 0.6 * len(lengths), 1.4 + 0.3 * len(depths)), layout="constrained")
+    axes = figure.subplots()
+    grid = [[found.get((depth, length), float("nan")) for length in lengths] for depth in depths]
+    axes.pcolormesh(grid, cmap="RdYlGn", vmin=0, vmax=1, edgecolors="white", linewidth=1)
+    axes.set_xticks([index + 0.5 for index in range(len(lengths))], map(str, lengths), rotation=45)
+    axes.set_yticks([index + 0.5 for index in range(len(depths))], [f"{depth:g}%" for depth in depths])
+    axes.invert_yaxis()
+    axes.set(xlabel="length (tokens)", ylabel="depth of the needle")
+    figure.savefig(path, dpi=120)

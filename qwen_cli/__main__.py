@@ -1,0 +1,79 @@
+"""The command `qwen`: `qwen COMMAND [arguments]`, also as `python -m qwen_cli`."""
+
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from .console import say
+
+# The command, its module in this package, and what it does.
+COMMANDS = {
+    "chat": ("chat", "chat with a model in the terminal"),
+    "web": ("web", "chat with a model in the browser"),
+    "serve": ("serve", "serve a model over HTTP, in the dialect of OpenAI's API"),
+    "finetune": ("finetune", "fine-tune a model on conversations: all weights, LoRA or Q-LoRA"),
+    "quantize": ("quantize", "quantize a model to 4 or 8 bits (GPTQ)"),
+    "merge": ("merge", "merge a LoRA adapter into its base model"),
+    "export": ("export", "write a model in a format that other engines read"),
+    "eval": ("evaluate", "evaluate a model on a benchmark"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Carry out a command; returns the exit status."""
+    name, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    if name in ("-h", "--help"):
+        print(usage())
+        return 0
+    if name == "--version":
+        print(f"qwen {version()}")
+        return 0
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"Did you mean `qwen {near[0]}`?" if near else "`qwen --help` lists all."
+        say(f"There is no {'option' if name.startswith('-') else 'command'} {name}. {hint}")
+        return 2
+    try:
+        return importlib.import_module(f"qwen_cli.{COMMANDS[name][0]}").main(rest, prog=f"qwen {name}")
+    except KeyboardInterrupt:  # before the command could deal with it
+        return 130
+
+
+def usage() -> str:
+    """The text of `qwen --help`."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {what}" for name, (_, what) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: qwen COMMAND [arguments]",
+            "",
+            "First-generation Qwen language models on transformers 5.",
+            "",
+            *lines,
+            "",
+            "`qwen COMMAND --help` lists the arguments of a command, `qwen --version` prints the version.",
+        ]
+    )
+
+
+def version() -> str:
+    """The version of this package: of a clone from its pyproject.toml, else of the installed distribution."""
+    import importlib.metadata
+    import tomllib
+
+    folder = Path(__file__).resolve().parents[1]
+    try:
+        project = tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))
+        return project["project"]["version"]
+    except (OSError, ValueError, KeyError):  # installed, or not built with this pyproject.toml
+        pass
+    for distribution in importlib.metadata.distributions(path=[str(folder)]):
+        if "qwen_cli" in (distribution.read_text("top_level.txt") or "").split():
+            return distribution.version
+    return "(of an unknown version)"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,199 @@
+"""A conversation in the terminal, and the commands that change it.
+
+Replies and what commands show go to standard output, everything else (banner, notes, complaints) to standard error:
+after `echo "hi" | qwen chat > reply.txt` the file contains the reply alone.
+"""
+
+import argparse
+import contextlib
+import copy
+import difflib
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
+
+from ..arguments import seed as seed_number
+from .settings import changed_settings, parse_settings
+from .terminal import Terminal
+
+HELP = '''\
+Type a question and press Enter. A pasted text of several lines is one question; to type one, put """ before and after.
+Ctrl-C stops an answer (what has been said stays in the conversation); at the prompt it leaves.
+
+  :help, :h                 this text
+  :exit, :quit, :q          leave (so do Ctrl-D and Ctrl-C at the prompt)
+  :clear, :cl               clear the screen
+  :clear-his, :clh          forget the conversation
+  :history, :his            show the conversation
+  :seed                     show the random seed
+  :seed N                   set it; the same seed and conversation give the same answer
+  :conf                     show the generation settings
+  :conf KEY=VALUE ...       change some, for example  :conf top_p=0.9 do_sample=true;  null unsets one
+  :reset-conf               back to the settings of the checkpoint
+'''
+
+
+@contextlib.contextmanager
+def interrupted_once() -> Iterator[None]:
+    """Inside, the first Ctrl-C raises KeyboardInterrupt and more of them do nothing, so that cleaning up can finish."""
+
+    def first(signum: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, first)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+class Session:
+    """A conversation with one model, and the commands that steer it."""
+
+    def __init__(self, model: Any, tokenizer: Any, terminal: Terminal, system: str, seed: int) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.terminal = terminal
+        self.system = system
+        self.seed = seed
+        self.history: list[tuple[str, str]] = []
+        self.checkpoint_config = copy.deepcopy(model.generation_config)
+
+    def run(self) -> None:
+        """Read and answer until the person leaves."""
+        while True:
+            try:
+                text = self.terminal.read().rstrip("\r\n")
+            except (EOFError, KeyboardInterrupt):
+                break
+            if text.startswith(":") and "\n" not in text:
+                if not self.command(text):
+                    return
+            elif text.strip():
+                self.answer(text)
+        if self.terminal.interactive:
+            print()  # the shell's prompt should not follow ours on the line
+
+    def answer(self, query: str) -> None:
+        """Print the reply while it comes and add the turn to the history, also when Ctrl-C cuts the reply short."""
+        import torch
+
+        reply, shown, stopped = "", 0, False
+        with interrupted_once():
+            try:
+                torch.manual_seed(self.seed)
+                if self.terminal.interactive:
+                    print(self.terminal.paint("Qwen> ", "1;36"), end="", flush=True)
+                replies = self.model.chat_stream(self.tokenizer, query, history=self.history, system=self.system)
+                with contextlib.closing(replies):  # closing it stops the computation
+                    for reply in replies:
+                        print(reply[shown:], end="", flush=True)
+                        shown = len(reply)
+            except KeyboardInterrupt:
+                stopped = True
+            except BrokenPipeError:
+                raise
+            except Exception as error:
+                if self.terminal.interactive or reply:
+                    print()
+                self.terminal.complain(_explain(error))
+                if not reply:
+                    return
+                stopped = True
+            # Where it was stopped, what `shown` does not count may be on the screen already.
+            print("" if stopped else reply[shown:], flush=True)
+            if reply or not stopped:
+                self.history = [*self.history, (query, reply)]
+        if stopped and reply:
+            self.terminal.note("[stopped; the conversation keeps what was said]")
+        elif stopped:
+            self.terminal.note("[stopped before the first word; the conversation is as it was]")
+
+    def command(self, line: str) -> bool:
+        """Carry out a line that starts with a colon; False means to leave."""
+        name, _, argument = line[1:].strip().partition(" ")
+        argument = argument.strip()
+        commands: dict[str, Callable[[str], None]] = {
+            **dict.fromkeys(("help", "h"), self.show_help),
+            **dict.fromkeys(("clear", "cl"), lambda _: self.terminal.clear()),
+            **dict.fromkeys(("clear-his", "clh"), self.forget),
+            **dict.fromkeys(("history", "his"), self.show_history),
+            "seed": self.set_seed,
+            "conf": self.configure,
+            "reset-conf": self.reset,
+        }
+        leaving = ("exit", "quit", "q")
+        if name in leaving:
+            return False
+        if name in commands:
+            if argument and name not in ("seed", "conf"):
+                self.terminal.note(f":{name} takes no argument; {argument!r} is ignored.")
+            commands[name](argument)
+            return True
+        near = difflib.get_close_matches(name, [*commands, *leaving], n=1)
+        self.terminal.complain(
+            f"There is no command :{name}. "
+            + (f"Did you mean :{near[0]}? " if near else "")
+            + ":help lists them all; for a question that starts with a colon, type a space before it."
+        )
+        return True
+
+    def show_help(self, _: str) -> None:
+        """`:help`"""
+        print(HELP, flush=True)
+
+    def forget(self, _: str) -> None:
+        """`:clear-his`"""
+        self.terminal.note(f"Forgot {len(self.history)} turn{'' if len(self.history) == 1 else 's'}.")
+        self.history = []
+
+    def show_history(self, _: str) -> None:
+        """`:history`"""
+        if not self.history:
+            self.terminal.note("Nothing has been said yet.")
+        for number, (query, reply) in enumerate(self.history, 1):
+            print(self.terminal.paint(f"[{number}] User: ", "1;32") + query)
+            print(self.terminal.paint(f"[{number}] Qwen: ", "1;36") + reply, flush=True)
+
+    def set_seed(self, argument: str) -> None:
+        """`:seed` and `:seed N`"""
+        if argument:
+            try:
+                self.seed = seed_number(argument)
+            except argparse.ArgumentTypeError as error:
+                self.terminal.complain(f"{error} The seed stays {self.seed}.")
+                return
+        print(f"seed = {self.seed}", flush=True)
+
+    def configure(self, argument: str) -> None:
+        """`:conf` and `:conf key=value …`; all of the changes are made or, when one is refused, none."""
+        if argument:
+            try:
+                self.model.generation_config = changed_settings(self.model.generation_config, parse_settings(argument))
+            except ValueError as error:
+                self.terminal.complain(f"{error} Nothing was changed.")
+                return
+        settings = self.model.generation_config.to_diff_dict()
+        for key in sorted(settings):
+            if key != "transformers_version" and not key.startswith("_"):
+                print(f"{key} = {settings[key]!r}")
+        sys.stdout.flush()
+
+    def reset(self, _: str) -> None:
+        """`:reset-conf`"""
+        self.model.generation_config = copy.deepcopy(self.checkpoint_config)
+        self.configure("")
+
+
+def _explain(error: Exception) -> str:
+    """A sentence for an error of the library; those that are not meant for people are named as such."""
+    if isinstance(error, (ValueError, OSError)) and str(error):
+        return str(error)
+    if "out of memory" in str(error).lower():
+        return (
+            "Out of memory. Shorten the conversation (:clear-his), or lower max_new_tokens (:conf max_new_tokens=256)."
+        )
+    return f"The model failed ({type(error).__name__}: {error}). If a setting is to blame, :reset-conf undoes it."

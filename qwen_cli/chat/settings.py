@@ -1,0 +1,110 @@
+"""Generation settings as a person types them: `:conf top_p=0.9 do_sample=true`."""
+
+import ast
+import copy
+import difflib
+import re
+from collections.abc import Callable
+from typing import Any
+
+Range = tuple[str, Callable[[Any], bool]]
+
+
+def _whole(least: int) -> Range:
+    return f"a whole number from {least} on", lambda v: type(v) is int and v >= least
+
+
+def _number(text: str, inside: Callable[[float], bool]) -> Range:
+    return text, lambda v: type(v) in (int, float) and inside(v)
+
+
+SWITCH: Range = ("true or false", lambda v: type(v) is bool)
+SHARE: Range = _number("a number above 0 and up to 1", lambda v: 0 < v <= 1)
+
+# What transformers checks only while it generates, if at all; a wrong value should be refused where it is typed.
+RANGES: dict[str, Range] = {
+    "do_sample": SWITCH,
+    "use_cache": SWITCH,
+    "temperature": _number(
+        "a number above 0 (for greedy decoding set do_sample=false)", lambda v: 0 < v < float("inf")
+    ),
+    "top_k": _whole(0),
+    "top_p": SHARE,
+    "typical_p": SHARE,
+    "min_p": _number("a number from 0 to 1", lambda v: 0 <= v <= 1),
+    "repetition_penalty": _number("a number above 0", lambda v: 0 < v < float("inf")),
+    "no_repeat_ngram_size": _whole(0),
+    "max_new_tokens": _whole(1),
+    "min_new_tokens": _whole(0),
+    "max_length": _whole(1),
+    "min_length": _whole(0),
+    "max_time": _number("a number of seconds above 0", lambda v: v > 0),
+    "max_window_size": _whole(1),
+    "num_beams": ("1: beam search ends before it knows its first word, so it cannot stream", lambda v: v == 1),
+    "num_return_sequences": ("1", lambda v: v == 1),
+    "eos_token_id": ("a token id or a list of them", lambda v: _is_ids(v) or _is_ids([v])),
+    "pad_token_id": _whole(0),
+    "stop_words_ids": (
+        "a list of lists of token ids, such as [[198]]",
+        lambda v: isinstance(v, list) and all(_is_ids(x) for x in v),
+    ),
+    "chat_format": ("chatml", lambda v: v == "chatml"),
+}
+QWEN_KEYS = {"chat_format", "max_window_size", "stop_words_ids"}
+# Fields of GenerationConfig that hold objects, or change what generate() returns: nothing that a line of text can set.
+NOT_SETTABLE = {"compile_config", "watermarking_config", "transformers_version", "return_dict_in_generate"}
+
+
+def _is_ids(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(x) is int and x >= 0 for x in value)
+
+
+def parse_settings(text: str) -> dict[str, Any]:
+    """Read "top_p=0.9 do_sample=true" into a dict: values are Python or JSON literals, else strings. No code is run.
+
+    Raises:
+        ValueError: something in the text is not KEY=VALUE.
+    """
+    before, *pairs = re.split(r"(?:^|\s)([A-Za-z_]\w*)\s*=\s*", text.strip())
+    if before or not pairs:
+        raise ValueError(f"{before or text!r} is not KEY=VALUE. Write it like  :conf top_p=0.9 do_sample=true")
+    settings = {}
+    for key, value in zip(pairs[::2], pairs[1::2], strict=True):
+        if not value.strip():
+            raise ValueError(f"{key} needs a value after the =; to unset it write {key}=null.")
+        settings[key] = _literal(value.strip())
+    return settings
+
+
+def _literal(text: str) -> Any:
+    named = {"true": True, "false": False, "null": None, "none": None}
+    if text.lower() in named:
+        return named[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return text
+
+
+def changed_settings(config: Any, settings: dict[str, Any]) -> Any:
+    """A copy of a GenerationConfig with some fields changed; the original stays as it is.
+
+    Raises:
+        ValueError: an unknown field or a value that it cannot take, said in a sentence.
+    """
+    known = {key for key in config.to_dict() if not key.startswith("_")} | QWEN_KEYS
+    known -= NOT_SETTABLE | {key for key in known if key.startswith("output_")}
+    config = copy.deepcopy(config)
+    for key, value in settings.items():
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            raise ValueError(f"There is no setting {key!r}. " + (f"Did you mean {near[0]}?" if near else "See :conf."))
+        allowed, inside = RANGES.get(key, ("", lambda v: True))
+        if value is not None and not inside(value):
+            raise ValueError(f"{key} must be {allowed}, not {value!r}.")
+        setattr(config, key, value)
+    try:
+        config.validate()
+    except (ValueError, TypeError, AttributeError) as error:  # the last two: comparing a number with a string
+        raise ValueError(f"transformers refuses this setting: {error}") from error
+    return config
