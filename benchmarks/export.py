@@ -7,6 +7,7 @@ runs in a process of its own; its memory is what that process has at most, less 
 the largest file of weights. Then both networks read the same 64 tokens, in float32. Prints a Markdown table; the exit
 status is 1 where a memory is not below two files, or the logits differ by more than 1e-4 of the largest.
 """
+# ruff: noqa: E402
 
 import argparse
 import json
@@ -19,7 +20,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import qwen.quiet  # noqa: F401, I001  before transformers, of which it keeps back the chatter
+from qwen_cli.console import quiet_imports
+
+quiet_imports()  # before transformers is imported
 
 import torch
 from memory import resident
@@ -29,8 +32,8 @@ from transformers import Qwen2ForCausalLM
 
 from qwen import QWenLMHeadModel
 from qwen.checkpoint.files import weight_files
-from qwen.export import export_gguf, export_qwen2
 from qwen.checkpoint.loading import BUNDLED_CHAT
+from qwen.export import export_gguf, export_qwen2
 from qwen.quiet import quiet_loading
 
 

@@ -8,6 +8,7 @@ activation checkpointing, as in the published tables. Every cell is a process of
 own: what CUDA reserved, or on the CPU the largest resident size. Times are medians over the steps after the first.
 Prints Markdown tables.
 """
+# ruff: noqa: E402
 
 import argparse
 import contextlib
@@ -24,7 +25,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-import qwen.quiet  # noqa: F401, I001  before transformers, of which it keeps back the chatter
+from qwen_cli.console import quiet_imports
+
+quiet_imports()  # before transformers is imported
 
 import torch
 from memory import peak

@@ -17,6 +17,7 @@ Engines: "this"; "Qwen2", the same float weights in transformers' Qwen2ForCausal
 llama-cpp-python and gguf are installed, with the same float weights or, in as many bits, its own Q8_0 and Q4_0.
 What does not fit into the free memory is not tried. Ctrl-C ends the table. GB are 10^9 bytes.
 """
+# ruff: noqa: E402
 
 import argparse
 import functools
@@ -37,7 +38,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import qwen.quiet  # noqa: F401, I001  before transformers, of which it keeps back the chatter
+from qwen_cli.console import quiet_imports
+
+quiet_imports()  # before transformers is imported
 
 import torch
 from decoding import Decoder, decode_greedily, token_times

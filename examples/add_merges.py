@@ -8,6 +8,7 @@ most frequent pair of neighbouring pieces in all words, again and again (Sennric
 https://arxiv.org/abs/1508.07909); what comes of it ranks behind all tokens that are there. What to do with it then,
 examples/vocabulary_expansion.md shows.
 """
+# ruff: noqa: E402
 
 import argparse
 import heapq
@@ -22,6 +23,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # qwen, where it is not installed
+
+from qwen_cli.console import quiet_imports
+
+quiet_imports()  # before transformers is imported
 
 import regex
 

@@ -8,6 +8,7 @@
 The conversation between model and sandbox is in qwen/tools/code_interpreter.py; examples/react_demo.py does the same
 with bare text. What the sandbox protects against, and what not, stands in qwen/sandbox/__init__.py.
 """
+# ruff: noqa: E402
 
 import argparse
 import sys
@@ -17,7 +18,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # qwen, where it is not installed
 
-from qwen.checkpoint.hub import add_hub_argument
+from qwen_cli.arguments import add_checkpoint_argument, add_cpu_only_argument, add_hub_argument
+from qwen_cli.console import explain_errors, how_to_install, quiet_imports, say
+
+quiet_imports()  # before transformers is imported
+
 from qwen.checkpoint.loading import load_model_quietly
 from qwen.sandbox import Limits, Sandbox, SandboxUnavailable
 from qwen.sandbox.arguments import add_sandbox_arguments
@@ -56,11 +61,9 @@ def main() -> int:
     """Returns the exit status: 0, or 1 where the sandbox or the model is not to be had."""
     parser = argparse.ArgumentParser(description="Ask a model that may run Python in a sandbox.")
     parser.add_argument("questions", nargs="*", metavar="QUESTION", help="without one, they are read from the terminal")
-    parser.add_argument(
-        "-c", "--checkpoint-path", metavar="NAME", help="a folder or a hub id (default: the bundled toy)"
-    )
+    add_checkpoint_argument(parser)
     add_hub_argument(parser)
-    parser.add_argument("--cpu-only", action="store_true", help="run on the CPU even if there is a GPU")
+    add_cpu_only_argument(parser)
     parser.add_argument(
         "--folder",
         type=Path,
@@ -69,27 +72,27 @@ def main() -> int:
     add_sandbox_arguments(parser, seconds=30.0)
     arguments = parser.parse_args()
     limits = Limits(wall_seconds=arguments.seconds, output_bytes=OUTPUT_BYTES)
-    try:
-        with Sandbox(arguments.folder, limits=limits, allow_weaker=arguments.allow_weaker_sandbox) as sandbox:
-            sandbox.start()  # no use in loading a model if this fails
-            for sentence in sandbox.missing:
-                print(f"The sandbox is weaker than it should be. {sentence}", file=sys.stderr)
-            model, tokenizer = load_model_quietly(
-                arguments.checkpoint_path, chat=True, cpu_only=arguments.cpu_only, hub=arguments.hub
-            )
-            messages: list[dict] = []
-            for question in _questions(arguments.questions):
-                messages.append({"role": "user", "content": question})
-                print(f"{answer(model, tokenizer, sandbox, messages)}\n", flush=True)
-    except SandboxUnavailable as error:
-        print(f"{error} (--allow-weaker-sandbox)", file=sys.stderr)
-        return 1
-    except (OSError, ValueError) as error:
-        print(error, file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    with explain_errors(install=how_to_install(None, "chat")) as ending:
+        try:
+            converse(arguments, limits)
+        except SandboxUnavailable as error:
+            raise OSError(f"{error} (--allow-weaker-sandbox)") from error
+    return ending.status
+
+
+def converse(arguments: argparse.Namespace, limits: Limits) -> None:
+    """Answer the questions."""
+    with Sandbox(arguments.folder, limits=limits, allow_weaker=arguments.allow_weaker_sandbox) as sandbox:
+        sandbox.start()  # no use in loading a model if this fails
+        for sentence in sandbox.missing:
+            say(f"The sandbox is weaker than it should be. {sentence}")
+        model, tokenizer = load_model_quietly(
+            arguments.checkpoint_path, chat=True, cpu_only=arguments.cpu_only, hub=arguments.hub
+        )
+        messages: list[dict] = []
+        for question in _questions(arguments.questions):
+            messages.append({"role": "user", "content": question})
+            print(f"{answer(model, tokenizer, sandbox, messages)}\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ Revolves around one assistant turn that grows: the model thinks, names a tool an
 "Observation:"; we run the tool and write its result there; the model goes on from it, until its final answer. No server
 and no agent library takes part. How the prompt comes about, examples/react_prompt.md shows.
 """
+# ruff: noqa: E402
 
 import argparse
 import json
@@ -21,9 +22,13 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # qwen, where it is not installed
 
+from qwen_cli.arguments import add_checkpoint_argument, add_cpu_only_argument, add_hub_argument
+from qwen_cli.console import explain_errors, how_to_install, quiet_imports
+
+quiet_imports()  # before transformers is imported
+
 import torch
 
-from qwen.checkpoint.hub import add_hub_argument
 from qwen.checkpoint.loading import load_model_quietly
 from qwen.model.qwen_generation_utils import DEFAULT_SYSTEM, make_context
 from qwen.tools import STOP_WORD, extend_stop_words, observation_text, parse_response, tool_prompt
@@ -130,14 +135,12 @@ def main() -> int:
     """Returns the exit status: 0, or 1 where the model cannot be loaded or the conversation is too long."""
     parser = argparse.ArgumentParser(description="The ReAct loop by hand, with a clock and random numbers as tools.")
     parser.add_argument("questions", nargs="*", metavar="QUESTION", default=["What time is it in Tokyo?"])
-    parser.add_argument(
-        "-c", "--checkpoint-path", metavar="NAME", help="a folder or a hub id (default: the bundled toy)"
-    )
+    add_checkpoint_argument(parser)
     add_hub_argument(parser)
-    parser.add_argument("--cpu-only", action="store_true", help="run on the CPU even if there is a GPU")
+    add_cpu_only_argument(parser)
     arguments = parser.parse_args()
 
-    try:
+    with explain_errors(install=how_to_install(None, "chat")) as ending:
         model, tokenizer = load_model_quietly(
             arguments.checkpoint_path, chat=True, cpu_only=arguments.cpu_only, hub=arguments.hub
         )
@@ -145,12 +148,7 @@ def main() -> int:
             print(f"Question: {question}")
             final = answer(model, tokenizer, question, DESCRIPTIONS, lambda text: print(text, end="", flush=True))
             print(f"\n=> {final}\n")
-    except (OSError, ValueError) as error:
-        print(error, file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return ending.status
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ else, so that no text in a message becomes a control token. vLLM knows these mod
 checkpoint is exported on first use. How the network is computed and shared out among GPUs is vLLM's affair, and how to
 serve a model to others is told in docs/deployment.md.
 """
+# ruff: noqa: E402
 
 import argparse
 import contextlib
@@ -29,12 +30,16 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # qwen, where it is not installed
 
+from qwen_cli.arguments import add_checkpoint_argument, add_hub_argument, add_seed_argument
+from qwen_cli.console import explain_errors, quiet_imports
+
+quiet_imports()  # before transformers is imported
+
 from filelock import FileLock
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
 from qwen import Checkpoint, CheckpointError, QWenTokenizer
 from qwen.checkpoint.files import VOCABULARY, check_vocabulary, read_json
-from qwen.checkpoint.hub import HUBS
 from qwen.export import export_qwen2
 from qwen.export.source import open_source
 from qwen.model.qwen_generation_utils import (
@@ -276,8 +281,8 @@ def check_vllm() -> None:
     """Raise ImportError where there is no vLLM, before anything is exported for it."""
     if importlib.util.find_spec("vllm") is None:
         raise ImportError(
-            "vLLM is not installed: `pip install vllm`, and then `pip install -r requirements.txt` once more, for vLLM "
-            "may bring an older transformers."
+            "vLLM is not installed: `pip install vllm`, and then `pip install -e .` once more, for vLLM may bring an "
+            "older transformers."
         )
 
 
@@ -386,15 +391,10 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Chat with a first-generation Qwen model that vLLM runs. Ctrl-D or Ctrl-C leaves."
     )
-    parser.add_argument(
-        "-c",
-        "--checkpoint-path",
-        metavar="NAME",
-        help="a folder or a hub id; or a folder that export.py has written (default: the bundled toy)",
-    )
-    parser.add_argument("--hub", choices=HUBS, help="hub to download from (default: $QWEN_HUB, or huggingface)")
+    add_checkpoint_argument(parser, "the small bundled model; a folder that export.py has written will do as well")
+    add_hub_argument(parser)
     parser.add_argument("--system", metavar="TEXT", default=DEFAULT_SYSTEM, help="system prompt (default: %(default)r)")
-    parser.add_argument("-s", "--seed", type=int, default=1234, help="random seed (default: %(default)s)")
+    add_seed_argument(parser)
     parser.add_argument(
         "--max-length", type=int, metavar="N", help="export for prompts of N tokens, beyond the trained length"
     )
@@ -416,14 +416,9 @@ def main() -> int:
     name, system, seed = arguments.pop("checkpoint_path"), arguments.pop("system"), arguments.pop("seed")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
-    try:
+    with explain_errors(errors=(ImportError, OSError, ValueError)) as ending:
         conversation(vLLMWrapper(name, **arguments), system, {"seed": seed})
-    except (ImportError, OSError, ValueError) as error:
-        print(error, file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:  # vLLM's processes have heard it too
-        return 130
-    return 0
+    return ending.status
 
 
 if __name__ == "__main__":
