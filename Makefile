@@ -22,7 +22,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 .PHONY: help chat web serve finetune quantize evaluate export test lint format clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 chat: $(VENV)/.ready  ## talk to a model (ARGS="-c Qwen/Qwen-7B-Chat" for a real one)
 	@$(BIN)/python cli_demo.py $(ARGS)
@@ -54,59 +54,34 @@ evaluate: $(VENV)/.ready-eval  ## perplexity by length (EVAL=mmlu ARGS="-c MODEL
 export: $(VENV)/.ready-export  ## write a model for other engines (ARGS="-c Qwen/Qwen-7B-Chat -o qwen-7b-chat.gguf")
 	@$(BIN)/python export.py $(or $(ARGS),--overwrite)
 
-test: $(VENV)/.ready-dev  ## lint and run all tests
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+test: lint  ## check style and walls, and run all tests
 	$(BIN)/python -m pytest -rs $(ARGS)
 
-lint: $(VENV)/.ready-dev  ## check style only
+lint: $(VENV)/.ready-test  ## check style, and which package imports which
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo
 
-format: $(VENV)/.ready-dev  ## mend style
+format: $(VENV)/.ready-test  ## mend style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:  ## remove the environment
 	rm -rf $(VENV)
 
-# A stamp is written last, so an install that failed or was interrupted is taken up again by the next make.
-$(VENV)/.ready: requirements.txt constraints.txt
+# Installs this folder as it is: a change of the code needs no new install. A stamp is written last, so an install that
+# failed or was interrupted is taken up again by the next make.
+$(VENV)/.ready: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: install it, or name it with make PYTHON=..." >&2; exit 1; }
 	@echo "Making the Python environment in $(VENV), which takes a minute or two ..."
 	@$(PYTHON) -m venv $(VENV)
-	@$(INSTALL) --requirement requirements.txt
+	@$(INSTALL) --editable .
 	@touch $@
 
-$(VENV)/.ready-web: $(VENV)/.ready requirements_web_demo.txt
-	@$(INSTALL) --requirement requirements_web_demo.txt
+# .ready-web, .ready-serve and so on: the extra of that name beside what is there.
+$(VENV)/.ready-%: $(VENV)/.ready
+	@$(INSTALL) --editable ".[$(or $(EXTRAS),$*)]"
 	@touch $@
 
-$(VENV)/.ready-serve: $(VENV)/.ready requirements_openai_api.txt
-	@$(INSTALL) --requirement requirements_openai_api.txt
-	@touch $@
-
-$(VENV)/.ready-eval: $(VENV)/.ready requirements_eval.txt
-	@$(INSTALL) --requirement requirements_eval.txt
-	@touch $@
-
-$(VENV)/.ready-export: $(VENV)/.ready requirements_export.txt
-	@$(INSTALL) --requirement requirements_export.txt
-	@touch $@
-
-$(VENV)/.ready-modelscope: $(VENV)/.ready requirements_modelscope.txt
-	@$(INSTALL) --requirement requirements_modelscope.txt
-	@touch $@
-
-$(VENV)/.ready-gptq: $(VENV)/.ready requirements_gptq.txt
-	@$(INSTALL) --requirement requirements_gptq.txt
-	@touch $@
-
-$(VENV)/.ready-finetune: $(VENV)/.ready requirements_finetune.txt requirements_gptq.txt
-	@$(INSTALL) --requirement requirements_finetune.txt
-	@touch $@
-
-READY := $(VENV)/.ready $(addprefix $(VENV)/.ready-,web serve finetune gptq eval export modelscope)
-$(VENV)/.ready-dev: $(READY) requirements_dev.txt
-	@$(INSTALL) --requirement requirements_dev.txt
-	@touch $@
+# Several processes, and the Int4 checkpoints that Q-LoRA starts from.
+$(VENV)/.ready-finetune: EXTRAS = finetune,deepspeed,gptq

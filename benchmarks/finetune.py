@@ -22,10 +22,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-from qwen_cli.console import quiet_imports
+try:
+    from qwen_cli.console import quiet_imports
+except ModuleNotFoundError as error:
+    sys.exit(f"{error}. In the folder of the repository: pip install -e .")
 
 quiet_imports()  # before transformers is imported
 

@@ -36,9 +36,10 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from qwen_cli.console import quiet_imports
+try:
+    from qwen_cli.console import quiet_imports
+except ModuleNotFoundError as error:
+    sys.exit(f"{error}. In the folder of the repository: pip install -e .")
 
 quiet_imports()  # before transformers is imported
 

@@ -28,9 +28,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+try:
+    import qwen  # noqa: F401
+except ModuleNotFoundError as error:
+    sys.exit(f"{error}. In the folder of the repository: pip install -e .")
 
 import torch
 from memory import resident

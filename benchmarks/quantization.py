@@ -1,6 +1,6 @@
 """What quantization costs in right answers.
 
-    python benchmarks/quantization.py
+    python -m benchmarks.quantization
 
 Scores the bundled chat model on its held-out questions: with GPTQ weights of 8 and 4 bits, made here from the
 calibration data of the bundled 4-bit checkpoint, and with the 8-bit key/value cache. Prints a Markdown table. What it
@@ -12,10 +12,13 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-from checkpoints.recipe.evaluate import all_cases, answer, score
+try:
+    from checkpoints.recipe.evaluate import all_cases, answer, score
+except ModuleNotFoundError as error:
+    sys.exit(f"{error}. In the folder of the repository: pip install -e . && python -m benchmarks.quantization")
+
 from qwen.checkpoint.loading import BUNDLED_CHAT, load_model_quietly, load_tokenizer
 from qwen.data.conversation_file import ConversationFile
 from qwen.quantization import calibration_samples, quantize

@@ -23,7 +23,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+try:
+    import qwen  # noqa: F401
+except ModuleNotFoundError as error:
+    sys.exit(f"{error}. In the folder of the repository: pip install -e .")
 
 from qwen.checkpoint.loading import load_tokenizer
 

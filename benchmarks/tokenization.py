@@ -17,7 +17,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+try:
+    import qwen  # noqa: F401
+except ModuleNotFoundError as error:
+    sys.exit(f"{error}. In the folder of the repository: pip install -e .")
 
 from qwen.model.tokenization_qwen import QWenTokenizer
 

@@ -22,7 +22,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # qwen, where it is not installed
+try:
+    import qwen  # noqa: F401
+except ModuleNotFoundError as error:
+    sys.exit(f"{error}. In the folder of the repository: pip install -e .")
 
 from qwen_cli.console import quiet_imports
 

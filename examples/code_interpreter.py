@@ -16,7 +16,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # qwen, where it is not installed
+try:
+    import qwen  # noqa: F401
+except ModuleNotFoundError as error:
+    sys.exit(f"{error}. In the folder of the repository: pip install -e .")
 
 from qwen_cli.arguments import add_checkpoint_argument, add_cpu_only_argument, add_hub_argument
 from qwen_cli.console import explain_errors, how_to_install, quiet_imports, say

@@ -28,7 +28,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # qwen, where it is not installed
+try:
+    import qwen  # noqa: F401
+except ModuleNotFoundError as error:
+    sys.exit(f"{error}. In the folder of the repository: pip install -e .")
 
 from qwen_cli.arguments import add_checkpoint_argument, add_hub_argument, add_seed_argument
 from qwen_cli.console import explain_errors, quiet_imports

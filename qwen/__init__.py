@@ -7,6 +7,7 @@ with this code, whatever code lies beside its weights. It changes nothing else i
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from ._moved import old_paths
+from ._version import __version__
 from .checkpoint.checkpoint import Checkpoint
 from .checkpoint.files import CheckpointError
 from .checkpoint.loading import load_model
@@ -37,6 +38,7 @@ __all__ = [
     "QWenLMHeadModel",
     "QWenModel",
     "QWenTokenizer",
+    "__version__",
     "decode_tokens",
     "get_stop_words_ids",
     "load_model",

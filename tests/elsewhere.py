@@ -32,6 +32,8 @@ def run(script: str, arguments: list[str], output: str, errors: str) -> int:
 def main() -> None:
     """Run what is asked for until nobody asks any more."""
     sys.path[0] = ""  # not this file's folder
+    # What `pip install --editable` puts here finds the package; without it, it is not installed.
+    sys.meta_path[:] = [finder for finder in sys.meta_path if not finder.__module__.startswith("__editable__")]
     assert importlib.util.find_spec("qwen") is None, "this needs an environment without the package"
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationMixin  # noqa: F401  they take seconds
 

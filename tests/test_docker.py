@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tarfile
 import threading
+import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,8 @@ from typing import Any
 import pytest
 import yaml
 from conftest import ROOT
-from documents import Document
+from documents import Document, repository_files
+from reader_machine import copy_of_the_repository
 
 DOCKER = ROOT / "docker"
 DOCKERFILE = (DOCKER / "Dockerfile").read_text(encoding="utf-8")
@@ -433,7 +435,7 @@ def test_nobody_gets_the_socket_of_docker() -> None:
 
 def tool(name: str) -> Path:
     path = Path(sys.executable).with_name(name)
-    assert path.is_file(), f"{name} is missing: pip install -r requirements_dev.txt -c constraints.txt"
+    assert path.is_file(), f"{name} is missing: pip install -e '.[test]' -c constraints.txt"
     return path
 
 
@@ -452,10 +454,12 @@ def test_the_files_of_the_dockerfile_are_there() -> None:
     for sources in re.findall(r"^COPY ((?:[^-\s]\S* )+)\S+$", DOCKERFILE, re.MULTILINE):
         for source in sources.split():
             assert source == "." or list(ROOT.glob(source)), source
-    named = re.findall(r"-r (requirements\w*\.txt)", DOCKERFILE)
-    assert len(named) > 5
-    for name in [*named, *re.findall(r"/data/shared/Qwen/(docker/\S+?)\"", DOCKERFILE)]:
+    for name in re.findall(r"/data/shared/Qwen/(docker/\S+?)\"", DOCKERFILE):
         assert (ROOT / name).is_file(), name
+    (named,) = re.findall(r"extras=(\w\S+)", DOCKERFILE)
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    on_demand, in_finetune = "eval", "peft"
+    assert set(named.split(",")) == extras.keys() - {on_demand, in_finetune, "test"}
 
 
 def test_the_image_does_not_run_as_root() -> None:
@@ -469,20 +473,28 @@ def test_the_dockerfile_speaks_of_one_python() -> None:
 
 
 @needs_client
-def test_a_build_is_given_what_it_needs_and_no_more(engine: Callable[[str], list[bytes]]) -> None:
-    done = run(["docker", "build", "-f", DOCKER / "Dockerfile", "-t", "qwen:cuda", "."], DOCKER_BUILDKIT="0")
+def test_a_build_is_given_what_it_needs_and_no_more(engine: Callable[[str], list[bytes]], tmp_path: Path) -> None:
+    # BuildKit, which is not here, takes Dockerfile.dockerignore beside the Dockerfile; the old builder .dockerignore.
+    context = tmp_path / "context"
+    copy_of_the_repository(context)
+    for unwanted in ("qwen/__pycache__/a.pyc", "checkpoints/.work/log", "docker/.env", ".venv/bin/python"):
+        (context / unwanted).parent.mkdir(parents=True, exist_ok=True)
+        (context / unwanted).touch()
+    (context / "docker" / "Dockerfile.dockerignore").rename(context / ".dockerignore")
+    build = ["docker", "build", "-f", context / "docker" / "Dockerfile", "-t", "qwen:cuda", context]
+    done = run(build, DOCKER_BUILDKIT="0")
     assert done.returncode == 0, done.stderr
     (body,) = engine("/build")
     with tarfile.open(fileobj=io.BytesIO(body)) as archive:
         names = {member.name for member in archive if member.isfile()}
     needed = {"constraints.txt", "docker/entrypoint.sh", "docker/health.py", "finetune/ds_config_zero2.json"}
-    needed |= {file.name for file in [*ROOT.glob("*.py"), *ROOT.glob("requirements*.txt")]} - {"requirements_dev.txt"}
-    needed |= {str(file.relative_to(ROOT)) for file in (ROOT / "qwen").rglob("*.py")}
+    needed |= {"pyproject.toml", "README.md", "LICENSE", *(file.name for file in ROOT.glob("*.py"))}
+    needed |= {name for name in repository_files() if name.startswith(("qwen/", "qwen_cli/"))}
     needed |= {"checkpoints/qwen-tiny-chat/config.json", "examples/identity.json"}
     assert needed <= names
-    folders = ("qwen/", "finetune/", "eval/", "examples/", "benchmarks/", "checkpoints/", "docker/")
+    folders = ("qwen/", "qwen_cli/", "finetune/", "eval/", "examples/", "benchmarks/", "checkpoints/", "docker/")
     beside = {name for name in names - needed if not name.startswith(folders)}
-    assert beside <= {"LICENSE", "Dockerfile", ".dockerignore"}
+    assert beside <= {"Dockerfile", ".dockerignore"}
     for unwanted in ("__pycache__", "checkpoints/.work", "checkpoints/recipe", "docker/.env"):
         assert not [name for name in names if unwanted in name]
 

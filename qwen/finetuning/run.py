@@ -14,6 +14,7 @@ from pathlib import Path
 
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, set_seed
+from transformers.integrations import is_tensorboard_available
 
 from ..checkpoint.adapters import ADAPTER_CONFIG, is_adapter
 from ..data.conversation_file import ConversationFile, DataFileError
@@ -26,6 +27,8 @@ from .distributed import failing_together, is_main_process
 from .loss_curve import draw
 from .model import load_for_training
 from .trainer import SupervisedTrainer
+
+LOSS_CURVE = "loss.png"
 
 
 @dataclass
@@ -106,8 +109,8 @@ def finetune(arguments: Arguments) -> Outcome:
         if eval_file is not None:
             metrics |= _last_evaluation(trainer) or trainer.evaluate()
             trainer.save_state()
-    if is_main_process():
-        draw(trainer.state.log_history, Path(training.output_dir) / "loss.png")
+    if is_main_process() and _is_installed("matplotlib"):
+        draw(trainer.state.log_history, Path(training.output_dir) / LOSS_CURVE)
     return Outcome(Path(training.output_dir), interrupts.interrupted, metrics)
 
 
@@ -152,13 +155,27 @@ def _note_cut_samples(lengths: Sequence[int], most: int) -> None:
 
 
 def _check_packages(training: TrainingArguments) -> None:
-    needed = ["matplotlib", *(["peft"] if training.use_lora else [])]
-    needed += [name for name in training.report_to if name in ("tensorboard", "wandb")]
-    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
+    """Refuse to train without a package that is needed. Without one that only draws the loss, say what is not drawn."""
+    needed = [*(["peft"] if training.use_lora else []), *(["wandb"] if "wandb" in training.report_to else [])]
+    if missing := [name for name in needed if not _is_installed(name)]:
         raise ArgumentError(
-            f"Training like this needs packages that are missing: `pip install {' '.join(missing)}`. "
-            "requirements_finetune.txt names all; --report_to none logs to none."
+            f"Training like this needs packages that are missing: `pip install {' '.join(missing)}`. The extra "
+            "`finetune` names all but wandb; --report_to none logs to none."
         )
+    if "tensorboard" in training.report_to and not is_tensorboard_available():
+        training.report_to.remove("tensorboard")
+        _say("The loss is not logged for TensorBoard, which is not installed: `pip install tensorboard`.")
+    if not _is_installed("matplotlib"):
+        _say(f"{LOSS_CURVE} is not drawn, since matplotlib is not installed: `pip install matplotlib`.")
+
+
+def _is_installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def _say(line: str) -> None:
+    if is_main_process():
+        print(line, file=sys.stderr)
 
 
 def _prepare(folder: Path, use_lora: bool) -> None:
