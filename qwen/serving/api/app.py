@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import os
 import time
 from collections.abc import AsyncIterator, Callable
@@ -19,22 +20,23 @@ import torch
 from anyio import to_thread
 from fastapi import APIRouter, FastAPI
 from fastapi.routing import APIRoute
-from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic_core import from_json, to_json
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ..engine import Engine
+from ..engine import Engine, grammar
 from ..engine.grammar import ConstraintFactory
-from . import chat, completions, errors
+from . import chat, completions, errors, metrics
 from .errors import ApiError, invalid, shutting_down
 from .generation import Envelope, Generation, Plan, at_once, stream
 from .metrics import Metrics, MetricsMiddleware
 from .middleware import Authentication, BodyLimit
 from .requests import ChatCompletionRequest, CompletionRequest, SamplingFields
 from .responses import ChatCompletion, Completion, ErrorResponse, Health, Model, ModelList
+
+logger = logging.getLogger(__name__)
 
 HEALTH = "/health"
 SERVER_SENT_EVENT = {  # as OpenAPI 3.2 describes one, section 4.14.4
@@ -83,7 +85,7 @@ class Service:
 
     def __init__(self, engine: Engine, settings: Settings):
         self.engine, self.settings = engine, settings
-        self.metrics = Metrics(engine)
+        self.metrics = Metrics(engine) if metrics.available() else None
         self.constraints = ConstraintFactory(engine.tokenizer, engine.model.config.vocab_size)
         self.draining = False
         name = engine.model.name_or_path
@@ -157,17 +159,27 @@ class JsonRoute(APIRoute):
 def create_app(engine: Engine, settings: Settings | None = None) -> FastAPI:
     """An app that serves an engine, which it closes when it is shut down.
 
-    Its `state.service` is the Service, whose `drain` whoever runs the app may call before that.
+    Its `state.service` is the Service, whose `drain` whoever runs the app may call before that. What the app does
+    without, since a package is not installed, is logged.
     """
     settings = settings or Settings()
     service = Service(engine, settings)
+    if service.metrics is None:
+        logger.warning("There is no /metrics without prometheus-client: `pip install prometheus-client` brings it.")
+    if not grammar.available():
+        logger.warning(
+            "Replies are not held to a format (response_format, tool_choice, strict) without llguidance: `pip install "
+            "llguidance` brings it."
+        )
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
         await to_thread.run_sync(service.drain, settings.drain_seconds)
 
-    middleware = [Middleware(MetricsMiddleware, metrics=service.metrics)]
+    middleware = []
+    if service.metrics is not None:
+        middleware.append(Middleware(MetricsMiddleware, metrics=service.metrics))
     if settings.cors_origins:
         arguments = {"allow_origins": settings.cors_origins, "allow_methods": ["GET", "POST"], "allow_headers": ["*"]}
         middleware.append(Middleware(CORSMiddleware, **arguments))
@@ -246,12 +258,15 @@ def _routes(service: Service) -> APIRouter:
         status = service.status
         return Response(to_json({"status": status}), 200 if status == "ready" else 503, media_type="application/json")
 
-    @router.get(
-        "/metrics", tags=["operation"], response_class=Response, responses={200: {"content": {"text/plain": {}}}}
-    )
-    async def metrics() -> Response:
-        """For Prometheus."""
-        return Response(service.metrics.render(), headers={"Content-Type": CONTENT_TYPE_LATEST})
+    if (counted := service.metrics) is not None:
+
+        @router.get(
+            "/metrics", tags=["operation"], response_class=Response, responses={200: {"content": {"text/plain": {}}}}
+        )
+        async def prometheus() -> Response:
+            """For Prometheus."""
+            text, media_type = counted.render()
+            return Response(text, headers={"Content-Type": media_type})
 
     return router
 

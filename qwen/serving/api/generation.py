@@ -183,7 +183,7 @@ class Generation:
         ApiError: the engine refuses one of them; none is generated then.
     """
 
-    def __init__(self, engine: Engine, plan: Plan, metrics: Metrics):
+    def __init__(self, engine: Engine, plan: Plan, metrics: Metrics | None):
         self.plan, self.metrics = plan, metrics
         self.streams: list[TextStream] = []
         try:
@@ -257,6 +257,8 @@ class Generation:
             stream.cancel()
         if not self.closed:
             self.closed = True
+            if self.metrics is None:
+                return
             seconds = [stream.first_token_seconds for stream in self.streams]
             usage = self.usage
             self.metrics.generated(usage["prompt_tokens"], usage["completion_tokens"], seconds)

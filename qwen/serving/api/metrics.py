@@ -1,7 +1,7 @@
-"""What Prometheus is told: requests, tokens, times, load.
+"""Metrics for Prometheus: requests, tokens, times, load.
 
-Revolves around a registry of its own, so that several apps in one process count apart. The load is read from the
-engine when somebody asks.
+Each app has a registry of its own, so that several apps in one process count apart. The load is read from the engine
+when somebody asks. Without prometheus-client a server runs, and counts nothing.
 """
 
 from __future__ import annotations
@@ -9,20 +9,30 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..engine import Engine
 
+try:
+    import prometheus_client
+    from prometheus_client import Counter, Gauge, Histogram
+except ModuleNotFoundError:
+    prometheus_client = None
+
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 CLIENT_GONE = 499  # nginx's number for a client that left before there was an answer
+
+
+def available() -> bool:
+    """Whether prometheus-client is installed, which `Metrics` needs."""
+    return prometheus_client is not None
 
 
 class Metrics:
     """The counters of one app."""
 
     def __init__(self, engine: Engine):
-        self.registry = CollectorRegistry()
+        self.registry = prometheus_client.CollectorRegistry()
         self.requests = Counter(
             "qwen_requests", "HTTP requests answered", ["endpoint", "status"], registry=self.registry
         )
@@ -56,9 +66,9 @@ class Metrics:
             if seconds is not None:
                 self.first_token.observe(seconds)
 
-    def render(self) -> bytes:
-        """All of it in Prometheus' text format."""
-        return generate_latest(self.registry)
+    def render(self) -> tuple[bytes, str]:
+        """All of it in Prometheus' text format, and the media type of that."""
+        return prometheus_client.generate_latest(self.registry), prometheus_client.CONTENT_TYPE_LATEST
 
 
 class MetricsMiddleware:

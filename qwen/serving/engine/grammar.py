@@ -1,7 +1,7 @@
-"""JSON and tool calls that are valid by construction: which tokens may come next.
+"""Hold replies to a grammar: JSON and tool calls that are valid by construction.
 
-Revolves around grammars, which llguidance turns into masks over the vocabulary. It knows the tokenizer, JSON schemas
-and the words of the ReAct format; nothing of models, of sampling or of HTTP.
+llguidance turns a grammar into masks over the vocabulary, which say what tokens may come next. Without it constraints
+are refused, and everything else works.
 """
 
 from __future__ import annotations
@@ -11,12 +11,16 @@ import threading
 from collections.abc import Sequence
 
 import torch
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer
-from llguidance.tiktoken import lltokenizer_from_encoding
 
 from ...model.tokenization_qwen import QWenTokenizer
 from ...tools import ACTION, ACTION_INPUT, FINAL_ANSWER, MARKERS, STOP_WORD, THOUGHT, Tool, read_tools
 from .sampler import ConstraintError
+
+try:
+    from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+    from llguidance.tiktoken import lltokenizer_from_encoding
+except ModuleNotFoundError:
+    LLMatcher = None
 
 # JSON as the models were taught to write it. No other blanks: a weak model would go on with them for ever.
 _STYLE = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
@@ -29,6 +33,11 @@ _HOLDS_LIST = {"prefixItems", "anyOf", "oneOf", "allOf"}
 _HOLDS_NAMED = {"properties", "patternProperties", "$defs", "definitions"}
 # What else may say which properties an object has.
 _MORE_PROPERTIES = {"additionalProperties", "patternProperties", "minProperties", "$ref", "anyOf", "oneOf"}
+
+
+def available() -> bool:
+    """Whether llguidance is installed, which constraints need."""
+    return LLMatcher is not None
 
 
 class GrammarConstraint:
@@ -90,8 +99,9 @@ class ConstraintFactory:
 
         Raises:
             ValueError: a schema that is too large, unsatisfiable, refers to the network, or uses what llguidance does
-                not support; says which.
+                not support; says which. Or llguidance is not installed.
         """
+        _require_llguidance()
         return self._enforced(schema, "The schema")[1]
 
     def tool_call(
@@ -113,8 +123,10 @@ class ConstraintFactory:
             continues: the reply goes on right after "Thought:".
 
         Raises:
-            ValueError: no such tool, one that cannot be called, or a schema as in `json_schema`; says which.
+            ValueError: no such tool, one that cannot be called, or a schema as in `json_schema`; says which. Or
+                llguidance is not installed.
         """
+        _require_llguidance()
         tools = read_tools(functions)
         if unknown := set(names or ()) - {tool.name for tool in tools}:
             raise ValueError(
@@ -181,6 +193,14 @@ class ConstraintFactory:
                     eos_token=[self._tokenizer.im_end_id, self._tokenizer.eod_id],
                 )
             return self._built
+
+
+def _require_llguidance() -> None:
+    if not available():
+        raise ValueError(
+            "A reply that is held to a format (response_format, a required tool call, strict) needs a package that is "
+            "not installed where the model runs: `pip install llguidance`, or the extra `serve`. Ask without one."
+        )
 
 
 def _prepared(schema: object, close: bool) -> object:
