@@ -23,7 +23,7 @@ from markdown_it.token import Token
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = (
     *("README.md", "FAQ.md", "tokenization_note.md"),
-    *("docs/deployment.md", "docs/docker.md", "docs/house.md", "docs/openai_api.md", "docs/web_demo.md"),
+    *("docs/architecture.md", "docs/deployment.md", "docs/docker.md", "docs/openai_api.md", "docs/web_demo.md"),
 )
 """The files whose blocks are run. Their translations have the same blocks."""
 APART = {"README.md": ("", "quantization", "fine-tuning")}

@@ -1,18 +1,18 @@
 """Translations say what the English page says: same sections, code, links, pictures and numbers, in the same places."""
 
+import posixpath
 import re
 from collections import Counter
 from functools import cache
-from urllib.parse import unquote
+from urllib.parse import unquote, urlsplit
 
 import pytest
-from conftest import ROOT
 from documents import Document
 
 FAMILIES = {
-    "README.md": ["README_CN.md", "README_JA.md", "README_FR.md", "README_ES.md"],
-    "FAQ.md": ["FAQ_zh.md", "FAQ_ja.md"],
-    "tokenization_note.md": ["tokenization_note_zh.md", "tokenization_note_ja.md"],
+    "README.md": ["docs/zh/README.md", "docs/ja/README.md", "docs/fr/README.md", "docs/es/README.md"],
+    "FAQ.md": ["docs/zh/FAQ.md", "docs/ja/FAQ.md"],
+    "tokenization_note.md": ["docs/zh/tokenization_note.md", "docs/ja/tokenization_note.md"],
 }
 ENGLISH = {name: english for english, others in FAMILIES.items() for name in [english, *others]}
 TRANSLATIONS = [(name, english) for english, others in FAMILIES.items() for name in others]
@@ -24,14 +24,16 @@ def document(page: str) -> Document:
 
 
 def where(page: str, target: str) -> str:
-    """A link without its language: of pages that are translated, the English name, and the number of the heading."""
-    path, _, anchor = target.partition("#")
-    name = path or page
-    if name not in ENGLISH or not (ROOT / name).is_file():
+    """A link from the root of the repository, without its language: the English page, the number of the heading."""
+    parts = urlsplit(target)
+    if parts.scheme:
         return target
+    name = posixpath.normpath(posixpath.join(posixpath.dirname(page), parts.path)) if parts.path else page
+    anchor = unquote(parts.fragment)
+    if name not in ENGLISH:
+        return f"{name}#{anchor}"
     anchors = [heading.anchor for heading in document(name).headings]
-    heading = f"#{anchors.index(unquote(anchor))}" if unquote(anchor) in anchors else anchor
-    return ENGLISH[name] + heading
+    return f"{ENGLISH[name]}#{anchors.index(anchor) if anchor in anchors else anchor}"
 
 
 def links_of(page: str) -> Counter[str]:
@@ -85,6 +87,7 @@ def test_numbers_in_tables_are_the_same(page: str, english: str) -> None:
 def test_the_first_lines_link_all_languages(page: str) -> None:
     top = document(page).text.split("\n## ")[0]
     english = ENGLISH[page]
+    targets = {name: f"]({posixpath.relpath(name, posixpath.dirname(page) or '.')})" for name in ENGLISH}
     for other in {english, *FAMILIES[english]} - {page}:
-        assert f"]({other})" in top, f"{page} does not lead to {other}"
-    assert f"]({page})" not in top, f"{page} leads to itself"
+        assert targets[other] in top, f"{page} does not lead to {other}"
+    assert targets[page] not in top, f"{page} leads to itself"
