@@ -1,11 +1,9 @@
-"""The documentation as text: its code blocks, headings, links and tables.
+"""Reads the documentation as text: code blocks, headings, links and tables.
 
-Revolves around one Markdown file at a time, read with markdown-it-py as GitHub reads it. It runs nothing: that is
-`run_document.py`. A block is run as it is written if its language is bash or python; one that cannot be run where the
-tests are has a comment on the line before it, `<!-- not run: a GPU -->`. A ```text block right behind one that is run
-is what that one prints.
-
-    python tests/documents.py     # the list of the blocks that are not run, as CONTRIBUTING.md has it
+A Markdown file is parsed with markdown-it-py, as GitHub does. `run_document.py` runs the blocks: a block is run as it
+is written if its language is bash or python. A block that cannot be run where the tests are has a comment with the
+reason on the line before it, `<!-- not run: a GPU -->`. A ```text block right behind one that is run is what that one
+prints.
 """
 
 import os
@@ -32,7 +30,7 @@ comes before the first chapter). They are run on a machine of their own at the s
 RUN = ("bash", "python")
 NOT_RUN = ("text", "json", "console", "yaml", "bibtex")
 
-_COMMENT = re.compile(r"<!--\s*not run:\s*(.+?)\s*-->\s*")
+_COMMENT = re.compile(r"<!--\s*not run:\s*(\S.*?)\s*-->\s*")
 _HTML_LINK = re.compile(r"""\b(?:href|src)\s*=\s*["']([^"']*)["']""")
 _HTML_ANCHOR = re.compile(r"""\b(?:id|name)\s*=\s*["']([^"']+)["']""")
 
@@ -62,10 +60,6 @@ class Block:
         """Of the parts of a page that are run side by side, the one that this block belongs to."""
         chapter = self.section[1] if len(self.section) > 1 else ""
         return int(chapter in APART.get(self.page, ()))
-
-    @property
-    def first_line(self) -> str:
-        return next((line.strip() for line in self.code.splitlines() if line.strip()), "")
 
 
 @dataclass(frozen=True)
@@ -200,19 +194,3 @@ def repository_files() -> list[str]:
             names += [(Path(folder) / name).relative_to(ROOT).as_posix() for name in files]
     # git lists what was deleted until that is committed
     return sorted(name for name in names if name and (ROOT / name).is_file())
-
-
-def table_of_blocks_not_run() -> str:
-    """In Markdown, a row for each block that only its reader can run."""
-    rows = ["| page | block | reason |", "|---|---|---|"]
-    for page in pages():
-        for block in Document(page).blocks:
-            if block.not_run is not None:
-                code = block.first_line.replace("|", "\\|")
-                where = f"#{block.section[-1]}" if block.section else ""
-                rows.append(f"| [{page}]({page}{where}) | `{code}` | {block.not_run} |")
-    return "\n".join(rows)
-
-
-if __name__ == "__main__":
-    print(table_of_blocks_not_run())

@@ -1,4 +1,4 @@
-"""The documentation: every block that can be run here runs as it is written, and what is not run is listed."""
+"""The documentation: every block that can be run here runs as it is written; any other block says why it is not run."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from documents import APART, NOT_RUN, RUN, Block, Document, pages, table_of_blocks_not_run
+from documents import APART, NOT_RUN, RUN, Block, Document, pages
 from reader_machine import PUBLISHED
 from run_document import commands_of, difference, questions_of
 
@@ -98,13 +98,22 @@ def test_code_stands_in_fences_of_a_known_kind(document: Document) -> None:
         assert block.closed, f"{where}: a fence that is not closed"
         assert block.is_run or block.not_run is None or block.language in RUN, f"{where}: not run anyway"
     comments = document.text.count("<!-- not run")
-    assert comments == sum(block.not_run is not None for block in document.blocks), "a comment before no block"
+    reasons = sum(block.not_run is not None for block in document.blocks)
+    assert comments == reasons, "A comment gives no reason, or no block stands behind it."
 
 
-def test_what_is_not_run_is_listed() -> None:
-    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    table = table_of_blocks_not_run()
-    assert table in text, f"CONTRIBUTING.md should have this (python tests/documents.py prints it):\n{table}"
+@pytest.mark.parametrize(
+    ("comment", "reason"),
+    [
+        ("<!-- not run: a GPU -->", "a GPU"),
+        ("<!-- not run: -->", None),
+        ("<!-- not run -->", None),
+        ("<!-- not run: a GPU -->\n\nA paragraph between them.", None),
+    ],
+)
+def test_a_block_that_is_not_run_has_a_reason(comment: str, reason: str | None) -> None:
+    (block,) = Document("page.md", f"{comment}\n```bash\nfalse\n```\n").blocks
+    assert block.not_run == reason and block.is_run == (reason is None)
 
 
 # The runner
