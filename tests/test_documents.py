@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -11,10 +12,11 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from documents import APART, NOT_RUN, RUN, Block, Document, pages
+from documents import APART, NOT_RUN, RUN, Block, Document, pages, repository_files
 from reader_machine import PUBLISHED
 from run_document import commands_of, difference, questions_of
 
+from qwen._moved import MOVED
 from qwen.checkpoint import loading
 
 DOCUMENTS = [Document(page) for page in pages()]
@@ -114,6 +116,14 @@ def test_code_stands_in_fences_of_a_known_kind(document: Document) -> None:
 def test_a_block_that_is_not_run_has_a_reason(comment: str, reason: str | None) -> None:
     (block,) = Document("page.md", f"{comment}\n```bash\nfalse\n```\n").blocks
     assert block.not_run == reason and block.is_run == (reason is None)
+
+
+@pytest.mark.parametrize("page", [name for name in repository_files() if name.endswith((".md", ".ipynb"))])
+def test_no_page_names_a_module_that_has_moved(page: str) -> None:
+    """Only the changelog does."""
+    modules = set(re.findall(r"\bqwen(?:\.\w+)+", (ROOT / page).read_text(encoding="utf-8")))
+    moved = {module for module in modules if any(f"{module}.".startswith(f"{old}.") for old in MOVED)}
+    assert page == "CHANGELOG.md" or not moved
 
 
 # The runner
