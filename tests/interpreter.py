@@ -1,7 +1,7 @@
-"""A Python process that the blocks of a page run in, one after another, as the cells of a notebook do.
+"""A Python process that runs the blocks of a page one after another, as a notebook runs its cells.
 
-Revolves around one namespace. It knows nothing of pages: who started it sends code through a socket, with the file and
-the line that it stands in, so that a traceback shows the page.
+All blocks share one namespace. They come through a socket, each with its file and its first line, so that a traceback
+shows the page.
 
     python tests/interpreter.py FD     # of one end of a pair of sockets
 """

@@ -1,8 +1,8 @@
-"""The machine of somebody who reads the documentation: a copy of the repository, downloads done, data in place.
+"""Makes the machine of somebody who reads the documentation: a copy of the repository, downloads done, data in place.
 
-Revolves around one folder, and a network of its own where the kernel gives one. It knows nothing of pages and blocks.
-What the documentation names and nobody can ship is made up here: the published checkpoints are the bundled toys, and
-each data set has a few questions in the layout of the real one.
+It is one folder, with a network of its own where the kernel gives one. What the documentation names and cannot be
+shipped is made up here: the published checkpoints are the bundled toys, and each data set has a few questions in the
+layout of the real one.
 """
 
 import ast
@@ -58,6 +58,7 @@ class Machine:
         return kept | {
             "PATH": os.pathsep.join((str(self.repository / ".venv" / "bin"), os.environ["PATH"])),
             "HOME": str(self.home),
+            "PYTHONPATH": str(self.repository),  # what `make` and `pip install -e .` do for this copy
             "TERM": "dumb",
             "LC_ALL": "C.UTF-8",
             "OMP_NUM_THREADS": "1",
@@ -91,7 +92,8 @@ def link_environment(target: Path) -> None:
     for entry in Path(sys.prefix).iterdir():
         if not entry.name.startswith("."):
             (target / entry.name).symlink_to(entry)
-    for name in STAMP.findall((ROOT / "Makefile").read_text(encoding="utf-8")):
+    # Sorted: make compares their times, and .ready comes before those of the extras.
+    for name in sorted({*STAMP.findall((ROOT / "Makefile").read_text(encoding="utf-8"))}):
         (target / name).touch()
 
 

@@ -1,6 +1,6 @@
 """Runs the blocks of one page of the documentation as a reader would: in order, each as it is written.
 
-Revolves around one page on a `reader_machine`. What belongs in which block and what a page is worth, it does not know.
+A page is run on a `reader_machine`:
 
 - The Python blocks of a page continue one another, in one process.
 - A bash block is run by bash in the root of the repository. At its input there is nothing, or what is asked in the
