@@ -126,6 +126,11 @@ def test_no_page_names_a_module_that_has_moved(page: str) -> None:
     assert page == "CHANGELOG.md" or not moved
 
 
+def test_the_changelog_lists_every_module_that_has_moved() -> None:
+    (table,) = [table for table in Document("CHANGELOG.md").tables if table[0] == ["old", "new"]]
+    assert {(old.strip("`"), new.strip("`")) for old, new in table[1:]} == set(MOVED.items())
+
+
 # The runner
 
 
