@@ -92,7 +92,6 @@ def run(find_task: "Callable[[], type[Task]]", argv: Sequence[str], prog: str | 
         task_class = find_task()
         import torch
 
-        from qwen.checkpoint.hub import use
         from qwen.evaluation.harness import evaluate
         from qwen.sandbox import SandboxUnavailable
 
@@ -101,7 +100,6 @@ def run(find_task: "Callable[[], type[Task]]", argv: Sequence[str], prog: str | 
         options = parser.parse_args(argv)
         chosen = {name: value for name, value in vars(options).items() if value != parser.get_default(name)}
         try:
-            use(options.hub)
             evaluate(task_class, options, chosen)
         except SandboxUnavailable as error:
             raise OSError(str(error)) from error

@@ -64,14 +64,17 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 
 def run(arguments: argparse.Namespace) -> list[str]:
     """Export; returns remarks on the result."""
-    from qwen.checkpoint.hub import use
     from qwen.checkpoint.staging import end_like_ctrl_c
     from qwen.export import export_gguf, export_qwen2
     from qwen.quiet import quiet_loading
 
     end_like_ctrl_c()
-    use(arguments.hub)
-    how = {"max_length": arguments.max_length, "overwrite": arguments.overwrite, "progress": sys.stderr.isatty()}
+    how = {
+        "max_length": arguments.max_length,
+        "hub": arguments.hub,
+        "overwrite": arguments.overwrite,
+        "progress": sys.stderr.isatty(),
+    }
     with quiet_loading(progress=arguments.checkpoint_path is not None):
         if is_gguf(arguments.out_path):
             return export_gguf(arguments.checkpoint_path, arguments.out_path, kind=arguments.type or "f16", **how)

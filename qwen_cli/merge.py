@@ -55,18 +55,17 @@ def run(arguments: argparse.Namespace) -> None:
     """Merge."""
     import torch
 
-    from qwen.checkpoint.hub import use
     from qwen.checkpoint.staging import end_like_ctrl_c
     from qwen.finetuning.merging import merge
     from qwen.quiet import quiet_loading
 
     end_like_ctrl_c()
-    use(arguments.hub)
     with quiet_loading():
         merge(
             arguments.adapter,
             arguments.out,
             base=arguments.base,
+            hub=arguments.hub,
             dtype=arguments.dtype and getattr(torch, arguments.dtype),
             max_shard_size=arguments.max_shard_size,
             overwrite=arguments.overwrite,
@@ -77,7 +76,7 @@ def report(arguments: argparse.Namespace) -> None:
     """Print where the model is, and what to know about it."""
     from qwen.finetuning.merging import is_approximate
 
-    if is_approximate(arguments.adapter):
+    if is_approximate(arguments.adapter, arguments.hub):
         say(
             "An approximation: the adapter was trained on quantized weights. Try whether the model still does what it "
             "learned."

@@ -17,6 +17,7 @@ from .arguments import add_hub_argument, add_overwrite_argument, as_typed, make_
 from .console import NOTHING_WRITTEN, explain_errors, how_to_install, say, say_starting
 
 if TYPE_CHECKING:  # it takes seconds to import
+    from qwen import Checkpoint
     from qwen.quantization import Outcome
 
 
@@ -84,15 +85,13 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 
 def run(arguments: argparse.Namespace) -> "Outcome":
     """Quantize, and say with what."""
-    from qwen.checkpoint.hub import use
-    from qwen.checkpoint.loading import resolve
+    from qwen import Checkpoint
     from qwen.checkpoint.staging import end_like_ctrl_c
     from qwen.quantization import check, quantize
     from qwen.quiet import quiet_loading
 
     end_like_ctrl_c()
-    use(arguments.hub)
-    source, out = resolve(arguments.model_name_or_path), Path(arguments.out_path)
+    source, out = Checkpoint(arguments.model_name_or_path, hub=arguments.hub), Path(arguments.out_path)
     how = {
         "bits": arguments.bits,
         "group_size": arguments.group_size,
@@ -116,7 +115,7 @@ def run(arguments: argparse.Namespace) -> "Outcome":
 
 def report(outcome: "Outcome", out: str, prog: str | None) -> None:
     """Print the losses and what to do next."""
-    from qwen.checkpoint.loading import chat_format
+    from qwen import Checkpoint
     from qwen.quantization import gigabytes
 
     say(f"{'matrix':14}{'mean loss':>12}{'worst':>12}  in layer")
@@ -124,17 +123,17 @@ def report(outcome: "Outcome", out: str, prog: str | None) -> None:
         say(f"{kind:14}{loss.mean:12.3g}{loss.worst:12.3g}  {loss.worst_layer + 1}")
     before, after = gigabytes(outcome.bytes_before), gigabytes(outcome.bytes_after)
     say(f"Done in {outcome.seconds:.0f} s: {out}, {after} of weights, which are {before} in 16 bits.")
-    if chat_format(str(outcome.folder)) == "chatml":
+    if Checkpoint(outcome.folder).is_chat:
         say(as_typed(f"Talk to it: qwen chat -c {out}", prog))
 
 
-def conversations(arguments: argparse.Namespace, source: str) -> tuple[list[list[int]], int]:
+def conversations(arguments: argparse.Namespace, source: "Checkpoint") -> tuple[list[list[int]], int]:
     """Token ids of the conversations that calibrate, and how many there are to choose from."""
-    from qwen.checkpoint.loading import load_tokenizer
     from qwen.data.conversation_file import ConversationFile
     from qwen.quantization import calibration_samples
 
-    bundled = Path(source) / "calibration.json"  # --data_path may be missing only for the bundled model
-    file = ConversationFile(arguments.data_path or bundled, progress=arguments.data_path is not None)
-    tokenizer = load_tokenizer(source)
+    # --data_path may be missing only for the bundled model.
+    path = arguments.data_path or source.folder / "calibration.json"
+    file = ConversationFile(path, progress=arguments.data_path is not None)
+    tokenizer = source.tokenizer()
     return calibration_samples(file, tokenizer, arguments.max_len, arguments.samples, arguments.seed), len(file)

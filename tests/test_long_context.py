@@ -72,7 +72,7 @@ def test_what_cannot_be_measured(text, tmp_path, capsys, monkeypatch, arguments,
 
 def test_without_the_bundled_text_one_is_asked_for(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(long_context, "HELD_OUT", tmp_path / "held_out.txt")
-    assert main(long_context.LongContext, None, ["--lengths", "64"]) == 1
+    assert evaluate(long_context.LongContext, ["--lengths", "64"]) == 1
     assert "name files or folders with --text" in capsys.readouterr().err
 
 

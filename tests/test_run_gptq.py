@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import json
+import logging
 import os
 import shutil
 import signal
@@ -22,7 +23,8 @@ from qwen.checkpoint.loading import BUNDLED_BASE, BUNDLED_CHAT_INT4, check_check
 from qwen.data.conversation_file import ConversationFile
 from qwen.model.configuration_qwen import QWenConfig
 from qwen.model.modeling_qwen import QWenLMHeadModel
-from qwen.quantization import calibration_samples, quantize
+from qwen.quantization import calibration_samples, quantize, writer
+from qwen.quantization.gptqmodel_runner import contained
 from qwen_cli import quantize as run_gptq
 
 DATA = ROOT / "examples" / "identity.json"
@@ -216,7 +218,7 @@ def test_the_script_makes_a_folder_that_needs_no_repository(tmp_path: Path, chat
     assert toy.returncode == 0, toy.stderr
     assert toy.stdout == ""
     lines = toy.stderr.splitlines()
-    assert lines[0].startswith("The bundled toy to 4 bits, calibrated with 6 of 6 conversations: ")
+    assert lines[0].startswith("The bundled toy to 4 bits, calibrated with 6 of 128 conversations: ")
     assert lines[1:7] == [f"Quantizing layer {layer} of 6" for layer in range(1, 7)]
     assert len(lines) == 7 + 6 + 2, "GPTQModel's own words are kept back"
     assert list(tmp_path.iterdir()) == [folder]
@@ -362,7 +364,7 @@ def test_a_full_disk_is_noticed_before_and_after(
         patch.setattr(shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(10**9, 10**9 - 10**6, 10**6))
         with pytest.raises(OSError, match="it takes 1.96 MB, and 1 MB are free"):
             quantize(source, tmp_path / "a" / "b", samples, group_size=64, cpu_only=True)
-    monkeypatch.setattr(qwen.quantization, "save_torch_state_dict", fail)
+    monkeypatch.setattr(writer, "save_torch_state_dict", fail)
     here = os.getcwd()
     with pytest.raises(OSError, match="could not be written: No space left"):
         quantize(source, tmp_path / "a" / "b", samples, group_size=64, cpu_only=True)
@@ -412,7 +414,7 @@ def test_ctrl_c_leaves_what_was_there(int4: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_other_signals_stop_like_ctrl_c(number: int, tmp_path: Path, main, monkeypatch: pytest.MonkeyPatch) -> None:
     few = ("--samples", 1, "--out_path", tmp_path / "out")
-    monkeypatch.setattr(qwen.quantization, "_run_gptq", lambda *arguments: signal.raise_signal(number))
+    monkeypatch.setattr(qwen.quantization, "run_gptq", lambda *arguments: signal.raise_signal(number))
     with handling(number, lambda *arguments: None):
         code, text = main(*few)
     assert code == 130 and text.endswith("\nStopped. Nothing was written.\n") and not list(tmp_path.iterdir())
@@ -423,7 +425,7 @@ def test_nohup_is_respected(tmp_path: Path, main, monkeypatch: pytest.MonkeyPatc
         signal.raise_signal(signal.SIGHUP)
         raise ValueError("it goes on")
 
-    monkeypatch.setattr(qwen.quantization, "_run_gptq", hang_up)
+    monkeypatch.setattr(qwen.quantization, "run_gptq", hang_up)
     with handling(signal.SIGHUP, signal.SIG_IGN):
         assert main("--samples", 1, "--out_path", tmp_path / "out")[1].endswith("it goes on\n")
 
@@ -454,7 +456,7 @@ def fill_gpu() -> None:
 def test_full_memory_is_told(
     fill: Callable[[], None], expected: tuple[str, ...], tmp_path: Path, main, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(qwen.quantization, "_run_gptq", lambda *arguments: fill())
+    monkeypatch.setattr(qwen.quantization, "run_gptq", lambda *arguments: fill())
     code, text = main("--samples", 1, "--out_path", tmp_path / "out")
     assert code == 1 and all(word in text.splitlines()[-1] for word in expected), text
     assert not list(tmp_path.iterdir())
@@ -463,7 +465,7 @@ def test_full_memory_is_told(
 def test_other_errors_of_torch_are_not_taken_for_it(
     source: Path, samples: list[list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(qwen.quantization, "_run_gptq", lambda *arguments: torch.ones(2) @ torch.ones(3))
+    monkeypatch.setattr(qwen.quantization, "run_gptq", lambda *arguments: torch.ones(2) @ torch.ones(3))
     with pytest.raises(RuntimeError, match="size"):
         quantize(source, tmp_path / "out", samples, group_size=64)
 
@@ -474,13 +476,39 @@ def test_a_model_larger_than_the_memory_is_refused(tmp_path: Path, main, monkeyp
     assert code == 1 and "it takes 11.6 MB in 16 bits: this machine has 4.1 MB" in text
 
 
+# ---- what GPTQModel does to a process ----
+
+
+@pytest.mark.parametrize("workers", [None, "3"])
+def test_nothing_of_it_stays(
+    workers: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("GPTQMODEL_CPU_WORKERS", raising=False)
+    if workers is not None:
+        monkeypatch.setenv("GPTQMODEL_CPU_WORKERS", workers)
+    level = logging.getLogger().level
+    for error in (None, KeyboardInterrupt):
+        with contextlib.suppress(KeyboardInterrupt), contained():
+            assert int(os.environ["GPTQMODEL_CPU_WORKERS"]) >= 2
+            logging.getLogger().setLevel(1)
+            Path("log.txt").write_text("its log")
+            work = Path.cwd()
+            print("its picture")
+            if error is not None:
+                raise error
+        assert Path.cwd() == tmp_path != work and not work.exists() and not list(tmp_path.iterdir())
+        assert logging.getLogger().level == level and os.environ.get("GPTQMODEL_CPU_WORKERS") == workers
+        assert capsys.readouterr().out == ""
+
+
 # ---- the moment of replacing ----
 
 
 def test_what_cannot_be_moved_is_kept(
     source: Path, samples: list[list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(qwen.quantization, "_run_gptq", lambda *arguments: [])
+    monkeypatch.setattr(qwen.quantization, "run_gptq", lambda *arguments: [])
     out = Path(shutil.copytree(source, tmp_path / "out"))
     (out / "modeling_qwen.py").unlink()
     (out / "modeling_qwen.py").mkdir()  # where a file is to go
@@ -503,7 +531,7 @@ def test_an_index_that_broke_meanwhile_loses_nothing(
     source: Path, samples: list[list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = Path(shutil.copytree(source, tmp_path / "out"))
-    monkeypatch.setattr(qwen.quantization, "_run_gptq", lambda *arguments: (out / INDEX).write_text("{") and [])
+    monkeypatch.setattr(qwen.quantization, "run_gptq", lambda *arguments: (out / INDEX).write_text("{") and [])
     with pytest.raises(OSError, match="kept in .* is not valid JSON"):
         quantize(source, out, samples, group_size=64, cpu_only=True, overwrite=True)
     kept = next(out.glob(".unfinished-*/new"))
@@ -525,7 +553,7 @@ def test_signals_wait_until_all_is_in_its_place(
         signal.raise_signal(signal.SIGTERM)
         assert not came
 
-    monkeypatch.setattr(qwen.quantization, "_run_gptq", lambda *arguments: [])
+    monkeypatch.setattr(qwen.quantization, "run_gptq", lambda *arguments: [])
     monkeypatch.setattr(Path, "rename", rename_and_send)
     with handling(signal.SIGTERM, lambda number, frame: came.append(sorted(out.iterdir()))):
         outcome = quantize(source, out, samples, group_size=64, cpu_only=True, overwrite=True)

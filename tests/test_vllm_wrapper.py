@@ -320,7 +320,10 @@ def test_in_the_terminal(monkeypatch, capsys, bundled_base, wrapper):
     assert status == 1 and "no/such/folder" in complaint
 
     def known(name: str, **arguments: Any) -> vLLMWrapper:  # one engine is enough
-        assert (name, arguments) == ("toy", {"dtype": "float32", "tensor_parallel_size": 1, "max_length": None, "hub": None})
+        assert (name, arguments) == (
+            "toy",
+            {"dtype": "float32", "tensor_parallel_size": 1, "max_length": None, "hub": None},
+        )
         return argparse.Namespace(chat_stream=lambda *turn, seed: wrapper.chat_stream(*turn, **GREEDY))
 
     monkeypatch.setattr(vllm_wrapper, "vLLMWrapper", known)

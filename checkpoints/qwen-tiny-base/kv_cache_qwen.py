@@ -1,8 +1,8 @@
-"""The 8-bit key/value cache.
+"""The 8-bit key/value cache, and what the model remembers of the prompts in a cache of any kind.
 
 Keys and values are stored as unsigned bytes with one scale and one zero point per token and head: (1 + 4/D) bytes a
 channel where those are 16-bit. A layer grows by segments, so that nothing held is ever copied, and attention over it
-either dequantizes it or, with `use_cache_kernel`, reads the bytes. Knows tensors only.
+either dequantizes it or, with `use_cache_kernel`, reads the bytes.
 
 Shapes: B batch, H heads, T tokens held, S new tokens, D head size.
 """
@@ -13,6 +13,7 @@ import functools
 import os
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +27,29 @@ TILE = 64  # tokens that the kernel reads at once; segments hold whole tiles
 # D = 128) few enough beside the rest.
 PIECE, GPU_PIECE = 2**13, 2**19
 Segment = tuple[torch.Tensor, ...]  # of keys, then of values: bytes (B, H, n, D), scale and zero point (B, H, n, 1)
+
+
+@dataclass
+class PromptState:
+    """What the model remembers of the prompts in a cache, besides their keys and values. Copied with the cache.
+
+    Args:
+        alpha: (B), the α of dynamic NTK that the keys of each row were rotated with; None before there are any.
+        lengths: (B), tokens of each whole prompt, for a first forward that does not see the prompts as they are: it
+            gets a part of them, or padding, or drafted tokens behind them. That forward takes them away.
+        rows: tokens of each row, where the rows are of different lengths and all begin at index 0.
+    """
+
+    alpha: torch.Tensor | None = None
+    lengths: torch.Tensor | None = None
+    rows: list[int] | None = None
+
+
+def prompt_state(cache: Cache) -> PromptState:
+    """The `PromptState` of a cache, to read and to change. This function alone attaches it."""
+    if not hasattr(cache, "qwen_prompt_state"):
+        cache.qwen_prompt_state = PromptState()
+    return cache.qwen_prompt_state
 
 
 def quantize_cache_v(
@@ -85,7 +109,13 @@ class Kernels(NamedTuple):
     """The functions of kv_cache_triton_qwen.py."""
 
     append: Callable[..., None]
-    decode: Callable[..., torch.Tensor]
+    decode_tiles: Callable[..., torch.Tensor]
+
+    def decode(
+        self, query: torch.Tensor, states: QuantizedStates, mask: torch.Tensor | None, scaling: float
+    ) -> torch.Tensor:
+        """As `decode_in_torch`, for one new token."""
+        return self.decode_tiles(query, states.tiles, TILE, states.length, states.scale_dtype, mask, scaling)
 
 
 @functools.cache
@@ -116,12 +146,25 @@ class QuantizedStates:
     """
 
     def __init__(self, segments: Sequence[Segment] = (), length: int = 0):
-        self.segments, self.length = list(segments), length
-        self._mapped: list[Segment] = []  # the segments that `_tiles` tells of
-        self._tiles: torch.Tensor | None = None
+        self.segments, self.length = segments, length
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_mapped": [], "_tiles": None}  # the tensors of a copy lie elsewhere
+        return vars(self) | {"_tiles": None}  # the tensors of a copy lie elsewhere
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """The tensors, in the order of their tokens. A tuple, so that they change by assignment alone."""
+        return self._segments
+
+    @segments.setter
+    def segments(self, segments: Sequence[Segment]) -> None:
+        self._segments = tuple(segments)
+        self._tiles: torch.Tensor | None = None  # made when it is asked for
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        """Of scales and zero points."""
+        return self.segments[0][1].dtype
 
     def parts(self) -> Iterator[Segment]:
         """All tokens, in pieces of a size that is quickly converted."""
@@ -153,8 +196,7 @@ class QuantizedStates:
     def tiles(self) -> torch.Tensor:
         """Where each tile of tokens lies, for the kernel: (tiles, 9) int64. Six addresses, in the order of a segment,
         and the strides of B, H and T in vectors of D channels."""
-        # Segments are replaced as a whole and never changed: which ones they are tells whether the map still holds.
-        if self._tiles is None or [*map(id, self._mapped)] != [*map(id, self.segments)]:
+        if self._tiles is None:
             rows = []
             for segment in self.segments:
                 strides = segment[1].stride()[:3]
@@ -164,7 +206,6 @@ class QuantizedStates:
                     )
                     rows.append([*places, *strides])
             self._tiles = torch.tensor(rows, dtype=torch.int64, device=self.segments[0][0].device)
-            self._mapped = [*self.segments]
         return self._tiles
 
 
@@ -282,23 +323,23 @@ class QuantizedKVLayer(DynamicLayer):
         """Room for as many tokens as (B, H, S, D) `like` has: parts of segments, new ones where the last is full, and
         which of the tokens go there. Counts them as held."""
         batch, heads, tokens, channels = like.shape
-        segments, done = self.states.segments, 0
+        done = 0
         while done < tokens:
-            room = sum(segment[0].shape[2] for segment in segments) - self.states.length
+            room = sum(segment[0].shape[2] for segment in self.states.segments) - self.states.length
             if room == 0:
-                growth = max(self.GROWTH, self.states.length // 8) if segments else 0
+                growth = max(self.GROWTH, self.states.length // 8) if self.states.segments else 0
                 room = -(-max(tokens - done, growth) // TILE) * TILE
                 half = ((channels, torch.uint8), (1, self.dtype), (1, self.dtype))
                 with torch.inference_mode(False):  # a prompt encoded there may be gone on from elsewhere
-                    segments.append(
-                        tuple(
-                            torch.empty(batch, heads, room, width, dtype=dtype, device=like.device)
-                            for width, dtype in (*half, *half)
-                        )
+                    new = tuple(
+                        torch.empty(batch, heads, room, width, dtype=dtype, device=like.device)
+                        for width, dtype in (*half, *half)
                     )
+                self.states.segments = (*self.states.segments, new)
+            last = self.states.segments[-1]
             size = min(room, tokens - done)
-            start = segments[-1][0].shape[2] - room
-            yield tuple(tensor[:, :, start : start + size] for tensor in segments[-1]), slice(done, done + size)
+            start = last[0].shape[2] - room
+            yield tuple(tensor[:, :, start : start + size] for tensor in last), slice(done, done + size)
             done += size
             self.states.length += size
 
@@ -313,6 +354,7 @@ class QuantizedKVLayer(DynamicLayer):
 
     def reset(self) -> None:
         self.states = QuantizedStates()
+        self.is_initialized = False  # transformers before 5.19 would clear `keys` and `values`, of which there are none
         super().reset()
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -320,9 +362,10 @@ class QuantizedKVLayer(DynamicLayer):
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes minus the number of tokens to remove, not {tokens_to_remove}.")
         states = self.states
-        states.length = max(0, states.length + tokens_to_remove)
+        # An int, for transformers 5.17 hands over a tensor, and a length that is one is a static cache's.
+        states.length = max(0, states.length + int(tokens_to_remove))
         while states.segments and sum(segment[0].shape[2] for segment in states.segments[:-1]) >= states.length:
-            states.segments.pop()
+            states.segments = states.segments[:-1]
 
     def offload(self) -> None:
         self._replace(lambda tensor: tensor.to("cpu", non_blocking=True))
@@ -341,8 +384,10 @@ class QuantizedKVLayer(DynamicLayer):
 
     def _replace(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         # One segment after the other, so that little is held twice.
-        for index, segment in enumerate(self.states.segments):
-            self.states.segments[index] = tuple(change(tensor) for tensor in segment)
+        for index in range(len(self.states.segments)):
+            segments = list(self.states.segments)
+            segments[index] = tuple(change(tensor) for tensor in segments[index])
+            self.states.segments = segments
 
 
 class QuantizedKVCache(Cache):

@@ -1,14 +1,12 @@
-"""What the keyword arguments of `from_pretrained` mean: which contradict one another, and what they choose here.
+"""Arguments of `from_pretrained`: check that they agree, and choose device, precision and attention from them."""
 
-Knows devices and dtypes, not layers.
-"""
-
-import sys
 from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
 from transformers.utils import is_flash_attn_2_available, logging
+
+from .gptq_qwen import choose_kernel, is_gptq  # noqa: F401  choose_kernel is for those who import it from here
 
 logger = logging.get_logger(__name__)
 
@@ -85,44 +83,6 @@ def choose_dtype(config: PreTrainedConfig, device: torch.device) -> torch.dtype 
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     return torch.float16 if device.type == "mps" else torch.bfloat16
-
-
-def is_gptq(config: PreTrainedConfig) -> bool:
-    """Whether the weights of the checkpoint are quantized with GPTQ, as the published Int4 and Int8 ones are."""
-    quantization = getattr(config, "quantization_config", None)
-    if not isinstance(quantization, dict):
-        quantization = vars(quantization) if quantization is not None else {}
-    return quantization.get("quant_method") == "gptq"
-
-
-def choose_kernel(quantization: dict[str, Any], dtype: torch.dtype | str, device: torch.device) -> str:
-    """The `backend` of GPTQModel that multiplies with GPTQ weights of this kind fastest, on this device.
-
-    Its automatic choice on an accelerator, and on the CPU for what the kernel of 4 bits there takes. On NVIDIA's GPUs
-    that choice compiles itself with nvcc at the first load; without nvcc it fails, and Triton's kernel is taken. All
-    else on the CPU is computed in 8 bits with one scale a row, which is fast in bfloat16 alone, and in other precisions
-    unpacked in every pass, which is slow and exact.
-
-    Args:
-        quantization: `quantization_config` of config.json.
-    """
-    bits, group_size = quantization.get("bits"), quantization.get("group_size", 128)
-    if device.type == "cuda" and torch.version.hip is None and bits in (2, 4, 8) and not _has_nvcc():
-        logger.warning(
-            "The fastest kernels for GPTQ weights are compiled with nvcc, which is not found: Triton's are used. With "
-            "the CUDA toolkit installed (or CUDA_HOME set to it) the first load takes minutes, and answers are faster."
-        )
-        return "gptq_triton"
-    if device.type != "cpu" or (bits == 4 and group_size in (32, 64, 128)):
-        return "auto"
-    convertible = bits in (2, 4, 8) and group_size in (-1, 16, 32, 64, 128) and sys.platform in ("linux", "win32")
-    return "gptq_torch_int8" if convertible and dtype is torch.bfloat16 else "torch"
-
-
-def _has_nvcc() -> bool:
-    from torch.utils import cpp_extension
-
-    return cpp_extension.CUDA_HOME is not None
 
 
 def choose_attention(

@@ -1,6 +1,6 @@
 """The configuration of a Qwen model: its shape, and the switches that `from_pretrained` takes.
 
-Both dialects of published `config.json` files become the same object. Knows nothing of layers or weights.
+Both dialects of published `config.json` files become the same object.
 """
 
 import copy

@@ -1,25 +1,65 @@
-"""GPTQ weights in a model: which kernel multiplies with them, and what such a model cannot do.
+"""GPTQ weights in a model: how to recognise them, which kernel multiplies with them, and what such a model cannot do.
 
-The layers themselves are GPTQModel's, put in place by transformers' quantizer. Knows what these leave open: the kernel
-of each device, the biases of zeros in published files, and that weights repacked for a kernel neither learn nor go
-back into a file.
+The layers themselves are GPTQModel's, and transformers' quantizer puts them in place. This file adds what these leave
+open: it chooses the kernel for each device, accepts the biases of zeros in published files, and refuses to train or
+save weights that were repacked for a kernel.
 """
 
 import copy
 import os
+import sys
 from typing import Any
 
 import torch
 from safetensors import safe_open
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
 
-from .loading_options_qwen import choose_kernel, is_gptq
+logger = logging.get_logger(__name__)
 
 TRAINING_KERNELS = ("gptq_torch", "gptq_triton")
 """Kernels that pass right gradients whatever was computed before. Others that claim to, stop after a first answer."""
 
 PARTS = (".qweight", ".qzeros", ".scales", ".g_idx")
 """What a linear layer is stored as."""
+
+
+def is_gptq(config: PreTrainedConfig) -> bool:
+    """Whether the weights of the checkpoint are quantized with GPTQ, as the published Int4 and Int8 ones are."""
+    quantization = getattr(config, "quantization_config", None)
+    if not isinstance(quantization, dict):
+        quantization = vars(quantization) if quantization is not None else {}
+    return quantization.get("quant_method") == "gptq"
+
+
+def choose_kernel(quantization: dict[str, Any], dtype: torch.dtype | str, device: torch.device) -> str:
+    """The `backend` of GPTQModel that multiplies with GPTQ weights of this kind fastest, on this device.
+
+    Its automatic choice on an accelerator, and on the CPU for what the kernel of 4 bits there takes. On NVIDIA's GPUs
+    that choice compiles itself with nvcc at the first load; without nvcc it fails, and Triton's kernel is taken. All
+    else on the CPU is computed in 8 bits with one scale a row, which is fast in bfloat16 alone, and in other precisions
+    unpacked in every pass, which is slow and exact.
+
+    Args:
+        quantization: `quantization_config` of config.json.
+    """
+    bits, group_size = quantization.get("bits"), quantization.get("group_size", 128)
+    if device.type == "cuda" and torch.version.hip is None and bits in (2, 4, 8) and not _has_nvcc():
+        logger.warning(
+            "The fastest kernels for GPTQ weights are compiled with nvcc, which is not found: Triton's are used. With "
+            "the CUDA toolkit installed (or CUDA_HOME set to it) the first load takes minutes, and answers are faster."
+        )
+        return "gptq_triton"
+    if device.type != "cpu" or (bits == 4 and group_size in (32, 64, 128)):
+        return "auto"
+    convertible = bits in (2, 4, 8) and group_size in (-1, 16, 32, 64, 128) and sys.platform in ("linux", "win32")
+    return "gptq_torch_int8" if convertible and dtype is torch.bfloat16 else "torch"
+
+
+def _has_nvcc() -> bool:
+    from torch.utils import cpp_extension
+
+    return cpp_extension.CUDA_HOME is not None
 
 
 def with_kernel(
@@ -47,7 +87,7 @@ def with_kernel(
 
 
 class GPTQMixin:
-    """What a PreTrainedModel does otherwise where its weights are quantized."""
+    """Loading, training and saving of a PreTrainedModel whose weights may be quantized with GPTQ."""
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:

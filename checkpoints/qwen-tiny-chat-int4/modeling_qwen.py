@@ -2,38 +2,35 @@
 
 A pre-norm decoder: RMSNorm, rotary embedding, multi-head attention with a fused projection, gated MLP. Three additions
 carry it past its trained length at inference: dynamic NTK (a larger RoPE base, fixed by the length of the prompt), LogN
-(longer queries at later positions) and, on request, windows (layers look back a limited distance). Knows token ids, not
-text.
+(longer queries at later positions) and, on request, windows (layers look back a limited distance).
+
+Loading, chat and quantized weights are mixins from the files beside this one.
 
 Shapes: B batch, S new tokens, T = past + S, H heads, D head size, R rotary channels of D, C hidden size.
 """
 
 import functools
-import os
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
-from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .chat_qwen import ChatMixin
 from .configuration_qwen import QWenConfig
-from .gptq_qwen import GPTQMixin, with_kernel
-from .kv_cache_qwen import QuantizedKVCache, QuantizedStates, cache_of_tuples, quantized_attention
-from .loading_options_qwen import PRECISIONS, check_arguments, choose_attention, choose_dtype, is_gptq, target_device
-from .qwen_generation_utils import ChatMixin
+from .gptq_qwen import GPTQMixin
+from .kv_cache_qwen import QuantizedKVCache, QuantizedStates, cache_of_tuples, prompt_state, quantized_attention
+from .loading_qwen import LoadingMixin
+from .rope_qwen import MAX_DOUBLINGS, logn_scale, ntk_alpha, rotary_tables, rotate  # noqa: F401  MAX_DOUBLINGS was here
 from .window_attention_qwen import Window, window_attention, windows
-
-# 2^24 times the trained length is more than anyone will ask for.
-MAX_DOUBLINGS = 24
 
 
 class RMSNorm(nn.Module):
@@ -48,65 +45,6 @@ class RMSNorm(nn.Module):
         x32 = x.float()
         normed = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
         return normed.to(x.dtype) * self.weight
-
-
-def ntk_alpha(lengths: torch.Tensor, seq_length: int) -> torch.Tensor:
-    """α of dynamic NTK for prompts of `lengths` tokens: max(1, 2^⌈log2(n / seq_length) + 1⌉ − 1).
-
-    Counts how often the trained length must double to hold n instead of taking a logarithm: exact in integers.
-
-    Args:
-        lengths: (B), tokens of each prompt without padding.
-
-    Returns:
-        (B), float32.
-    """
-    doublings = torch.arange(MAX_DOUBLINGS, device=lengths.device)
-    doublings = (lengths[:, None] > seq_length * 2**doublings).sum(-1)
-    return (2 ** (doublings + 1) - 1).float()
-
-
-def rotary_tables(
-    position_ids: torch.Tensor, rotary_dim: int, base: float, alpha: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines of the rotary embedding (Su et al. 2021, https://arxiv.org/abs/2104.09864, eq. 34).
-
-    Dynamic NTK replaces the base by base · α^(R/(R−2)), so that the lowest frequency is stretched by α.
-
-    Args:
-        position_ids: (B, S) or (1, S).
-        alpha: (B), or None for 1.
-
-    Returns:
-        Two of (B, 1, S, R), float32, in the halves layout: channel i turns with channel i + R/2.
-    """
-    exponents = torch.arange(0, rotary_dim, 2, device=position_ids.device).float() / rotary_dim
-    if alpha is None:
-        inv_freq = (1.0 / base**exponents)[None]
-    else:
-        inv_freq = 1.0 / (base * alpha[:, None] ** (rotary_dim / (rotary_dim - 2))) ** exponents
-    angles = position_ids[:, :, None].float() * inv_freq[:, None, :]
-    angles = torch.cat((angles, angles), dim=-1)[:, None]
-    return angles.cos(), angles.sin()
-
-
-def logn_scale(position_ids: torch.Tensor, seq_length: int) -> torch.Tensor:
-    """LogN attention: max(1, log(p + 1) / log(seq_length)) for the query at position p (https://kexue.fm/archives/8823).
-
-    Returns:
-        (B, 1, S, 1), float32.
-    """
-    steps = torch.full((), float(seq_length), device=position_ids.device)
-    return (torch.log(position_ids.float() + 1) / torch.log(steps)).clamp(min=1.0)[:, None, :, None]
-
-
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn the first R channels of every head, in float32. x: (B, H, S, D)."""
-    rotary_dim = cos.shape[-1]
-    turned, rest = x[..., :rotary_dim].float(), x[..., rotary_dim:]
-    first, second = turned.chunk(2, dim=-1)
-    turned = turned * cos + torch.cat((-second, first), dim=-1) * sin
-    return torch.cat((turned, rest.float()), dim=-1) if rest.shape[-1] else turned
 
 
 def eager_attention(
@@ -231,7 +169,7 @@ class QWenBlock(GradientCheckpointingLayer):
         return hidden_states + self.mlp(self.ln_2(hidden_states))
 
 
-class QWenPreTrainedModel(GPTQMixin, PreTrainedModel):
+class QWenPreTrainedModel(LoadingMixin, GPTQMixin, PreTrainedModel):
     """Loading, initialisation and what the architecture can do."""
 
     config: QWenConfig
@@ -247,64 +185,6 @@ class QWenPreTrainedModel(GPTQMixin, PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": QWenBlock, "attentions": QWenAttention}
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | os.PathLike | None,
-        *model_args: Any,
-        config: QWenConfig | str | os.PathLike | None = None,
-        **kwargs: Any,
-    ) -> "QWenPreTrainedModel":
-        """As in transformers, and it takes the switches of `QWenConfig` as keyword arguments.
-
-        Where no dtype is named it follows the flags (`bf16=True` …) and the device, not the stored weights; see
-        `choose_dtype`.
-
-        Raises:
-            ValueError: two arguments contradict each other.
-            OSError: files are missing or damaged.
-        """
-        check_arguments(kwargs)
-        torch_dtype = kwargs.pop("torch_dtype", None)
-        dtype = kwargs.pop("dtype", torch_dtype)
-        kwargs.pop("resume_download", None)
-        # transformers merges it with what the file says, as long as the config does not swallow it.
-        quantization_config = kwargs.pop("quantization_config", None)
-        if isinstance(config, PreTrainedConfig):
-            config = config.overridden(kwargs)
-            kwargs = {name: value for name, value in kwargs.items() if name not in QWenConfig.__dataclass_fields__}
-        else:
-            hub = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-            hub = {name: kwargs[name] for name in hub if name in kwargs}
-            named = {} if dtype is None else {"dtype": dtype}
-            config, kwargs = QWenConfig.from_pretrained(
-                config or pretrained_model_name_or_path, return_unused_kwargs=True, **kwargs, **named
-            )
-            kwargs |= hub
-
-        device_map = kwargs.get("device_map")
-        # Where none is named, transformers loads GPTQ weights for the CPU.
-        device = target_device("cpu" if device_map is None and is_gptq(config) else device_map)
-        flagged = any(getattr(config, name) for name in PRECISIONS)
-        if dtype is None or (dtype == "auto" and (flagged or is_gptq(config))):
-            dtype = choose_dtype(config, device)
-        config, quantization_config = with_kernel(config, quantization_config, dtype, device)
-        if quantization_config is not None:
-            kwargs["quantization_config"] = quantization_config
-        requested = kwargs.get("attn_implementation", config._attn_implementation)
-        kwargs["attn_implementation"] = choose_attention(config, dtype, device, requested)
-        try:
-            return super().from_pretrained(
-                pretrained_model_name_or_path, *model_args, config=config, dtype=dtype, **kwargs
-            )
-        except (SafetensorError, FileNotFoundError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and "PytorchStreamReader" not in str(error):
-                raise
-            raise OSError(
-                f"The weights of {pretrained_model_name_or_path} cannot be read ({error}): the download stopped early "
-                "or left pointer files behind. Delete the weight files there and download them again."
-            ) from error
 
 
 class QWenModel(QWenPreTrainedModel):
@@ -403,7 +283,7 @@ class QWenModel(QWenPreTrainedModel):
             return [None] * len(self.h)
         if self.config._attn_implementation == "flex_attention":
             raise ValueError('use_window_attn=True works with attn_implementation "sdpa", "eager" and flash attention.')
-        rows = getattr(cache, "row_lengths", None)  # of a cache whose rows are of different lengths
+        rows = None if cache is None else prompt_state(cache).rows
         return windows(self.config.windows, past_length, rows, inputs_embeds.shape[1], inputs_embeds.device)
 
     def dynamic_ntk(
@@ -416,7 +296,7 @@ class QWenModel(QWenPreTrainedModel):
     ) -> torch.Tensor | None:
         """α of each row: from its prompt when that is encoded, from the cache when decoding goes on.
 
-        The keys in a cache were rotated with the α of their prompt, so it travels with them, as `cache.ntk_alpha`.
+        The keys in a cache were rotated with the α of their prompt, so it is kept with them, in its `PromptState`.
         Without a cache every call is a prompt of its own.
 
         Args:
@@ -427,27 +307,26 @@ class QWenModel(QWenPreTrainedModel):
         """
         if not self.config.use_dynamic_ntk or self.training or self.config._attn_implementation.startswith("paged|"):
             return None
-        kept = getattr(cache, "ntk_alpha", None)
-        if kept is not None and isinstance(past_length, int) and past_length > 0:
+        if cache is None:
+            return ntk_alpha(count_prompt_tokens(inputs_embeds, attention_mask, position_ids), self.config.seq_length)
+        prompts = prompt_state(cache)
+        if prompts.alpha is not None and isinstance(past_length, int) and past_length > 0:
             batch = len(inputs_embeds)
-            if len(kept) != batch:  # the cache was repeated for several answers to each prompt
-                kept = cache.ntk_alpha = kept.repeat_interleave(batch // len(kept))
-            return kept
+            if len(prompts.alpha) != batch:  # the cache was repeated for several answers to each prompt
+                prompts.alpha = prompts.alpha.repeat_interleave(batch // len(prompts.alpha))
+            return prompts.alpha
 
-        announced = getattr(cache, "prompt_lengths", None)
-        if announced is not None:  # by `generate`: this call may hold a part of the prompt, or drafted tokens behind it
-            lengths, cache.prompt_lengths = announced.expand(len(inputs_embeds)), None
+        if prompts.lengths is not None:
+            lengths, prompts.lengths = prompts.lengths.expand(len(inputs_embeds)), None
         else:
             lengths = count_prompt_tokens(inputs_embeds, attention_mask, position_ids)
         alpha = ntk_alpha(lengths, self.config.seq_length)
-        if cache is None:
-            return alpha
-        if kept is not None and isinstance(past_length, torch.Tensor):
+        if prompts.alpha is not None and isinstance(past_length, torch.Tensor):
             # In place and without a branch, so that one compiled graph serves every step.
-            return kept.copy_(torch.where(past_length == 0, alpha, kept))
+            return prompts.alpha.copy_(torch.where(past_length == 0, alpha, prompts.alpha))
         if cache.is_compileable and not torch.compiler.is_compiling():
             torch._dynamo.mark_static_address(alpha)  # the compiled step writes to it, which CUDA graphs must know
-        cache.ntk_alpha = alpha
+        prompts.alpha = alpha
         return alpha
 
 
@@ -461,6 +340,13 @@ def count_prompt_tokens(
     if position_ids is not None:
         return (position_ids.amax(-1) + 1).expand(batch)
     return torch.full((batch,), length, device=inputs_embeds.device)
+
+
+def keep_positions(hidden_states: torch.Tensor, positions: int | torch.Tensor) -> torch.Tensor:
+    """(B, S, C) → its last `positions` positions, all for 0, or those at the given indices."""
+    if isinstance(positions, torch.Tensor):
+        return hidden_states[:, positions]
+    return hidden_states[:, -positions:] if positions else hidden_states
 
 
 class QWenLMHeadModel(QWenPreTrainedModel, ChatMixin, GenerationMixin):
@@ -504,7 +390,7 @@ class QWenLMHeadModel(QWenPreTrainedModel, ChatMixin, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        logits = self.lm_head(keep_positions(outputs.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
@@ -548,7 +434,7 @@ class QWenLMHeadModel(QWenPreTrainedModel, ChatMixin, GenerationMixin):
         # The last call of `generate` before its first forward: the prompt is known whole here, and may come in chunks.
         cache, position_ids = model_kwargs.get("past_key_values"), model_kwargs.get("position_ids")
         if cache is not None and position_ids is not None and cache.get_seq_length() == 0:
-            cache.prompt_lengths = position_ids.amax(-1) + 1
+            prompt_state(cache).lengths = position_ids.amax(-1) + 1
 
 
 __all__ = ["QWenLMHeadModel", "QWenModel", "QWenPreTrainedModel"]

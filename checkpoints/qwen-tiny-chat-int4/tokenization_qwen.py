@@ -1,10 +1,10 @@
 """The tokenizer: byte-level BPE by tiktoken behind the tokenizer interface of transformers.
 
-Everything revolves around two tables, `mergeable_ranks` (bytes to id) and `special_tokens` (control token to id), and
-the tiktoken Encoding built from them. Regular tokens are `bytes`, since a token may end inside a character; control
-tokens are `str`. The layout of a conversation is known here only as `CHAT_TEMPLATE`.
+Encodes and decodes with a tiktoken Encoding, which is built from two tables: `mergeable_ranks` (bytes to id) and
+`special_tokens` (control token to id). Regular tokens are `bytes`, since a token may end inside a character; control
+tokens are `str`. The layout of a conversation is in `CHAT_TEMPLATE`.
 
-The file travels with every checkpoint, so it imports installed packages only.
+The file is copied into every checkpoint, so it imports installed packages only.
 """
 
 import codecs

@@ -1,8 +1,8 @@
 """Window attention: a layer looks back a limited number of tokens, the lower ones fewer than the upper ones.
 
-Part of how the models reach beyond their trained length (Bai et al. 2023, https://arxiv.org/abs/2309.16609, section
-2.3): lower layers suffer more from distances that training has not shown them. Wraps any of transformers' attention
-functions; knows queries, keys and masks, and nothing of the network around them.
+It is a part of how the models reach beyond their trained length (Bai et al. 2023, https://arxiv.org/abs/2309.16609,
+section 2.3): lower layers suffer more from distances that training has not shown them. `window_attention` wraps any of
+transformers' attention functions.
 
 Shapes: B batch, H heads, S queries, T keys, D head size.
 """

@@ -2,7 +2,8 @@
 
 Triton compiles them where they run, for CUDA and ROCm, and brings what it needs but for the C compiler with which it
 builds its launcher once. `kv_cache_qwen` imports this file when a model that decodes with `use_cache_kernel=True`
-comes to its first token; the same arithmetic in torch stands there, for machines where this does not run.
+comes to its first token; the same arithmetic in torch stands there, for machines where this does not run. The cache
+hands its tensors over as addresses and strides, so that this file needs none of its classes.
 
 Decoding follows flash-decoding (Dao et al. 2023, https://pytorch.org/blog/flash-decoding/): the tokens of each row and
 head are split over programs, each of which keeps a running softmax (Milakov and Gimelshein 2018,
@@ -14,6 +15,7 @@ Shapes: B batch, H heads, T tokens held, S new tokens, D head size.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -22,8 +24,6 @@ try:  # optional: a plain import would make it a requirement of every checkpoint
     import triton.language as tl
 except ImportError as error:
     raise ImportError(f"{error}; `pip install triton` brings it on Linux") from error
-
-from .kv_cache_qwen import TILE, QuantizedStates, Segment
 
 PROGRAMS = 8  # for each multiprocessor: enough for their loads to overlap
 MOST_SPLITS = 128  # of a row and head: what the second kernel adds up at once
@@ -177,11 +177,13 @@ def check_driver() -> None:
     triton.runtime.driver.active  # noqa: B018  made when it is first asked for
 
 
-def append_tokens(key: torch.Tensor, value: torch.Tensor, slot: Segment, starts: torch.Tensor | None = None) -> None:
+def append_tokens(
+    key: torch.Tensor, value: torch.Tensor, slot: Sequence[torch.Tensor], starts: torch.Tensor | None = None
+) -> None:
     """Quantize (B, H, S, D) keys and values as `quantize_tokens` does, into the slot.
 
     Args:
-        slot: of six tensors (B, H, n, D or 1), n at least S.
+        slot: bytes, scale and zero point of keys, then of values: six tensors (B, H, n, D or 1), n at least S.
         starts: (B), where in the slot each row goes; None for its beginning.
     """
     batch, heads, tokens, channels = key.shape
@@ -196,37 +198,48 @@ def append_tokens(key: torch.Tensor, value: torch.Tensor, slot: Segment, starts:
 
 
 def decode_attention(
-    query: torch.Tensor, states: QuantizedStates, mask: torch.Tensor | None, scaling: float
+    query: torch.Tensor,
+    tiles: torch.Tensor,
+    tile: int,
+    length: int,
+    scale_dtype: torch.dtype,
+    mask: torch.Tensor | None,
+    scaling: float,
 ) -> torch.Tensor:
     """Attention of one token over the bytes.
 
     Args:
         query: (B, H, 1, D).
+        tiles: (tiles, 9) int64, where each tile lies: the addresses of bytes, scale and zero point of its keys, then of
+            its values, and the strides of B, H and T in vectors of D channels.
+        tile: tokens of a tile, a power of two.
+        length: T.
+        scale_dtype: of scales and zero points.
         mask: broadcasts to (B, H, 1, T); true for tokens, or additive; None for all.
 
     Returns:
         (B, H, 1, D) of the query's dtype.
     """
     batch, heads, _, channels = query.shape
-    tiles = triton.cdiv(states.length, TILE)
-    tiles_each = triton.cdiv(tiles, splits_for(batch * heads, tiles, query.device))
-    splits = triton.cdiv(tiles, tiles_each)
+    held = triton.cdiv(length, tile)
+    tiles_each = triton.cdiv(held, splits_for(batch * heads, held, query.device))
+    splits = triton.cdiv(held, tiles_each)
     rows = query.new_empty(batch * heads, splits, channels, dtype=torch.float32)
     highest, total = rows.new_empty(2, batch * heads, splits)
     output = query.new_empty(batch, heads, 1, channels)
     kind, strides = None, (0, 0, 0)
     if mask is not None:
         kind = "boolean" if mask.dtype == torch.bool else "additive"
-        mask = mask.expand(batch, heads, 1, states.length)
+        mask = mask.expand(batch, heads, 1, length)
         strides = (mask.stride(0), mask.stride(1), mask.stride(3))
     block = triton.next_power_of_2(channels)
     scale_type = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
     with torch.cuda.device_of(query):
         decode_kernel[(batch * heads, splits)](
-            query, query.stride(0), query.stride(1), mask, *strides, states.tiles, rows, highest, total,
-            heads, states.length, tiles_each, scaling * LOG2_E.value,
-            MASK=kind, SCALE=scale_type[states.segments[0][1].dtype], ALIGNED=math.gcd(channels, 16),
-            D=channels, BLOCK_D=block, TILE=TILE,
+            query, query.stride(0), query.stride(1), mask, *strides, tiles, rows, highest, total,
+            heads, length, tiles_each, scaling * LOG2_E.value,
+            MASK=kind, SCALE=scale_type[scale_dtype], ALIGNED=math.gcd(channels, 16),
+            D=channels, BLOCK_D=block, TILE=tile,
         )  # fmt: skip
         combine_kernel[(batch * heads,)](
             rows, highest, total, output, splits,

@@ -148,13 +148,18 @@ class Checkpoint:
             ) from error
         return base
 
+    def find(self, name: str) -> Path | None:
+        """A small file by its name, fetched if need be; None where the checkpoint has none."""
+        return self._files.find(name)
+
     @property
     def folder(self) -> Path:
         """The local folder that holds the small files and the weights, which are fetched if need be."""
         return self._files.folder()
 
     @functools.cached_property
-    def _config_json(self) -> dict[str, Any]:
+    def config_json(self) -> dict[str, Any]:
+        """The content of config.json."""
         content = read_json(self._files.config(), self.name)
         check_config(content, self.name)
         return content
@@ -168,7 +173,7 @@ class Checkpoint:
         """
         if self.base is not None:
             return self.base.config
-        return QWenConfig.from_dict(copy.deepcopy(self._config_json))
+        return QWenConfig.from_dict(copy.deepcopy(self.config_json))
 
     @functools.cached_property
     def generation_settings(self) -> dict[str, Any]:
@@ -275,7 +280,7 @@ class Checkpoint:
             check_weights(Path(place))  # the download may have been cut off
         # transformers merges a quantization_config with that of the file, as long as the config does not swallow it.
         switches = {name: value for name, value in kwargs.items() if name != "quantization_config"}
-        config = QWenConfig.from_dict(copy.deepcopy(self._config_json), **switches)
+        config = QWenConfig.from_dict(copy.deepcopy(self.config_json), **switches)
         try:
             model, report = QWenLMHeadModel.from_pretrained(
                 place, config=config, output_loading_info=True, **keywords, **kwargs

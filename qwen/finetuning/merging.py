@@ -11,8 +11,8 @@ import torch
 from safetensors import SafetensorError
 
 from ..checkpoint.adapters import check_adapter, is_adapter, recorded_base
+from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.files import CheckpointError, first_line, let_others_read
-from ..checkpoint.loading import load_config, load_with_adapter, resolve
 from ..checkpoint.staging import check_target, filled_at_the_end
 
 
@@ -21,6 +21,7 @@ def merge(
     out: str | os.PathLike,
     *,
     base: str | os.PathLike | None = None,
+    hub: str | None = None,
     dtype: torch.dtype | None = None,
     max_shard_size: str = "2GB",
     overwrite: bool = False,
@@ -35,6 +36,7 @@ def merge(
         out: a folder that is made, or an empty one. It is filled at the very end: an exception leaves it as it was.
             Where files cannot be moved in it then, the finished model stays where the error says.
         base: the model to merge into, a folder or a hub id; None is the one that the adapter was trained on.
+        hub: where an id is fetched from, "huggingface" or "modelscope"; None is $QWEN_HUB, or the former.
         dtype: precision of the weights that are written; None for that of the base.
         max_shard_size: most bytes in a file of weights, such as "2GB".
         overwrite: replace the model that `out` holds; other files in it stay.
@@ -51,19 +53,18 @@ def merge(
             "Name the folder that training with --use_lora wrote."
         )
     check_adapter(adapter)
-    into = recorded_base(adapter)[0] if base is None else resolve(base)
-    if _is_quantized(into):
+    into = str(recorded_base(adapter)[0] if base is None else base)
+    if _is_quantized(into, hub):
         raise CheckpointError(
             f"{into} is quantized, and weights packed into a few bits cannot take an adapter in. Use the adapter as it "
             f"is (`python cli_demo.py -c {adapter}`), or merge it into the same model before quantization, such as "
             "--base Qwen/Qwen-7B-Chat for one trained on Qwen/Qwen-7B-Chat-Int4. That is an approximation: it was "
             "trained to go with rounded weights."
         )
-    check_target(out, Path(into), overwrite)  # which refuses the adapter's folder too
+    checkpoint = Checkpoint(adapter, base=base, hub=hub)
+    check_target(out, Path(into).expanduser(), overwrite)  # which refuses the adapter's folder too
     with filled_at_the_end(out.absolute()) as folder:
-        model, tokenizer = load_with_adapter(
-            adapter, base, device_map="cpu", dtype="auto" if dtype is None else torch.float32
-        )
+        model, tokenizer = checkpoint.load(cpu_only=True, dtype="auto" if dtype is None else torch.float32)
         model.to(dtype or model.dtype)
         try:
             model.save_pretrained(folder, max_shard_size=max_shard_size)
@@ -73,13 +74,13 @@ def merge(
         tokenizer.save_pretrained(folder)
 
 
-def is_approximate(adapter: str | os.PathLike) -> bool:
+def is_approximate(adapter: str | os.PathLike, hub: str | None = None) -> bool:
     """Whether an adapter goes into no float model exactly, as it was trained on a quantized one (Q-LoRA)."""
-    return _is_quantized(recorded_base(Path(adapter).expanduser())[0])
+    return _is_quantized(recorded_base(Path(adapter).expanduser())[0], hub)
 
 
-def _is_quantized(name: str) -> bool:
+def _is_quantized(name: str, hub: str | None) -> bool:
     try:
-        return getattr(load_config(name), "quantization_config", None) is not None
+        return Checkpoint(name, hub=hub).is_quantized
     except (OSError, ValueError):  # it is gone or broken; what is published tells by its name
         return name.rstrip("/").lower().endswith(("-int4", "-int8"))

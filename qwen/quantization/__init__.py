@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from ..checkpoint.loading import load_model, resolve
+from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.staging import filled_at_the_end
 from ..data.samples import encode_sample
 from ..model.tokenization_qwen import QWenTokenizer
-from .checks import GROUP_SIZES, bytes_before, check, check_numbers, full_memory_explained, gigabytes
+from .checks import GROUP_SIZES, as_checkpoint, bytes_before, check, check_numbers, full_memory_explained, gigabytes
 from .gptqmodel_runner import PUBLISHED_SETTINGS, Progress, run_gptq
 from .writer import save
 
@@ -82,7 +82,7 @@ def calibration_samples(
 
 
 def quantize(
-    source: str | os.PathLike | None,
+    source: Checkpoint | str | os.PathLike | None,
     target: str | os.PathLike,
     samples: Sequence[list[int]],
     *,
@@ -99,7 +99,7 @@ def quantize(
     what the samples look like at that depth.
 
     Args:
-        source: a folder or a hub id; None is the bundled chat model.
+        source: a checkpoint, or its folder or hub id; None is the bundled chat model.
         target: a folder that is made, or an empty one. It is filled at the very end: an exception leaves it as it was.
             Where files cannot be moved in it then, the finished model stays where the error says.
         samples: token ids, of `calibration_samples`.
@@ -116,18 +116,17 @@ def quantize(
     """
     began = time.perf_counter()
     options = {"bits": bits, "group_size": group_size}
+    source = as_checkpoint(source)
     config = check(source, target, **options, max_shard_size=max_shard_size, overwrite=overwrite)
     if not samples:
         raise ValueError("There are no samples to calibrate with: give at least one.")
-    name, target = resolve(source), Path(target).expanduser().absolute()
-    if os.path.isdir(name):
-        name = os.path.abspath(name)
+    target = Path(target).expanduser().absolute()
     with filled_at_the_end(target) as folder, full_memory_explained():
-        model, tokenizer = load_model(name, cpu_only=True, dtype=torch.float16)
+        model, tokenizer = source.load(cpu_only=True, dtype=torch.float16)
         check_numbers(model, samples[0])
         before = bytes_before(model)
         log = run_gptq(model, samples, options, cpu_only, Progress(config.num_hidden_layers) if progress else None)
-        save(model, tokenizer, name, folder, options, max_shard_size)
+        save(model, tokenizer, source, folder, options, max_shard_size)
         after = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     return Outcome(target, before, after, time.perf_counter() - began, _losses(log))
 

@@ -15,9 +15,8 @@ import torch
 from torch import nn
 from transformers.utils.hub import convert_file_size_to_int
 
-from ..checkpoint.adapters import is_adapter
+from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.files import CheckpointError
-from ..checkpoint.loading import check_checkpoint, load_config, resolve
 from ..checkpoint.staging import check_target
 from ..model.configuration_qwen import QWenConfig
 from ..model.modeling_qwen import QWenLMHeadModel
@@ -28,7 +27,7 @@ _WORD = 32  # bits of the integers that hold packed weights; rows and columns co
 
 
 def check(
-    source: str | os.PathLike | None,
+    source: Checkpoint | str | os.PathLike | None,
     target: str | os.PathLike,
     *,
     bits: int = 4,
@@ -36,7 +35,13 @@ def check(
     max_shard_size: str = "2GB",
     overwrite: bool = False,
 ) -> QWenConfig:
-    """Refuse what `quantize` could not do, as far as can be seen in a second; the configuration of `source`.
+    """Refuse what `quantize` could not do, as far as can be seen in a second.
+
+    Args:
+        source: as of `quantize`, like the others.
+
+    Returns:
+        The configuration of `source`.
 
     Raises:
         CheckpointError: `source` is no float checkpoint of these models, or a package is missing.
@@ -44,14 +49,15 @@ def check(
         OSError: `target` is not empty, cannot be written to, or has no room.
         ValueError: the bits, the group size or the shard size do not go with this model.
     """
-    name, target = resolve(source), Path(target).expanduser()
+    source, target = as_checkpoint(source), Path(target).expanduser()
+    name = source.name
     if bits not in (4, 8):
         raise ValueError(f"{bits} bits: these models are quantized to 4 or 8.")
     try:
         convert_file_size_to_int(max_shard_size)
     except ValueError as error:
         raise ValueError(f"{max_shard_size!r} is no size: write a number and MB or GB, such as 2GB.") from error
-    config = _check_source(name)
+    config = _check_source(source)
     with torch.device("meta"):
         empty = QWenLMHeadModel(config)
     _check_shapes(empty, group_size)
@@ -68,9 +74,15 @@ def check(
     return config
 
 
-def _check_source(name: str) -> QWenConfig:
+def as_checkpoint(source: Checkpoint | str | os.PathLike | None) -> Checkpoint:
+    """A checkpoint by its name, or as it is."""
+    return source if isinstance(source, Checkpoint) else Checkpoint(source)
+
+
+def _check_source(source: Checkpoint) -> QWenConfig:
     """The configuration, unless this is no float checkpoint, as a whole and of these models."""
-    if is_adapter(Path(name)):
+    name = source.name
+    if source.is_adapter:
         adapter, merged = shlex.quote(name), shlex.quote(f"{name.rstrip('/')}-merged")
         raise CheckpointError(
             f"{name} is an adapter (LoRA), and a whole model is quantized. Merge it into its base first, and quantize "
@@ -79,14 +91,13 @@ def _check_source(name: str) -> QWenConfig:
         )
     if missing := [package for package in ("gptqmodel", "optimum") if importlib.util.find_spec(package) is None]:
         raise CheckpointError(f"Quantizing needs packages that are missing: `pip install {' '.join(missing)}`.")
-    check_checkpoint(name)
-    config = load_config(name)
-    if getattr(config, "quantization_config", None) is not None:
+    source.check()
+    if source.is_quantized:
         raise CheckpointError(
             f"{name} is quantized already. Name the model that it was made from, such as Qwen/Qwen-7B-Chat for "
             "Qwen/Qwen-7B-Chat-Int4."
         )
-    return config
+    return source.config
 
 
 def _linears(model: QWenLMHeadModel) -> dict[str, nn.Linear]:

@@ -1,5 +1,6 @@
 """Writes the folder of a quantized model, as the published -Int4 and -Int8 ones are."""
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -7,8 +8,9 @@ from pathlib import Path
 from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError
 from transformers.dynamic_module_utils import custom_object_save
-from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, cached_file
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
+from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.files import first_line, let_others_read, read_json
 from ..model.loading_options_qwen import PRECISIONS
 from ..model.modeling_qwen import QWenLMHeadModel
@@ -19,7 +21,7 @@ from .gptqmodel_runner import PUBLISHED_SETTINGS
 def save(
     model: QWenLMHeadModel,
     tokenizer: QWenTokenizer,
-    source: str,
+    source: Checkpoint,
     folder: Path,
     options: dict[str, int],
     max_shard_size: str,
@@ -43,14 +45,14 @@ def save(
     custom_object_save(model, folder, config=model.config)
     model.config.save_pretrained(folder)
     _write_config(source, folder, options)
-    found = cached_file(source, GENERATION_CONFIG_NAME, _raise_exceptions_for_missing_entries=False)
+    found = source.find(GENERATION_CONFIG_NAME)
     if found is not None:
         shutil.copyfile(found, folder / GENERATION_CONFIG_NAME)
 
 
-def _write_config(source: str, folder: Path, options: dict[str, int]) -> None:
+def _write_config(source: Checkpoint, folder: Path, options: dict[str, int]) -> None:
     """In the place of what transformers wrote: the configuration of `source`, field by field, and what is new."""
-    config = read_json(Path(cached_file(source, CONFIG_NAME)), source)
+    config = copy.deepcopy(source.config_json)
     config["auto_map"] = read_json(folder / CONFIG_NAME, folder)["auto_map"]
     config["torch_dtype" if "torch_dtype" in config else "dtype"] = "float16"
     config |= {flag: False for flag in PRECISIONS if config.get(flag)}  # they would win over that

@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ...checkpoint.loading import BUNDLED_BASE, check_checkpoint, load_config, load_tokenizer, resolve
+from ...checkpoint.bundled import BUNDLED_BASE
+from ...checkpoint.checkpoint import Checkpoint
 from ..data_files import DataError
 from ..harness import at_least_1
 from ..language_model import LanguageModel
@@ -53,14 +54,13 @@ class LongContext(Task):
         parser.add_argument("--alone", action="store_true", help="also LogN and windows without the others")
 
     def cases(self) -> list[Case]:
-        checkpoint = resolve(self.arguments.checkpoint_path or BUNDLED_BASE)
-        check_checkpoint(checkpoint)
-        config = load_config(checkpoint)
+        checkpoint = Checkpoint.open(self.arguments.checkpoint_path or BUNDLED_BASE, hub=self.arguments.hub)
+        config = checkpoint.config
         lengths = sorted(set(self.arguments.lengths or doubling(config.seq_length, config.max_position_embeddings)))
         if lengths[0] < 2:
             raise DataError("A length of 1 has no token to predict: name lengths of 2 and more.")
         text = self.text()
-        encoded = load_tokenizer(checkpoint).encode(text, allowed_special=(), verbose=False)
+        encoded = checkpoint.tokenizer().encode(text, allowed_special=(), verbose=False)
         needed = max(lengths[-1], self.arguments.tokens)
         if len(encoded) < needed:
             raise DataError(

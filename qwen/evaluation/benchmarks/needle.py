@@ -17,7 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ...checkpoint.loading import BUNDLED_CHAT, check_chat, load_config, load_tokenizer, resolve
+from ...checkpoint.bundled import BUNDLED_CHAT
+from ...checkpoint.checkpoint import Checkpoint
 from ...model.qwen_generation_utils import DEFAULT_SYSTEM, make_context
 from ..data_files import DataError
 from ..harness import at_least_1
@@ -64,9 +65,8 @@ class Needle(Task):
     def cases(self) -> list[Case]:
         if len({self.arguments.needle == NEEDLE, self.arguments.question == QUESTION}) == 2:
             raise DataError("A needle has a question and an answer of its own: give --needle, --question and --answer.")
-        checkpoint = resolve(self.arguments.checkpoint_path or BUNDLED_CHAT)
-        check_chat(checkpoint)
-        config, tokenizer = load_config(checkpoint), load_tokenizer(checkpoint)
+        checkpoint = Checkpoint.open(self.arguments.checkpoint_path or BUNDLED_CHAT, hub=self.arguments.hub)
+        config, tokenizer = checkpoint.require_chat().config, checkpoint.tokenizer()
         offered = max(config.max_position_embeddings, config.seq_length) - MAX_NEW_TOKENS
         lengths = self.arguments.lengths or [offered * step // STEPS for step in range(1, STEPS + 1)]
         if max(lengths) > offered:
