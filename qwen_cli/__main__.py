@@ -2,6 +2,7 @@
 
 import difflib
 import importlib
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -59,20 +60,9 @@ def usage() -> str:
 
 
 def version() -> str:
-    """The version of this package: of a clone from its pyproject.toml, else of the installed distribution."""
-    import importlib.metadata
-    import tomllib
-
-    folder = Path(__file__).resolve().parents[1]
-    try:
-        project = tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))
-        return project["project"]["version"]
-    except (OSError, ValueError, KeyError):  # installed, or not built with this pyproject.toml
-        pass
-    for distribution in importlib.metadata.distributions(path=[str(folder)]):
-        if "qwen_cli" in (distribution.read_text("top_level.txt") or "").split():
-            return distribution.version
-    return "(of an unknown version)"
+    """The version of this package, read from qwen/_version.py: importing `qwen` takes seconds."""
+    text = Path(__file__).resolve().parents[1].joinpath("qwen", "_version.py").read_text(encoding="utf-8")
+    return re.search(r'__version__ = "(.+)"', text)[1]
 
 
 if __name__ == "__main__":
