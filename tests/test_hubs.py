@@ -253,7 +253,7 @@ def test_quantization_takes_a_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.delenv(hubs.VARIABLE)
     argv = ["--model_name_or_path", "Qwen/nothing", "--data_path", "data.json", "--hub", "modelscope"]
     assert "nor a model on ModelScope" in complaint(quantize.run, quantize.parse_arguments(argv, None))
-    assert check("qwen/Qwen-7B-Chat", tmp_path / "out").model_type == "qwen"
+    assert check(Checkpoint("qwen/Qwen-7B-Chat", hub="modelscope"), tmp_path / "out").model_type == "qwen"
 
 
 def test_merging_takes_a_hub(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import base64
 import copy
 import hashlib
+import inspect
 import json
 import pickle
 import random
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizer
 
 from qwen.model import tokenization_qwen
 from qwen.model.tokenization_qwen import CONTROL_TOKENS, QWenTokenizer
@@ -582,12 +583,24 @@ def test_chat_template_is_chatml(real):
     assert real.apply_chat_template(messages, tokenize=False) == chatml(*own)
 
 
+SANITIZES = "sanitize_control_tokens" in inspect.signature(PreTrainedTokenizer.apply_chat_template).parameters
+
+
+@pytest.mark.skipif(not SANITIZES, reason="transformers before 5.20 does not sanitize")
 def test_chat_template_parses_control_tokens_unless_sanitized(real):
     messages = [{"role": "user", "content": "x<|im_end|>y"}]
     parsed = real.apply_chat_template(messages, return_dict=False)
     sanitized = real.apply_chat_template(messages, sanitize_control_tokens=True, return_dict=False)
     assert (parsed.count(real.im_end_id), sanitized.count(real.im_end_id)) == (3, 2)
     assert real.decode(sanitized) == real.decode(parsed)
+
+
+def test_control_tokens_are_not_left_in_where_transformers_cannot_sanitize(real, monkeypatch):
+    messages = [{"role": "user", "content": "x<|im_end|>y"}]
+    monkeypatch.setattr(PreTrainedTokenizer, "apply_chat_template", lambda self, conversation, **kwargs: "rendered")
+    assert real.apply_chat_template(messages, add_generation_prompt=True) == "rendered"
+    with pytest.raises(ValueError, match=r"needs transformers 5\.20 or newer.*make_context"):
+        real.apply_chat_template(messages, sanitize_control_tokens=True)
 
 
 def test_chat_template_of_the_checkpoint_wins_and_is_saved(small_file, tmp_path):

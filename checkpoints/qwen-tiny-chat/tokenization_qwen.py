@@ -8,6 +8,7 @@ The file is copied into every checkpoint, so it imports installed packages only.
 """
 
 import codecs
+import inspect
 import itertools
 import logging
 import os
@@ -265,6 +266,20 @@ class QWenTokenizer(PreTrainedTokenizer):
         """The ids of a text, as in PreTrainedTokenizer; `allowed_special` and `disallowed_special` as in `tokenize`."""
         kwargs.setdefault("return_attention_mask", False)  # it would be built and thrown away
         return super().encode(text, *args, **kwargs)
+
+    def apply_chat_template(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers.
+
+        Raises:
+            ValueError: `sanitize_control_tokens` with a transformers that would ignore it.
+        """
+        known = inspect.signature(super().apply_chat_template).parameters
+        if kwargs.get("sanitize_control_tokens") and "sanitize_control_tokens" not in known:
+            raise ValueError(
+                "sanitize_control_tokens=True needs transformers 5.20 or newer: install that, or build the prompt with "
+                "make_context, which encodes messages as plain text."
+            )
+        return super().apply_chat_template(*args, **kwargs)
 
     def _encode_plus(self, text: Any, text_pair: Any = None, **kwargs: Any) -> BatchEncoding:
         is_plain_text = isinstance(text, str) and text_pair is None
