@@ -57,6 +57,46 @@ def test_no_link_is_left_as_text(page: str) -> None:
     assert not re.findall(r"\][(\[][^)\]\s]", "".join(document(page).prose))
 
 
+FILE = re.compile(
+    r"(?<![\w.-])(?:[\w.-]+/)*(?:[\w-]+\.(?:py|sh|ipynb|md)|(?:requirements|constraints)\w*\.txt)\b(?![\w/*])"
+)
+STRANGE = {"profile.py", "_pytree.py", "NAME.py", "FORMAT.py", "evaluate_NAME.py", "hub_NAME.py", "PAGE.md", "OUT.md"}
+"""Files of other repositories, and names that stand for others."""
+
+
+def files_named(text: str) -> set[str]:
+    """The files that a text names, with or without their folders."""
+    return {name for name in FILE.findall(text) if name.rpartition("/")[2] not in STRANGE}
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES + NOTEBOOKS if page != "CHANGELOG.md"])
+def test_files_that_a_page_names_are_there(page: str) -> None:
+    """In prose, in code and in tables. Only the changelog names files that are gone."""
+    text = re.sub(r"https?://\S+", "", (ROOT / page).read_text(encoding="utf-8").replace("\\n", "\n"))
+    ends = [name.removeprefix("./").removeprefix("../").removeprefix("../") for name in files_named(text)]
+    gone = {name for name in ends if not any(f"/{file}".endswith(f"/{name}") for file in FILES)}
+    assert not gone, f"{page} names {', '.join(sorted(gone))}"
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("run `python eval/evaluate_mmlu.py -d data/mmlu`", {"eval/evaluate_mmlu.py"}),
+        ("pip install -r requirements_gptq.txt", {"requirements_gptq.txt"}),
+        ("`qwen/serving/app.py`, cache_qwen.py and `my_demo.pyc`", {"qwen/serving/app.py", "cache_qwen.py"}),
+        ("`eval/`, qwen/Qwen-7B-Chat and eval/evaluate_*.py", set()),
+    ],
+)
+def test_files_are_found_in_a_text(text: str, names: set[str]) -> None:
+    assert files_named(text) == names
+
+
+@pytest.mark.parametrize("page", PAGES + NOTEBOOKS)
+def test_no_page_installs_a_stranger_s_package(page: str) -> None:
+    """`qwen` on the package index is not this package."""
+    assert not re.search(r"pip install (-\S+ )*[\"']?qwen\b(?!-)", (ROOT / page).read_text(encoding="utf-8"))
+
+
 TARGETS = {
     "README.md": None,
     "docs/finetuning.md#arguments": None,
