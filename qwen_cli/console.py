@@ -74,10 +74,8 @@ def how_to_install(extra: str | None, make: str) -> str:
         extra: of pyproject.toml; None where the plain package is enough.
         make: the target that installs it and runs the command.
     """
-    what = '".[' + extra + ']"' if extra else "."
-    return (
-        f"Install what is missing in the folder of the repository (pip install -e {what}), or start with `make {make}`."
-    )
+    what = f"'.[{extra}]'" if extra else "."
+    return f"In the folder of the repository: pip install -e {what} -c constraints.txt, or start with `make {make}`."
 
 
 def quiet_imports() -> None:

@@ -294,7 +294,7 @@ def test_help_needs_no_libraries() -> None:
 def test_missing_libraries_are_named() -> None:
     result = run("--server-port", "0", python=("-S",))
     assert result.returncode == 1
-    assert 'pip install -e ".[serve]"' in result.stderr and "Traceback" not in result.stderr
+    assert "pip install -e '.[serve]'" in result.stderr and "Traceback" not in result.stderr
 
 
 @pytest.mark.parametrize(

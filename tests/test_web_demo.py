@@ -627,7 +627,7 @@ def test_bad_arguments(arguments: list[str]) -> None:
 def test_missing_libraries_are_named() -> None:
     result = start()
     assert result.returncode == 1
-    assert 'pip install -e ".[web]"' in result.stderr and "Traceback" not in result.stderr
+    assert "pip install -e '.[web]'" in result.stderr and "Traceback" not in result.stderr
 
 
 def test_a_port_that_is_taken_is_one_sentence() -> None:

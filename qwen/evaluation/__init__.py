@@ -1,1 +1,1 @@
-"""Benchmarks: what they share. One benchmark each stands in eval/, and this room knows none of them by name."""
+"""What the benchmarks in `benchmarks/` share: data files, prompts, scoring, and the run that writes results."""
