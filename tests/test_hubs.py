@@ -36,7 +36,8 @@ NOWHERE = "http://127.0.0.1:9"
 
 def copied(source: Path, target: Path, **config: object) -> Path:
     """A copy of a checkpoint with what lies beside published weights; `config` changes config.json."""
-    shutil.copytree(source, target, ignore=shutil.ignore_patterns("calibration.json"))  # which is not published
+    not_published = shutil.ignore_patterns("*.py", "calibration.json", "held_out*")
+    shutil.copytree(source, target, ignore=not_published)
     settings = json.loads((target / "config.json").read_text()) | config
     (target / "config.json").write_text(json.dumps(settings))
     (target / "modeling_qwen.py").write_text("raise SystemExit('code beside the weights was run')")
