@@ -23,6 +23,7 @@ from ..language_model import LanguageModel
 from ..task import Case, Score, Task, by_group, mean
 from ..texts import read_texts
 
+HELD_OUT = BUNDLED_BASE / "held_out.txt"  # sources of Python's standard library
 SWITCHES = {"dynamic_ntk": "use_dynamic_ntk", "logn": "use_logn_attn", "window_attn": "use_window_attn"}
 TOGETHER = ((), ("dynamic_ntk",), ("dynamic_ntk", "logn"), ("dynamic_ntk", "logn", "window_attn"))
 ALONE = (("logn",), ("window_attn",))
@@ -87,9 +88,9 @@ class LongContext(Task):
         """What is read."""
         if self.arguments.text:
             return read_texts(self.arguments.text)
-        from checkpoints.recipe.corpus import held_out_text
-
-        return held_out_text()
+        if not HELD_OUT.is_file():
+            raise DataError("The bundled text is missing here: name files or folders with --text.")
+        return read_texts([HELD_OUT])
 
     def answer(self, lm: LanguageModel, cases: Sequence[Case]) -> list[dict[str, Any]]:
         answers = []

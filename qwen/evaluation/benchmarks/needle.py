@@ -23,6 +23,7 @@ from ...model.qwen_generation_utils import DEFAULT_SYSTEM, make_context
 from ..data_files import DataError
 from ..harness import at_least_1
 from ..language_model import LanguageModel
+from ..random_words import word
 from ..task import Case, Score, Task, by_group, mean
 from ..texts import read_texts
 
@@ -105,10 +106,8 @@ class Needle(Task):
         """The haystack, of at least so many tokens where it is made here."""
         if self.arguments.haystack:
             return read_texts(self.arguments.haystack)
-        from checkpoints.recipe.conversations.copying import word
-
         draw = random.Random(self.arguments.seed)
-        pairs = (f"{word(draw, 'en')}: {word(draw, 'en')}" for _ in range(tokens // 4))  # each has at least 4
+        pairs = (f"{word(draw)}: {word(draw)}" for _ in range(tokens // 4))  # each has at least 4
         return "; ".join(pair for pair in pairs if self.arguments.answer not in pair)
 
     def answer(self, lm: LanguageModel, cases: Sequence[Case]) -> list[dict[str, Any]]:
