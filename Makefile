@@ -7,9 +7,11 @@
 #     make evaluate    perplexity by length; make evaluate EVAL=mmlu ARGS="-c Qwen/Qwen-7B -d data/mmlu"
 #     make export      the toy in Qwen2's format, which other engines read
 #     make test        make test ARGS="-k loading"
+#     make test-oldest the quick tests on the oldest versions that work
 # Each makes its own environment in .venv first; that takes a minute or two, once.
 
 VENV ?= .venv
+OLDEST ?= .venv-oldest
 ARGS ?=
 # The first interpreter that is new enough; name another with PYTHON=...
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
@@ -19,7 +21,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help chat web serve finetune quantize evaluate export test lint format clean
+.PHONY: help chat web serve finetune quantize evaluate export test test-oldest lint format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -57,6 +59,14 @@ export: $(VENV)/.ready-export  ## write a model for other engines (ARGS="-c Qwen
 test: lint  ## check style and walls, and run all tests
 	$(BIN)/python -m pytest -rs $(ARGS)
 
+# What runs in some minutes, of the model, of loading and of the server. GPTQ is not among it, for gptqmodel has no such
+# old companions; nor is what needs a terminal, a browser or hours.
+QUICK := modeling model_room chat kv_cache kernels window_attention tokenization loading loading_options chat_data \
+	chat_files react serving constraints openai_completions openai_chat finetune_arguments merge_lora optional_packages
+
+test-oldest: $(OLDEST)/.ready  ## run the quick tests on the oldest versions that work (installs torch with CUDA)
+	$(OLDEST)/bin/python -m pytest -rs $(or $(ARGS),$(patsubst %,tests/test_%.py,$(QUICK)))
+
 lint: $(VENV)/.ready-test  ## check style, and which package imports which
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -66,8 +76,8 @@ format: $(VENV)/.ready-test  ## mend style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean:  ## remove the environment
-	rm -rf $(VENV)
+clean:  ## remove the environments
+	rm -rf $(VENV) $(OLDEST)
 
 # Installs this folder as it is: a change of the code needs no new install. A stamp is written last, so an install that
 # failed or was interrupted is taken up again by the next make.
@@ -85,3 +95,11 @@ $(VENV)/.ready-%: $(VENV)/.ready
 
 # Several processes, and the Int4 checkpoints that Q-LoRA starts from.
 $(VENV)/.ready-finetune: EXTRAS = finetune,deepspeed,gptq
+
+# The oldest versions, in an environment of their own.
+$(OLDEST)/.ready: pyproject.toml constraints-oldest.txt
+	@echo "Making the Python environment in $(OLDEST): 3 GB of downloads ..."
+	@$(PYTHON) -m venv $(OLDEST)
+	@$(OLDEST)/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable ".[serve,peft]" \
+		dashscope httpx jsonschema-rs openai pytest
+	@touch $@

@@ -10,6 +10,7 @@ import pytest
 from documents import ROOT, repository_files
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 from reader_machine import copy_of_the_repository
 
 import qwen
@@ -71,6 +72,18 @@ def test_no_file_names_a_list_that_is_not_there() -> None:
 @pytest.mark.parametrize("requirement", OTHERS, ids=str)
 def test_what_was_tested_is_allowed(requirement: Requirement) -> None:
     assert requirement.specifier.contains(pins("constraints.txt")[canonicalize_name(requirement.name)])
+
+
+@pytest.mark.parametrize("requirement", OTHERS, ids=str)
+def test_a_floor_is_what_the_oldest_environment_has(requirement: Requirement) -> None:
+    name = canonicalize_name(requirement.name)
+    if (oldest := pins("constraints-oldest.txt").get(name)) is None or oldest == pins("constraints.txt")[name]:
+        return  # not in that environment, or a tool of the tests
+    (floor,) = (one.version for one in requirement.specifier if one.operator == ">=")
+    assert (
+        requirement.specifier.contains(oldest)
+        and Version(oldest).release[: len(Version(floor).release)] == Version(floor).release
+    )
 
 
 def test_extras_refer_to_this_distribution_and_to_extras_that_are_there() -> None:
