@@ -14,8 +14,9 @@ from packaging.version import Version
 
 from qwen.model import kv_cache_qwen
 
-triton = pytest.importorskip("triton", reason="Triton has no build for this platform")
+pytest.importorskip("triton", reason="Triton has no build for this platform")
 
+from triton import __version__ as triton_version
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel, compile
 
@@ -36,7 +37,7 @@ STORE = {
 
 def compiled(kernel, target: str, types: dict[str, str], **constants) -> CompiledKernel:
     """As a launch compiles it: 32-bit integers where `types` and `constants` say nothing else."""
-    if target == "MI300" and Version(triton.__version__) < Version("3.4") and shutil.which("ld.lld") is None:
+    if target == "MI300" and Version(triton_version) < Version("3.4") and shutil.which("ld.lld") is None:
         pytest.skip("this version of Triton brings no linker for ROCm: apt install lld")
     kinds = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
     values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}

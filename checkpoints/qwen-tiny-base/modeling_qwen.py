@@ -226,7 +226,7 @@ class QWenModel(QWenPreTrainedModel):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
         if inputs_embeds is None:
             inputs_embeds = self.wte(input_ids)
-        if isinstance(past_key_values, tuple | list):
+        if isinstance(past_key_values, (tuple, list)):  # torch 2.7 compiles no `tuple | list`
             past_key_values = cache_of_tuples(past_key_values, self.fused)
         if use_cache and past_key_values is None:
             past_key_values = self.new_cache()
