@@ -98,7 +98,7 @@ def run_tool(name: str, arguments: str) -> str:
 def next_step(model: Any, tokenizer: Any, query: str, turn: str) -> str:
     """What the model writes next in its turn, up to "Observation:" or to the end of the turn."""
     _, ids = make_context(tokenizer, query, system=DEFAULT_SYSTEM, reply_start=turn)
-    limit = max(model.config.max_position_embeddings, model.config.seq_length)
+    limit = model.config.max_context_length
     if len(ids) >= limit:
         raise ValueError(f"The conversation has {len(ids)} tokens and the model takes fewer than {limit}.")
     prompt = torch.tensor([ids], device=model.device)

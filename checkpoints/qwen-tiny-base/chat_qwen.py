@@ -275,7 +275,7 @@ class ChatMixin:
         window = self._generation_setting("max_window_size", generation_config)
         window = {} if window is None else {"max_window_size": window}
         _, ids = make_context(tokenizer, query, history, system, **window)
-        limit = max(self.config.max_position_embeddings, self.config.seq_length)
+        limit = self.config.max_context_length
         if len(ids) >= limit:
             raise ValueError(
                 f"The prompt has {len(ids)} tokens and the model takes fewer than {limit}: shorten the query or the "

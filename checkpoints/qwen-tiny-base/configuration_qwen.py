@@ -119,6 +119,11 @@ class QWenConfig(PreTrainedConfig):
         return int(self.rotary_pct * self.kv_channels)
 
     @property
+    def max_context_length(self) -> int:
+        """The longest sequence that the model is offered for, in tokens: prompt and reply together."""
+        return max(self.max_position_embeddings, self.seq_length)
+
+    @property
     def windows(self) -> list[int]:
         """How many tokens each layer sees with `use_window_attn`, the new one among them."""
         if self.window_sizes is not None:

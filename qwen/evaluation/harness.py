@@ -84,7 +84,7 @@ def evaluate(task_class: type[Task], options: argparse.Namespace, chosen: dict[s
             model, tokenizer = load_model_quietly(
                 checkpoint, chat=task.chat, hub=options.hub, cpu_only=options.cpu_only
             )
-            offered = max(model.config.max_position_embeddings, model.config.seq_length)
+            offered = model.config.max_context_length
             lm = LanguageModel(model, tokenizer, options.max_seq_len or offered)
             run.begin()
             work(task, lm, cases, run, options)

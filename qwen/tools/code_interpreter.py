@@ -76,7 +76,7 @@ def next_step(model: Any, tokenizer: Any, messages: list[dict]) -> tuple[str, bo
     if query is None:  # the last turn is the model's own and has just received a result
         (query, start), history = history[-1], history[:-1]
     _, ids = make_context(tokenizer, query, history, system=system, reply_start=start)
-    limit = max(model.config.max_position_embeddings, model.config.seq_length)
+    limit = model.config.max_context_length
     if len(ids) >= limit:
         raise ValueError(f"The conversation has {len(ids)} tokens and the model takes fewer than {limit}.")
     prompt = torch.tensor([ids], device=model.device)

@@ -68,7 +68,7 @@ class Needle(Task):
             raise DataError("A needle has a question and an answer of its own: give --needle, --question and --answer.")
         checkpoint = Checkpoint.open(self.arguments.checkpoint_path or BUNDLED_CHAT, hub=self.arguments.hub)
         config, tokenizer = checkpoint.require_chat().config, checkpoint.tokenizer()
-        offered = max(config.max_position_embeddings, config.seq_length) - MAX_NEW_TOKENS
+        offered = config.max_context_length - MAX_NEW_TOKENS
         lengths = self.arguments.lengths or [offered * step // STEPS for step in range(1, STEPS + 1)]
         if max(lengths) > offered:
             raise DataError(

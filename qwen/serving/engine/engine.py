@@ -146,7 +146,7 @@ class Engine:
         self.model, self.tokenizer = model, tokenizer
         self.scheduler = Scheduler(model, max_batch_size=max_batch_size, max_queue=max_queue, cache_tokens=cache_tokens)
         self.max_batch_size, self.max_queue = max_batch_size, max_queue
-        limit = max(model.config.max_position_embeddings, model.config.seq_length)
+        limit = model.config.max_context_length
         self.context_length = min(limit, self.scheduler.cache_tokens)
         eos = model.generation_config.eos_token_id
         eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
