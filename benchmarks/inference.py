@@ -37,6 +37,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 try:
+    from qwen_cli.arguments import add_hub_argument
     from qwen_cli.console import quiet_imports
 except ModuleNotFoundError as error:
     sys.exit(f"{error}. In the folder of the repository: pip install -e .")
@@ -50,7 +51,6 @@ from qwen2 import as_qwen2
 from random_models import SHAPES, config, fill, random_model, write_quantized
 
 from qwen import Checkpoint, QWenConfig, QWenLMHeadModel
-from qwen.checkpoint.hub import HUBS
 from qwen.checkpoint.loading import load_config, load_model_quietly
 from qwen.model.gptq_qwen import is_gptq
 from qwen.quiet import quiet_loading
@@ -156,7 +156,7 @@ def parse() -> argparse.Namespace:
     models = parser.add_mutually_exclusive_group()
     models.add_argument("--sizes", nargs="+", choices=SHAPES, default=["1.8B"], help="random weights (1.8B)")
     models.add_argument("-c", "--checkpoint-path", help="a folder or a hub id, instead of random weights")
-    parser.add_argument("--hub", choices=HUBS, help="hub to download from (default: $QWEN_HUB, or huggingface)")
+    add_hub_argument(parser)
     parser.add_argument(
         "--precisions",
         nargs="+",

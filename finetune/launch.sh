@@ -17,7 +17,7 @@ Usage: bash $0 [-m MODEL] [-d DATA] [-o OUTPUT] [any argument of finetune.py]
   -d, --data     conversations to learn, a JSON file ($DATA)
   -o, --output   the folder that the result is written to ($OUTPUT)
 
-'python finetune.py --help' lists the other arguments. The environment may name the interpreter (PYTHON), the processes
+'python finetune.py --help-all' lists the other arguments. The environment may name the interpreter (PYTHON), the processes
 of a machine (GPUS_PER_NODE; every GPU without it), and for several machines NNODES, NODE_RANK, MASTER_ADDR and
 MASTER_PORT (6001).
 TEXT

@@ -1,4 +1,4 @@
-"""Keeps back what libraries say that nobody in front of a script can act on.
+"""Silences messages of other libraries that the user of a script cannot act on.
 
 Nothing is changed by importing this module; scripts call its functions. What is said while transformers is imported is
 kept back by qwen_cli.console. TRANSFORMERS_VERBOSITY in the environment shows everything.

@@ -1,4 +1,4 @@
-"""What all commands do towards the person at the terminal: messages, errors as sentences, quiet libraries."""
+"""What all commands share at the terminal: messages, errors as sentences, quiet libraries."""
 
 import argparse
 import contextlib
@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
+
+from .arguments import as_typed
 
 NOTHING_WRITTEN = "\nStopped. Nothing was written."
 
@@ -37,6 +39,7 @@ def explain_errors(
     complain: Callable[[str], None] = say,
     note: Callable[[str], None] = say,
     errors: tuple[type[Exception], ...] = (OSError, ValueError),
+    prog: str | None = None,
 ) -> Iterator[Ending]:
     """Inside, errors that a person can act on become sentences and exit status 1, and Ctrl-C exit status 130.
 
@@ -48,6 +51,7 @@ def explain_errors(
         complain: prints an error.
         note: prints `stopped`.
         errors: whose texts are sentences for people; the library's own are among them, such as CheckpointError.
+        prog: "qwen export" in the command; None in a script, whose users read other names in the texts.
     """
     quiet_imports()
     ending = Ending()
@@ -58,7 +62,7 @@ def explain_errors(
         note(stopped)
     except errors as error:
         ending.status = 1
-        complain(str(error))
+        complain(as_typed(str(error), prog))
     except ImportError as error:
         ending.status = 1
         complain(f"{error}. {install}")
@@ -67,15 +71,16 @@ def explain_errors(
         complain(str(error) or "The main memory is full.")
 
 
-def how_to_install(extra: str | None, make: str) -> str:
+def how_to_install(extra: str | None, make: str | None = None) -> str:
     """How to install what a command needs.
 
     Args:
         extra: of pyproject.toml; None where the plain package is enough.
-        make: the target that installs it and runs the command.
+        make: the target that installs it and runs the command, if there is one.
     """
     what = f"'.[{extra}]'" if extra else "."
-    return f"In the folder of the repository: pip install -e {what} -c constraints.txt, or start with `make {make}`."
+    advice = f"In the folder of the repository: pip install -e {what} -c constraints.txt"
+    return f"{advice}." if make is None else f"{advice}, or start with `make {make}`."
 
 
 def quiet_imports() -> None:

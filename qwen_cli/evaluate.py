@@ -88,7 +88,7 @@ def run(find_task: "Callable[[], type[Task]]", argv: Sequence[str], prog: str | 
         argv: the command line.
     """
     stopped = "Stopped. The same command goes on from here."
-    with explain_errors(install=INSTALL, stopped=stopped) as ending:
+    with explain_errors(install=INSTALL, stopped=stopped, prog=prog) as ending:
         task_class = find_task()
         import torch
 

@@ -73,7 +73,7 @@ def run(argv: list[str], prog: str | None) -> int:
             say(text)
 
     def fail(error: Exception, status: int) -> int:
-        tell(str(error))
+        tell(as_typed(str(error), prog))
         let_main_process_speak()
         return status
 

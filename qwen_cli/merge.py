@@ -43,7 +43,7 @@ def parse_arguments(argv: Sequence[str] | None, prog: str | None) -> argparse.Na
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Returns the exit status: 0 with a merged model, 1 without one, 130 after Ctrl-C."""
     arguments = parse_arguments(argv, prog)
-    with explain_errors(install=how_to_install("peft", "finetune"), stopped=NOTHING_WRITTEN) as ending:
+    with explain_errors(install=how_to_install("peft"), stopped=NOTHING_WRITTEN, prog=prog) as ending:
         run(arguments)
     if not ending.status:
         with contextlib.suppress(KeyboardInterrupt):  # it comes too late

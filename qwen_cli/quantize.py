@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Returns the exit status: 0 with a quantized model, 1 without one, 130 after Ctrl-C."""
     arguments = parse_arguments(argv, prog)
     say_starting()
-    with explain_errors(install=how_to_install("gptq", "quantize"), stopped=NOTHING_WRITTEN) as ending:
+    with explain_errors(install=how_to_install("gptq", "quantize"), stopped=NOTHING_WRITTEN, prog=prog) as ending:
         outcome = run(arguments)
     if not ending.status:
         with contextlib.suppress(KeyboardInterrupt):  # it comes too late

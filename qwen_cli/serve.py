@@ -178,7 +178,10 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     say(BUNDLED_NOTE if arguments.checkpoint_path is None else f"Loading {arguments.checkpoint_path} ...")
     # Threads of torch that wait for each other spin by default, and take the processor from those that answer requests.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    with bound, explain_errors(install=how_to_install("serve", "serve"), stopped="Stopped while loading.") as ending:
+    with (
+        bound,
+        explain_errors(install=how_to_install("serve", "serve"), stopped="Stopped while loading.", prog=prog) as ending,
+    ):
         model, tokenizer = load(arguments)
         ending.status = serve(model, tokenizer, arguments, bound)
     return ending.status

@@ -96,7 +96,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     say(f"Loading {arguments.checkpoint_path} ..." if arguments.checkpoint_path else BUNDLED_NOTE)
     # Threads of torch that wait for each other spin by default, and take the processor from those that serve the page.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    with explain_errors(install=how_to_install("web", "web"), stopped="Stopped while loading.") as ending:
+    with explain_errors(install=how_to_install("web", "web"), stopped="Stopped while loading.", prog=prog) as ending:
         check_address(arguments.server_name, arguments.server_port)
         import gradio  # noqa: F401  # a missing library should be known before gigabytes are loaded
 

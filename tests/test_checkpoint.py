@@ -98,6 +98,30 @@ def test_int8_cache_sets_both_switches(bundled_chat: Path) -> None:
     assert model.config.use_cache_quantization and model.config.use_cache_kernel
 
 
+def test_arguments_of_from_pretrained_reach_the_config_alone(bundled_chat: Path) -> None:
+    model, _ = load_model(bundled_chat, cpu_only=True, output_attentions=True, num_labels=3)
+    assert model.config.output_attentions and model.config.num_labels == 3
+    mine = Checkpoint.open(bundled_chat).config
+    mine.use_logn_attn = False
+    assert not load_model(bundled_chat, cpu_only=True, config=mine)[0].config.use_logn_attn
+
+
+def test_a_base_is_for_adapters(bundled_chat: Path, bundled_base: Path) -> None:
+    with pytest.raises(CheckpointError, match="not the folder of a LoRA adapter"):
+        load_model(bundled_chat, base=bundled_base)
+
+
+def test_a_full_disk_is_not_taken_for_a_model_without_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    from qwen.checkpoint import hub_huggingface
+
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(hub_huggingface, "cached_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        _ = Checkpoint("Qwen/Qwen-7B-Chat").folder
+
+
 def test_weights_come_one_by_one(bundled_chat: Path) -> None:
     weights = Checkpoint.open(bundled_chat).weights()
     model, _ = load_model(bundled_chat, cpu_only=True)
@@ -128,5 +152,7 @@ def test_a_hub_is_handed_on_and_never_set(bundled_chat: Path, monkeypatch: pytes
     assert "QWEN_HUB" not in os.environ
     with pytest.raises(CheckpointError, match="hub is 'nowhere'"):
         Checkpoint.open("Qwen/Qwen-7B", hub="nowhere")
+    with pytest.raises(CheckpointError, match="hub is 'nowhere'"):
+        load_model(bundled_chat, hub="nowhere")
     with pytest.raises(TypeError, match="revison"):  # a mistyped option is no option
         Checkpoint.open(bundled_chat, revison="v1.0.5")

@@ -103,6 +103,13 @@ def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture) -> No
     assert capsys.readouterr().out == f"qwen {__version__}\n"
 
 
+def test_the_hubs_are_those_of_the_library() -> None:
+    from qwen.checkpoint.hub import HUBS
+    from qwen_cli import arguments
+
+    assert arguments.HUBS == HUBS
+
+
 @pytest.mark.parametrize(("command", "script"), SCRIPTS.items())
 def test_scripts_have_the_help_of_their_command(command: str, script: str) -> None:
     ours, theirs = run("-m", "qwen_cli", command, "--help").stdout, run(script, "--help").stdout

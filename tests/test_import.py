@@ -85,6 +85,25 @@ def test_moved_paths_lead_to_the_very_module_and_warn(old: str, new: str) -> Non
         assert importlib.import_module(old) is importlib.import_module(new)
 
 
+def test_a_moved_package_has_its_submodules() -> None:
+    code = "from qwen.react import format\nimport qwen.react.reply as reply\nimport qwen.react.messages\n"
+    code += "print(format.STOP_WORD, reply.Reply.__name__, qwen.react.messages.parse_messages.__name__)"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1].split() == ["Observation:", "Reply", "parse_messages"]
+
+
+def test_old_functions_still_work(bundled_chat: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        checkpoint_files, hubs = map(importlib.import_module, ("qwen.checkpoint_files", "qwen.hubs"))
+    checkpoint_files.check_config(bundled_chat / "config.json", bundled_chat)
+    assert hubs.config_file(str(bundled_chat)) == bundled_chat / "config.json"
+    assert hubs.source(str(bundled_chat)) == (str(bundled_chat), {})
+    hubs.use(None)
+    with pytest.raises(ValueError, match="pass hub='modelscope' to load_model"):
+        hubs.use("modelscope")
+
+
 @pytest.mark.parametrize("module", NAMES)
 @pytest.mark.filterwarnings("ignore:.*has moved")
 def test_every_public_name_of_the_last_release_is_there(module: str) -> None:

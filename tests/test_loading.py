@@ -79,7 +79,7 @@ def test_the_bundled_base_model_loads(bundled_base: Path) -> None:
 
 def test_without_the_bundled_model_another_must_be_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(bundled, "BUNDLED_CHAT", tmp_path / "site-packages" / "checkpoints" / "qwen-tiny-chat")
-    assert "Name another one with -c" in complaint(None)
+    assert "The bundled model is not here" in complaint(None)
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./nothing", "../a/b/c", "~/nothing-here", ""])

@@ -385,14 +385,14 @@ def test_an_adapter_of_a_model_of_another_size(trained: Path, tiny_chat_checkpoi
 def test_a_model_that_is_partly_offloaded(trained: Path, tmp_path: Path) -> None:
     parts = {"transformer.wte": "cpu", "transformer.h": "disk", "transformer.ln_f": "cpu", "lm_head": "cpu"}
     text = complaint(trained, device_map=parts, offload_folder=str(tmp_path))
-    assert f"finetune/merge_lora.py {trained} OUT" in text
+    assert f"qwen merge {trained} OUT" in text
 
 
 def test_training_starts_from_models_only(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path))
     training = FinetuningArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", use_lora=True)
     model, data = ModelArguments(model_name_or_path=str(trained)), DataArguments(data_path="")
-    with pytest.raises(ArgumentError, match="is an adapter.*--lora_weight_path.*merge_lora.py"):
+    with pytest.raises(ArgumentError, match="is an adapter.*--lora_weight_path.*qwen merge"):
         load_for_training(Arguments(model, data, LoraArguments(), training))
 
 

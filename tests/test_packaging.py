@@ -1,10 +1,13 @@
 """pyproject.toml and what is made of it: lists of dependencies, the wheel, scripts where nothing is installed."""
 
+import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
 import zipfile
+from pathlib import Path
 
 import pytest
 from documents import ROOT, repository_files
@@ -130,6 +133,29 @@ def test_the_wheel_has_the_version_of_the_package(wheel: zipfile.ZipFile) -> Non
     assert f"Name: {PROJECT['name']}" in lines and f"Version: {qwen.__version__}" in lines
     (commands,) = (name for name in wheel.namelist() if name.endswith(".dist-info/entry_points.txt"))
     assert "qwen = qwen_cli.__main__:main" in wheel.read(commands).decode()
+
+
+def test_the_installed_package_answers_away_from_the_repository(wheel: zipfile.ZipFile, tmp_path: Path) -> None:
+    packages, model = tmp_path / "packages", tmp_path / "model"
+    wheel.extractall(packages)
+    shutil.copytree(ROOT / "checkpoints" / "qwen-tiny-chat", model)
+
+    def run(*words: str, status: int = 0) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", "qwen_cli", *words],
+            input="What is 47 + 38?\n",
+            env={**os.environ, "PYTHONPATH": str(packages)},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == status and "Traceback" not in done.stderr, done.stderr
+        return done.stdout if status == 0 else done.stderr
+
+    assert run("chat", "-c", str(model), "--cpu-only") == "47 + 38 = 85.\n"
+    for words in (["chat"], ["eval", "long_context"], ["quantize"]):
+        assert "The bundled model is not here" in run(*words, status=1)
 
 
 # Scripts where the package is not installed

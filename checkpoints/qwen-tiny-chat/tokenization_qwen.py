@@ -8,6 +8,7 @@ The file is copied into every checkpoint, so it imports installed packages only.
 """
 
 import codecs
+import functools
 import inspect
 import itertools
 import logging
@@ -24,6 +25,8 @@ from transformers import AddedToken, BatchEncoding, PreTrainedTokenizer
 from transformers.utils import to_py_obj
 
 logger = logging.getLogger(__name__)
+
+_SANITIZES = "sanitize_control_tokens" in inspect.signature(PreTrainedTokenizer.apply_chat_template).parameters
 
 VOCAB_FILES_NAMES = {"vocab_file": "qwen.tiktoken"}
 
@@ -267,14 +270,10 @@ class QWenTokenizer(PreTrainedTokenizer):
         kwargs.setdefault("return_attention_mask", False)  # it would be built and thrown away
         return super().encode(text, *args, **kwargs)
 
+    @functools.wraps(PreTrainedTokenizer.apply_chat_template)
     def apply_chat_template(self, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers.
-
-        Raises:
-            ValueError: `sanitize_control_tokens` with a transformers that would ignore it.
-        """
-        known = inspect.signature(super().apply_chat_template).parameters
-        if kwargs.get("sanitize_control_tokens") and "sanitize_control_tokens" not in known:
+        # Before 5.20, transformers hands the argument to the template, which ignores it.
+        if kwargs.get("sanitize_control_tokens") and not _SANITIZES:
             raise ValueError(
                 "sanitize_control_tokens=True needs transformers 5.20 or newer: install that, or build the prompt with "
                 "make_context, which encodes messages as plain text."

@@ -72,4 +72,6 @@ def redirect(old: str) -> None:
     )
     for name, target in MOVED.items():
         if name == old or name.startswith(f"{old}."):
-            sys.modules[name] = importlib.import_module(target)
+            module = sys.modules[name] = importlib.import_module(target)
+            if name != old:  # of the module itself, the import system does so
+                setattr(sys.modules[old], name.rpartition(".")[2], module)

@@ -1,3 +1,16 @@
+import sys
+from pathlib import Path
+
 from qwen._moved import redirect
+from qwen.checkpoint.files import check_architecture, read_json
 
 redirect(__name__)
+
+
+def check_config(path: Path, name: str | Path) -> None:
+    """Raise CheckpointError unless the config.json at `path` is a first-generation Qwen's that can be loaded here."""
+    check_architecture(read_json(path, name), name)
+
+
+# A name that went with the move; the module itself does not have it.
+sys.modules[__name__].check_config = check_config

@@ -92,7 +92,7 @@ def with_adapter(model: QWenLMHeadModel, folder: Path, tokens: int) -> QWenLMHea
     if "disk" in places or (len(places) > 1 and "cpu" in places):
         raise CheckpointError(
             f"{model.name_or_path} is larger than the memory that it may fill, and an adapter cannot be put on what "
-            f"was left outside. Merge it once, `python finetune/merge_lora.py {folder} OUT`, and load OUT."
+            f"was left outside. Merge it once, `qwen merge {folder} OUT`, and load OUT."
         )
     grown = tokens > model.config.vocab_size
     if grown:

@@ -22,7 +22,7 @@ from .adapters import ADAPTER_CONFIG, check_adapter, is_adapter, recorded_base, 
 from .files import (
     VOCABULARY,
     CheckpointError,
-    check_config,
+    check_architecture,
     check_gptq_installed,
     check_vocabulary,
     check_weights,
@@ -43,9 +43,9 @@ class Checkpoint:
     Args:
         name_or_path: a folder, or a hub id such as "Qwen/Qwen-7B-Chat"; None is the bundled chat model.
         base: for an adapter, the model to put it on: a folder or a hub id. None is the one that it was trained on.
-        hub_options: `hub`, "huggingface" or "modelscope" (None: $QWEN_HUB, or the Hugging Face Hub), and the keyword
-            arguments of from_pretrained that say where files come from: `revision`, `subfolder`, `cache_dir`, `token`,
-            `local_files_only`, `force_download`.
+        hub: "huggingface" or "modelscope"; None is $QWEN_HUB, or the Hugging Face Hub.
+        revision, subfolder, cache_dir, token, local_files_only, force_download: where files come from, as of
+            `from_pretrained`.
 
     Attributes:
         name: the name as text: ~ expanded, published ids in their published spelling.
@@ -60,11 +60,19 @@ class Checkpoint:
         name_or_path: str | os.PathLike | None = None,
         *,
         base: str | os.PathLike | None = None,
-        **hub_options: Any,
+        hub: str | None = None,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
     ):
         self.name = resolve(name_or_path)
-        self._options = HubOptions(**hub_options)
+        self._options = HubOptions(hub, revision, subfolder, cache_dir, token, local_files_only, force_download)
         self._files: Files = find(self.name, self._options)
+        if base is not None and not self.is_adapter:
+            raise CheckpointError(f"{self.name} is not the folder of a LoRA adapter: leave `base` out.")
         self._named_base = base
         self._vocabulary_checked = False
 
@@ -86,9 +94,19 @@ class Checkpoint:
 
         Raises:
             CheckpointError: it is missing, incomplete, of another architecture, or out of reach; says what to do.
+            ValueError: the numbers in config.json make no network.
         """
-        options = HubOptions(hub, revision, subfolder, cache_dir, token, local_files_only, force_download)
-        checkpoint = cls(name_or_path, base=base, **vars(options))
+        checkpoint = cls(
+            name_or_path,
+            base=base,
+            hub=hub,
+            revision=revision,
+            subfolder=subfolder,
+            cache_dir=cache_dir,
+            token=token,
+            local_files_only=local_files_only,
+            force_download=force_download,
+        )
         checkpoint.check()
         return checkpoint
 
@@ -138,9 +156,7 @@ class Checkpoint:
         try:
             base = Checkpoint(name, **options)
             if base.is_adapter:
-                raise CheckpointError(
-                    f"{base.name} is an adapter itself: merge that one first, `finetune/merge_lora.py`."
-                )
+                raise CheckpointError(f"{base.name} is an adapter itself: merge that one first, `qwen merge`.")
             base.check()
         except CheckpointError as error:
             raise CheckpointError(
@@ -159,9 +175,11 @@ class Checkpoint:
 
     @functools.cached_property
     def config_json(self) -> dict[str, Any]:
-        """The content of config.json."""
+        """The content of config.json; of an adapter, that of its base."""
+        if self.base is not None:
+            return self.base.config_json
         content = read_json(self._files.config(), self.name)
-        check_config(content, self.name)
+        check_architecture(content, self.name)
         return content
 
     @functools.cached_property
@@ -171,14 +189,17 @@ class Checkpoint:
         Raises:
             ValueError: the numbers in it make no network.
         """
-        if self.base is not None:
-            return self.base.config
         return QWenConfig.from_dict(copy.deepcopy(self.config_json))
 
     @functools.cached_property
     def generation_settings(self) -> dict[str, Any]:
         """The content of generation_config.json, empty where there is none; an adapter without one has its base's."""
-        path = self._files.find(GENERATION_CONFIG_NAME)
+        try:
+            path = self._files.find(GENERATION_CONFIG_NAME)
+        except CheckpointError:
+            raise
+        except OSError:  # the Hugging Face Hub is out of reach, and it is not in the cache
+            path = None
         if path is None:
             return {} if self.base is None else self.base.generation_settings
         return read_json(path, self.name)
@@ -265,7 +286,7 @@ class Checkpoint:
         model = with_adapter(self.base._load_model(kwargs), folder, len(tokenizer))
         if (folder / GENERATION_CONFIG_NAME).is_file():
             model.generation_config = self.generation_config
-        model.name_or_path = self.name
+        model.name_or_path = str(folder)
         return model.eval(), tokenizer
 
     def weights(self) -> Weights:
@@ -278,9 +299,14 @@ class Checkpoint:
         place, keywords = self._files.source(weights=True)
         if not isinstance(self._files, LocalFiles) and os.path.isdir(place):
             check_weights(Path(place))  # the download may have been cut off
-        # transformers merges a quantization_config with that of the file, as long as the config does not swallow it.
-        switches = {name: value for name, value in kwargs.items() if name != "quantization_config"}
-        config = QWenConfig.from_dict(copy.deepcopy(self.config_json), **switches)
+        kwargs = dict(kwargs)
+        config = kwargs.pop("config", None)
+        if config is None:
+            # transformers merges this one with that of the file, as long as the config does not swallow it.
+            kept = {name: kwargs.pop(name) for name in ("quantization_config",) if name in kwargs}
+            kept |= {name: kwargs[name] for name in ("dtype", "torch_dtype", "attn_implementation") if name in kwargs}
+            config, kwargs = QWenConfig.from_dict(copy.deepcopy(self.config_json), return_unused_kwargs=True, **kwargs)
+            kwargs |= kept
         try:
             model, report = QWenLMHeadModel.from_pretrained(
                 place, config=config, output_loading_info=True, **keywords, **kwargs
@@ -318,12 +344,12 @@ def resolve(name_or_path: str | os.PathLike | None) -> str:
     Raises:
         CheckpointError: the bundled model is not there.
     """
-    if name_or_path is not None:
-        name = os.path.expanduser(os.fspath(name_or_path))
-        return name if os.path.exists(name) else published_spelling(name)
-    if not bundled.BUNDLED_CHAT.is_dir():
+    name = os.path.expanduser(os.fspath(bundled.BUNDLED_CHAT if name_or_path is None else name_or_path))
+    if os.path.exists(name):
+        return name
+    if name_or_path is None or Path(name).parent == bundled.CHECKPOINTS:
         raise CheckpointError(
-            f"The bundled model is not here ({bundled.BUNDLED_CHAT}): it comes with the repository, not with the "
-            "installed package. Name another one with -c: a folder, or a hub id such as Qwen/Qwen-1_8B-Chat."
+            f"The bundled model is not here ({name}): it comes with the repository, not with the installed package. "
+            "Name another one: a folder, or a hub id such as Qwen/Qwen-1_8B-Chat."
         )
-    return str(bundled.BUNDLED_CHAT)
+    return published_spelling(name)

@@ -23,7 +23,7 @@ class CheckpointError(OSError):
     """A checkpoint cannot be loaded. The text is for people: what is wrong, where, and what to do."""
 
 
-def check_config(config: dict[str, Any], name: str | Path) -> None:
+def check_architecture(config: dict[str, Any], name: str | Path) -> None:
     """Raise CheckpointError unless this is the config.json of a first-generation Qwen that can be loaded here.
 
     Args:

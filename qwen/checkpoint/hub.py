@@ -27,6 +27,9 @@ class HubOptions:
 
     Args:
         hub: one of HUBS; None is $QWEN_HUB, or the Hugging Face Hub.
+
+    Raises:
+        CheckpointError: there is no such hub.
     """
 
     hub: str | None = None
@@ -36,6 +39,10 @@ class HubOptions:
     token: str | bool | None = None
     local_files_only: bool = False
     force_download: bool = False
+
+    def __post_init__(self) -> None:
+        if self.hub not in (None, *HUBS):
+            raise CheckpointError(f"hub is {self.hub!r}: it must be {' or '.join(HUBS)}.")
 
     @classmethod
     def pop_from(cls, kwargs: dict[str, Any]) -> "HubOptions":

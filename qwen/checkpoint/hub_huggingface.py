@@ -17,10 +17,7 @@ class HuggingFaceFiles:
         self._name, self._keywords = name, options.keywords()
 
     def find(self, name: str) -> Path | None:
-        try:
-            found = cached_file(self._name, name, **self._keywords, _raise_exceptions_for_missing_entries=False)
-        except OSError:  # out of reach and not in the cache
-            return None
+        found = cached_file(self._name, name, **self._keywords, _raise_exceptions_for_missing_entries=False)
         return None if found is None else Path(found)
 
     def config(self) -> Path:

@@ -1,5 +1,6 @@
 """Functions for a `Checkpoint` that is opened for one purpose: `load_model`, and what programs have called before."""
 
+import copy
 import os
 from dataclasses import fields
 from typing import Any
@@ -42,6 +43,7 @@ def load_model(
     *,
     cpu_only: bool = False,
     int8_cache: bool = False,
+    base: str | os.PathLike | None = None,
     **options: Any,
 ) -> tuple[QWenLMHeadModel, QWenTokenizer]:
     """Load a first-generation Qwen checkpoint, ready to generate: the short way of `Checkpoint.open(…).load(…)`.
@@ -49,6 +51,7 @@ def load_model(
     Args:
         name_or_path: a folder, or a hub id such as "Qwen/Qwen-7B-Chat"; None is the bundled chat model.
         cpu_only, int8_cache: see `Checkpoint.load`.
+        base: for an adapter, the model to put it on instead of the one that it was trained on.
         options: of `Checkpoint.open`, such as hub="modelscope" or revision="v1.0.5"; all others are for
             `QWenLMHeadModel.from_pretrained`, e.g. bf16=True, use_cache_quantization=True.
 
@@ -59,8 +62,7 @@ def load_model(
         CheckpointError: the checkpoint is missing, incomplete, of another architecture, or out of reach.
         ValueError: the keyword arguments contradict one another (e.g. bf16=True with fp16=True).
     """
-    checkpoint = Checkpoint(name_or_path, base=options.pop("base", None), **vars(HubOptions.pop_from(options)))
-    checkpoint.check()
+    checkpoint = Checkpoint.open(name_or_path, base=base, **vars(HubOptions.pop_from(options)))
     return checkpoint.load(cpu_only=cpu_only, int8_cache=int8_cache, **options)
 
 
@@ -72,17 +74,22 @@ def load_with_adapter(
 
 
 def load_model_quietly(
-    name_or_path: str | os.PathLike | None = None, *, chat: bool = False, **options: Any
+    name_or_path: str | os.PathLike | None = None,
+    *,
+    chat: bool = False,
+    base: str | os.PathLike | None = None,
+    **options: Any,
 ) -> tuple[QWenLMHeadModel, QWenTokenizer]:
     """`load_model` for a script with a person in front of it: no chatter of the libraries, and a progress bar where it
     is seen and loading takes long.
 
     Args:
         chat: refuse a base model before its weights are loaded.
+        base: see `Checkpoint`.
         options: of `load_model`.
     """
     with quiet_loading(progress=name_or_path is not None):
-        checkpoint = Checkpoint.open(name_or_path, **vars(HubOptions.pop_from(options)))
+        checkpoint = Checkpoint.open(name_or_path, base=base, **vars(HubOptions.pop_from(options)))
         if chat:
             checkpoint.require_chat()
         return checkpoint.load(**options)
@@ -103,9 +110,14 @@ def chat_format(name_or_path: str | os.PathLike | None, **hub_options: Any) -> s
     return Checkpoint(name_or_path, **hub_options).chat_format
 
 
-def load_config(name_or_path: str | os.PathLike | None = None, **hub_options: Any) -> QWenConfig:
-    """`Checkpoint.config`, of a checkpoint that need not be complete."""
-    return Checkpoint(name_or_path, **hub_options).config
+def load_config(name_or_path: str | os.PathLike | None = None, **options: Any) -> QWenConfig:
+    """`Checkpoint.config`, of a checkpoint that need not be complete.
+
+    Args:
+        options: of `Checkpoint`, such as hub="modelscope"; all others are switches of `QWenConfig`.
+    """
+    checkpoint = Checkpoint(name_or_path, **vars(HubOptions.pop_from(options)))
+    return QWenConfig.from_dict(copy.deepcopy(checkpoint.config_json), **options)
 
 
 def load_tokenizer(name_or_path: str | os.PathLike | None = None, **options: Any) -> QWenTokenizer:

@@ -7,7 +7,7 @@ from typing import Any
 from transformers.utils import CONFIG_NAME
 
 from .files import CheckpointError, download_advice, listing
-from .hub import HUB_ID, HUBS, PUBLISHED, Files, HubOptions, default_hub
+from .hub import HUB_ID, PUBLISHED, Files, HubOptions, default_hub
 from .hub_huggingface import HuggingFaceFiles
 from .hub_modelscope import ModelScopeFiles
 
@@ -26,8 +26,6 @@ def find(name: str, options: HubOptions) -> Files:
     if HUB_ID.fullmatch(name):
         if name not in PUBLISHED and (beside := sorted(file.parent.name for file in path.parent.glob("*/config.json"))):
             raise CheckpointError(f"There is no folder {name!r}; {path.parent} holds {listing(beside)}.")
-        if options.hub not in (None, *HUBS):
-            raise CheckpointError(f"hub is {options.hub!r}: it must be {' or '.join(HUBS)}.")
         if (options.hub or default_hub()) == "huggingface":
             return HuggingFaceFiles(name, options)
         return ModelScopeFiles(name, options)

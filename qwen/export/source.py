@@ -19,8 +19,7 @@ def open_source(checkpoint: str | os.PathLike | None, hub: str | None = None) ->
     source = Checkpoint(checkpoint, hub=hub)
     if source.is_adapter:
         raise CheckpointError(
-            f"{source.name} is an adapter, not a model. Merge it first: `python finetune/merge_lora.py {source.name} "
-            "MERGED`."
+            f"{source.name} is an adapter, not a model. Merge it first: `qwen merge {source.name} MERGED`."
         )
     source.check()
     _ = source.folder  # fetched now, so that what is missing is reported first

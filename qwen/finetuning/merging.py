@@ -57,7 +57,7 @@ def merge(
     if _is_quantized(into, hub):
         raise CheckpointError(
             f"{into} is quantized, and weights packed into a few bits cannot take an adapter in. Use the adapter as it "
-            f"is (`python cli_demo.py -c {adapter}`), or merge it into the same model before quantization, such as "
+            f"is (`qwen chat -c {adapter}`), or merge it into the same model before quantization, such as "
             "--base Qwen/Qwen-7B-Chat for one trained on Qwen/Qwen-7B-Chat-Int4. That is an approximation: it was "
             "trained to go with rounded weights."
         )

@@ -46,7 +46,7 @@ def load_for_training(arguments: Arguments) -> tuple[PreTrainedModel, QWenTokeni
         raise ArgumentError(
             f"--model_name_or_path {given.model_name_or_path} is an adapter. To go on training it, name its base model "
             f"and add --lora_weight_path {given.model_name_or_path}; to train on top of it, merge it first with "
-            "finetune/merge_lora.py."
+            "`qwen merge`."
         )
     if given.extra_vocab_file is not None and not Path(given.extra_vocab_file).is_file():
         raise ArgumentError(

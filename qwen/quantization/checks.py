@@ -86,7 +86,7 @@ def _check_source(source: Checkpoint) -> QWenConfig:
         adapter, merged = shlex.quote(name), shlex.quote(f"{name.rstrip('/')}-merged")
         raise CheckpointError(
             f"{name} is an adapter (LoRA), and a whole model is quantized. Merge it into its base first, and quantize "
-            f"the result: `python finetune/merge_lora.py {adapter} {merged}`. If it was trained on a quantized model "
+            f"the result: `qwen merge {adapter} {merged}`. If it was trained on a quantized model "
             "(Q-LoRA), name the float one with --base."
         )
     if missing := [package for package in ("gptqmodel", "optimum") if importlib.util.find_spec(package) is None]:

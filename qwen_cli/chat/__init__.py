@@ -35,6 +35,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         stopped="Stopped while loading.",
         complain=terminal.complain,
         note=terminal.note,
+        prog=prog,
     ) as ending:
         model, tokenizer = load(arguments, chat=True)
     if ending.status:
