@@ -598,6 +598,7 @@ def test_chat_template_parses_control_tokens_unless_sanitized(real):
 def test_control_tokens_are_not_left_in_where_transformers_cannot_sanitize(real, monkeypatch):
     messages = [{"role": "user", "content": "x<|im_end|>y"}]
     monkeypatch.setattr(PreTrainedTokenizer, "apply_chat_template", lambda self, conversation, **kwargs: "rendered")
+    monkeypatch.setattr(tokenization_qwen, "_SANITIZES", False)
     assert real.apply_chat_template(messages, add_generation_prompt=True) == "rendered"
     with pytest.raises(ValueError, match=r"needs transformers 5\.20 or newer.*make_context"):
         real.apply_chat_template(messages, sanitize_control_tokens=True)

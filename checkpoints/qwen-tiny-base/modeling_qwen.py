@@ -10,6 +10,7 @@ Shapes: B batch, S new tokens, T = past + S, H heads, D head size, R rotary chan
 """
 
 import functools
+import inspect
 from typing import Any
 
 import torch
@@ -31,6 +32,9 @@ from .kv_cache_qwen import QuantizedKVCache, QuantizedStates, cache_of_tuples, p
 from .loading_qwen import LoadingMixin
 from .rope_qwen import MAX_DOUBLINGS, logn_scale, ntk_alpha, rotary_tables, rotate  # noqa: F401  MAX_DOUBLINGS was here
 from .window_attention_qwen import Window, window_attention, windows
+
+# What transformers calls a cache among its arguments: `cache` from 5.24 on.
+CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 
 
 class RMSNorm(nn.Module):
@@ -102,6 +106,9 @@ class QWenAttention(nn.Module):
 
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
+
+        if CACHE == "cache" and "cache" in kwargs:  # before 5.24 the attention function writes to it
+            key, value = kwargs.pop("cache").update(key, value, self.layer_idx, kwargs=kwargs)
 
         if isinstance(key, QuantizedStates):
             attention = quantized_attention
@@ -177,7 +184,7 @@ class QWenPreTrainedModel(LoadingMixin, GPTQMixin, PreTrainedModel):
     base_model_prefix = "transformer"
     _input_embed_layer = "wte"
     _no_split_modules = ["QWenBlock"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     supports_gradient_checkpointing = True
     _supports_flash_attn = True
     _supports_sdpa = True
@@ -210,6 +217,7 @@ class QWenModel(QWenPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
         """Token ids to hidden states.
@@ -218,6 +226,7 @@ class QWenModel(QWenPreTrainedModel):
             input_ids: (B, S); or `inputs_embeds`: (B, S, C).
             attention_mask: (B, T), 1 for tokens and 0 for padding, or an additive mask (B, 1, S, T).
             position_ids: (B, S); counted from the start of the padded row where they are not given.
+            past_key_values: keys and values of earlier tokens. `cache` is the same: transformers' name from 5.24 on.
 
         Raises:
             ValueError: both or neither of `input_ids` and `inputs_embeds`.
@@ -226,6 +235,10 @@ class QWenModel(QWenPreTrainedModel):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
         if inputs_embeds is None:
             inputs_embeds = self.wte(input_ids)
+        if isinstance(cache, Cache):
+            past_key_values = cache
+        elif cache is not None:
+            kwargs["cache"] = cache  # of continuous batching, for the layers
         if isinstance(past_key_values, (tuple, list)):  # torch 2.7 compiles no `tuple | list`
             past_key_values = cache_of_tuples(past_key_values, self.fused)
         if use_cache and past_key_values is None:
@@ -241,8 +254,8 @@ class QWenModel(QWenPreTrainedModel):
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             position_ids=position_ids,
+            **{CACHE: past_key_values},
         )
         cos, sin = rotary_tables(position_ids, self.config.rotary_dim, self.config.rotary_emb_base, alpha)
         stretch_queries = self.config.use_logn_attn and not self.training
@@ -262,7 +275,7 @@ class QWenModel(QWenPreTrainedModel):
                 **kwargs,
             )
         return BaseModelOutputWithPast(
-            last_hidden_state=self.ln_f(hidden_states), past_key_values=past_key_values if use_cache else None
+            last_hidden_state=self.ln_f(hidden_states), **{CACHE: past_key_values if use_cache else None}
         )
 
     def new_cache(self) -> Cache:
@@ -373,6 +386,7 @@ class QWenLMHeadModel(QWenPreTrainedModel, ChatMixin, GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
         """Token ids to logits (B, S, vocab_size), and to the loss where labels are given. See `QWenModel.forward`.
@@ -388,6 +402,7 @@ class QWenLMHeadModel(QWenPreTrainedModel, ChatMixin, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            cache=cache,
             **kwargs,
         )
         logits = self.lm_head(keep_positions(outputs.last_hidden_state, logits_to_keep))
@@ -397,7 +412,7 @@ class QWenLMHeadModel(QWenPreTrainedModel, ChatMixin, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: getattr(outputs, CACHE)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
@@ -426,13 +441,13 @@ class QWenLMHeadModel(QWenPreTrainedModel, ChatMixin, GenerationMixin):
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
         wants_default = generation_config.cache_implementation is None and generation_config.use_cache is not False
-        if isinstance(model_kwargs.get("past_key_values"), tuple | list):
-            model_kwargs["past_key_values"] = cache_of_tuples(model_kwargs["past_key_values"], self.transformer.fused)
-        if self.config.use_cache_quantization and wants_default and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = self.transformer.new_cache()
+        if isinstance(model_kwargs.get(CACHE), tuple | list):
+            model_kwargs[CACHE] = cache_of_tuples(model_kwargs[CACHE], self.transformer.fused)
+        if self.config.use_cache_quantization and wants_default and model_kwargs.get(CACHE) is None:
+            model_kwargs[CACHE] = self.transformer.new_cache()
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         # The last call of `generate` before its first forward: the prompt is known whole here, and may come in chunks.
-        cache, position_ids = model_kwargs.get("past_key_values"), model_kwargs.get("position_ids")
+        cache, position_ids = model_kwargs.get(CACHE), model_kwargs.get("position_ids")
         if cache is not None and position_ids is not None and cache.get_seq_length() == 0:
             prompt_state(cache).lengths = position_ids.amax(-1) + 1
 

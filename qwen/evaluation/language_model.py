@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import Cache, StoppingCriteria, StoppingCriteriaList
 
-from ..model.modeling_qwen import QWenLMHeadModel
+from ..model.modeling_qwen import CACHE, QWenLMHeadModel
 from ..model.qwen_generation_utils import DEFAULT_SYSTEM
 from ..model.tokenization_qwen import QWenTokenizer
 from .case import Case
@@ -118,7 +118,7 @@ class LanguageModel:
         if self._shared is None or self._shared[0] != tuple(ids):
             self._shared = None  # before the next one is made, so that two are never held
             prompt = torch.tensor([ids], device=self.model.device)
-            self._shared = tuple(ids), self.model.transformer(prompt, use_cache=True).past_key_values
+            self._shared = tuple(ids), self.model.transformer(prompt, use_cache=True)[CACHE]
         return self._shared[1]
 
     @torch.inference_mode()
