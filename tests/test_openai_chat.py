@@ -523,6 +523,7 @@ def test_functions_in_the_style_of_qwen(client: openai.OpenAI) -> None:
 
 
 def test_langchain(server: ServerProcess) -> None:
+    pytest.importorskip("langchain_openai", reason="this is about LangChain: pip install langchain-openai")
     from langchain_core.messages import HumanMessage, ToolMessage
     from langchain_core.tools import tool
     from langchain_openai import ChatOpenAI

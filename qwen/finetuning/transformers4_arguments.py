@@ -4,10 +4,13 @@ Scripts outlive libraries: arguments that were renamed, became a choice or a fie
 those that need no saying any more are dropped with a note. Knows words only.
 """
 
+import dataclasses
 import json
 import os
 from pathlib import Path
 from typing import Any
+
+from transformers import TrainingArguments
 
 Group = tuple[str, list[str]]
 
@@ -24,6 +27,10 @@ _RENAMED = {
     "push_to_hub_token": "hub_token",
     "push_to_hub_model_id": "hub_model_id",
 }
+# transformers 5.17 has these two under their old names only, whichever a script uses.
+if "activation_checkpointing" not in {field.name for field in dataclasses.fields(TrainingArguments)}:
+    for old in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
+        _RENAMED[_RENAMED.pop(old)] = old
 # a switch that is a choice today,
 _SWITCHES = {
     "group_by_length": ("train_sampling_strategy", "group_by_length"),
