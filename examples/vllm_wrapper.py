@@ -283,10 +283,7 @@ class vLLMWrapper:
 def check_vllm() -> None:
     """Raise ImportError where there is no vLLM, before anything is exported for it."""
     if importlib.util.find_spec("vllm") is None:
-        raise ImportError(
-            "vLLM is not installed: `pip install vllm`, and then `pip install -e .` once more, for vLLM may bring an "
-            "older transformers."
-        )
+        raise ImportError("vLLM is not installed: `pip install vllm`.")
 
 
 def start_engine(folder: Path, **engine_arguments: Any) -> Any:
