@@ -119,6 +119,8 @@ def merged(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def q_lora(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, PeftModel]:
     folder = tmp_path_factory.mktemp("q_lora")
+    if importlib.util.find_spec("gptqmodel") is None:
+        pytest.skip("a quantized base needs gptqmodel: pip install gptqmodel optimum")
     return folder, random_adapter(folder, BUNDLED_CHAT_INT4, dtype=torch.float16)
 
 
