@@ -21,7 +21,7 @@ EXAMPLES = ROOT / "examples"
 CELL_SECONDS = 180
 # The tests' environment has GPTQModel, and with it torchao, which prints these lines while transformers is imported.
 # What the notebooks tell their readers to install brings neither.
-TORCHAO = re.compile(r"^(Failed to load .*torchao|W\d.* torch/utils/_pytree\.py).*\n?", re.MULTILINE)
+TORCHAO = re.compile(r"^(Failed to load .*torchao|W\d.*torch/utils/_pytree\.py).*\n?", re.MULTILINE)
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 
 

@@ -10,7 +10,7 @@ import pytest
 import transformers
 from transformers import HfArgumentParser
 
-from qwen.finetuning import legacy_arguments
+from qwen.finetuning import transformers4_arguments
 from qwen.finetuning.arguments import ArgumentError, Arguments, TrainingArguments, parse
 from qwen.finetuning.transformers4_arguments import modernized
 
@@ -68,10 +68,10 @@ GONE_SINCE_4 = """
     use_legacy_prediction_loop use_mps_device warmup_ratio
 """
 KNOWN = (
-    set(legacy_arguments._RENAMED)
-    | set(legacy_arguments._SWITCHES)
-    | set(legacy_arguments._ACCELERATOR_FIELDS)
-    | set(legacy_arguments._GONE)
+    set(transformers4_arguments._RENAMED)
+    | set(transformers4_arguments._SWITCHES)
+    | set(transformers4_arguments._ACCELERATOR_FIELDS)
+    | set(transformers4_arguments._GONE)
     | {"logging_dir"}
 )
 
@@ -88,21 +88,21 @@ def test_every_old_name_is_known_and_old():
     assert still_taken <= {"gradient_checkpointing", "gradient_checkpointing_kwargs"}
 
 
-@pytest.mark.parametrize("old, new", legacy_arguments._RENAMED.items())
+@pytest.mark.parametrize("old, new", transformers4_arguments._RENAMED.items())
 def test_a_renamed_argument_is_one_of_today(old: str, new: str):
     assert new in TODAY
     assert modernized([f"--{old}", "x"]) == ([f"--{new}", "x"], [])
     assert modernized([f"--{old.replace('_', '-')}=x"]) == ([f"--{new}", "x"], [])
 
 
-@pytest.mark.parametrize("old, new, value", [(old, *new) for old, new in legacy_arguments._SWITCHES.items()])
+@pytest.mark.parametrize("old, new, value", [(old, *new) for old, new in transformers4_arguments._SWITCHES.items()])
 def test_a_switch_is_a_choice_of_today(old: str, new: str, value: str):
     assert getattr(parsed(f"--{old}").training, new) == value
     assert getattr(parsed(f"--{old} True").training, new) == value
     assert getattr(parsed(f"--{old} False").training, new) == getattr(parsed().training, new) != value
 
 
-@pytest.mark.parametrize("old", sorted(legacy_arguments._GONE))
+@pytest.mark.parametrize("old", sorted(transformers4_arguments._GONE))
 def test_what_is_gone_is_noted(old: str):
     for line in (f"--{old}", f"--{old} 3", f"--{old}=3"):
         (note,) = noted(f"{line} --seed 7")

@@ -223,7 +223,8 @@ def start_of(run: Run) -> dict[str, torch.Tensor]:
 def assert_the_same_training(run: Run, alone: Run) -> None:
     """Losses at every step, final weights, and the files that are left."""
     assert len(run.losses) == len(alone.losses) == STEPS
-    assert run.losses == pytest.approx(alone.losses, rel=TOLERANCE)
+    # Processors add in different orders; a loss that has become small shows it as a larger share of itself.
+    assert run.losses == pytest.approx(alone.losses, rel=TOLERANCE, abs=1e-5 * alone.losses[0])
     assert run.losses[-1] < 0.2 * run.losses[0], "it has not learned"
     assert run.files == alone.files
     weights, expected, before = run.weights, alone.weights, start_of(alone)
@@ -411,9 +412,9 @@ def test_one_process_runs_deepspeed_with_the_schedule_of_the_arguments(runs: Run
 
 def main_impatient(*arguments: str) -> int:
     """finetune.py that does not wait to be ended by a launcher where another process says what is wrong."""
-    from qwen.finetuning import processes
+    from qwen.finetuning import distributed
 
-    processes.let_main_process_speak.__defaults__ = (0,)
+    distributed.let_main_process_speak.__defaults__ = (0,)
     return main(*arguments)
 
 

@@ -82,7 +82,7 @@ def test_files_that_a_page_names_are_there(page: str) -> None:
     ("text", "names"),
     [
         ("run `python eval/evaluate_mmlu.py -d data/mmlu`", {"eval/evaluate_mmlu.py"}),
-        ("pip install -r requirements_gptq.txt", {"requirements_gptq.txt"}),
+        ("pip install -r requirements_web_demo.txt", {"requirements_web_demo.txt"}),
         ("`qwen/serving/app.py`, cache_qwen.py and `my_demo.pyc`", {"qwen/serving/app.py", "cache_qwen.py"}),
         ("`eval/`, qwen/Qwen-7B-Chat and eval/evaluate_*.py", set()),
     ],

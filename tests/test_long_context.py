@@ -100,7 +100,7 @@ def test_depths_and_lengths_are_what_they_say(bundled_chat):
     parser = argparse.ArgumentParser()
     needle.Needle.add_arguments(parser)
     options = parser.parse_args(["--lengths", "200", "400", "--depths", "0", "25", "100"])
-    options.checkpoint_path, options.seed = None, 1234
+    options.checkpoint_path, options.hub, options.seed = None, None, 1234
     tokenizer = load_tokenizer(bundled_chat)
     for case in needle.Needle(options).cases():
         told, question = case.prompt.rsplit("\n\n", 1)

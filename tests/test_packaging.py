@@ -24,11 +24,12 @@ EVERYTHING = {Requirement(line) for lines in (PROJECT["dependencies"], *EXTRAS.v
 OTHERS = sorted((one for one in EVERYTHING if one.name != PROJECT["name"]), key=str)
 
 # Scripts that import `qwen` from another folder than the root's.
-FOLDERS = ("examples/", "benchmarks/")
+FOLDERS = ("examples/", "benchmarks/", "eval/", "finetune/")
 SCRIPTS = [
     name
     for name in repository_files()
     if name.startswith(FOLDERS) and name.endswith(".py") and "__main__" in (ROOT / name).read_text(encoding="utf-8")
+    if name != "finetune/launch.py"  # which starts finetune.py, and imports nothing of the package
 ]
 
 

@@ -342,7 +342,7 @@ def test_mistakes_are_told_at_once(
     places["empty"].touch()
     places["wrong"].write_text('[{"text": "no turns"}]')
     out = tmp_path / "out"
-    monkeypatch.setattr(qwen.quantization, "load_model", stop)  # it would be slow
+    monkeypatch.setattr(qwen.Checkpoint, "load", stop)  # it would be slow
     words = arguments.format(**places).split()
     found, text = main(*words, *(() if "--out_path" in words else ("--out_path", out)))
     assert found == code, text

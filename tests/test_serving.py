@@ -23,8 +23,8 @@ from transformers import (
 
 from qwen.checkpoint.loading import load_model
 from qwen.model.qwen_generation_utils import DEFAULT_SYSTEM, make_context
-from qwen.serving import scheduler as scheduler_module
 from qwen.serving.engine import Engine, EngineError, PromptTooLong, QueueFull, SchedulerClosed
+from qwen.serving.engine import scheduler as scheduler_module
 from qwen.serving.engine.batched_kv_cache import RaggedCache
 from qwen.serving.engine.detokenizer import IncrementalText
 from qwen.serving.engine.sampler import ConstraintError, SampledToken, SamplingParams, SamplingState, sample
