@@ -1,8 +1,8 @@
-"""The code interpreter: the model writes Python, a sandbox runs it, the model reads what came out and goes on.
+"""The code interpreter: the model writes Python, a sandbox runs it, the model reads the output and continues.
 
-Revolves around one conversation of API-style messages and one sandbox, in which variables live on from question to
-question. It folds the messages into prompts with `qwen.tools`, as the server does. It refuses to know who looks on: a
-demo prints what happens, an evaluation counts it.
+A conversation of API-style messages shares one sandbox, in which variables live from question to question. The messages
+are folded into prompts with `qwen.tools`, as in the server. Callers get each step: a demo prints it, an evaluation
+counts it.
 """
 
 import json
