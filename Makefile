@@ -61,11 +61,13 @@ test: lint  ## check style and walls, and run all tests
 
 # What runs in some minutes, of the model, of loading and of the server. GPTQ is not among it, for gptqmodel has no such
 # old companions; nor is what needs a terminal, a browser or hours.
-QUICK := modeling model_room chat kv_cache kernels window_attention tokenization loading loading_options chat_data \
-	chat_files react serving constraints openai_completions openai_chat finetune_arguments merge_lora optional_packages
+QUICK := $(addprefix model/test_,modeling.py model_room.py chat.py kv_cache.py kernels.py window_attention.py) \
+	$(addprefix model/test_,tokenization.py loading_options.py) checkpoint/test_loading.py data tools \
+	$(addprefix serving/test_,engine.py constraints.py openai_completions.py openai_chat.py) \
+	finetuning/test_finetune_arguments.py finetuning/test_merge_lora.py packaging/test_optional_packages.py
 
 test-oldest: $(OLDEST)/.ready  ## run the quick tests on the oldest versions that work (installs torch with CUDA)
-	$(OLDEST)/bin/python -m pytest -rs $(or $(ARGS),$(patsubst %,tests/test_%.py,$(QUICK)))
+	$(OLDEST)/bin/python -m pytest -rs $(or $(ARGS),$(addprefix tests/,$(QUICK)))
 
 lint: $(VENV)/.ready-test  ## check style, and which package imports which
 	$(BIN)/ruff check .

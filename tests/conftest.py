@@ -11,21 +11,22 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from server_process import server, start_server  # noqa: F401  fixtures
+
+from tests.support import GOLDEN_FOLDER, ROOT
+from tests.support.server_process import server, start_server  # noqa: F401  fixtures
 
 # Nothing is downloaded in a test; without this, a forgotten hub id waits for the network instead of failing.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # The models here are too small to be shared between threads, which would only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-ROOT = Path(__file__).resolve().parent.parent
 MERGES = (b"he", b"ll", b"llo", b"hello", b" t", b"th", b" th", b" the", b"in", b"ing")
 
 
 @pytest.fixture(scope="session")
 def golden() -> Path:
     """The folder of reference vectors, tests/golden."""
-    folder = ROOT / "tests" / "golden"
+    folder = GOLDEN_FOLDER
     assert folder.is_dir(), f"{folder} is part of the repository and missing here"
     return folder
 
@@ -128,7 +129,7 @@ def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[...
     home = tmp_path_factory.mktemp("elsewhere")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "HF_"))}
     with subprocess.Popen(
-        [sys.executable, str(ROOT / "tests" / "elsewhere.py")],
+        [sys.executable, str(ROOT / "tests" / "support" / "elsewhere.py")],
         cwd=home,
         env=environment | {"HF_HOME": str(home / "hf"), "HF_HUB_OFFLINE": "1"},
         stdin=subprocess.PIPE,

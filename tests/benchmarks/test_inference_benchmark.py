@@ -1,0 +1,259 @@
+"""benchmarks/inference.py: engines compute the same, figures add up, and no cell ends the table."""
+
+import json
+import os
+import sys
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.support import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import inference
+import random_models
+from decoding import decode_greedily, token_times
+from inference import Cell
+from qwen2 import as_qwen2
+
+sys.path.remove(str(ROOT / "benchmarks"))
+
+
+def cell(
+    model: str = "tiny", precision: str = "fp32", engine: str = "this", context: int = 5, generate: int = 6
+) -> Cell:
+    return Cell(model, Path(model).is_dir(), precision, engine, context, generate, repeat=1)
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setitem(random_models.SHAPES, "tiny", (64, 2, 2, 96, 300))
+    return "tiny"
+
+
+@pytest.fixture
+def main(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> Callable[..., tuple[int, str, str]]:
+    """The command in this process: exit code, what it prints and what it says to a person."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["inference.py", "--cpu-only", *arguments])
+        code = inference.main()
+        return code, *capfd.readouterr()
+
+    monkeypatch.setattr(inference.signal, "signal", lambda *_: None)
+    return run
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What takes seconds to measure, given; and 30 GB of free memory."""
+    run = inference.run
+
+    def given(task: str, *arguments: object) -> dict:
+        return {"name": "CPU", "bandwidth": 1e9} if task == "device" else run(task, *arguments)
+
+    monkeypatch.setattr(inference, "run", given)
+    monkeypatch.setattr(inference, "free_memory", lambda: 30 * 10**9)
+
+
+@pytest.fixture
+def child_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Makes every process that is started a shell with these commands."""
+
+    def replace(commands: str) -> None:
+        script = tmp_path / "child"
+        script.write_text(f"#!/bin/sh\n{commands}\n")
+        script.chmod(0o700)
+        monkeypatch.setattr(sys, "executable", str(script))
+
+    return replace
+
+
+def test_qwen2_decodes_the_same_with_the_same_weights(bundled_chat: Path):
+    model, _ = inference.load_model_quietly(bundled_chat, cpu_only=True)
+    peer = as_qwen2(model)
+    assert peer.lm_head.weight.data_ptr() == model.lm_head.weight.data_ptr()
+    ids = torch.arange(300, 330)[None]
+    torch.testing.assert_close(peer(ids).logits, model(ids).logits, atol=1e-3, rtol=1e-3)
+    replies = [decode_greedily(each, ids[0].tolist(), 40) for each in (model, peer)]
+    assert replies[0] == replies[1] and len(replies[0]) == 40 and len(set(replies[0])) > 5
+
+
+def test_every_token_has_a_time_though_the_model_would_end(bundled_chat: Path):
+    model, tokenizer = inference.load_model_quietly(bundled_chat, cpu_only=True)
+    ids = tokenizer.encode("<|im_start|>user\nHello!<|im_end|>\n<|im_start|>assistant\n", allowed_special="all")
+    assert model.generation_config.eos_token_id is not None
+    seen = []
+    times = token_times(lambda *arguments: seen.extend(decode_greedily(model, *arguments)), ids, 30, seen.append)
+    assert seen[:30] == list(range(1, 31)) and times == sorted(times) and len(times) == 31
+    assert tokenizer.im_end_id in seen[30:-1]
+
+
+def test_random_models_are_the_same_each_time_and_have_no_two_equal_rows(tiny: str):
+    first, second = (random_models.random_model(tiny, torch.float32, "cpu").state_dict() for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert len(first["lm_head.weight"].unique(dim=0)) == 300
+    assert first["transformer.ln_f.weight"].eq(1).all()
+
+
+@pytest.mark.parametrize("engine", ["this", "Qwen2"])
+@pytest.mark.parametrize("precision, itemsize", [("fp32", 4), ("bf16", 2)])
+def test_figures_of_a_cell(engine: str, precision: str, itemsize: int, tiny: str, tmp_path: Path):
+    figures = inference.measure(cell(precision=precision, engine=engine), tmp_path)
+    layer = 64 * 192 + 192 + 64 * 64 + 3 * 64 * 96 + 2 * 64
+    weights = itemsize * (300 * 64 + 2 * layer + 64)
+    assert weights <= figures["read"] < weights + 2**20  # and the tables of the rotary embedding
+    assert figures["speed"] > 0 and figures["whole_speed"] > 0 and figures["peak"] > figures["read"]
+    assert figures["kernel"] == "Linear"
+
+
+def test_one_token_has_no_speed_of_decoding(tiny: str, tmp_path: Path):
+    figures = inference.measure(cell(generate=1), tmp_path)
+    assert figures["speed"] is None and figures["whole_speed"] > 0
+
+
+@pytest.mark.parametrize(
+    "which, cpu_only, gigabytes",
+    [
+        (cell("7B", "bf16", context=1, generate=1023), False, 15.98),  # as in benchmarks/README.md: weights and cache
+        (cell("7B", "fp32", context=1, generate=1023), False, 31.96),
+        (cell("7B", "int4", context=1, generate=1), False, 2 * 1.245 + 6.476 * (4 + 20 / 128) / 8),
+        (cell("7B", "int8", "llama.cpp", context=1, generate=1), True, 0.6 + 2 * 1.245 + 6.476 * (8 + 24 / 128) / 8),
+    ],
+)
+def test_memory_that_is_needed(which: Cell, cpu_only: bool, gigabytes: float):
+    assert inference.needed_bytes(which, cpu_only) / 1e9 == pytest.approx(gigabytes, rel=2e-3)
+
+
+@pytest.mark.parametrize(
+    "which, figures",
+    [
+        (cell("7B", "int4", context=1, generate=2048), (50.09, 8.21)),
+        (cell("14B", "bf16", context=2048, generate=1), (None, 30.15)),
+        (cell("7B", "int8", context=2048, generate=8192), (32.54, None)),
+        (cell("7B", "fp32", context=1, generate=2048), (None, None)),
+        (cell("7B", "int4", context=1, generate=2047), (None, None)),
+        (cell("small", "int4", context=1, generate=2048), (None, None)),
+    ],
+)
+def test_published_figures(which: Cell, figures: tuple[float | None, float | None]):
+    assert inference.published(which) == figures
+
+
+def test_a_table(main: Callable, device: None):
+    """One cell in a process of its own; one that does not fit, and has published figures."""
+    code, out, _ = main("--sizes", "small", "72B", "--precisions", "fp32", "--engines", "this", "--generate", "3")
+    lines = out.splitlines()
+    assert code == 0 and lines[0].startswith("CPU, torch") and "1 + 3 tokens" in lines[0]
+    heads, row, refused = (line.strip("|").split("|") for line in (lines[2], lines[4], lines[5]))
+    assert len(heads) == len(row) == len(refused) == 8
+    assert row[:3] == [" small ", " fp32 ", " this "]
+    speed, _, memory, weights, share = row[3:]
+    assert float(share.strip(" %")) / 100 == pytest.approx(float(speed) * 48.8e6 / 1e9, abs=0.02)
+    assert float(memory) > float(weights) == 0.05
+    assert "needs about 2" in refused[3] and "30.0 are free" in refused[3]
+
+
+def test_published_columns_are_there_where_a_cell_is_published(main: Callable, device: None):
+    _, out, _ = main("--sizes", "72B", "--precisions", "int4", "--engines", "this", "--generate", "2048")
+    assert "| published |" in out and "| published, GB |" in out
+
+
+@pytest.mark.parametrize(
+    "commands, reason",
+    [
+        ("kill -9 $$", "out of memory"),
+        ("exit 1", "failed: see above"),
+        ("""echo '{"failed": "no room"}'""", "no room"),
+    ],
+)
+def test_a_cell_that_fails_does_not_end_the_table(
+    commands: str, reason: str, child_says: Callable, main: Callable, device: None
+):
+    child_says(commands)
+    code, out, _ = main("--sizes", "small", "--precisions", "fp32", "bf16", "--engines", "this")
+    assert code == 0 and out.count(f"| this | {reason} |") == 2
+
+
+def test_what_libraries_say_does_not_count(child_says: Callable):
+    child_says("""echo hello; echo '{"progress": "at it"}'; echo '{"result": {"found": 1}}'""")
+    assert inference.run("device", None, None, True) == {"found": 1}
+
+
+def test_ctrl_c_keeps_the_rows_and_ends_the_process(
+    child_says: Callable, main: Callable, device: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    number = tmp_path / "pid"
+    child_says(
+        f"""if [ -e {number} ]; then echo '{{"progress": "stop here"}}'; exec sleep 60; fi; echo $$ > {number}; """
+        """echo '{"failed": "first row"}'"""
+    )
+    shown = []
+
+    def show(text: str) -> None:
+        shown.append(text)
+        if "stop here" in text:
+            raise KeyboardInterrupt
+
+    started = []
+    popen = inference.subprocess.Popen
+    monkeypatch.setattr(
+        inference.subprocess, "Popen", lambda *a, **settings: started.append(popen(*a, **settings)) or started[-1]
+    )
+    monkeypatch.setattr(inference, "show", show)
+    code, out, told = main("--sizes", "small", "--precisions", "fp32", "bf16", "--engines", "this")
+    assert code == 130 and "| first row |" in out and "Stopped" in told
+    assert started[-1].returncode == -9
+
+
+@pytest.mark.parametrize(
+    "error, message",
+    [
+        (MemoryError(), "out of memory"),
+        (torch.OutOfMemoryError("CUDA"), "out of memory"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate"), "out of memory"),
+        (OSError("no\nroom"), "no room"),
+    ],
+)
+def test_a_process_says_why_it_failed(
+    error: Exception, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    def measure(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(inference, "measure", measure)
+    assert inference.child("measure", Path(), cell()) == 0
+    assert json.loads(capsys.readouterr().out) == {"failed": message}
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["-c", "checkpoints/qwen-tiny-chat-int4", "--precisions", "bf16"], ("bf16", "int4")),
+        (["-c", "checkpoints/qwen-tiny-chat", "--precisions", "int8"], ("int8", "run_gptq.py")),
+        (["-c", "checkpoints/qwen-tiny-chat-int4", "--engines", "Qwen2"], ("quantized", "--engines")),
+        (["-c", "checkpoints"], ("config.json",)),
+        (["-c", "nowhere/at/all"], ("nowhere/at/all",)),
+    ],
+)
+def test_errors_talk_to_people(
+    arguments: list[str], words: tuple[str, ...], main: Callable, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(ROOT)
+    code, out, told = main(*arguments)
+    assert code == 1 and not out and "Traceback" not in told
+    assert all(word in told for word in words)
+
+
+def test_llama_cpp_is_offered_where_it_is_installed(monkeypatch: pytest.MonkeyPatch):
+    options = {"checkpoint_path": None, "hub": None, "sizes": ["7B"], "precisions": ["bf16", "int4"], "cpu_only": True}
+    arguments = Namespace(**options, engines=None, context=1, generate=1, repeat=1)
+    for found, expected in ((None, 3), (os, 5)):  # Qwen2 reads no quantized weights
+        monkeypatch.setattr(inference.importlib.util, "find_spec", lambda name, found=found: found)
+        assert len(inference.cells(arguments)) == expected
+    arguments.cpu_only, arguments.engines = False, ["llama.cpp"]
+    with pytest.raises(ValueError, match="--cpu-only"):
+        inference.cells(arguments)

@@ -1,0 +1,259 @@
+"""The command `qwen`: what `--help` says, how fast, and that the scripts do the same."""
+
+import ast
+import dataclasses
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import qwen_cli
+from qwen_cli.__main__ import COMMANDS, main
+from qwen_cli.arguments import SCRIPTS
+from qwen_cli.evaluate import benchmarks
+from qwen_cli.finetune_options import OPTIONS, REQUIRED
+from tests.support import ROOT
+
+SLOW = ("torch", "transformers", "qwen", "gradio", "fastapi", "numpy")
+SECONDS = 5  # half a second on a quiet machine; others run here as well
+HELP = [("--help",), *((command, "--help") for command in COMMANDS), ("eval",), ("--version",)]
+
+
+def run(*words: object, folder: Path = ROOT) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, *map(str, words)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}  # as an editable install has it
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=60, check=False)
+
+
+@pytest.mark.parametrize("words", HELP, ids=" ".join)
+def test_help_is_quick_and_imports_nothing(words: tuple[str, ...]) -> None:
+    start = time.monotonic()
+    result = run("-X", "importtime", "-m", "qwen_cli", *words)
+    assert time.monotonic() - start < SECONDS
+    assert result.returncode == 0 and result.stdout
+    imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in result.stderr.splitlines()}
+    assert "qwen_cli" in imported and not imported & {*SLOW}
+
+
+@pytest.mark.parametrize("module", sorted(path for path in Path(qwen_cli.__file__).parent.rglob("*.py")), ids=str)
+def test_modules_import_the_standard_library_alone(module: Path) -> None:
+    allowed = sys.stdlib_module_names | {"qwen_cli"}
+    for statement in ast.parse(module.read_text(encoding="utf-8")).body:
+        if isinstance(statement, ast.Import):
+            assert {name.name.partition(".")[0] for name in statement.names} <= allowed
+        elif isinstance(statement, ast.ImportFrom) and not statement.level:
+            assert statement.module.partition(".")[0] in allowed
+
+
+def test_help_lists_every_command(capsys: pytest.CaptureFixture) -> None:
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    for command, (_, what) in COMMANDS.items():
+        assert re.search(rf"^  {command} +{re.escape(what)}$", shown, re.MULTILINE)
+    assert main([]) == 0
+    assert capsys.readouterr().out == shown
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["serv"], "There is no command serv. Did you mean `qwen serve`?"),
+        (["xyzzy"], "There is no command xyzzy. `qwen --help` lists all."),
+        (["--verbose"], "There is no option --verbose."),
+        (["eval", "mmul"], "There is no benchmark mmul. Did you mean mmlu?"),
+        (["eval", "xyzzy"], "There is no benchmark xyzzy. `qwen eval` lists all."),
+    ],
+)
+def test_unknown_words(words: list[str], says: str, capsys: pytest.CaptureFixture) -> None:
+    assert main(words) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith(says) and not said.out
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["chat", "--seed", "-1"], "qwen chat: error: argument -s/--seed: A seed is a whole number"),
+        (
+            ["serve", "--server-port", "65536"],
+            "qwen serve: error: argument --server-port: a whole number from 0",
+        ),
+        (["web", "--server-port", "0"], "qwen web: error: argument --server-port: a whole number from 1 to 65535"),
+        (["web", "--auth", "anna"], "qwen web: error: argument --auth: It is written USER:PASS"),
+        (["merge", "a", "b", "--max-shard-size", "2"], "qwen merge: error: argument --max-shard-size: '2' is no size"),
+        (["quantize", "--model_name_or_path", "x"], "qwen quantize: error: --data_path is missing"),
+        (["export", "--type", "q8_0"], "qwen export: error: --type is for GGUF"),
+        (["chat", "--hub", "github"], "qwen chat: error: argument --hub: invalid choice: 'github'"),
+    ],
+)
+def test_mistakes_are_told_at_once(words: list[str], says: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(words)
+    assert left.value.code == 2 and says in capsys.readouterr().err
+
+
+def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture) -> None:
+    from qwen._version import __version__
+
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"qwen {__version__}\n"
+
+
+def test_the_hubs_are_those_of_the_library() -> None:
+    from qwen.checkpoint.hub import HUBS
+    from qwen_cli import arguments
+
+    assert arguments.HUBS == HUBS
+
+
+@pytest.mark.parametrize(("command", "script"), SCRIPTS.items())
+def test_scripts_have_the_help_of_their_command(command: str, script: str) -> None:
+    ours, theirs = run("-m", "qwen_cli", command, "--help").stdout, run(script, "--help").stdout
+    for other, path in SCRIPTS.items():  # a description may name another command
+        ours = re.sub(rf"\bqwen {other}\b", Path(path).name, ours)
+        theirs = theirs.replace(f"python {path}", Path(path).name)
+    assert theirs.split() == ours.split() and "usage:" in theirs
+
+
+def doors() -> list[Path]:
+    return [*(ROOT / "eval").glob("*.py"), ROOT / "finetune" / "merge_lora.py"]
+
+
+@pytest.mark.parametrize("door", doors(), ids=lambda door: door.name)
+def test_scripts_in_folders_say_how_to_install(door: Path, tmp_path: Path) -> None:
+    result = run("-I", "-S", door, folder=tmp_path)  # no site-packages, no PYTHONPATH
+    assert result.returncode == 1
+    assert result.stderr.startswith("No module named 'qwen_cli'. ") and "pip install -e ." in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+# Benchmarks
+
+
+def test_every_benchmark_is_listed_and_has_a_script(capsys: pytest.CaptureFixture) -> None:
+    known = benchmarks()
+    assert main(["eval"]) == 0
+    shown = capsys.readouterr().out
+    for name, line in known.items():
+        assert line.endswith((".", "?")) and re.search(rf"^  {name} +{re.escape(line)}$", shown, re.MULTILINE)
+    scripts = {door.stem.removeprefix("evaluate_"): door for door in (ROOT / "eval").glob("*.py")}
+    assert scripts.keys() == known.keys()
+    for name, script in scripts.items():
+        assert f'main(["{name}", *sys.argv[1:]])' in script.read_text(encoding="utf-8")
+
+
+def test_every_benchmark_has_one_task() -> None:
+    from qwen_cli.evaluate import task_of
+
+    assert {name: task_of(name).name for name in benchmarks()} == {name: name for name in benchmarks()}
+
+
+@pytest.mark.parametrize("name", ["mmlu", "needle"])
+def test_a_benchmark_has_its_own_help(name: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["eval", name, "--help"])
+    shown = capsys.readouterr().out
+    assert not left.value.code and shown.startswith(f"usage: qwen eval {name} ")
+    assert f"    qwen eval {name} " in shown and "--max-seq-len" in shown
+
+
+# Fine-tuning
+
+
+@pytest.fixture(scope="module")
+def real_options() -> dict:
+    """The options of the parser that training uses."""
+    from qwen.finetuning.arguments import make_parser
+
+    return {option: action for action in make_parser()._actions for option in action.option_strings}
+
+
+def test_the_quick_help_is_true(real_options: dict) -> None:
+    for group in OPTIONS.values():
+        for option in group:
+            real = real_options[f"--{option.name}"]
+            assert real.required == (option.default is REQUIRED), option.name
+            assert option.default in (REQUIRED, real.default), option.name
+            if option.choices:
+                assert list(option.choices) == list(real.choices), option.name
+
+
+def test_the_quick_help_has_our_options_and_those_of_the_scripts(real_options: dict) -> None:
+    from qwen.finetuning import arguments
+
+    names = {option.name for group in OPTIONS.values() for option in group}
+    for ours in (arguments.ModelArguments, arguments.DataArguments, arguments.LoraArguments):
+        assert {field.name for field in dataclasses.fields(ours)} <= names
+    assert {*arguments.TrainingArguments.__annotations__} <= names
+    for script in (ROOT / "finetune").glob("finetune_*.sh"):
+        used = re.findall(r"--(\w+)", script.read_text(encoding="utf-8").partition("launch \\\n")[2])
+        assert len(used) > 10 and {*used} <= names, script.name
+
+
+def test_help_all_shows_everything(real_options: dict, capsys: pytest.CaptureFixture) -> None:
+    assert main(["finetune", "--help-all"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("usage: qwen finetune ")
+    assert [option for option in real_options if option not in shown] == []
+
+
+# Errors
+
+
+def stop(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["chat"], "Stopped while loading."),
+        (["serve", "--server-port", "0"], "Stopped while loading."),
+        (["merge", "a", "b"], "Stopped. Nothing was written."),
+        (["export"], "Stopped. Nothing was written."),
+        (["quantize"], "Stopped. Nothing was written."),
+        (["eval", "mmlu", "-d", "x"], "Stopped. The same command goes on from here."),
+    ],
+)
+def test_ctrl_c_while_libraries_are_imported(words: list[str], says: str, tmp_path: Path) -> None:
+    # A package of the name that all of them import, where a person presses Ctrl-C.
+    for package in ("qwen", "torch"):
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "__init__.py").write_text("raise KeyboardInterrupt")
+    (tmp_path / "qwen" / "evaluation" / "benchmarks").mkdir(parents=True)
+    (tmp_path / "qwen" / "evaluation" / "benchmarks" / "mmlu.py").write_text('"""A benchmark."""')
+    code = f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]; from qwen_cli.__main__ import main; "
+    result = run("-c", f"{code} sys.exit(main({words!r}))", folder=tmp_path)
+    assert result.returncode == 130
+    assert result.stderr.rstrip().endswith(says) and "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "says"),
+    [
+        (OSError("no such thing"), 1, "no such thing\n"),
+        (ValueError("wrong"), 1, "wrong\n"),
+        (MemoryError(), 1, "The main memory is full.\n"),
+        (ModuleNotFoundError("No module named 'x'"), 1, "No module named 'x'. Install it.\n"),
+        (KeyboardInterrupt(), 130, "Stopped.\n"),
+        (None, 0, ""),
+    ],
+)
+def test_errors_are_sentences(error: BaseException | None, status: int, says: str, capsys) -> None:
+    from qwen_cli.console import explain_errors
+
+    with explain_errors(install="Install it.") as ending:
+        if error is not None:
+            raise error
+    assert (ending.status, capsys.readouterr().err) == (status, says)
+
+
+def test_errors_of_the_program_keep_their_traceback() -> None:
+    from qwen_cli.console import explain_errors
+
+    with pytest.raises(KeyError), explain_errors(install=""):
+        raise KeyError("a bug")

@@ -1,0 +1,270 @@
+"""The documentation: every block that can be run here runs as it is written; any other block says why it is not run."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from qwen._moved import MOVED
+from qwen.checkpoint import loading
+from tests.support import ROOT
+from tests.support.markdown import APART, NOT_RUN, RUN, Block, Document, pages, repository_files
+from tests.support.reader_machine import PUBLISHED
+from tests.support.run_document import commands_of, difference, questions_of
+
+DOCUMENTS = [Document(page) for page in pages()]
+BLOCKS = [block for document in DOCUMENTS for block in document.blocks]
+
+
+class Run:
+    """A part of a page that is run in a process of its own, while tests wait for what comes of its blocks."""
+
+    def __init__(self, page: str, part: int, folder: Path):
+        self._errors = folder / "errors.txt"
+        with self._errors.open("wb") as errors:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "tests.support.run_document", page, "--part", str(part), "--json"],
+                cwd=ROOT,
+                env={**os.environ, "PYTHONPATH": ""},
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+            )
+        self._outcomes: dict[int, dict] = {}
+        self._thread = threading.Thread(target=self._read)
+        self._thread.start()
+
+    def _read(self) -> None:
+        for line in self._process.stdout:
+            outcome = json.loads(line)
+            self._outcomes[outcome["line"]] = outcome
+
+    def outcome(self, line: int) -> dict:
+        """Of the block that begins there, as soon as it is known."""
+        while line not in self._outcomes:
+            if not self._thread.is_alive():
+                pytest.fail(f"The run ended before this block:\n{self._errors.read_text(encoding='utf-8')}")
+            time.sleep(0.02)
+        return self._outcomes[line]
+
+    def end(self) -> None:
+        self._process.terminate()
+        self._thread.join(60)
+        self._process.wait(60)
+
+
+Runs = dict[tuple[str, int], Run]
+
+
+@pytest.fixture(scope="module")
+def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
+    """What the selected tests are about, side by side."""
+    parameters = (getattr(item, "callspec", None) for item in request.session.items if item.path == request.path)
+    blocks = [spec.params["block"] for spec in parameters if spec and "block" in spec.params]
+    wanted = dict.fromkeys((block.page, block.part) for block in blocks)
+    started = {key: Run(*key, tmp_path_factory.mktemp("page")) for key in wanted}
+    yield started
+    for run in started.values():
+        run.end()
+
+
+@pytest.mark.parametrize(
+    "block", [pytest.param(block, id=f"{block.page}:{block.line}") for block in BLOCKS if block.is_run]
+)
+def test_a_block_runs(block: Block, runs: Runs, record_property: Callable[[str, object], None]) -> None:
+    outcome = runs[block.page, block.part].outcome(block.line)
+    record_property("seconds", outcome["seconds"])
+    if outcome["error"] is not None:
+        pytest.fail(f"{block.page}:{block.line}\n{block.code}\n{outcome['error']}\n{outcome['output']}", pytrace=False)
+
+
+def test_chapters_that_are_run_apart_are_there() -> None:
+    for document in DOCUMENTS:
+        chapters = {heading.anchor for heading in document.headings if heading.level == 2}
+        assert chapters | {""} >= set(APART.get(document.page, ()))
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.page)
+def test_code_stands_in_fences_of_a_known_kind(document: Document) -> None:
+    assert not document.indented, f"{document.page}: code that is indented, not fenced, in lines {document.indented}"
+    for block in document.blocks:
+        where = f"{document.page}:{block.line}"
+        assert block.language in RUN + NOT_RUN, f"{where}: a fence of the kind {block.language!r}"
+        assert block.closed, f"{where}: a fence that is not closed"
+        assert block.is_run or block.not_run is None or block.language in RUN, f"{where}: not run anyway"
+    comments = document.text.count("<!-- not run")
+    reasons = sum(block.not_run is not None for block in document.blocks)
+    assert comments == reasons, "A comment gives no reason, or no block stands behind it."
+
+
+@pytest.mark.parametrize(
+    ("comment", "reason"),
+    [
+        ("<!-- not run: a GPU -->", "a GPU"),
+        ("<!-- not run: -->", None),
+        ("<!-- not run -->", None),
+        ("<!-- not run: a GPU -->\n\nA paragraph between them.", None),
+    ],
+)
+def test_a_block_that_is_not_run_has_a_reason(comment: str, reason: str | None) -> None:
+    (block,) = Document("page.md", f"{comment}\n```bash\nfalse\n```\n").blocks
+    assert block.not_run == reason and block.is_run == (reason is None)
+
+
+@pytest.mark.parametrize("page", [name for name in repository_files() if name.endswith((".md", ".ipynb"))])
+def test_no_page_names_a_module_that_has_moved(page: str) -> None:
+    """Only the changelog does."""
+    modules = set(re.findall(r"\bqwen(?:\.\w+)+", (ROOT / page).read_text(encoding="utf-8")))
+    moved = {module for module in modules if any(f"{module}.".startswith(f"{old}.") for old in MOVED)}
+    assert page == "CHANGELOG.md" or not moved
+
+
+def test_the_changelog_lists_every_module_that_has_moved() -> None:
+    (table,) = [table for table in Document("CHANGELOG.md").tables if table[0] == ["old", "new"]]
+    assert {(old.strip("`"), new.strip("`")) for old, new in table[1:]} == set(MOVED.items())
+
+
+# The runner
+
+
+PAGE = """# A page
+
+```bash
+echo one
+false
+echo two
+```
+
+```text
+one
+```
+
+```python
+x = 2
+print("x is", x)
+```
+
+```text
+x is 3
+```
+
+```python
+print("first\\nsecond\\nthird", x)
+```
+
+```text
+first
+…
+third 2
+```
+
+```python
+def f():
+    raise ValueError("on purpose")
+f()
+```
+
+<!-- not run: a GPU -->
+```bash
+exit 1
+```
+
+```bash
+while read -r line; do echo "You said $line."; done
+```
+
+```text
+User> yes
+Qwen> You said yes.
+User> no
+Qwen> You said nothing.
+```
+
+## Servers
+
+```bash
+echo "import sys; sys.exit('No such model.')" > web_demo.py
+python web_demo.py
+```
+
+```bash
+cat > openai_api.py <<'END'
+import http.server
+import sys
+
+server = http.server.HTTPServer(("127.0.0.1", 8000), http.server.SimpleHTTPRequestHandler)
+try:
+    server.serve_forever()
+except KeyboardInterrupt:
+    sys.exit("unclean" in sys.argv and 3)
+END
+python openai_api.py
+curl --silent http://127.0.0.1:8000/LICENSE | grep --only-matching "Version 2.0, January"
+```
+
+```text
+Version 2.0, January
+```
+
+### In Python
+
+```python
+import urllib.request
+print(urllib.request.urlopen("http://localhost:8000/README.md").status)
+```
+
+## Another
+
+```bash
+python openai_api.py unclean
+```
+
+## Later
+
+```bash
+curl --silent http://127.0.0.1:8000/
+```
+"""
+
+
+def test_the_runner_tells_what_fails(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(PAGE, encoding="utf-8")
+    run = Run(str(page), 0, tmp_path)
+    blocks = [block for block in Document(str(page)).blocks if block.is_run]
+    outcomes = [run.outcome(block.line) for block in blocks]
+    run.end()
+    failed = [bool(outcome["error"]) for outcome in outcomes]
+    assert failed == [True, True, False, True, True, True, False, False, True, True]
+    stopped, wrong, _, raised, other_reply, refused, *_, unclean, gone = outcomes
+    assert "status 1" in stopped["error"] and stopped["output"] == "one\n"
+    assert "x is 3" in wrong["error"] and wrong["output"] == "x is 2\n"
+    assert f'page.md", line {blocks[3].line + 1}, in f' in raised["output"] and "on purpose" in raised["output"]
+    assert "You said nothing." in other_reply["error"] and other_reply["output"] == "You said yes.\nYou said no.\n"
+    assert "The server ended with status 1" in refused["error"] and "No such model." in refused["output"]
+    assert "status 3 on Ctrl-C" in unclean["error"]
+    assert "status 7" in gone["error"]  # nobody listens: a server ends with its section
+
+
+def test_every_published_model_is_on_the_reader_s_machine() -> None:
+    assert set(PUBLISHED) == set(loading.PUBLISHED)
+
+
+def test_commands_of_a_block() -> None:
+    commands = ["a \\\n  b\n", "# c\n", "d <<'END'\nEND of\nEND\n", "echo 'x\ny'\n", "for i in 1 2; do\n  e\ndone\n"]
+    assert commands_of("".join(commands)) == commands
+
+
+def test_what_is_printed_is_compared_line_by_line() -> None:
+    assert difference(["b"], "a\nb\nc\n") is None
+    assert difference(["a", "…", "d"], "a\nb\nc\nd\n") is None
+    assert difference(["a", "…", "b"], "a\nb\n") is None
+    assert difference(["b"], "ab\n") and difference(["a", "c"], "a\nb\nc") and difference(["a."], "ab")
+    assert questions_of("User> a\nQwen> b\nUser> c\n") == "a\nc\n" and questions_of("a User> b") == ""

@@ -1,0 +1,285 @@
+"""The command line of finetune.py: today's arguments, those of scripts written for transformers 4, and their values."""
+
+import dataclasses
+import json
+import os
+import shlex
+from pathlib import Path
+
+import pytest
+import transformers
+from transformers import HfArgumentParser
+
+from qwen.finetuning import transformers4_arguments
+from qwen.finetuning.arguments import ArgumentError, Arguments, TrainingArguments, parse
+from qwen.finetuning.transformers4_arguments import modernized
+from tests.support import ROOT
+
+TODAY = {field.name for field in dataclasses.fields(transformers.TrainingArguments)}
+# transformers 5.17 has the old name only.
+CHECKPOINTING = "activation_checkpointing" if "activation_checkpointing" in TODAY else "gradient_checkpointing"
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As a process begins: variables that a command line sets are gone again after the test."""
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    os.environ.pop("TENSORBOARD_LOGGING_DIR", None)
+    monkeypatch.chdir(tmp_path)
+
+
+def parsed(line: str = "") -> Arguments:
+    return parse(["--data_path", "d.json", "--use_cpu", *shlex.split(line)])[0]
+
+
+def noted(line: str) -> list[str]:
+    return parse(["--data_path", "d.json", "--use_cpu", *shlex.split(line)])[1]
+
+
+def refusal(line: str) -> str:
+    with pytest.raises(ArgumentError) as caught:
+        parsed(line)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# Names
+
+
+def test_defaults():
+    arguments = parse(["--data_path", "d.json"])[0]
+    model, data, lora, training = (getattr(arguments, field.name) for field in dataclasses.fields(Arguments))
+    assert (model.model_name_or_path, model.cache_dir, model.extra_vocab_file) == (None, None, None)
+    assert (data.data_path, data.eval_data_path, data.lazy_preprocess, data.packing) == ("d.json", None, False, False)
+    assert data.system_message == "You are a helpful assistant."
+    assert (lora.lora_r, lora.lora_alpha, lora.lora_dropout, lora.lora_bias) == (64, 16, 0.05, "none")
+    assert lora.lora_target_modules == ["c_attn", "c_proj", "w1", "w2"]
+    assert (lora.lora_weight_path, lora.q_lora, lora.modules_to_save) == ("", False, None)
+    assert (training.model_max_length, training.use_lora) == (8192, False)
+
+
+# Everything that transformers 4.37, the last version that ran the published code, took and 5.23 does not take any more.
+GONE_SINCE_4 = """
+    adafactor dispatch_batches evaluation_strategy fp16_backend fp16_opt_level fsdp_min_num_params
+    fsdp_transformer_layer_cls_to_wrap group_by_length half_precision_backend include_inputs_for_metrics
+    include_tokens_per_second jit_mode_eval logging_dir mp_parameters no_cuda overwrite_output_dir past_index
+    per_gpu_eval_batch_size per_gpu_train_batch_size push_to_hub_model_id push_to_hub_organization push_to_hub_token
+    ray_scope save_safetensors split_batches torchdynamo tpu_metrics_debug tpu_num_cores use_ipex
+    use_legacy_prediction_loop use_mps_device warmup_ratio
+"""
+KNOWN = (
+    set(transformers4_arguments._RENAMED)
+    | set(transformers4_arguments._SWITCHES)
+    | set(transformers4_arguments._ACCELERATOR_FIELDS)
+    | set(transformers4_arguments._GONE)
+    | {"logging_dir"}
+)
+
+
+def takes_today(name: str) -> bool:
+    parser = HfArgumentParser((TrainingArguments,), allow_abbrev=False)
+    return any(f"--{name}" in action.option_strings for action in parser._actions)
+
+
+def test_every_old_name_is_known_and_old():
+    assert not set(GONE_SINCE_4.split()) - KNOWN - TODAY
+    still_taken = {name for name in KNOWN if takes_today(name)}
+    # Renamed ahead of their end: transformers 5.23 takes the old name too, and warns.
+    assert still_taken <= {"gradient_checkpointing", "gradient_checkpointing_kwargs"}
+
+
+@pytest.mark.parametrize("old, new", transformers4_arguments._RENAMED.items())
+def test_a_renamed_argument_is_one_of_today(old: str, new: str):
+    assert new in TODAY
+    assert modernized([f"--{old}", "x"]) == ([f"--{new}", "x"], [])
+    assert modernized([f"--{old.replace('_', '-')}=x"]) == ([f"--{new}", "x"], [])
+
+
+@pytest.mark.parametrize("old, new, value", [(old, *new) for old, new in transformers4_arguments._SWITCHES.items()])
+def test_a_switch_is_a_choice_of_today(old: str, new: str, value: str):
+    assert getattr(parsed(f"--{old}").training, new) == value
+    assert getattr(parsed(f"--{old} True").training, new) == value
+    assert getattr(parsed(f"--{old} False").training, new) == getattr(parsed().training, new) != value
+
+
+@pytest.mark.parametrize("old", sorted(transformers4_arguments._GONE))
+def test_what_is_gone_is_noted(old: str):
+    for line in (f"--{old}", f"--{old} 3", f"--{old}=3"):
+        (note,) = noted(f"{line} --seed 7")
+        assert note.startswith(f"--{old} is ignored: ")
+        assert parsed(f"{line} --seed 7").training.seed == 7  # the rest is not lost with it
+    named = {word.removeprefix("--").rstrip(".,") for word in note.split()[1:] if word.startswith("--")}
+    assert named <= TODAY  # the note sends nobody to an argument that is gone as well
+
+
+def test_fields_of_the_accelerator():
+    config = parsed("--split_batches True --dispatch_batches False").training.accelerator_config
+    assert (config.split_batches, config.dispatch_batches) == (True, False)
+
+
+# Values
+
+
+@pytest.mark.parametrize(
+    "line, steps",
+    [
+        ("--warmup_ratio 0.01", 0.01),
+        ("--warmup_ratio=0.01", 0.01),
+        ("--warmup_ratio 0.1 --warmup_steps 0", 0.1),
+        ("--warmup_steps 0 --warmup_ratio 0.1", 0.1),
+        ("--warmup_ratio 0.1 --warmup_steps 50", 50),
+        ("--warmup_steps 50 --warmup_ratio 0.1", 50),
+        ("--warmup_steps 7", 7),
+        ("--warmup_ratio 0", 0),
+    ],
+)
+def test_warmup(line: str, steps: float):
+    training = parsed(line).training
+    assert training.warmup_steps == steps
+    assert training.get_warmup_steps(1000) == (steps if steps >= 1 else 1000 * steps)
+
+
+@pytest.mark.parametrize(
+    "line, on", [("--bf16", True), ("--bf16 True", True), ("--bf16=true", True), ("--bf16 False", False), ("", False)]
+)
+def test_a_switch_may_have_a_value(line: str, on: bool):
+    assert parsed(line).training.bf16 is on
+
+
+def test_use_lora_and_q_lora():
+    assert parsed("--use_lora").training.use_lora and parsed("--use_lora True").training.use_lora
+    assert not parsed("--use_lora False").training.use_lora
+    assert parsed("--q_lora").training.use_lora  # it is LoRA
+
+
+def test_lists():
+    lora = parsed("--use_lora --lora_target_modules c_attn w1 --modules_to_save wte lm_head").lora
+    assert (lora.lora_target_modules, lora.modules_to_save) == (["c_attn", "w1"], ["wte", "lm_head"])
+    assert parsed("--use_lora --modules_to_save none").lora.modules_to_save == []
+
+
+@pytest.mark.parametrize(
+    "value, understood", [("True", True), ("true", True), ("False", False), ("out/checkpoint-5", "out/checkpoint-5")]
+)
+def test_resuming(value: str, understood: bool | str):
+    assert parsed(f"--resume_from_checkpoint {value}").training.resume_from_checkpoint == understood
+
+
+def test_a_run_leaves_the_log_of_the_next_alone():
+    parsed("--output_dir here")
+    assert "TENSORBOARD_LOGGING_DIR" not in os.environ  # else a later run in this process would log into "here"
+
+
+def test_the_old_logging_dir():
+    parsed("--output_dir here --logging_dir there")
+    assert os.environ["TENSORBOARD_LOGGING_DIR"] == "there"
+
+
+@pytest.mark.parametrize(
+    "words, fields",
+    [
+        ("full_shard auto_wrap", {"reshard_after_forward": True}),
+        ("'full_shard auto_wrap'", {"reshard_after_forward": True}),
+        ("shard_grad_op", {"reshard_after_forward": False}),
+        ("full_shard offload", {"reshard_after_forward": True, "cpu_offload": True}),
+    ],
+)
+def test_words_of_fsdp(words: str, fields: dict):
+    now, notes = modernized(["--seed", "3", "--fsdp", *shlex.split(words), "--use_lora"])
+    assert now[:4] == ["--seed", "3", "--fsdp", "--fsdp_config"] and now[5:] == ["--use_lora"]
+    assert json.loads(now[4]) == fields
+    assert notes == []
+
+
+def test_words_of_fsdp_beside_its_configuration(tmp_path: Path):
+    file = tmp_path / "fsdp.json"
+    file.write_text('{"version": 2, "cpu_offload": false}')
+    for config in (str(file), file.read_text()):
+        for line in (["--fsdp", "offload", "--fsdp_config", config], ["--fsdp_config", config, "--fsdp", "offload"]):
+            now, _ = modernized(line)
+            assert now[:2] == ["--fsdp", "--fsdp_config"] and len(now) == 3
+            assert json.loads(now[2]) == {"version": 2, "cpu_offload": True}
+    for value in ([], ["True"]):  # as FSDP 2 is asked for
+        line = ["--fsdp", *value, "--fsdp_config", str(file)]
+        assert modernized(line) == (line, [])
+
+
+# Refusals that only words are needed for; those of finetune.py as a whole are in test_finetune.py
+
+
+@pytest.mark.parametrize(
+    "line, says",
+    [
+        ("--fsdp hybrid_shard", ["--fsdp hybrid_shard", "full_shard"]),
+        ("--fsdp full_shard --fsdp_config no.json", ["--fsdp_config", "no.json"]),
+        ("--fsdp full_shard --fsdp_config '{not'", ["--fsdp_config {not"]),
+        ("--deepspeed '{not'", ["--deepspeed", "not valid JSON"]),
+        ("--deepspeed '[]'", ["--deepspeed"]),
+        ("--use_lorra", ["--use_lorra", "Did you mean --use_lora"]),
+        ("--zzzzzzzz", ["--zzzzzzzz", "--help"]),
+        ("--learning_rate fast", ["--learning_rate", "fast"]),
+        ("--learning_rate", ["--learning_rate", "expected one argument"]),
+        ("--use_lora maybe", ["--use_lora", "maybe"]),
+        ("--lr_scheduler_type round", ["--lr_scheduler_type", "round"]),
+        ("--lora_r 0", ["--lora_r is 0"]),
+        ("--lora_r -8", ["--lora_r is -8"]),
+        ("--lora_r 0.5", ["--lora_r", "0.5"]),
+        ("--lora_dropout 1.5", ["--lora_dropout", "1.5"]),
+        ("--model_max_length -1", ["--model_max_length is -1"]),
+        ("--eval_strategy epoch", ["--eval_strategy epoch", "--eval_data_path"]),
+        ("--evaluation_strategy epoch", ["--eval_strategy epoch", "--eval_data_path"]),
+        ("--fp16", ["--fp16", "--bf16"]),
+        ("stray", ["stray"]),
+    ],
+)
+def test_refusals(line: str, says: list[str]):
+    if "--deepspeed" in line:
+        pytest.importorskip("deepspeed", reason="what it is told is looked at where it is: pip install deepspeed")
+    message = refusal(line)
+    assert [text for text in says if text not in message] == [], message
+
+
+def test_data_must_be_named():
+    with pytest.raises(ArgumentError, match="data_path"):
+        parse([])
+
+
+# Whole command lines
+
+
+def test_an_old_script():
+    """Every setting that people have in their scripts for these models, as they were typed for transformers 4.32."""
+    line = """
+        --model_name_or_path Qwen/Qwen-7B-Chat --data_path data.json --bf16 True --output_dir output_qwen
+        --num_train_epochs 5 --per_device_train_batch_size 2 --per_device_eval_batch_size 1
+        --gradient_accumulation_steps 8 --evaluation_strategy no --save_strategy steps --save_steps 1000
+        --save_total_limit 10 --learning_rate 3e-4 --weight_decay 0.1 --adam_beta2 0.95 --warmup_ratio 0.01
+        --lr_scheduler_type cosine --logging_steps 1 --report_to none --model_max_length 512 --lazy_preprocess True
+        --use_lora --gradient_checkpointing
+    """
+    arguments, notes = parse([*shlex.split(line), "--use_cpu"])
+    assert notes == []
+    model, data, training = arguments.model, arguments.data, arguments.training
+    assert (model.model_name_or_path, data.data_path, data.lazy_preprocess) == ("Qwen/Qwen-7B-Chat", "data.json", True)
+    assert (training.num_train_epochs, training.save_steps, training.save_total_limit) == (5, 1000, 10)
+    assert (training.per_device_train_batch_size, training.gradient_accumulation_steps) == (2, 8)
+    assert (training.learning_rate, training.weight_decay, training.adam_beta2) == (3e-4, 0.1, 0.95)
+    assert (training.eval_strategy, training.save_strategy) == ("no", "steps")
+    assert (training.lr_scheduler_type, training.warmup_steps, training.report_to) == ("cosine", 0.01, [])
+    assert training.bf16 and training.use_lora and training.model_max_length == 512
+    assert getattr(training, CHECKPOINTING)
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "finetune").glob("finetune_*.sh")))
+def test_our_own_scripts(script: str):
+    """Their arguments are today's: nothing to translate, nothing to note."""
+    text = (ROOT / "finetune" / script).read_text().replace("\\\n", " ")
+    (line,) = (line for line in text.splitlines() if line.startswith("launch "))
+    words = shlex.split(line)
+    words = words[words.index("--model_name_or_path") : -1]  # between finetune.py and "$@"
+    words = [word.replace("activation_checkpointing", CHECKPOINTING) for word in words]
+    assert modernized(words) == (words, [])
+    at = words.index("--deepspeed") if "--deepspeed" in words else len(words)
+    arguments, notes = parse([*words[:at], *words[at + 2 :], "--use_cpu"])  # it would start DeepSpeed
+    assert notes == []
+    assert arguments.training.warmup_steps == 0.01 and getattr(arguments.training, CHECKPOINTING)

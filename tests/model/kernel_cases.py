@@ -1,0 +1,170 @@
+"""The Triton kernels beside torch: on the GPU if there is one, else on the CPU under Triton's interpreter.
+
+tests/model/test_kernels.py runs this file in a process of its own, since Triton decides at its import how it will run.
+"""
+
+import os
+
+import pytest
+import torch
+
+from qwen import QWenLMHeadModel
+from qwen.model.kv_cache_qwen import (
+    QuantizedKVLayer,
+    QuantizedStates,
+    decode_in_torch,
+    dequantize_cache_torch,
+    quantize_tokens,
+    triton_kernels,
+)
+from qwen.serving.engine.batched_kv_cache import RaggedCache
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TOLERANCE = {torch.float32: 5e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+
+
+@pytest.fixture
+def kernels():
+    found = triton_kernels(DEVICE)
+    assert found is not None, "without a GPU, TRITON_INTERPRET=1 must be set"
+    return found
+
+
+def random_states(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    # An outlier channel, as keys of these models have them.
+    outlier = torch.ones(shape[-1])
+    outlier[3] = 20
+    return (torch.randn(shape, generator=generator) * outlier).to(dtype).to(DEVICE)
+
+
+def filled_layer(*parts: int, batch: int, heads: int, channels: int, dtype: torch.dtype) -> QuantizedKVLayer:
+    """A layer that was filled in torch, in so many calls of so many tokens."""
+    layer = QuantizedKVLayer()
+    for seed, tokens in enumerate(parts):
+        layer.update(*random_states(2, batch, heads, tokens, channels, dtype=dtype, seed=seed))
+    return layer
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("channels", [128, 48])
+def test_appending_quantizes_as_torch_does(kernels, dtype, channels):
+    key, value = random_states(2, 2, 3, 5, channels, dtype=dtype)
+    key[0, 0, 0], value[0, 0, 1] = 0, 7  # constant rows
+    slot = QuantizedKVLayer()
+    slot.lazy_initialization(key, value)
+    (place, _), *_ = slot._slots(key)
+    # Strided as after the projection: heads and tokens change places.
+    kernels.append(key.transpose(1, 2).contiguous().transpose(1, 2), value, place)
+    for ours, states in ((place[:3], key), (place[3:], value)):
+        theirs = quantize_tokens(states)
+        # The interpreter cuts a 16-bit float off where torch and GPUs round, so the bytes may differ by a step or two.
+        torch.testing.assert_close(ours[1], theirs[1], rtol=0.01, atol=0)
+        assert (ours[0].int() - theirs[0].int()).abs().max() <= (0 if dtype == torch.float32 else 3)
+        error = (dequantize_cache_torch(*(tensor.float() for tensor in ours)) - states.float()).abs()
+        assert (error <= (2 if dtype == torch.bfloat16 and DEVICE == "cpu" else 0.51) * theirs[1].float()).all()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("mask", [None, "padding", "of each head", "additive"])
+def test_decoding_equals_torch(kernels, dtype, mask):
+    """Three segments, the last of them not full; 70 tokens more than whole tiles."""
+    layer = filled_layer(100, 90, 1, 70, batch=2, heads=3, channels=64, dtype=dtype)
+    tokens = layer.get_seq_length()
+    assert len(layer.states.segments) == 3
+    query = random_states(2, 3, 1, 64, dtype=dtype, seed=9) / 10
+    generator = torch.Generator().manual_seed(5)
+    if mask == "padding":
+        mask = torch.ones(2, 1, 1, tokens, dtype=torch.bool)
+        mask[0, ..., :130] = False  # more than the first tiles, so that a lane sees none of their tokens
+    elif mask == "of each head":
+        mask = torch.rand(2, 3, 1, tokens, generator=generator) > 0.5
+    elif mask == "additive":
+        mask = torch.where(torch.rand(1, 1, 1, tokens, generator=generator) > 0.5, 0.0, torch.finfo(dtype).min).to(
+            dtype
+        )
+    mask = None if mask is None else mask.to(DEVICE)
+    ours = kernels.decode(query, layer.states, mask, 64**-0.5)
+    assert ours.shape == query.shape and ours.dtype == dtype
+    torch.testing.assert_close(
+        ours, decode_in_torch(query, layer.states, mask, 64**-0.5), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype]
+    )
+
+
+@pytest.mark.parametrize(("heads", "channels", "tokens"), [(1, 128, 1), (2, 16, 64), (1, 80, 65), (5, 128, 129)])
+def test_every_size(kernels, heads, channels, tokens):
+    layer = filled_layer(tokens, batch=1, heads=heads, channels=channels, dtype=torch.float32)
+    query = random_states(1, heads, 1, channels, seed=9)
+    torch.testing.assert_close(
+        kernels.decode(query, layer.states, None, 0.1),
+        decode_in_torch(query, layer.states, None, 0.1),
+        rtol=1e-4,
+        atol=1e-4,
+    )
+
+
+def test_nothing_behind_the_last_token_is_read(kernels):
+    layer = filled_layer(10, batch=1, heads=2, channels=32, dtype=torch.float32)
+    query = random_states(1, 2, 1, 32, seed=9)
+    before = kernels.decode(query, layer.states, None, 0.2)
+    for tensor in layer.states.segments[0]:
+        tensor[:, :, 10:] = 255 if tensor.dtype == torch.uint8 else float("nan")
+    assert torch.equal(kernels.decode(query, layer.states, None, 0.2), before)
+
+
+def test_a_row_that_sees_nothing_is_zero(kernels):
+    layer = filled_layer(70, batch=2, heads=1, channels=32, dtype=torch.float32)
+    mask = torch.tensor([True, False], device=DEVICE)[:, None, None, None].expand(2, 1, 1, 70)
+    output = kernels.decode(random_states(2, 1, 1, 32, seed=9), layer.states, mask, 0.2)
+    assert output.isfinite().all() and output[0].any() and not output[1].any()
+
+
+def test_tiles_follow_tensors_that_move(kernels):
+    layer = filled_layer(70, batch=2, heads=2, channels=32, dtype=torch.float32)
+    query = random_states(2, 2, 1, 32, seed=9)
+    before = kernels.decode(query, layer.states, None, 0.2)
+    layer.reorder_cache(torch.tensor([1, 0], device=DEVICE))
+    assert torch.equal(kernels.decode(query.flip(0), layer.states, None, 0.2), before.flip(0))
+
+
+def test_rows_of_different_lengths(kernels):
+    """The cache of the server: tokens before heads, each row written at its own end."""
+    lengths = [3, 70, 20]
+    prompts = [random_states(2, 1, 2, length, 32, seed=length) for length in lengths]
+    caches = [RaggedCache(1, 96, torch.device(DEVICE), quantized=True, fused=fused) for fused in (False, True)]
+    query, new = random_states(3, 2, 1, 32, seed=9), random_states(2, 3, 2, 1, 32, seed=10)
+    outputs = []
+    for cache in caches:
+        for row, (length, prompt) in enumerate(zip(lengths, prompts, strict=True)):
+            cache.layers[0].write(row, *prompt)
+            cache.lengths.tokens.append(length)
+        cache.lengths.refresh()
+        states = cache.layers[0].update(*new)[0]
+        mask = cache.attention_mask()[:, None, None].bool()
+        if isinstance(states, QuantizedStates):
+            outputs.append(kernels.decode(query, states, mask, 0.2))
+        else:
+            held = cache.layers[0].states
+            outputs.append(decode_in_torch(query, held, mask, 0.2))
+    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4)
+    for plain, fused in zip(caches[0].layers[0].store, caches[1].layers[0].store, strict=True):
+        torch.testing.assert_close(fused[:3], plain[:3], rtol=1e-5, atol=1)
+
+
+@torch.no_grad()
+def test_a_model_generates_the_same(golden):
+    """Padding on the left, beyond the trained length with NTK and LogN."""
+    model = (
+        QWenLMHeadModel.from_pretrained(golden, use_cache_quantization=True, use_cache_kernel=True).eval().to(DEVICE)
+    )
+    ids = torch.randint(0, 512, (2, 40), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    mask = torch.ones_like(ids)
+    mask[0, :20] = 0
+    settings = {"attention_mask": mask, "max_new_tokens": 3, "do_sample": False, "eos_token_id": None}
+    ours = model.generate(ids, **settings)
+    model.config.use_cache_kernel = False
+    assert torch.equal(ours, model.generate(ids, **settings))
+
+
+def test_the_interpreter_is_for_machines_without_a_gpu():
+    assert (os.environ.get("TRITON_INTERPRET") == "1") == (DEVICE == "cpu")

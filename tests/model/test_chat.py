@@ -1,0 +1,300 @@
+"""chat, chat_stream and chat_batch, and what they are made of."""
+
+import json
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from qwen import QWenLMHeadModel, decode_tokens, get_stop_words_ids, make_context
+from tests.support import GOLDEN_FOLDER, ROOT
+
+GREEDY = {"do_sample": False}
+# One far past the trained length of 64, so that NTK and LogN are at work.
+QUERIES = ["你好", "What is 2 + 2?", "tell me about the sea, " * 8]
+
+
+@pytest.fixture(scope="module")
+def chat(tiny_chat_checkpoint):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_chat_checkpoint)
+    return AutoModelForCausalLM.from_pretrained(tiny_chat_checkpoint).eval(), tokenizer
+
+
+def chatml_cases():
+    return json.loads((GOLDEN_FOLDER / "chatml.json").read_text())
+
+
+@pytest.mark.parametrize("case", chatml_cases())
+def test_prompts_equal_the_reference(real_tokenizer, case):
+    names = ("query", "history", "system", "max_window_size")
+    text, ids = make_context(real_tokenizer, **{name: case[name] for name in names})
+    assert text == case["raw_text"]
+    assert ids == case["ids"]
+
+
+def test_raw_prompts_and_stop_words(real_tokenizer):
+    assert make_context(real_tokenizer, "Once upon", chat_format="raw") == ("Once upon", [12522, 5193])
+    assert get_stop_words_ids("chatml", real_tokenizer) == [[151645], [151644]]
+    assert get_stop_words_ids("raw", real_tokenizer) == [real_tokenizer.encode("Human:"), [151643]]
+    for wrong in (
+        lambda: make_context(real_tokenizer, "hi", chat_format="llama"),
+        lambda: get_stop_words_ids("llama", real_tokenizer),
+        lambda: decode_tokens([1], real_tokenizer, chat_format="llama"),
+    ):
+        with pytest.raises(ValueError, match="chatml"):
+            wrong()
+
+
+def test_replies_are_cut_by_tokens(real_tokenizer):
+    # NFD: the prompt has more characters than its normalised form, so a cut by characters would eat the reply.
+    prompt = make_context(real_tokenizer, "cafe\u0301 " * 5)[1]
+    reply = real_tokenizer.encode(" Bonjour ! ")
+    row = torch.tensor([*prompt, *reply, 151645, 198, 151643])
+    assert decode_tokens(row, real_tokenizer, raw_text_len=999, context_length=len(prompt)) == "Bonjour !"
+    _, reason = decode_tokens(row, real_tokenizer, context_length=len(prompt), return_end_reason=True)
+    assert reason == "Gen '<|im_end|>'"
+    unfinished = [*prompt, *reply[:-1]]
+    text, reason = decode_tokens(unfinished, real_tokenizer, context_length=len(prompt), return_end_reason=True)
+    assert (text, reason) == ("Bonjour !", f"Gen length {len(unfinished)}")
+    raw = real_tokenizer.encode("Yes.\nHuman: and")
+    assert decode_tokens(raw, real_tokenizer, chat_format="raw") == "Yes."
+
+
+def test_chat_returns_a_new_history(chat):
+    model, tokenizer = chat
+    history = [("hello", "hello to you")]
+    response, longer = model.chat(tokenizer, "and now?", history=history, **GREEDY)
+    assert history == [("hello", "hello to you")]
+    assert longer == [*history, ("and now?", response)]
+    assert model.chat(tokenizer, "and now?", history=None, **GREEDY)[0] != response
+    assert model.chat(tokenizer, "and now?", history=history, system="Be brief.", **GREEDY)[0] != response
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+def test_a_batch_answers_as_single_chats(chat, penalty):
+    model, tokenizer = chat
+    histories = [None, [("hi", "hello")], []]
+    settings = GREEDY | {"repetition_penalty": penalty}
+    single = [
+        model.chat(tokenizer, query, history, **settings) for query, history in zip(QUERIES, histories, strict=True)
+    ]
+    responses, longer = model.chat_batch(tokenizer, QUERIES, histories, **settings)
+    assert responses == [response for response, _ in single]
+    assert longer == [history for _, history in single]
+    systems = ["Be brief.", "Be long.", ""]
+    single = [model.chat(tokenizer, q, system=s, **settings)[0] for q, s in zip(QUERIES, systems, strict=True)]
+    assert model.chat_batch(tokenizer, QUERIES, system=systems, **settings)[0] == single
+
+
+@pytest.mark.parametrize("pad_goes_to", ["model", "generation config"])
+def test_the_published_batch_example(chat, tiny_chat_checkpoint, pad_goes_to):
+    path = tiny_chat_checkpoint
+    tokenizer = AutoTokenizer.from_pretrained(
+        path, pad_token="<|extra_0|>", eos_token="<|endoftext|>", padding_side="left", trust_remote_code=True
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        path, pad_token_id=tokenizer.pad_token_id, device_map="auto", trust_remote_code=True
+    ).eval()
+    pad = {"pad_token_id": tokenizer.pad_token_id} if pad_goes_to == "generation config" else {}
+    config = GenerationConfig.from_pretrained(path, **pad, **GREEDY)
+    config.top_p = config.top_k = None
+    texts = [
+        make_context(
+            tokenizer,
+            query,
+            system="You are a helpful assistant.",
+            max_window_size=config.max_window_size,
+            chat_format=config.chat_format,
+        )[0]
+        for query in QUERIES
+    ]
+    ids = torch.LongTensor(tokenizer(texts, padding="longest")["input_ids"])
+    rows = model.generate(ids, return_dict_in_generate=False, generation_config=config)
+    pads = [row.eq(tokenizer.pad_token_id).sum().item() for row in ids]
+    responses = [
+        decode_tokens(
+            row[pad:],
+            tokenizer,
+            raw_text_len=len(text),
+            context_length=ids.shape[1] - pad,
+            chat_format="chatml",
+            verbose=False,
+            errors="replace",
+        )
+        for row, pad, text in zip(rows, pads, texts, strict=True)
+    ]
+    single_model, single_tokenizer = chat
+    assert responses == [single_model.chat(single_tokenizer, query, **GREEDY)[0] for query in QUERIES]
+
+
+@pytest.mark.parametrize("query", QUERIES)
+def test_streaming_grows_to_the_reply_of_chat(chat, query):
+    model, tokenizer = chat
+    pieces = list(model.chat_stream(tokenizer, query, **GREEDY))
+    assert pieces[-1] == model.chat(tokenizer, query, **GREEDY)[0]
+    assert all(
+        later.startswith(earlier) and later != earlier for earlier, later in zip(pieces, pieces[1:], strict=False)
+    )
+
+
+def test_streaming_never_shows_half_a_character(chat, tiny_chat_checkpoint):
+    _, tokenizer = chat
+    model = AutoModelForCausalLM.from_pretrained(tiny_chat_checkpoint).eval()
+    with torch.no_grad():  # every token of the vocabulary may come: most of them are lone bytes
+        torch.manual_seed(1)
+        model.lm_head.weight[:256] = torch.randn(256, 64)
+    broken = list(model.chat_stream(tokenizer, "hi", **GREEDY, max_new_tokens=60))
+    assert broken[-1] == model.chat(tokenizer, "hi", **GREEDY, max_new_tokens=60)[0]
+
+    text = "汉字🐼é!"
+    forced = iter(tokenizer.encode(text) + [tokenizer.im_end_id])
+
+    def dictate(batch_id, ids):
+        return [next(forced)] if len(ids) >= 1 else []
+
+    pieces = list(model.chat_stream(tokenizer, "hi", **GREEDY, prefix_allowed_tokens_fn=dictate))
+    assert pieces == ["汉", "汉字", "汉字🐼", "汉字🐼é", "汉字🐼é!"]
+
+
+def test_stop_words_end_chat_and_stream(chat):
+    model, tokenizer = chat
+    prompt = make_context(tokenizer, "hello", system="You are a helpful assistant.")[1]
+    reply = model.generate(torch.tensor([prompt]), **GREEDY)[0, len(prompt) :].tolist()
+    for length in (1, 3):
+        ids = reply[4 : 4 + length]
+        end = next(i for i in range(len(reply)) if reply[i : i + length] == ids) + length
+        expected = tokenizer.decode(reply[:end]).strip()
+        assert model.chat(tokenizer, "hello", stop_words_ids=[ids], **GREEDY)[0] == expected
+        assert list(model.chat_stream(tokenizer, "hello", stop_words_ids=[ids], **GREEDY))[-1] == expected
+    for wrong in ("Observation:", [1, 2], [[]], [["a"]]):
+        with pytest.raises(ValueError, match="list of lists of token ids"):
+            model.chat(tokenizer, "hello", stop_words_ids=wrong)
+        with pytest.raises(ValueError, match="list of lists of token ids"):
+            model.generate(torch.ones(1, 3, dtype=torch.long), stop_words_ids=wrong, eos_token_id=1)
+
+
+def test_stop_words_of_the_generation_config_count_in_chat(chat, tiny_chat_checkpoint):
+    model, tokenizer = chat
+    full = model.chat(tokenizer, "hello", **GREEDY)[0]
+    config = GenerationConfig.from_pretrained(
+        tiny_chat_checkpoint, stop_words_ids=[tokenizer.encode(full[4])], **GREEDY
+    )
+    assert len(model.chat(tokenizer, "hello", generation_config=config)[0]) < len(full)
+
+
+def test_rows_without_a_token_are_passed_over(chat, tiny_chat_checkpoint):
+    _, tokenizer = chat
+    model = AutoModelForCausalLM.from_pretrained(tiny_chat_checkpoint).eval()
+    a, b = tokenizer.encode("a")[0], tokenizer.encode("b")[0]
+    script = [len(tokenizer), a, len(tokenizer) + 3, b]
+    settings = GREEDY | {"max_new_tokens": 4}
+    prompt = len(make_context(tokenizer, "hi", system="You are a helpful assistant.")[1])
+
+    def dictate(batch_id, ids):
+        return [script[len(ids) - prompt]]
+
+    assert model.chat(tokenizer, "hi", prefix_allowed_tokens_fn=dictate, **settings)[0] == "ab"
+    assert list(model.chat_stream(tokenizer, "hi", prefix_allowed_tokens_fn=dictate, **settings)) == ["a", "ab"]
+
+
+def test_streaming_refuses_what_it_cannot_do(chat):
+    model, tokenizer = chat
+    for arguments in ({"num_beams": 2}, {"streamer": object()}):
+        with pytest.raises(ValueError, match="own streamer"):
+            model.chat_stream(tokenizer, "hi", **arguments)
+
+
+def test_a_closed_stream_stops_computing(chat):
+    model, tokenizer = chat
+    steps = []
+    hook = model.transformer.register_forward_hook(lambda *_: steps.append(time.monotonic()))
+    try:
+        stream = model.chat_stream(tokenizer, "hello", **GREEDY, max_new_tokens=3000)
+        next(stream)
+        stream.close()
+        closed = len(steps)
+        time.sleep(0.3)
+        assert len(steps) == closed < 3000
+        assert not any(thread.name == "chat_stream" for thread in threading.enumerate())
+    finally:
+        hook.remove()
+
+
+def test_an_exit_in_the_middle_of_a_stream_is_clean(tiny_chat_checkpoint):
+    script = (
+        "import sys; from qwen.checkpoint.loading import load_model; model, tokenizer = load_model(sys.argv[1]); "
+        "stream = model.chat_stream(tokenizer, 'hello', max_new_tokens=3000); print(next(stream))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script, str(tiny_chat_checkpoint)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_an_error_while_streaming_reaches_the_reader(chat):
+    model, tokenizer = chat
+
+    def broken(batch_id, ids):
+        raise RuntimeError("out of luck")
+
+    with pytest.raises(RuntimeError, match="out of luck"):
+        list(model.chat_stream(tokenizer, "hello", prefix_allowed_tokens_fn=broken))
+    assert not any(thread.name == "chat_stream" for thread in threading.enumerate())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"query": ""}, "not empty"),
+        ({"query": "  \n"}, "not empty"),
+        ({"query": None}, "must be text"),
+        ({"query": ["hi"]}, "must be text"),
+        ({"query": "hi", "history": "earlier"}, "list of .query, response. pairs"),
+        ({"query": "hi", "history": [("a", "b", "c")]}, "list of .query, response. pairs"),
+        ({"query": "hi", "history": ["hello"]}, "list of .query, response. pairs"),
+        ({"query": "hi", "history": [("a", None)]}, "two texts"),
+        ({"query": "hi", "system": None}, "system message must be text"),
+        ({"query": "hi", "stream": True}, "chat_stream"),
+        ({"query": "a" * 9000}, "shorten the query"),
+    ],
+)
+def test_wrong_input_is_explained(chat, arguments, message):
+    model, tokenizer = chat
+    with pytest.raises(ValueError, match=message):
+        model.chat(tokenizer, **arguments)
+    with pytest.raises(ValueError, match=message):
+        model.chat_stream(tokenizer, **arguments)  # at the call, not at the first piece
+
+
+def test_batches_of_the_wrong_shape_are_explained(chat):
+    model, tokenizer = chat
+    for arguments in ({"queries": []}, {"queries": ["a"], "histories": []}, {"queries": ["a"], "system": ["x", "y"]}):
+        with pytest.raises(ValueError, match="as many histories"):
+            model.chat_batch(tokenizer, **arguments)
+    with pytest.raises(ValueError, match="list of queries"):
+        model.chat_batch(tokenizer, "hi")
+
+
+def test_a_base_model_refuses_to_chat(golden, chat):
+    _, tokenizer = chat
+    base = QWenLMHeadModel.from_pretrained(golden)
+    base.generation_config.chat_format = "raw"
+    with pytest.raises(ValueError, match="chat checkpoint such as Qwen/Qwen-7B-Chat"):
+        base.chat(tokenizer, "hi")
+
+
+def test_eight_at_once_with_the_int8_cache(tiny_chat_checkpoint, chat):
+    _, tokenizer = chat
+    model = AutoModelForCausalLM.from_pretrained(tiny_chat_checkpoint, use_cache_quantization=True).eval()
+    queries = [f"question {'x' * i}" for i in range(8)]
+    responses, _ = model.chat_batch(tokenizer, queries, **GREEDY)
+    assert responses == [model.chat(tokenizer, query, **GREEDY)[0] for query in queries]

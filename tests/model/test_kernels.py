@@ -1,0 +1,116 @@
+"""The Triton kernels of the 8-bit cache: their arithmetic, and that they compile for NVIDIA and AMD without a GPU."""
+
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from packaging.version import Version
+
+from qwen.model import kv_cache_qwen
+from tests.support import ROOT
+
+pytest.importorskip("triton", reason="Triton has no build for this platform")
+
+from triton import __version__ as triton_version
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, CompiledKernel, compile
+
+from qwen.model import kv_cache_triton_qwen
+
+TARGETS = {
+    "A100": GPUTarget("cuda", 80, 32),
+    "H100": GPUTarget("cuda", 90, 32),
+    "MI300": GPUTarget("hip", "gfx942", 64),
+}
+STATES = {"key": "*bf16", "value": "*bf16"}
+STORE = {
+    f"{part}_{name}": kind
+    for part in ("key", "value")
+    for name, kind in (("q", "*u8"), ("scale", "*bf16"), ("zero", "*bf16"))
+}
+
+
+def compiled(kernel, target: str, types: dict[str, str], **constants) -> CompiledKernel:
+    """As a launch compiles it: 32-bit integers where `types` and `constants` say nothing else."""
+    if target == "MI300" and Version(triton_version) < Version("3.4") and shutil.which("ld.lld") is None:
+        pytest.skip("this version of Triton brings no linker for ROCm: apt install lld")
+    kinds = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
+    values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    return compile(ASTSource(fn=kernel, signature=kinds, constexprs=values), target=TARGETS[target])
+
+
+@pytest.fixture(autouse=True)
+def fresh_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+
+@pytest.mark.parametrize(("target", "mask"), [("A100", None), ("H100", "boolean"), ("MI300", "additive")])
+def test_decoding_compiles(target, mask):
+    types = {"query": "*bf16", "tiles": "*i64", "scaling": "fp32"}
+    types |= dict.fromkeys(("output", "highest", "total"), "*fp32")
+    types["mask"] = {"boolean": "*i1", "additive": "*bf16"}.get(mask)
+    constants = {
+        "SCALE": kv_cache_triton_qwen.tl.bfloat16,
+        "ALIGNED": 16,
+        "D": 128,
+        "BLOCK_D": 128,
+        "TILE": kv_cache_qwen.TILE,
+    }
+    constants |= {"MASK": mask} | ({"mask": None} if mask is None else {})
+    if target == "A100":  # a launch makes constants of numbers that are 1
+        constants |= {"heads": 1, "tiles_each": 1}
+    kernel = compiled(kv_cache_triton_qwen.decode_kernel, target, types, **constants)
+    if target == "MI300":
+        assert "global_load_dwordx4" in kernel.asm["amdgcn"]
+    else:
+        # Keys and values come in 16 bytes at a time, ahead of their use: what the kernel's speed rests on.
+        assert re.search(r"cp\.async\.cg\.shared\.global.*0x10", kernel.asm["ptx"])
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_appending_and_combining_compile(target):
+    shape = {"D": 128, "BLOCK_D": 128}
+    for constants in ({"RAGGED": False, "starts": None}, {"RAGGED": True, "tokens": 1}):
+        types = {**STATES, **STORE, "starts": "*i64", "tiny": "fp32"}
+        compiled(kv_cache_triton_qwen.append_kernel, target, types, BLOCK_S=16, **shape, **constants)
+    types = {"output": "*bf16", **dict.fromkeys(("shares", "highest", "total"), "*fp32")}
+    compiled(kv_cache_triton_qwen.combine_kernel, target, types, BLOCK_SPLITS=16, **shape)
+
+
+def test_their_arithmetic():
+    """tests/model/kernel_cases.py, on the GPU or under the interpreter."""
+    how = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/model/kernel_cases.py"],
+        cwd=ROOT,
+        env={**os.environ, **how},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert "skipped" not in done.stdout.splitlines()[-1]
+
+
+@pytest.fixture
+def asked_anew():
+    kv_cache_qwen.triton_kernels.cache_clear()
+    yield
+    kv_cache_qwen.triton_kernels.cache_clear()
+
+
+@pytest.mark.usefixtures("asked_anew")
+@pytest.mark.parametrize("lacking", ["Triton", "a GPU"])
+def test_where_triton_does_not_run_torch_does_it(lacking, monkeypatch, caplog):
+    if lacking == "Triton":
+        monkeypatch.setitem(sys.modules, "triton", None)
+        monkeypatch.delitem(sys.modules, "qwen.model.kv_cache_triton_qwen")
+    elif torch.cuda.is_available():
+        pytest.skip("it runs here")
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    assert kv_cache_qwen.triton_kernels("cuda") is None
+    assert "use_cache_kernel=True falls back on torch" in caplog.text and "a C compiler" in caplog.text

@@ -1,0 +1,114 @@
+"""Servers and trainings in processes without the packages that they can do without."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.support import ROOT
+from tests.support.server_process import ServerProcess
+
+HI = [{"role": "user", "content": "hi"}]
+FUNCTION = {"name": "look", "parameters": {"type": "object", "properties": {"at": {"type": "string"}}}}
+TOOLS = [{"type": "function", "function": FUNCTION}]
+SCHEMA = {"type": "json_schema", "json_schema": {"name": "any", "schema": {"type": "object"}}}
+
+
+@pytest.fixture
+def without(tmp_path: Path) -> Callable[..., dict[str, str]]:
+    """Makes the variables of a Python in which packages cannot be imported."""
+
+    def variables(*packages: str) -> dict[str, str]:
+        folder = tmp_path / "blocked"
+        folder.mkdir()
+        absent = "".join(f"sys.modules[{name!r}] = None\n" for name in packages)
+        (folder / "sitecustomize.py").write_text(f"import sys\n{absent}", encoding="utf-8")
+        return {"PYTHONPATH": str(folder)}
+
+    return variables
+
+
+# The server
+
+
+@pytest.fixture
+def bare_server(start_server: Callable[..., ServerProcess], without: Callable, bundled_chat: Path) -> ServerProcess:
+    """One that has fastapi, uvicorn, pydantic and sse-starlette."""
+    return start_server("-c", str(bundled_chat), python=True, **without("prometheus_client", "llguidance"))
+
+
+def test_a_server_without_metrics_and_constraints(bare_server: ServerProcess) -> None:
+    said = bare_server.said()
+    assert said.count("There is no /metrics without prometheus-client") == 1
+    assert said.count("pip install llguidance") == 1 and "Traceback" not in said
+
+    def ask(**fields: object) -> httpx.Response:
+        return httpx.post(f"{bare_server.url}/v1/chat/completions", json={"messages": HI, **fields}, timeout=60)
+
+    answer = ask(max_tokens=8)
+    assert answer.status_code == 200 and answer.json()["choices"][0]["message"]["content"]
+    assert "data: [DONE]" in ask(max_tokens=8, stream=True).text
+    assert ask(max_tokens=8, tools=TOOLS).status_code == 200
+    assert ask(max_tokens=8, response_format={"type": "text"}).status_code == 200
+    for param, fields in {
+        "response_format": {"response_format": {"type": "json_object"}},
+        "response_format.json_schema.schema": {"response_format": SCHEMA},
+        "tools": {"tools": TOOLS, "tool_choice": "required"},
+        "functions": {"functions": [FUNCTION], "function_call": {"name": "look"}},
+    }.items():
+        for stream in (False, True):
+            refusal = ask(stream=stream, **fields)
+            assert refusal.status_code == 400, fields
+            error = refusal.json()["error"]
+            assert error["param"] == param and "`pip install llguidance`, or the extra `serve`" in error["message"]
+    strict = [{"type": "function", "function": FUNCTION | {"strict": True}}]
+    assert ask(tools=strict).status_code == 400
+    missing = httpx.get(f"{bare_server.url}/metrics")
+    assert missing.status_code == 404 and missing.json()["error"]["code"] == "unknown_url"
+    assert "/metrics" not in httpx.get(f"{bare_server.url}/openapi.json").json()["paths"]
+    assert "Traceback" not in bare_server.said()
+
+
+def test_a_server_with_all_says_nothing_of_it(server: ServerProcess) -> None:
+    assert "prometheus" not in server.said() and "llguidance" not in server.said()
+
+
+# Training
+
+
+def train(folder: Path, variables: dict[str, str], *arguments: str) -> subprocess.CompletedProcess:
+    question = {"from": "user", "value": "Who are you?"}
+    sample = {"id": "0", "conversations": [question, {"from": "assistant", "value": "I am Robin."}]}
+    (folder / "data.json").write_text(json.dumps([sample] * 4), encoding="utf-8")
+    words = ["--data_path", folder / "data.json", "--output_dir", folder / "out", "--model_max_length", "64"]
+    words += ["--max_steps", "2", "--save_strategy", "no", "--use_lora", *arguments]
+    return subprocess.run(
+        [sys.executable, ROOT / "finetune.py", *words],
+        cwd=folder,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **variables},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_training_without_pictures(tmp_path: Path, without: Callable) -> None:
+    done = train(tmp_path, without("matplotlib", "tensorboard", "tensorboardX"))
+    assert done.returncode == 0, done.stderr
+    lines = done.stderr.splitlines()
+    assert sum("TensorBoard" in line and "`pip install tensorboard`" in line for line in lines) == 1
+    assert sum("loss.png is not drawn" in line and "`pip install matplotlib`" in line for line in lines) == 1
+    assert "Traceback" not in done.stderr
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+    assert not list((tmp_path / "out").rglob("*.png")) and not list((tmp_path / "out").rglob("events.out.*"))
+
+
+def test_training_without_what_it_needs(tmp_path: Path, without: Callable) -> None:
+    done = train(tmp_path, without("peft"))
+    assert done.returncode == 2 and "`pip install peft`" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()

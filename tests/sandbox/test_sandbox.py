@@ -1,0 +1,516 @@
+"""The sandbox of the code interpreter and of generated programs: every limit is run into, for real."""
+
+import ctypes
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from textwrap import dedent
+
+import pytest
+
+from qwen.sandbox import Limits, Result, Sandbox, SandboxUnavailable
+from tests.support import ROOT
+
+# Where `import sandbox` finds it without the rest of the library, whose import takes memory and seconds.
+LIBRARY = ROOT / "qwen"
+# Small, but for the time, which a busy machine needs.
+LIMITS = Limits(wall_seconds=90, memory_bytes=1 << 30, file_bytes=1 << 20, folder_bytes=8 << 20, folder_files=50)
+
+
+def confines() -> bool:
+    """Whether this machine has what the sandbox needs, asked without its code."""
+    try:
+        ctypes.CDLL("libseccomp.so.2")
+        return ctypes.CDLL(None).syscall(ctypes.c_long(444), None, ctypes.c_long(0), ctypes.c_long(1)) >= 3
+    except OSError:
+        return False
+
+
+pytestmark = pytest.mark.skipif(not confines(), reason="needs Linux 6.2 with Landlock, and libseccomp")
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[Sandbox]:
+    with Sandbox(limits=LIMITS) as sandbox:
+        yield sandbox
+
+
+@pytest.fixture
+def sandbox(shared: Sandbox) -> Sandbox:
+    """A session with room in its folder; what earlier tests left among the variables does no harm."""
+    for path in shared.folder.iterdir():
+        if path.is_file():
+            path.unlink()
+    return shared
+
+
+def value(result: Result) -> object:
+    assert result.status == "ok", result.output
+    return result.output
+
+
+def refused(result: Result, *errors: str) -> None:
+    assert result.status == "error" and any(error in result.output for error in errors), result
+
+
+# A notebook
+
+
+def test_variables_live_on(sandbox: Sandbox) -> None:
+    assert value(sandbox.run("x = 6\ndef double(n):\n    return 2 * n")) == ""
+    assert value(sandbox.run("double(x)")) == "12"
+    assert value(sandbox.run("_ + 1")) == "13"
+    assert value(sandbox.run("print('a')\nimport sys\nprint('b', file=sys.stderr)\nNone")) == "a\nb"
+
+
+@pytest.mark.parametrize("code", ["", "# nothing", "x = 1;", "None", "for i in range(3): i"])
+def test_cells_without_a_value(sandbox: Sandbox, code: str) -> None:
+    assert value(sandbox.run(code)) == ""
+
+
+def test_classes_of_a_cell_are_whole(sandbox: Sandbox) -> None:
+    code = """
+    import dataclasses, pickle
+    @dataclasses.dataclass
+    class P:
+        x: int
+    pickle.loads(pickle.dumps(P(3)))
+    """
+    assert value(sandbox.run(dedent(code))) == "P(x=3)"
+
+
+def test_text_of_all_kinds(sandbox: Sandbox) -> None:
+    assert value(sandbox.run("变量 = 'é你好🎉'; print(变量)")) == "é你好🎉"
+    assert value(sandbox.run("print('\\ud800')")) == "\\ud800"
+    assert value(sandbox.run("import os; os.write(1, b'\\xff'); None")) == "\\xff"
+    assert value(sandbox.run("print('\\x1b[31mred\\x1b[0m \\x07\\x1b]0;title\\x07')")) == "red ]0;title"
+    refused(sandbox.run("'\ud800'"), "UnicodeEncodeError")
+    refused(sandbox.run("\0"), "null bytes")
+
+
+def test_a_traceback_shows_the_cell_and_nothing_else(sandbox: Sandbox) -> None:
+    result = sandbox.run("def f(n):\n    return 1 / n\nf(0)")
+    assert result.status == "error"
+    said = re.sub(r"<cell \d+>", "<cell>", result.output)
+    assert said.startswith('Traceback (most recent call last):\n  File "<cell>", line 3, in <module>\n    f(0)\n')
+    assert '  File "<cell>", line 2, in f\n    return 1 / n\n' in said and said.endswith(
+        "ZeroDivisionError: division by zero"
+    )
+    assert "worker.py" not in said
+
+
+@pytest.mark.parametrize(
+    ("code", "error"),
+    [
+        ("if:", "SyntaxError"),
+        ("'''", "SyntaxError"),
+        ("return 3", "SyntaxError"),
+        ("no_such_name", "NameError"),
+        ("import sys; sys.exit(3)", "SystemExit: 3"),
+        ("exit()", "SystemExit"),
+        ("raise KeyboardInterrupt", "KeyboardInterrupt"),
+        ("def f(): return f()\nf()", "RecursionError"),
+        ("input('Name? ')", "EOFError: there is nobody to type"),
+        ("import sys; 1 / len(sys.stdin.read())", "ZeroDivisionError"),
+        ("class A:\n    def __repr__(self): raise ValueError('no')\nA()", "ValueError: no"),
+    ],
+)
+def test_errors_end_the_cell_and_not_the_session(sandbox: Sandbox, code: str, error: str) -> None:
+    sandbox.run("kept = 1")
+    refused(sandbox.run(code), error)
+    assert value(sandbox.run("kept")) == "1"
+
+
+def test_a_cell_may_take_away_its_own_output(sandbox: Sandbox) -> None:
+    assert value(sandbox.run("import sys\nsys.stdout = sys.stderr = None\n1")) == ""
+    assert value(sandbox.run("sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__\n1")) == "1"
+
+
+def test_figures_become_files(sandbox: Sandbox) -> None:
+    pytest.importorskip("matplotlib", reason="figures need matplotlib: pip install matplotlib")
+    with Sandbox() as roomy:
+        code = "import matplotlib.pyplot as plt\nplt.plot([1, 2])\nplt.figure()\nplt.show()"
+        assert value(roomy.run(code)) == "[figure saved as figure-1.png]\n[figure saved as figure-2.png]"
+        assert value(roomy.run("plt.get_fignums()")) == "[]"
+        assert (roomy.folder / "figure-2.png").read_bytes().startswith(b"\x89PNG")
+
+
+# Time
+
+
+def test_an_endless_loop_is_interrupted_and_variables_stay() -> None:
+    with Sandbox(limits=Limits(wall_seconds=1)) as sandbox:
+        sandbox.run("kept = 2")
+        result = sandbox.run("while True: pass")
+        assert result.status == "interrupted"
+        assert "KeyboardInterrupt" in result.output and "[Stopped after 1 seconds. The variables" in result.output
+        assert value(sandbox.run("kept")) == "2"
+
+
+def test_a_loop_that_will_not_stop_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qwen.sandbox.process.GRACE", 0.5)
+    with Sandbox(limits=Limits(wall_seconds=1)) as sandbox:
+        sandbox.run("lost = 1")
+        result = sandbox.run("import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\nwhile True: pass")
+        assert result.status == "died" and "it ran for more than 1 seconds" in result.output
+        assert "So are all variables; the next cell starts a new one." in result.output
+        refused(sandbox.run("lost"), "NameError")
+        assert value(sandbox.run("1 + 1")) == "2"
+
+
+def test_processor_time_is_limited_too() -> None:
+    with Sandbox(limits=Limits(wall_seconds=90, cpu_seconds=1)) as sandbox:
+        result = sandbox.run("while True: pass")
+        assert result.status == "died" and "more than 1 seconds of processor time" in result.output
+        assert value(sandbox.run("1")) == "1"
+
+
+# Memory, processes, files
+
+
+def test_a_memory_bomb_fails_and_the_session_goes_on(sandbox: Sandbox) -> None:
+    sandbox.run("kept = 3")
+    refused(sandbox.run("bomb = 'x' * (4 << 30)"), "MemoryError")
+    refused(sandbox.run("bomb = []\nwhile True: bomb.append(bytes(10 << 20))"), "MemoryError")
+    refused(sandbox.run("import resource; resource.setrlimit(resource.RLIMIT_AS, (-1, -1))"), "ValueError")
+    assert value(sandbox.run("bomb = None; kept")) == "3"
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import os\nwhile True: os.fork()",
+        "import subprocess; subprocess.run(['true'])",
+        "import os; os.posix_spawn('/bin/true', ['true'], {})",
+        "import os; os.execv('/bin/true', ['true'])",
+        "import multiprocessing; multiprocessing.Process(target=print).start()",
+        "import ctypes, os\nif ctypes.CDLL(None).vfork() < 0: raise OSError(1, 'Operation not permitted')",
+    ],
+)
+def test_no_process_can_be_started(sandbox: Sandbox, code: str) -> None:
+    refused(sandbox.run(code), "Operation not permitted", "Permission denied")
+
+
+def test_threads_work_and_have_an_end(sandbox: Sandbox) -> None:
+    with Sandbox(limits=LIMITS) as sandbox:
+        assert (
+            value(sandbox.run("import threading as t\na = t.Thread(target=print, args=(5,)); a.start(); a.join()"))
+            == "5"
+        )
+        refused(
+            sandbox.run("wait = t.Event()\nwhile True: t.Thread(target=wait.wait, daemon=True).start()"),
+            "start new thread",
+        )
+        assert value(sandbox.run("wait.set(); 1")) == "1"
+
+
+def test_huge_output_is_cut_in_the_middle(sandbox: Sandbox) -> None:
+    output = value(sandbox.run("for i in range(200000): print(i)"))
+    assert output.startswith("0\n1\n2\n") and output.endswith("\n199998\n199999")
+    assert re.search(r"\n\[\.\.\. \d+ bytes left out \.\.\.\]\n", output) and len(output) < 8100
+    assert len(value(sandbox.run("'你' * 10**6"))) < 8100
+
+
+def test_a_huge_file_is_refused(sandbox: Sandbox) -> None:
+    refused(sandbox.run("open('huge', 'wb').write(bytes(2 << 20))"), "File too large")
+    assert (sandbox.folder / "huge").stat().st_size <= LIMITS.file_bytes
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        ("open(f'{i}', 'w').close()", "more than 50 files"),
+        ("open(f'{i % 40}', 'wb').write(bytes(1 << 20))", "more than 8 MiB"),
+    ],
+)
+def test_a_full_folder_ends_the_cell(code: str, reason: str) -> None:
+    with Sandbox(limits=LIMITS) as sandbox:
+        sandbox.run("open('kept', 'w').write('here')")
+        result = sandbox.run(f"i = 0\nwhile True:\n    {code}\n    i += 1")
+        assert result.status == "died" and reason in result.output
+        assert value(sandbox.run("import os; os.listdir('.')")) == "['kept']"
+
+
+def test_open_files_are_limited(sandbox: Sandbox) -> None:
+    refused(sandbox.run("files = [open('/dev/null') for _ in range(1000)]"), "Too many open files")
+
+
+# What is outside
+
+
+@pytest.fixture
+def secret(tmp_path: Path) -> Path:
+    path = tmp_path / "secret.txt"
+    path.write_text("hunter2")
+    path.chmod(0o600)
+    return path
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "open(path).read()",
+        "open('/proc/self/root' + path).read()",
+        "os.listdir(os.path.dirname(path))",
+        "open(path, 'w')",
+        "open(path, 'a')",
+        "os.truncate(path, 0)",
+        "os.unlink(path)",
+        "os.rename(path, 'mine')",
+        "os.rename(path, path + '2')",
+        "os.link(path, 'mine')",
+        "os.symlink(path, 'mine')",
+        "os.mkfifo('pipe')",
+        "os.mkdir(path + '.d')",
+        "open(path + '.new', 'w')",
+        "open('/tmp/new', 'w')",
+        "open(os.path.expanduser('~/../new'), 'w')",
+        "os.setxattr(path, 'user.a', b'1')",
+        "open(f'/proc/{os.getppid()}/environ').read()",
+        "open(f'/proc/{os.getppid()}/cmdline').read()",
+        "open('/etc/passwd').read()",
+        "open('/dev/shm/x', 'w')",
+    ],
+)
+def test_files_outside_are_out_of_reach(sandbox: Sandbox, secret: Path, code: str) -> None:
+    refused(sandbox.run(f"import os\npath = {str(secret)!r}\n{code}"), "PermissionError", "Invalid cross-device link")
+    assert secret.read_text() == "hunter2" and list(secret.parent.iterdir()) == [secret]
+
+
+def test_attributes_outside_stay_as_they_are(sandbox: Sandbox, secret: Path) -> None:
+    before = secret.stat()
+    sandbox.run(f"import os\npath = {str(secret)!r}")
+    sandbox.run("os.chmod(path, 0o777)\nos.utime(path, (0, 0))\nos.chown(path, 1, 1)")
+    assert secret.stat() == before
+
+
+def test_files_inside_work(sandbox: Sandbox) -> None:
+    code = """
+    import os, shutil, tempfile
+    open('a', 'w').write('你')
+    shutil.copy('a', 'b')
+    os.rename('b', 'c')
+    os.mkdir('d')
+    shutil.move('c', 'd/c')
+    tempfile.NamedTemporaryFile().close()
+    print(os.listdir('d'))
+    shutil.rmtree('d')
+    os.listdir('.')
+    """
+    assert value(sandbox.run(dedent(code))) == "['c']\n['a']"
+
+
+def test_the_environment_holds_nothing_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "hunter2")
+    with Sandbox() as sandbox:
+        said = value(sandbox.run("import os\nprint(dict(os.environ))\nopen('/proc/self/environ').read()"))
+        assert "hunter2" not in said and "OPENAI" not in said and str(sandbox.folder) in said
+
+
+def test_open_files_of_ours_are_not_inherited(secret: Path) -> None:
+    with open(secret) as file, Sandbox() as sandbox:
+        os.set_inheritable(file.fileno(), True)
+        places = "(f'/proc/self/fd/{fd}' for fd in range(100))"
+        opened = value(sandbox.run(f"import os\n[os.readlink(place) for place in {places} if os.path.lexists(place)]"))
+        assert "/dev/null" in opened and "pipe:" in opened and "secret" not in opened
+
+
+@pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6, socket.AF_UNIX])
+@pytest.mark.parametrize("kind", [socket.SOCK_STREAM, socket.SOCK_DGRAM])
+def test_there_is_no_network(sandbox: Sandbox, family: int, kind: int) -> None:
+    refused(sandbox.run(f"import socket; socket.socket({int(family)}, {int(kind)})"), "PermissionError")
+
+
+def test_a_listening_server_is_out_of_reach(sandbox: Sandbox) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        refused(sandbox.run(f"import urllib.request as u; u.urlopen('http://127.0.0.1:{port}', timeout=5)"), "URLError")
+        server.settimeout(0.1)
+        with pytest.raises(TimeoutError):
+            server.accept()
+
+
+@pytest.mark.parametrize(
+    "code", ["os.kill(os.getppid(), 0)", "os.kill(-1, 0)", "os.setpriority(os.PRIO_PROCESS, os.getppid(), 19)"]
+)
+def test_other_processes_are_out_of_reach(sandbox: Sandbox, code: str) -> None:
+    refused(sandbox.run(f"import os; {code}"), "PermissionError")
+
+
+def test_libraries_work(sandbox: Sandbox) -> None:
+    assert value(sandbox.run("import asyncio, random, sqlite3; asyncio.run(asyncio.sleep(0, 'slept'))")) == "'slept'"
+    assert value(sandbox.run("import numpy; numpy.linalg.inv(numpy.eye(99)).sum() == 99")) in ("True", "np.True_")
+
+
+# The process ends
+
+
+JUNK = """
+import os
+for fd in range(3, 4096):
+    try: os.write(fd, {!r})
+    except OSError: pass
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        ("import os; os._exit(4)", "it left with exit status 4"),
+        ("import os; os.abort()", "signal 6"),
+        ("import os; os.kill(os.getpid(), 9)", "signal 9"),
+        ("import os; os.kill(os.getpid(), 40)", "signal 40"),
+        ("import ctypes; ctypes.string_at(0)", "signal 11"),
+        ("import os; os.closerange(0, 100)", ""),
+        (JUNK.format(b"junk\n"), "its answer made no sense"),
+        (JUNK.format(b"[" * 60000 + b"\n"), "its answer made no sense"),
+        (JUNK.format(b'{"cell": 99, "status": "ok"}\n'), "its answer made no sense"),
+        (JUNK.format(b'{"missing": []}\n'), "its answer made no sense"),
+    ],
+)
+def test_a_process_that_ends_is_replaced(code: str, reason: str) -> None:
+    with Sandbox(limits=LIMITS) as sandbox:
+        sandbox.run("lost = 1")
+        result = sandbox.run(f"print('before')\n{code}")
+        assert result.status == "died" and "before" in result.output
+        assert f"[The interpreter is gone: {reason}" in result.output and "all variables" in result.output
+        refused(sandbox.run("lost"), "NameError")
+
+
+def test_nothing_is_left_behind() -> None:
+    sandbox = Sandbox()
+    sandbox.run("open('a', 'w').write('x')")
+    folder, pid = sandbox.folder, sandbox.process.popen.pid
+    assert folder.is_dir() and folder.stat().st_mode & 0o077 == 0
+    sandbox.close()
+    sandbox.close()
+    assert not folder.exists() and not Path(f"/proc/{pid}").exists()
+
+
+def test_a_folder_of_the_user_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "data.csv").write_text("1,2\n")
+    for _ in range(2):
+        with Sandbox(tmp_path) as sandbox:
+            assert value(sandbox.run("open('data.csv').read()\nopen('out', 'a').write('x')")) == "1"
+    assert (tmp_path / "out").read_text() == "xx" and (tmp_path / "data.csv").read_text() == "1,2\n"
+
+
+def test_two_sessions_at_once_share_nothing() -> None:
+    results: dict[int, str] = {}
+
+    def session(number: int) -> None:
+        with Sandbox() as sandbox:
+            sandbox.run(f"x = {number}")
+            results[number] = sandbox.run("import os\nopen(str(x), 'w').close()\n(x, os.listdir('.'))").output
+
+    threads = [threading.Thread(target=session, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == {number: f"({number}, ['{number}'])" for number in range(3)}
+
+
+def test_ctrl_c_ends_the_cell_and_the_process() -> None:
+    with Sandbox() as sandbox:
+        sandbox.start()
+        pid = sandbox.process.popen.pid
+        timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
+        timer.start()
+        with pytest.raises(KeyboardInterrupt):
+            sandbox.run("while True: pass")
+        assert not Path(f"/proc/{pid}").exists()
+        assert value(sandbox.run("1")) == "1"
+
+
+def test_the_process_does_not_outlive_us() -> None:
+    code = f"""
+    import sys
+    sys.path.insert(0, {str(LIBRARY)!r})
+    from sandbox import Sandbox
+    sandbox = Sandbox()
+    sandbox.start()
+    print(sandbox.process.popen.pid, sandbox.folder, flush=True)
+    sandbox.run("import time; time.sleep(25)")
+    """
+    ours = subprocess.Popen([sys.executable, "-c", dedent(code)], stdout=subprocess.PIPE, text=True)
+    pid, folder = ours.stdout.readline().split()
+    try:
+        time.sleep(0.5)
+        assert Path(f"/proc/{pid}").exists()
+        ours.kill()
+        until = time.monotonic() + 20
+        while Path(f"/proc/{pid}").exists() and "State:\tZ" not in Path(f"/proc/{pid}/status").read_text():
+            assert time.monotonic() < until, "the process runs on"
+            time.sleep(0.05)
+    finally:
+        ours.kill()
+        ours.wait()
+        ours.stdout.close()
+        os.rmdir(folder)
+
+
+# Where the machine cannot do it
+
+
+HIDE = """
+import ctypes, sys
+sys.path.insert(0, {library!r})
+library = ctypes.CDLL("libseccomp.so.2")
+library.seccomp_init.restype = ctypes.c_void_p
+context = ctypes.c_void_p(library.seccomp_init(ctypes.c_uint32(0x7FFF0000)))
+for name in {hidden!r}:
+    number = library.seccomp_syscall_resolve_name(name)
+    assert library.seccomp_rule_add_array(context, ctypes.c_uint32(0x00050000 | 38), number, 0, None) == 0
+assert library.seccomp_load(context) == 0
+from sandbox import *
+try:
+    with Sandbox() as sandbox:
+        sandbox.start()
+except SandboxUnavailable as error:
+    print(error)
+with Sandbox(allow_weaker=True) as sandbox:
+    print(sandbox.run("6 * 7").output)
+    print(sandbox.missing)
+"""
+
+
+def test_a_kernel_without_landlock_is_refused_unless_allowed() -> None:
+    code = HIDE.format(library=str(LIBRARY), hidden=[b"landlock_create_ruleset"])
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    refusal, result, missing = done.stdout.splitlines()
+    assert refusal.startswith("This machine cannot confine the code: It can read and write your files")
+    assert "container" in refusal and result == "42" and "Landlock" in missing and "network" not in missing
+
+
+def test_stricter_limits_of_the_machine_stay() -> None:
+    code = f"""
+    import resource, sys
+    sys.path.insert(0, {str(LIBRARY)!r})
+    resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
+    resource.setrlimit(resource.RLIMIT_CPU, (40, 40))
+    from sandbox import Sandbox
+    with Sandbox() as sandbox:
+        print(sandbox.run("import resource as r; r.getrlimit(r.RLIMIT_AS)[1], r.getrlimit(r.RLIMIT_CPU)[1]").output)
+    """
+    done = subprocess.run([sys.executable, "-c", dedent(code)], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout == f"({1 << 30}, 40)\n"
+
+
+def test_windows_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qwen.sandbox.os.name", "nt")
+    with pytest.raises(SandboxUnavailable, match="WSL"):
+        Sandbox()
+
+
+def test_a_process_that_cannot_start_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("qwen.sandbox.process.sys.executable", str(tmp_path / "no-python"))
+    with Sandbox() as sandbox, pytest.raises(SandboxUnavailable, match="no-python"):
+        sandbox.run("1")

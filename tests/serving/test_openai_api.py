@@ -1,0 +1,341 @@
+"""openai_api.py as those meet it who run it: start, credentials, limits, clients that go away, signals, metrics."""
+
+import base64
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+
+import anyio
+import httpx
+import openai
+import pytest
+
+from qwen_cli import serve as openai_api
+from tests.support import ROOT
+from tests.support.server_process import ServerProcess
+
+HI = [{"role": "user", "content": "hi"}]
+LONG = {"prompt": "The", "temperature": 0, "max_tokens": 6000, "stream": True}  # the model repeats it to the end
+KEY = {"Authorization": "Bearer secret ключ".encode()}
+BASIC = {"Authorization": "Basic " + base64.b64encode("anna:pass:wörd".encode()).decode()}
+
+
+@pytest.fixture(scope="module")
+def guarded(bundled_chat) -> Iterator[ServerProcess]:
+    """A server that asks for credentials, lets one page in, and answers one request at a time while one waits."""
+    arguments = ["--max-batch-size", "1", "--max-queue", "1", "--cors-origin", "http://localhost:3000"]
+    arguments += ["--served-model-name", "toy", "--max-request-bytes", "2000", "--max-messages", "3", "--disable-gc"]
+    variables = {"QWEN_API_AUTH": "anna:pass:wörd", "QWEN_API_KEY": "secret ключ"}
+    process = ServerProcess("-c", str(bundled_chat), *arguments, **variables)
+    yield process
+    process.stop()
+
+
+def begin(server: ServerProcess, client: httpx.Client, **fields) -> Iterator[str]:
+    """The lines of a stream; closing it, or dropping it, hangs up."""
+    with client.stream("POST", f"{server.url}/v1/completions", json=LONG | fields) as response:
+        assert response.status_code == 200
+        yield from response.iter_lines()
+
+
+# Beside the answers
+
+
+def test_models(server: ServerProcess) -> None:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused") as client:
+        (model,) = client.models.list().data
+        assert model.id == "qwen-tiny-chat"
+        assert client.models.retrieve(model.id) == model
+        with pytest.raises(openai.NotFoundError, match="qwen-tiny-chat"):
+            client.models.retrieve("gpt-4o")
+
+
+def test_health_and_documentation(server: ServerProcess) -> None:
+    assert httpx.get(f"{server.url}/health").json() == {"status": "ready"}
+    assert "swagger" in httpx.get(f"{server.url}/docs").text
+    document = httpx.get(f"{server.url}/openapi.json").json()
+    fields = document["components"]["schemas"]["ChatCompletionRequest"]["properties"]
+    assert {"messages", "tools", "response_format", "top_k", "max_length", "repetition_penalty"} <= set(fields)
+    assert "422" not in document["paths"]["/v1/chat/completions"]["post"]["responses"]
+    assert "security" not in document
+
+
+def test_metrics(server: ServerProcess) -> None:
+    names = ["qwen_prompt_tokens_total", "qwen_completion_tokens_total", "qwen_time_to_first_token_seconds_count"]
+    before = [server.metric(name) for name in names]
+    body = {"messages": HI, "temperature": 0, "n": 2}
+    usage = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60).json()["usage"]
+    after = [server.metric(name) for name in names]
+    grown = [new - old for new, old in zip(after, before, strict=True)]
+    assert grown == [usage["prompt_tokens"], usage["completion_tokens"], 2]
+    for path in ("/no/such/1", "/no/such/2"):
+        httpx.get(server.url + path)
+    text = httpx.get(f"{server.url}/metrics").text
+    assert 'qwen_requests_total{endpoint="/v1/chat/completions",status="200"}' in text
+    assert 'qwen_requests_total{endpoint="other",status="404"}' in text and "/no/such" not in text
+    assert 'qwen_request_duration_seconds_count{endpoint="/v1/chat/completions"}' in text
+
+
+def test_curl(server: ServerProcess) -> None:
+    def curl(body: dict) -> str:
+        command = ["curl", "--silent", "--show-error", "--no-buffer", f"{server.url}/v1/chat/completions"]
+        command += ["--header", "Content-Type: application/json", "--data", json.dumps(body)]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+
+    body = {"messages": [{"role": "user", "content": "What is 47 + 38?"}], "temperature": 0}
+    assert json.loads(curl(body))["choices"][0]["message"]["content"] == "47 + 38 = 85."
+    *events, end, rest = curl(body | {"stream": True}).split("\n\n")
+    assert (end, rest) == ("data: [DONE]", "")
+    deltas = [json.loads(event.removeprefix("data: "))["choices"][0]["delta"] for event in events]
+    assert "".join(delta.get("content", "") for delta in deltas) == "47 + 38 = 85."
+
+
+# Credentials and limits
+
+
+@pytest.mark.parametrize("headers", [KEY, BASIC, {"Authorization": BASIC["Authorization"].replace("Basic", "basic")}])
+def test_either_of_the_credentials_will_do(guarded: ServerProcess, headers: dict) -> None:
+    for path in ("/v1/models", "/metrics", "/docs", "/openapi.json"):
+        assert httpx.get(guarded.url + path, headers=headers).status_code == 200
+    assert httpx.get(f"{guarded.url}/v1/models/toy", headers=headers).json()["id"] == "toy"
+    document = httpx.get(f"{guarded.url}/openapi.json", headers=headers).json()
+    assert set(document["components"]["securitySchemes"]) == {"basic", "bearer"}
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        None,
+        "",
+        "Bearer",
+        "Bearer wrong",
+        "Bearer secret",
+        "Basic",
+        "Basic !!!",
+        "Basic " + base64.b64encode(b"anna:wrong").decode(),
+        "Basic " + base64.b64encode("secret ключ".encode()).decode(),
+        "Bearer anna:pass:wörd".encode(),
+        "Digest " + base64.b64encode("anna:pass:wörd".encode()).decode(),
+    ],
+)
+def test_nobody_else_gets_in(guarded: ServerProcess, given: str | bytes | None) -> None:
+    headers = {} if given is None else {"Authorization": given}
+    for method, path in [("POST", "/v1/chat/completions"), ("GET", "/metrics"), ("GET", "/docs"), ("GET", "/nowhere")]:
+        response = httpx.request(method, guarded.url + path, headers=headers)
+        assert response.status_code == 401
+        assert response.json()["error"]["code"] == "invalid_api_key"
+        assert response.headers["www-authenticate"] == 'Basic realm="qwen", Bearer realm="qwen"'
+    assert httpx.get(f"{guarded.url}/health", headers=headers).status_code == 200
+
+
+def test_pages_of_the_named_origin_may_ask(guarded: ServerProcess, server: ServerProcess) -> None:
+    def preflight(to: ServerProcess, origin: str) -> httpx.Response:
+        asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+        return httpx.options(f"{to.url}/v1/chat/completions", headers={"Origin": origin, **asked})
+
+    allowed = preflight(guarded, "http://localhost:3000")
+    assert allowed.status_code == 200
+    assert allowed.headers["access-control-allow-origin"] == "http://localhost:3000"
+    for response in (preflight(guarded, "http://evil.example"), preflight(server, "http://localhost:3000")):
+        assert "access-control-allow-origin" not in response.headers
+    refused = httpx.get(f"{guarded.url}/v1/models", headers={"Origin": "http://localhost:3000"})
+    assert refused.status_code == 401 and "access-control-allow-origin" in refused.headers  # the page can read why
+
+
+def test_limits_are_settings(guarded: ServerProcess) -> None:
+    url = f"{guarded.url}/v1/chat/completions"
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hi"}] * 2
+    many = httpx.post(url, json={"messages": messages}, headers=KEY)
+    assert many.status_code == 400 and "takes 3" in many.json()["error"]["message"]
+    long = httpx.post(url, json={"messages": [{"role": "user", "content": "a" * 2000}]}, headers=KEY)
+    assert long.status_code == 413
+    assert httpx.post(url, json={"messages": HI, "max_tokens": 1}, headers=KEY, timeout=60).status_code == 200
+
+
+def test_a_full_queue_says_so(guarded: ServerProcess) -> None:
+    with (
+        openai.OpenAI(
+            base_url=f"{guarded.url}/v1", api_key="unused", default_headers={"Authorization": BASIC["Authorization"]}
+        ) as client,
+        httpx.Client(headers=KEY, timeout=60) as other,
+    ):
+        running = begin(guarded, other)
+        next(running)
+        waiting = threading.Thread(target=lambda: list(begin(guarded, other, max_tokens=1)))
+        waiting.start()
+        guarded.until_load(1, 1, headers=KEY)
+        with pytest.raises(openai.RateLimitError) as error:
+            client.with_options(max_retries=0).chat.completions.create(model="toy", messages=HI)
+        assert int(error.value.response.headers["retry-after"]) >= 1
+        assert error.value.code == "rate_limit_exceeded"
+        with pytest.raises(openai.BadRequestError, match="2"):
+            client.chat.completions.create(model="toy", messages=HI, n=3)
+        running.close()
+        waiting.join(60)
+    guarded.until_load(0, 0, headers=KEY)
+
+
+# Clients that go away
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_frees_its_place(server: ServerProcess, stream: bool) -> None:
+    server.until_load(0)
+    before = server.metric("qwen_completion_tokens_total")
+    with httpx.Client(timeout=60) as client:
+        if stream:
+            lines = begin(server, client, n=3)
+            for _ in range(20):
+                next(lines)
+            assert server.metric("qwen_running_sequences") == 3
+        else:
+            address = server.url.removeprefix("http://").split(":")
+            body = json.dumps(LONG | {"stream": False, "n": 3}).encode()
+            head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            with socket.create_connection((address[0], int(address[1]))) as connection:
+                connection.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+                server.until_load(3)
+    server.until_load(0)
+    assert server.metric("qwen_completion_tokens_total") - before < 3 * 6000  # they were not written to the end
+
+
+def test_many_that_leave_at_random_times(server: ServerProcess) -> None:
+    async def visit(client: httpx.AsyncClient, lines: int) -> None:
+        async with client.stream("POST", f"{server.url}/v1/completions", json=LONG) as response:
+            async for _ in response.aiter_lines():
+                lines -= 1
+                if lines <= 0:
+                    return
+
+    async def crowd() -> None:
+        async with httpx.AsyncClient(timeout=120) as client, anyio.create_task_group() as visitors:
+            for number in range(24):
+                visitors.start_soon(visit, client, number * 7 % 10)
+
+    anyio.run(crowd)
+    server.until_load(0)
+    answer = httpx.post(f"{server.url}/v1/chat/completions", json={"messages": HI, "temperature": 0}, timeout=60)
+    assert answer.json()["choices"][0]["message"]["content"].startswith("Hello")
+
+
+# Signals
+
+
+def test_sigterm_lets_replies_finish(start_server: Callable[..., ServerProcess], bundled_chat) -> None:
+    # Longer than a thread can wait.
+    server = start_server("-c", str(bundled_chat), "--drain-seconds", "1e10", python=True)
+    host, port = server.url.removeprefix("http://").split(":")
+    slow = socket.create_connection((host, int(port)), timeout=120)
+    with slow, httpx.Client(timeout=120) as client, httpx.Client(timeout=60) as late:
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        slow.sendall(head + b'Content-Length: 100\r\n\r\n{"prompt"')  # and the rest never comes
+        lines = begin(server, client, max_tokens=600)
+        next(lines)
+        server.signal(signal.SIGTERM)
+        while (health := late.get(f"{server.url}/health")).status_code == 200:
+            pass
+        assert health.json() == {"status": "draining"}
+        refused = late.post(f"{server.url}/v1/completions", json={"prompt": "The"})
+        assert refused.status_code == 503 and refused.json()["error"]["code"] == "shutting_down"
+        *_, last, done = [line for line in lines if line]
+        assert b"shutting_down" in slow.makefile("rb").read()
+    assert done == "data: [DONE]"
+    assert json.loads(last.removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
+    assert server.wait() == 0
+    assert "Stopping" in server.said() and "Traceback" not in server.said()
+
+
+@pytest.mark.parametrize(("drain_seconds", "signals"), [("0.2", 1), ("600", 2)])
+def test_replies_that_are_cut_short_end_in_an_error(
+    start_server: Callable[..., ServerProcess], bundled_chat, drain_seconds: str, signals: int
+) -> None:
+    server = start_server("-c", str(bundled_chat), "--drain-seconds", drain_seconds, python=signals == 2)
+    with httpx.Client(timeout=120) as client:
+        lines = begin(server, client)
+        next(lines)
+        server.signal(signal.SIGINT)
+        if signals == 2:
+            while "Stopping" not in server.said():
+                assert server.process.poll() is None
+            server.signal(signal.SIGTERM)
+        *_, last = [line for line in lines if line]
+    error = json.loads(last.removeprefix("data: "))["error"]
+    assert error["code"] == "shutting_down" and "breaks off" in error["message"]
+    assert server.wait() == signals - 1
+    assert "Traceback" not in server.said()
+
+
+# Start
+
+
+def run(*arguments: str, python: tuple[str, ...] = (), **variables: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *python, "openai_api.py", *arguments],
+        cwd=ROOT,
+        env={"HF_HUB_OFFLINE": "1", **variables},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_help_needs_no_libraries() -> None:
+    result = run("--help", python=("-S",))
+    assert result.returncode == 0
+    assert "--api-key" in result.stdout and "QWEN_API_KEY" in result.stdout
+
+
+def test_missing_libraries_are_named() -> None:
+    result = run("--server-port", "0", python=("-S",))
+    assert result.returncode == 1
+    assert "pip install -e '.[serve]'" in result.stderr and "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--server-port", "99999"], "65535"),
+        (["--server-port", "http"], "whole number"),
+        (["--max-batch-size", "0"], "from 1 on"),
+        (["--drain-seconds", "soon"], "seconds"),
+        (["--api-auth", "anna"], "USER:PASS"),
+        (["--api-auth", ":pass"], "USER:PASS"),
+        (["--api-key", ""], "printable"),
+        (["--api-key", " x"], "blanks"),
+        (["--no-such-flag"], "unrecognized"),
+    ],
+)
+def test_bad_arguments(arguments: list[str], says: str) -> None:
+    result = run(*arguments)
+    assert result.returncode == 2
+    assert says in result.stderr and "Traceback" not in result.stderr
+
+
+def test_a_port_that_is_taken_is_one_sentence() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        result = run("--server-port", port)
+    assert result.returncode == 1
+    assert port in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+def test_no_such_checkpoint_is_one_sentence(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(sys, "argv", ["openai_api.py", "-c", "/no/such/folder", "--server-port", "0"])
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")  # main() sets it: put back afterwards
+    assert openai_api.main() == 1
+    loading, complaint = capfd.readouterr().err.splitlines()
+    assert loading == "Loading /no/such/folder ..." and "/no/such/folder" in complaint
+
+
+def test_it_says_where_it_answers(server: ServerProcess, guarded: ServerProcess) -> None:
+    for process, name in ((server, "qwen-tiny-chat"), (guarded, "toy")):
+        assert f"{name} answers at {process.url}/v1 (documentation: {process.url}/docs)" in process.said()
+        assert re.match(r"http://127\.0\.0\.1:\d+$", process.url)
+        assert "Anybody" not in process.said()  # reaches it: this machine only

@@ -1,0 +1,271 @@
+"""What the server says to requests that are wrong, and that no request makes it fail."""
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, Phase, given, settings
+from pydantic import ValidationError
+from schemathesis import GenerationMode
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+)
+
+from qwen.serving.api.requests import ChatCompletionRequest, CompletionRequest
+from tests.support import ROOT
+from tests.support.server_process import ServerProcess
+
+HI = [{"role": "user", "content": "hi"}]
+TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
+NAMED = {"type": "function", "function": {"name": "listen"}}
+
+
+def post(server: ServerProcess, fields: Any, path: str = "/v1/chat/completions") -> httpx.Response:
+    return httpx.post(f"{server.url}{path}", json=fields, timeout=60)
+
+
+def error_of(response: httpx.Response) -> dict:
+    """The error of an answer, which must have OpenAI's shape."""
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["message"] and error["type"]
+    assert "Traceback" not in error["message"] and ".py" not in error["message"]
+    return error
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "says"),
+    [
+        ({"temperature": 2.1}, "temperature", "less than or equal to 2"),
+        ({"temperature": "1"}, "temperature", "valid number"),
+        ({"temperature": True}, "temperature", "valid number"),
+        ({"top_p": -0.1}, "top_p", "greater than or equal to 0"),
+        ({"top_k": 1.5}, "top_k", "integer"),
+        ({"top_k": 10**400}, "top_k", "less than or equal to"),
+        ({"repetition_penalty": 0}, "repetition_penalty", "greater than 0"),
+        ({"presence_penalty": 3}, "presence_penalty", "2"),
+        ({"frequency_penalty": -3}, "frequency_penalty", "-2"),
+        ({"n": 0}, "n", "1"),
+        ({"n": 17}, "n", "16"),
+        ({"max_tokens": 0}, "max_tokens", "1"),
+        ({"max_completion_tokens": -1}, "max_completion_tokens", "1"),
+        ({"max_length": 5}, "max_length", "prompt"),
+        ({"seed": "x"}, "seed", "integer"),
+        ({"stop": ""}, "stop", "at least 1 character"),
+        ({"stop": ["a", ""]}, "stop.1", "at least 1 character"),
+        ({"stop": ["a"] * 17}, "stop", "16"),
+        ({"stream": "yes"}, "stream", "boolean"),
+        ({"stream_options": {"include_usage": True}}, "stream_options", "stream"),
+        ({"logit_bias": {"x": 1}}, "logit_bias.x", "match"),
+        ({"logit_bias": {"99999999": 1}}, "logit_bias", "token id"),
+        ({"logit_bias": {"1": 101}}, "logit_bias.1", "100"),
+        ({"logit_bias": dict.fromkeys(map(str, range(1025)), 1)}, "logit_bias", "at most 1024"),
+        ({"top_logprobs": 1}, "top_logprobs", "logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "20"),
+        ({"logprobs": True, "top_logprobs": 20, "n": 16, "max_tokens": 8000}, "logprobs", "fewer"),
+        ({"messages": []}, "messages", "at least 1 item, not 0."),
+        ({"messages": "hi"}, "messages", "list"),
+        ({"messages": [{"content": "hi"}]}, "messages.0.role", "required"),
+        ({"messages": [{"role": "robot", "content": "hi"}]}, "messages.0.role", "'assistant'"),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content", "string"),
+        ({"messages": [{"role": "user"}]}, "messages.0.content", "string"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content.0.type", "'text'"),
+        ({"messages": [*HI, *HI]}, "messages.1", "second user message"),
+        ({"messages": [{"role": "tool", "content": "x", "tool_call_id": "1"}]}, "messages.0", "tool result"),
+        ({"messages": [{"role": "system", "content": "x"}]}, "messages", "no user message"),
+        ({"messages": [{"role": "user", "content": "a b " * 9000}]}, "messages", "8192"),
+        ({"tools": [{"type": "custom", "custom": {"name": "x"}}]}, "tools.0.type", "'function'"),
+        ({"tools": [{"type": "function", "function": {"name": "a\nb"}}]}, "tools.0.function.name", "match"),
+        ({"tools": [TOOL, TOOL]}, "tools", "unique"),
+        ({"tools": [TOOL] * 129}, "tools", "128"),
+        ({"tools": [TOOL], "tool_choice": NAMED}, "tool_choice", "listen"),
+        ({"tools": [TOOL], "tool_choice": "always"}, "tool_choice", "'required'"),
+        ({"tool_choice": "required"}, "tool_choice", "no tools"),
+        ({"tools": [TOOL], "functions": [{"name": "f"}]}, "functions", "old name"),
+        ({"tools": [TOOL], "function_call": "auto"}, "function_call", "tool_choice"),
+        ({"functions": [{"name": "f"}], "tool_choice": "auto"}, "tool_choice", "function_call"),
+        ({"functions": [{"description": "f"}]}, "functions.0", "name"),
+        ({"functions": [{"name": "f"}], "function_call": {"name": "g"}}, "function_call", "'g'"),
+        ({"response_format": {"type": "xml"}}, "response_format", "'json_schema'"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "required"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "number!"}}}},
+            "response_format.json_schema.schema",
+            "number!",
+        ),
+        ({"modalities": ["audio"]}, "modalities.0", "'text'"),
+    ],
+)
+def test_wrong_fields_are_named(server: ServerProcess, fields: dict, param: str, says: str) -> None:
+    response = post(server, {"messages": HI, "max_tokens": 1, **fields})
+    assert response.status_code == 400
+    error = error_of(response)
+    assert error["type"] == "invalid_request_error"
+    assert error["param"] == param
+    assert says in error["message"]
+
+
+def test_too_long_a_prompt_has_a_code(server: ServerProcess) -> None:
+    messages = [{"role": "user", "content": "a b " * 9000}]
+    assert error_of(post(server, {"messages": messages}))["code"] == "context_length_exceeded"
+
+
+def test_unknown_and_empty_fields_are_ignored(server: ServerProcess) -> None:
+    names = ["n", "stop", "seed", "tools", "tool_choice", "functions", "function_call", "max_tokens", "logit_bias"]
+    names += ["stream", "stream_options", "top_p", "top_k", "logprobs", "top_logprobs", "modalities", "response_format"]
+    nothing = dict.fromkeys(names)
+    others = {"user": "me", "store": True, "metadata": {"a": "b"}, "service_tier": "auto", "no_such_field": [1]}
+    response = post(server, {"messages": HI, "temperature": 0, **nothing, **others})
+    assert response.status_code == 200
+    assert response.json()["choices"][0]["message"]["content"].startswith("Hello")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"null",
+        b"[1]",
+        b"{",
+        b'{"messages": "\xff"}',
+        b'{"messages": [{"role": "user", "content": "\\ud800"}]}',
+        b'{"messages": [{"role": "user", "content": "hi"}], "temperature": NaN}',
+        b'{"messages": [{"role": "user", "content": "hi"}], "temperature": 1e999}',
+        b'{"messages": [{"role": "user", "content": "hi"}], "seed": ' + b"9" * 5000 + b"}",
+        b"[" * 100_000,
+        b'{"tools": ' + b'{"a":' * 50_000,
+    ],
+)
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_bodies_that_are_no_request(server: ServerProcess, path: str, body: bytes) -> None:
+    response = httpx.post(f"{server.url}{path}", content=body, headers={"Content-Type": "application/json"})
+    assert response.status_code == 400
+    error_of(response)
+
+
+def test_numbers_of_any_size(server: ServerProcess) -> None:
+    large = {"top_k": 2**31 - 1, "seed": -(10**400), "max_tokens": 10**400, "max_length": 10**400, "stop": "."}
+    assert post(server, {"messages": HI, "temperature": 0, **large}).status_code == 200
+
+
+WRONG = [1] * 500_000
+WRONG_LISTS = [
+    {"messages": WRONG},
+    {"messages": [{"role": "user", "content": WRONG}]},
+    {"messages": [{"role": "assistant", "tool_calls": WRONG}]},
+    {"messages": HI, "tools": WRONG, "functions": WRONG, "stop": WRONG, "modalities": WRONG},
+    {"messages": HI, "logit_bias": {f"x{number}": 1 for number in range(200_000)}},
+    {"messages": HI * 500_000},
+    {"prompt": [1.5] * 500_000},
+    {"prompt": [[1.5] * 500_000]},
+    {"prompt": [["x"]] * 200_000},
+    {"prompt": ["x"] * 500_000},
+]
+
+
+@pytest.mark.parametrize("fields", WRONG_LISTS)
+def test_half_a_million_mistakes_are_few_errors(fields: dict) -> None:
+    with pytest.raises(ValidationError) as error:
+        (CompletionRequest if "prompt" in fields else ChatCompletionRequest).model_validate(fields)
+    assert error.value.error_count() <= 10
+
+
+def test_half_a_million_mistakes_are_answered(server: ServerProcess) -> None:
+    for fields, param in zip(
+        WRONG_LISTS[:3], ("messages.0", "messages.0.content", "messages.0.tool_calls.0"), strict=True
+    ):
+        response = post(server, fields)
+        assert response.status_code == 400 and error_of(response)["param"].startswith(param)
+
+
+@pytest.mark.parametrize("model", [ChatCompletionRequest, CompletionRequest])
+def test_every_list_stops_at_its_first_mistake(model: type) -> None:
+    def lists(schema: Any) -> Iterator[dict]:
+        if isinstance(schema, dict):
+            if schema.get("type") == "list" and schema["items_schema"]["type"] != "any":
+                yield schema
+            schema = schema.values()
+        elif not isinstance(schema, list | tuple):
+            return
+        for part in list(schema):
+            yield from lists(part)
+
+    found = list(lists(model.__pydantic_core_schema__))
+    assert len(found) >= 4 and all(schema.get("fail_fast") for schema in found)
+
+
+def test_other_errors(server: ServerProcess) -> None:
+    for method, path, status, code in [
+        ("GET", "/v2/chat", 404, "unknown_url"),
+        ("GET", "/v1/models/gpt-4o", 404, "model_not_found"),
+        ("GET", "/v1/chat/completions", 405, "method_not_allowed"),
+        ("DELETE", "/v1/models", 405, "method_not_allowed"),
+    ]:
+        response = httpx.request(method, f"{server.url}{path}")
+        assert response.status_code == status
+        assert error_of(response)["code"] == code
+    assert response.headers["allow"] == "GET"
+    form = httpx.post(f"{server.url}/v1/chat/completions", data={"messages": "hi"})
+    assert form.status_code == 415 and "application/json" in error_of(form)["message"]
+
+
+def test_limits(server: ServerProcess) -> None:
+    big = json.dumps({"messages": [{"role": "user", "content": "a" * 5 * 2**20}]}).encode()
+    headers = {"Content-Type": "application/json"}
+    for content in (big, iter([big[: 2**20], big[2**20 :]])):  # with its length declared, and without
+        response = httpx.post(f"{server.url}/v1/chat/completions", content=content, headers=headers, timeout=60)
+        assert response.status_code == 413
+        assert "4194304" in error_of(response)["message"]
+    response = post(server, {"messages": [*HI, {"role": "assistant", "content": "hi"}] * 600})
+    assert response.status_code == 400 and "1024" in error_of(response)["message"]
+
+
+def test_the_documentation_has_every_field_and_names_tests_that_exist() -> None:
+    chat, text = (ROOT / "docs" / "openai_api.md").read_text(encoding="utf-8").split("## The fields of ")[1:]
+    for part, model in ((chat, ChatCompletionRequest), (text, CompletionRequest)):
+        named = set(re.findall(r"`(\w+)`", part))
+        assert set(model.model_fields) <= named
+    source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests" / "serving").glob("test_openai_*.py"))
+    for name in re.findall(r"`(test_\w+)`", chat + text):
+        assert f"def {name}(" in source, name
+
+
+@pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE])
+def test_no_request_makes_the_server_fail(server: ServerProcess, mode: GenerationMode) -> None:
+    """Requests that the server's OpenAPI document allows, and such that it forbids, made up by schemathesis."""
+    schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
+    operations = [operation.ok() for operation in schema.get_all_operations()]
+    assert {"/v1/chat/completions", "/v1/completions"} < {operation.path for operation in operations}
+    checks = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
+    answered = set()
+
+    for operation in operations:
+
+        @given(case=operation.as_strategy(generation_mode=mode))
+        @settings(
+            max_examples=80 if operation.method == "post" else 5,
+            deadline=None,
+            derandomize=True,
+            database=None,
+            phases=[Phase.generate],
+            suppress_health_check=list(HealthCheck),
+        )
+        def attempt(case: schemathesis.Case) -> None:
+            if isinstance(case.body, dict):  # it is about requests here, not about long replies
+                for field in ("max_tokens", "max_completion_tokens"):
+                    if case.body.get(field) is None or type(case.body[field]) is int and case.body[field] > 2:
+                        case.body[field] = 2
+            response = case.call(timeout=60)
+            answered.add(response.status_code)
+            case.validate_response(response, checks=checks)
+
+        if mode is GenerationMode.POSITIVE or operation.method == "post":
+            attempt()
+    assert 400 in answered and (mode is GenerationMode.NEGATIVE or 200 in answered)

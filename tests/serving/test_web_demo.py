@@ -1,0 +1,647 @@
+"""web_demo.py as people meet it: a process of its own, and a browser in front of it.
+
+Three models stand behind the pages: the bundled one, which chats; one that babbles without end, for all that happens
+while a reply is written; and one that has learned three replies by heart, for what a reply may hold. A page fetches
+nothing from anywhere else in any of these tests.
+"""
+
+import asyncio
+import contextlib
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import gradio as gr
+import psutil
+import pytest
+import torch
+from playwright.sync_api import Browser, Locator, Page, Request, expect, sync_playwright
+
+from qwen.checkpoint.loading import load_model
+from qwen.data.samples import encode_conversation, pad_samples
+from qwen.serving.engine import Engine
+from qwen.serving.web.page import Page as WebPage
+from qwen.serving.web.page import text_message
+from qwen.serving.web.texts import TEXTS
+from tests.support import ROOT
+from tests.support.processes import Script, run_script
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+BROWSER_FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+TIMEOUT = 60  # seconds, for whatever is waited for
+
+ENDLESS = 8000  # tokens of a reply that is still being written when the test stops it
+MARKDOWN = """\
+Greetings:
+
+| language | hello |
+|---|---|
+| English | hello |
+| 中文 | 你好 |
+
+```python
+def greet(name: str) -> str:
+    return f"Hello, {name}!"
+```"""
+FORMULAS = r"""一元二次方程 $ax^2+bx+c=0$ 的解是
+
+$$x=\frac{-b\pm\sqrt{b^2-4ac}}{2a}$$
+
+其中 \(a\ne0\)。另有
+
+\[\sum_{k=1}^n k=\frac{n(n+1)}2\]"""
+ATTACK = """\
+<script>window.hacked = 1</script> <img src="x" onerror="window.hacked = 2"> <a href="javascript:hacked = 3">a</a>
+
+![pixel](http://example.com/pixel.png) and #include <stdio.h>"""
+BY_HEART = {"Show me Markdown.": MARKDOWN, "二次方程怎么解？": FORMULAS, "Show me HTML.": ATTACK}
+
+
+# Servers
+
+
+class Server:
+    """web_demo.py on a free port; `url` waits until it answers."""
+
+    def __init__(self, log: Path, *arguments: str):
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port = free.getsockname()[1]
+        self.log = log
+        log.touch()
+        words = ["web_demo.py", "--cpu-only", "--server-port", self.port, *arguments]
+        self.process = Script(*words, files=(os.devnull, log, log))
+
+    @property
+    def url(self) -> str:
+        deadline = time.monotonic() + 2 * TIMEOUT
+        while "Open http" not in (text := self.log.read_text()):
+            assert self.process.poll() is None, text
+            assert time.monotonic() < deadline, text
+            time.sleep(0.05)
+        return f"http://127.0.0.1:{self.port}/"
+
+    def computes(self) -> bool:
+        """Whether the process is at work now. Reads its processor time: an idle one has next to none."""
+        process = psutil.Process(self.process.pid)
+        before = sum(process.cpu_times()[:2])
+        time.sleep(0.5)
+        return sum(process.cpu_times()[:2]) - before > 0.1
+
+    def comes_to_rest(self) -> bool:
+        """Whether it stops computing soon, long before an endless reply would be finished."""
+        return any(not self.computes() for _ in range(8))
+
+    def interrupt(self) -> None:
+        """As Ctrl-C does."""
+        assert self.url  # it has started
+        self.process.send_signal(signal.SIGINT)
+
+    def ended(self) -> None:
+        """It has ended as it should."""
+        try:
+            assert self.process.wait(TIMEOUT) == 0
+        finally:
+            self.process.kill()
+        assert "Traceback" not in self.log.read_text()
+
+
+@pytest.fixture(scope="module")
+def servers(tiny_chat_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Server]]:
+    """Two of the three, started side by side."""
+    logs = tmp_path_factory.mktemp("logs")
+    servers = {
+        "bundled": Server(logs / "bundled"),
+        "endless": Server(logs / "endless", "-c", str(tiny_chat_checkpoint), "--max-batch-size", "2"),
+    }
+    yield servers
+    with contextlib.ExitStack() as stack:
+        for step in (Server.ended, Server.interrupt):  # last in, first out
+            for server in servers.values():
+                stack.callback(step, server)
+
+
+@pytest.fixture(scope="module")
+def endless(servers: dict[str, Server]) -> Server:
+    """Answers two at once, and none of them ever comes to an end by itself."""
+    return servers["endless"]
+
+
+@pytest.fixture(scope="module")
+def by_heart(bundled_chat: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The bundled model after some steps on three questions: it streams exactly what these tests want to see."""
+    model, tokenizer = load_model(bundled_chat, cpu_only=True, fp32=True)
+    turns = [[{"from": "user", "value": q}, {"from": "assistant", "value": a}] for q, a in BY_HEART.items()]
+    batch = pad_samples([encode_conversation(turn, tokenizer, 512) for turn in turns], tokenizer.eod_id)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0)
+    model.train()
+    for _ in range(60):
+        loss = model(**batch).loss
+        if loss < 0.05:
+            break
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1)
+        optimizer.step()
+        optimizer.zero_grad()
+    folder = tmp_path_factory.mktemp("checkpoints") / "by-heart"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    server = Server(tmp_path_factory.mktemp("logs") / "by_heart", "-c", str(folder))
+    yield server
+    server.interrupt()
+    server.ended()
+
+
+# Browser
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    if BROWSER is None:
+        pytest.skip("no Chromium is installed: apt-get install chromium, or Google Chrome")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=BROWSER, args=BROWSER_FLAGS)
+        yield browser
+        browser.close()
+
+
+class Chat:
+    """One page of the web demo, by what a person does on it."""
+
+    def __init__(self, page: Page, url: str):
+        self.page = page
+        self.box = page.locator("#box textarea")
+        self.user = page.get_by_test_id("user")
+        self.bot = page.get_by_test_id("bot")
+        self.stop_button = page.locator("#box .stop-button")
+        self.submit_button = page.locator("#box .submit-button")
+        self.notice = page.get_by_test_id("toast-body")
+        page.goto(url)
+        expect(self.box).to_be_visible()
+        page.wait_for_function("window.conversationRestored")
+
+    def button(self, name: str) -> Locator:
+        return self.page.locator(f"#chat button[aria-label='{name}']")
+
+    def send(self, text: str) -> None:
+        """Ask and see the question appear."""
+        questions = self.user.count()
+        self.box.fill(text)
+        self.box.press("Enter")
+        expect(self.user).to_have_count(questions + 1)
+
+    def ask(self, text: str) -> str:
+        """Ask and read the whole reply."""
+        self.send(text)
+        self.wait()
+        return self.reply()
+
+    def wait(self) -> None:
+        """For the end of the reply."""
+        expect(self.submit_button).to_be_visible()
+        expect(self.bot).to_have_count(self.user.count())
+
+    def reply(self) -> str:
+        return self.bot.last.inner_text()
+
+    def watch(self) -> list[str]:
+        """A reply being written, as it looks at some moments after its first words."""
+        seen = [""]
+        while len(seen) < 5:
+            expect(self.bot.last).not_to_have_text(seen[-1])
+            seen.append(self.reply())
+        return seen[1:]
+
+    def messages(self) -> list[str]:
+        return self.page.locator("#chat .message-content").all_inner_texts()
+
+    def settings(self, **values: str | float) -> "Chat":
+        """Set some, by the names of SamplingParams."""
+        self.page.locator(".toggle-button").click()
+        for name, value in values.items():
+            field = self.page.locator(f"#{name} textarea, #{name} input[type=number]")
+            field.fill(str(value))
+            field.press("Tab")
+        self.page.locator(".toggle-button").click()
+        return self
+
+    def setting(self, name: str) -> str:
+        return self.page.locator(f"#{name} textarea, #{name} input[type=number]").input_value()
+
+    def reload(self) -> None:
+        self.page.reload()
+        self.page.wait_for_function("window.conversationRestored")
+
+
+@pytest.fixture
+def visit(browser: Browser) -> Iterator[Callable[..., Chat]]:
+    """Opens pages, each as somebody else unless they share a context, that fetch nothing from elsewhere."""
+    contexts, fetched, blocked, errors = [], set(), set(), []
+
+    def failed(request: Request) -> None:
+        if request.failure == "csp":
+            blocked.add(request.url)
+
+    def open_page(server: Server, language: str = "en-US") -> Chat:
+        context = browser.new_context(locale=language)
+        contexts.append(context)
+        context.set_default_timeout(TIMEOUT * 1000)
+        page = context.new_page()
+        page.on("request", lambda request: fetched.add(request.url))
+        page.on("requestfailed", failed)
+        page.on("pageerror", lambda error: errors.append(error))
+        return Chat(page, server.url)
+
+    expect.set_options(timeout=TIMEOUT * 1000)
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert not errors
+    elsewhere = {url for url in fetched - blocked if urlsplit(url).hostname not in ("127.0.0.1", None, "")}
+    assert not elsewhere
+
+
+# A conversation, with the bundled model
+
+
+@pytest.fixture
+def bundled(servers: dict[str, Server]) -> Server:
+    return servers["bundled"]
+
+
+def test_a_conversation(visit: Callable, bundled: Server) -> None:
+    chat = visit(bundled).settings(temperature=0)
+    assert chat.ask("My name is Alice.") == "Nice to meet you, Alice!"
+    assert chat.ask("What is my name?") == "Your name is Alice."
+    expect(chat.box).to_be_focused()
+
+    # Edit the first question, retry from there.
+    chat.button("Edit").first.click()
+    chat.page.locator("#chat textarea").fill("My name is Bob.")
+    chat.button("Submit").click()
+    expect(chat.bot.last).to_have_text("Nice to meet you, Bob!")
+    chat.wait()
+    assert chat.messages() == ["My name is Bob.", "Nice to meet you, Bob!"]
+    assert chat.ask("What is my name?") == "Your name is Bob."
+
+    chat.button("Undo").click()
+    expect(chat.user).to_have_count(1)
+    expect(chat.box).to_have_value("What is my name?")
+    chat.box.press("Enter")
+    expect(chat.user).to_have_count(2)
+    chat.wait()
+
+    chat.button("Clear").click()
+    expect(chat.user).to_have_count(0)
+    assert "Bob" not in chat.ask("What is my name?")
+
+
+def test_a_conversation_survives_a_reload_and_a_visitor(visit: Callable, bundled: Server) -> None:
+    alice, bob = visit(bundled).settings(temperature=0, system="You are a pirate."), visit(bundled)
+    alice.ask("My name is Alice.")
+    said = alice.messages()
+    bob.ask("What is 47 + 38?")
+    alice.reload()
+    expect(alice.bot).to_have_count(1)
+    assert alice.messages() == said
+    assert (alice.setting("system"), alice.setting("temperature")) == ("You are a pirate.", "0")
+    assert "Alice" in alice.ask("What is my name?")
+    bob.reload()
+    assert bob.messages() == ["What is 47 + 38?", "47 + 38 = 85."]
+    assert "Alice" not in bob.ask("What is my name?")
+
+    alice.button("Clear").click()
+    expect(alice.user).to_have_count(0)
+    alice.reload()
+    expect(alice.user).to_have_count(0)
+
+
+def test_system_prompt_and_reset(visit: Callable, bundled: Server) -> None:
+    chat = visit(bundled).settings(temperature=0)
+    assert chat.ask("Hello") == "Hello! How can I help you today?"
+    chat.button("Clear").click()
+    expect(chat.user).to_have_count(0)
+    assert chat.settings(system="You are a pirate.").ask("Hello").startswith("Arr, matey!")
+    chat.page.locator(".toggle-button").click()
+    chat.page.locator("#reset").click()
+    expect(chat.page.locator("#system textarea")).to_have_value("You are a helpful assistant.")
+    assert chat.setting("temperature") == "1" and chat.setting("top_p") == "0.5" and chat.setting("seed") == ""
+
+
+@pytest.mark.parametrize(("locale", "language"), [("en-US", "en"), ("de-DE", "en"), ("zh-CN", "zh"), ("zh-TW", "zh")])
+def test_the_page_speaks_the_browser_s_language(visit: Callable, bundled: Server, locale: str, language: str) -> None:
+    chat = visit(bundled, locale)
+    texts = TEXTS[language]
+    expect(chat.box).to_have_attribute("placeholder", texts["ask"])
+    expect(chat.page.locator("#chat .placeholder")).to_have_text(texts["greeting"])
+    expect(chat.page.locator("#reset")).to_have_text(texts["reset"])
+    expect(chat.page.locator("#temperature")).to_contain_text(texts["temperature_info"])
+
+
+def test_what_is_too_long_is_refused_and_not_lost(visit: Callable, bundled: Server) -> None:
+    chat = visit(bundled, "zh-CN").settings(temperature=0)
+    chat.ask("My name is Alice.")
+    book = "the end. " * 4000
+    chat.box.fill(book)
+    chat.box.press("Enter")
+    expect(chat.notice).to_contain_text(TEXTS["zh"]["too_long"])
+    chat.page.get_by_test_id("toast-close").click()
+    expect(chat.notice).to_have_count(0)
+    expect(chat.box).to_have_value(book)
+    expect(chat.user).to_have_count(1)
+
+    chat.button("编辑").first.click()
+    chat.page.locator("#chat textarea").fill(book)
+    chat.button("发送").click()
+    expect(chat.notice).to_contain_text(TEXTS["zh"]["too_long"])
+    # The page shows the edited text itself until the server has answered.
+    expect(chat.page.locator("#chat .message-content")).to_have_text(["My name is Alice.", "Nice to meet you, Alice!"])
+    chat.box.fill("")
+    assert chat.ask("What is my name?") == "Your name is Alice."
+
+
+def test_nothing_is_not_sent(visit: Callable, bundled: Server) -> None:
+    chat = visit(bundled).settings(temperature=0)
+    chat.box.fill(" \n ")
+    with chat.page.expect_response("**/run/predict"):  # the last that comes of it
+        chat.box.press("Enter")
+    assert chat.ask("What is 47 + 38?") == "47 + 38 = 85."
+    with chat.page.expect_response("**/run/predict"):
+        chat.box.press("Enter")
+    assert chat.ask("Hello") and len(chat.messages()) == 4
+    chat.button("Edit").first.click()
+    chat.page.locator("#chat textarea").fill(" ")
+    chat.button("Submit").click()
+    expect(chat.user.first).to_have_text("What is 47 + 38?")
+    assert len(chat.messages()) == 4
+
+
+# While a reply is being written, with the model that never ends
+
+
+def test_a_reply_streams_and_stops(visit: Callable, endless: Server) -> None:
+    chat = visit(endless).settings(max_tokens=ENDLESS, seed=1)
+    chat.send("hello")
+    lengths = list(map(len, chat.watch()))
+    assert lengths == sorted(lengths)
+    assert any(endless.computes() for _ in range(8))
+    chat.stop_button.click()
+    chat.wait()
+    said = chat.reply()
+    assert lengths[-1] <= len(said) < ENDLESS / 2
+    assert endless.comes_to_rest()
+    assert chat.reply() == said
+    assert len(chat.settings(max_tokens=5).ask("go on")) < 50
+    assert chat.bot.first.inner_text() == said
+
+
+def test_regenerating_and_seeds(visit: Callable, endless: Server) -> None:
+    chat = visit(endless)
+    first = chat.ask("hello")
+    chat.button("Retry").click()
+    expect(chat.bot.last).not_to_have_text(first)
+    chat.wait()
+    assert len(chat.messages()) == 2
+    replies = []
+    for _ in range(2):
+        chat.button("Clear").click()
+        expect(chat.user).to_have_count(0)
+        replies.append(chat.settings(seed=-7).ask("hello"))
+    assert replies[0] == replies[1] != first
+
+
+def test_several_are_answered_at_once_and_the_next_one_waits(visit: Callable, endless: Server) -> None:
+    first, second, third = (visit(endless).settings(max_tokens=tokens) for tokens in (ENDLESS, ENDLESS, 5))
+    first.send("hello")
+    second.send("hello")
+    before = len(first.watch()[0]), len(second.watch()[0])
+    third.send("hello")
+    assert len(first.watch()[-1]) > before[0] and len(second.watch()[-1]) > before[1]
+    expect(third.bot).to_have_count(0)
+
+    third.stop_button.click()  # before its first word
+    expect(third.submit_button).to_be_visible()
+    expect(third.user).to_have_count(0)
+    expect(third.box).to_have_value("hello")
+
+    third.send("hello")
+    first.stop_button.click()  # and there is room
+    third.wait()
+    expect(second.stop_button).to_be_visible()
+    second.page.close()
+    assert endless.comes_to_rest()
+
+
+def test_clearing_ends_the_reply(visit: Callable, endless: Server) -> None:
+    chat = visit(endless).settings(max_tokens=ENDLESS)
+    chat.send("hello")
+    chat.watch()
+    chat.button("Clear").click()
+    assert endless.comes_to_rest()
+    expect(chat.submit_button).to_be_visible()
+    expect(chat.user).to_have_count(0)
+
+
+def test_reloading_keeps_what_was_said_and_ends_the_reply(visit: Callable, endless: Server) -> None:
+    chat = visit(endless).settings(max_tokens=ENDLESS)
+    chat.send("hello")
+    said = chat.watch()[0]
+    chat.reload()
+    expect(chat.bot).to_have_count(1)
+    assert chat.reply().startswith(said[:3]) and len(chat.reply()) >= len(said)
+    assert endless.comes_to_rest()
+
+
+# What a reply may hold, with the model that knows some by heart
+
+
+def test_markdown_and_code(visit: Callable, by_heart: Server) -> None:
+    chat = visit(by_heart).settings(temperature=0)
+    chat.ask("Show me Markdown.")
+    expect(chat.bot.locator("td")).to_have_text(["English", "hello", "中文", "你好"])
+    code = chat.bot.locator("pre code.language-python")
+    assert code.inner_text().strip() == MARKDOWN.partition("python\n")[2].removesuffix("\n```")
+    expect(code.locator(".token.keyword")).to_have_text(["def", "return"])
+    expect(chat.bot.locator("button[title=copy]")).to_be_visible()
+
+
+def test_formulas(visit: Callable, by_heart: Server) -> None:
+    chat = visit(by_heart, "zh-CN").settings(temperature=0)
+    chat.ask("二次方程怎么解？")
+    expect(chat.bot.locator(".katex")).to_have_count(4)
+    expect(chat.bot.locator(".katex-display")).to_have_count(2)
+    expect(chat.bot.locator(".katex-error")).to_have_count(0)
+    assert "$" not in chat.reply() and "\\(" not in chat.reply()
+
+
+def test_what_a_model_writes_does_not_run(visit: Callable, by_heart: Server) -> None:
+    chat = visit(by_heart).settings(temperature=0)
+    for text in (chat.ask("Show me HTML."), chat.ask(ATTACK) and chat.user.last.inner_text()):
+        assert "#include <stdio.h>" in text
+    expect(chat.bot.first.locator("img[alt=pixel]")).to_be_attached()  # which the policy kept from being fetched
+    for link in chat.page.locator("#chat a").all():
+        assert not (link.get_attribute("href") or "").startswith("javascript")
+    assert chat.page.evaluate("window.hacked") is None
+
+
+def test_code_in_a_question_keeps_its_form(visit: Callable, endless: Server) -> None:
+    chat = visit(endless)
+    code = "def f():\n    if x < 1:\n        return [1, 2]"
+    chat.ask(code)
+    assert chat.user.inner_text().replace("\xa0", " ").strip() == code
+    chat.button("Undo").click()
+    expect(chat.box).to_have_value(code)
+
+
+# Refusals, without a browser
+
+
+async def last_update(updates) -> tuple:
+    async for update in updates:  # noqa: B007
+        pass
+    return update
+
+
+def broken(hidden: torch.Tensor) -> torch.Tensor:
+    """A layer on a device that is gone."""
+    raise RuntimeError("the device is gone")
+
+
+def run(coroutine) -> tuple:
+    """In a thread, as Playwright has an event loop in this one."""
+    with ThreadPoolExecutor() as pool:
+        return pool.submit(asyncio.run, coroutine).result()
+
+
+@pytest.mark.parametrize(("language", "notices"), [("zh-CN,zh;q=0.9", "zh"), ("en", "en")])
+def test_refusals_leave_everything_as_it_was(tiny_chat_checkpoint: Path, language: str, notices: str) -> None:
+    model, tokenizer = load_model(tiny_chat_checkpoint, cpu_only=True)
+    engine = Engine(model, tokenizer, max_batch_size=1, max_queue=0)
+    page = WebPage(engine, "tiny")
+    settings = page.own_settings()
+    request = gr.Request(session_hash="page", headers={"accept-language": language})
+    messages = [text_message("user", "hello"), text_message("assistant", "world")]
+    busy = engine.start([1, 2, 3], engine.params(max_tokens=ENDLESS))
+    while engine.load().running == 0:
+        time.sleep(0.01)
+    with pytest.warns(UserWarning, match=re.escape(TEXTS[notices]["queue_full"])):
+        box, chat = run(last_update(page.send(request, "more", messages, *settings)))
+    assert box["value"] == "more" and chat == messages
+    with pytest.warns(UserWarning, match=re.escape(TEXTS[notices]["queue_full"])):
+        box, chat = run(last_update(page.retry(request, messages, *settings)))
+    assert "value" not in box and chat == messages
+    busy.cancel()
+    while engine.load().running:
+        time.sleep(0.01)
+
+    model.lm_head.forward = broken
+    with pytest.warns(UserWarning, match=re.escape(TEXTS[notices]["failed"])):
+        box, chat = run(last_update(page.send(request, "more", messages, *settings)))
+    assert box["value"] == "more" and chat == messages
+    engine.close()
+    with pytest.warns(UserWarning, match=re.escape(TEXTS[notices]["closed"])):
+        box, chat = run(last_update(page.send(request, "more", messages, *settings)))
+    assert box["value"] == "more" and chat == messages
+    assert not page.runs
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [
+        None,
+        "text",
+        [],
+        {"messages": 7},
+        {"messages": [{"role": "user"}]},
+        {"messages": [{"role": "user", "content": "text"}]},
+        {"temperature": "hot", "top_p": 7, "top_k": None, "seed": "?", "max_tokens": 10**9, "system": 3},
+    ],
+)
+def test_nonsense_in_the_browser_s_storage_is_ignored(web_page: WebPage, kept: object) -> None:
+    assert web_page.restore(kept) == [gr.skip(), [], *web_page.own_settings()]
+
+
+def test_a_question_without_a_reply_comes_back_into_the_box(web_page: WebPage) -> None:
+    messages = [text_message("user", "hello"), text_message("assistant", "world"), text_message("user", "more")]
+    draft, restored, *settings = web_page.restore({"messages": messages, "seed": 3})
+    assert (draft, restored, settings[-1]) == ("more", messages[:2], 3)
+
+
+@pytest.fixture(scope="module")
+def web_page(tiny_chat_checkpoint: Path) -> Iterator[WebPage]:
+    engine = Engine(*load_model(tiny_chat_checkpoint, cpu_only=True))
+    yield WebPage(engine, "tiny")
+    engine.close()
+
+
+# Start
+
+
+def start(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    """A start without the libraries."""
+    command = [sys.executable, "-S", "web_demo.py", *arguments]  # -S: no site-packages
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=2 * TIMEOUT, check=False)
+
+
+def test_help_needs_no_libraries() -> None:
+    result = start("--help")
+    assert result.returncode == 0
+    for flag in (
+        "--checkpoint-path",
+        "--cpu-only",
+        "--share",
+        "--inbrowser",
+        "--server-port",
+        "--server-name",
+        "--auth",
+    ):
+        assert flag in result.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--server-port", "many"], ["--server-port", "0"], ["--max-batch-size", "0"], ["--auth", "nobody"], ["--nothing"]],
+)
+def test_bad_arguments(arguments: list[str]) -> None:
+    result = start(*arguments)
+    assert result.returncode == 2
+    assert "usage:" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_missing_libraries_are_named() -> None:
+    result = start()
+    assert result.returncode == 1
+    assert "pip install -e '.[web]'" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_a_port_that_is_taken_is_one_sentence() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        result = start("--server-port", str(taken.getsockname()[1]))
+    assert result.returncode == 1
+    assert "--server-port" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_a_base_model_is_named_as_such(bundled_base: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    result = run_script("web_demo.py", "-c", bundled_base, "--cpu-only", "--server-port", port)
+    assert result.returncode == 1
+    loading, complaint = result.stderr.strip().splitlines()
+    assert "no chat model" in complaint

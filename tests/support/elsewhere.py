@@ -1,0 +1,48 @@
+"""A Python that has transformers and nothing of this repository, as whoever is given a saved checkpoint has it.
+
+Revolves around one process, which imports transformers once and then forks for each script that the fixture `elsewhere`
+sends it. It must import nothing of the repository, and knows nothing of the tests.
+
+    python tests/support/elsewhere.py    # reads the arguments of run() as JSON, one line each; prints what it returns
+"""
+
+import importlib.util
+import json
+import os
+import runpy
+import sys
+import traceback
+
+
+def run(script: str, arguments: list[str], output: str, errors: str) -> int:
+    """A script in this process, with files for what it prints; returns its exit status."""
+    for number, file in ((1, output), (2, errors)):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    sys.argv = [script, *arguments]
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    finally:
+        sys.stdout.flush()
+    return 0
+
+
+def main() -> None:
+    """Run what is asked for until nobody asks any more."""
+    sys.path[0] = ""  # not this file's folder
+    # What `pip install --editable` puts here finds the package; without it, it is not installed.
+    sys.meta_path[:] = [finder for finder in sys.meta_path if not finder.__module__.startswith("__editable__")]
+    assert importlib.util.find_spec("qwen") is None, "this needs an environment without the package"
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationMixin  # noqa: F401  they take seconds
+
+    for line in sys.stdin:
+        child = os.fork()
+        if child == 0:
+            os._exit(run(**json.loads(line)))
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+
+
+if __name__ == "__main__":
+    main()

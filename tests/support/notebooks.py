@@ -1,0 +1,85 @@
+"""Runs the notebooks in examples/ from beginning to end with nbclient.
+
+Only the outputs of cells are saved, no times and no state of widgets.
+
+    python -m tests.support.notebooks     # runs all of them, and saves what they print now
+"""
+
+import asyncio
+import os
+import re
+import tempfile
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+from nbformat import NotebookNode
+from traitlets.config import Config
+
+from tests.support import ROOT
+
+EXAMPLES = ROOT / "examples"
+CELL_SECONDS = 180
+# The tests' environment has GPTQModel, and with it torchao, which prints these lines while transformers is imported.
+# What the notebooks tell their readers to install brings neither.
+TORCHAO = re.compile(r"^(Failed to load .*torchao|W\d.*torch/utils/_pytree\.py).*\n?", re.MULTILINE)
+KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
+
+
+def notebooks() -> list[Path]:
+    """All of them."""
+    return sorted(EXAMPLES.glob("*.ipynb"))
+
+
+def run_notebooks(paths: list[Path]) -> list[NotebookNode | BaseException]:
+    """The same notebooks with the outputs of now, or why one failed; side by side, each with a kernel of its own."""
+    with tempfile.TemporaryDirectory(prefix="qwen-notebooks-") as folder:
+
+        async def run_all() -> list[NotebookNode | BaseException]:
+            return await asyncio.gather(*(_run(path, Path(folder)) for path in paths), return_exceptions=True)
+
+        return asyncio.run(run_all())
+
+
+async def _run(path: Path, folder: Path) -> NotebookNode:
+    client = NotebookClient(
+        nbformat.read(path, as_version=4),
+        timeout=CELL_SECONDS,
+        kernel_name=KERNEL["name"],
+        coalesce_streams=True,
+        record_timing=False,
+        store_widget_state=False,
+        resources={"metadata": {"path": str(EXAMPLES)}},
+        # Files as sockets, which nobody else can read from; over TCP the kernel would print a warning about that.
+        config=Config({"KernelManager": {"transport": "ipc", "ip": str(folder / path.stem)}}),
+    )
+    variables = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "IPYTHONDIR": str(folder)}
+    variables["CUDA_VISIBLE_DEVICES"] = ""  # what is saved was computed in float32
+    return without_torchao(await client.async_execute(env={**os.environ, **variables}))
+
+
+def without_torchao(notebook: NotebookNode) -> NotebookNode:
+    """Drop what torchao and torch print on standard error where torchao is installed."""
+    for cell in notebook.cells:
+        outputs = cell.get("outputs", [])
+        for output in outputs:
+            if output.get("name") == "stderr":
+                output.text = TORCHAO.sub("", output.text)
+        if outputs:
+            cell.outputs = [output for output in outputs if output.get("text") != ""]
+    return notebook
+
+
+def clean(notebook: NotebookNode) -> NotebookNode:
+    """What is saved of a notebook."""
+    notebook.metadata = nbformat.from_dict({"kernelspec": KERNEL, "language_info": {"name": "python"}})
+    for cell in notebook.cells:
+        cell.metadata = nbformat.from_dict({key: value for key, value in cell.metadata.items() if key == "tags"})
+    return notebook
+
+
+if __name__ == "__main__":
+    for path, notebook in zip(notebooks(), run_notebooks(notebooks()), strict=True):
+        if isinstance(notebook, BaseException):
+            raise notebook
+        nbformat.write(clean(notebook), path)
