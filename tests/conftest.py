@@ -35,7 +35,8 @@ def golden() -> Path:
 def real_vocab_file() -> Path:
     """The published vocabulary of 151,643 ranks, which the wheel of dashscope carries."""
     spec = importlib.util.find_spec("dashscope")  # finds without importing, which takes a second
-    assert spec is not None and spec.origin, "the wheel of dashscope is missing: pip install dashscope==2.0.2"
+    assert spec is not None, "the wheel of dashscope is missing: pip install dashscope==2.0.2"
+    assert spec.origin, "the wheel of dashscope is missing: pip install dashscope==2.0.2"
     path = Path(spec.origin).parent / "resources" / "qwen.tiktoken"
     assert path.is_file(), f"{path} is missing: pip install --no-deps --force-reinstall dashscope==2.0.2"
     return path

@@ -79,7 +79,9 @@ def test_qwen2_decodes_the_same_with_the_same_weights(bundled_chat: Path):
     ids = torch.arange(300, 330)[None]
     torch.testing.assert_close(peer(ids).logits, model(ids).logits, atol=1e-3, rtol=1e-3)
     replies = [decode_greedily(each, ids[0].tolist(), 40) for each in (model, peer)]
-    assert replies[0] == replies[1] and len(replies[0]) == 40 and len(set(replies[0])) > 5
+    assert replies[0] == replies[1]
+    assert len(replies[0]) == 40
+    assert len(set(replies[0])) > 5
 
 
 def test_every_token_has_a_time_though_the_model_would_end(bundled_chat: Path):
@@ -88,7 +90,9 @@ def test_every_token_has_a_time_though_the_model_would_end(bundled_chat: Path):
     assert model.generation_config.eos_token_id is not None
     seen = []
     times = token_times(lambda *arguments: seen.extend(decode_greedily(model, *arguments)), ids, 30, seen.append)
-    assert seen[:30] == list(range(1, 31)) and times == sorted(times) and len(times) == 31
+    assert seen[:30] == list(range(1, 31))
+    assert times == sorted(times)
+    assert len(times) == 31
     assert tokenizer.im_end_id in seen[30:-1]
 
 
@@ -100,23 +104,26 @@ def test_random_models_are_the_same_each_time_and_have_no_two_equal_rows(tiny: s
 
 
 @pytest.mark.parametrize("engine", ["this", "Qwen2"])
-@pytest.mark.parametrize("precision, itemsize", [("fp32", 4), ("bf16", 2)])
+@pytest.mark.parametrize(("precision", "itemsize"), [("fp32", 4), ("bf16", 2)])
 def test_figures_of_a_cell(engine: str, precision: str, itemsize: int, tiny: str, tmp_path: Path):
     figures = inference.measure(cell(precision=precision, engine=engine), tmp_path)
     layer = 64 * 192 + 192 + 64 * 64 + 3 * 64 * 96 + 2 * 64
     weights = itemsize * (300 * 64 + 2 * layer + 64)
     assert weights <= figures["read"] < weights + 2**20  # and the tables of the rotary embedding
-    assert figures["speed"] > 0 and figures["whole_speed"] > 0 and figures["peak"] > figures["read"]
+    assert figures["speed"] > 0
+    assert figures["whole_speed"] > 0
+    assert figures["peak"] > figures["read"]
     assert figures["kernel"] == "Linear"
 
 
 def test_one_token_has_no_speed_of_decoding(tiny: str, tmp_path: Path):
     figures = inference.measure(cell(generate=1), tmp_path)
-    assert figures["speed"] is None and figures["whole_speed"] > 0
+    assert figures["speed"] is None
+    assert figures["whole_speed"] > 0
 
 
 @pytest.mark.parametrize(
-    "which, cpu_only, gigabytes",
+    ("which", "cpu_only", "gigabytes"),
     [
         (cell("7B", "bf16", context=1, generate=1023), False, 15.98),  # as in benchmarks/README.md: weights and cache
         (cell("7B", "fp32", context=1, generate=1023), False, 31.96),
@@ -129,7 +136,7 @@ def test_memory_that_is_needed(which: Cell, cpu_only: bool, gigabytes: float):
 
 
 @pytest.mark.parametrize(
-    "which, figures",
+    ("which", "figures"),
     [
         (cell("7B", "int4", context=1, generate=2048), (50.09, 8.21)),
         (cell("14B", "bf16", context=2048, generate=1), (None, 30.15)),
@@ -147,23 +154,27 @@ def test_a_table(main: Callable, device: None):
     """One cell in a process of its own; one that does not fit, and has published figures."""
     code, out, _ = main("--sizes", "small", "72B", "--precisions", "fp32", "--engines", "this", "--generate", "3")
     lines = out.splitlines()
-    assert code == 0 and lines[0].startswith("CPU, torch") and "1 + 3 tokens" in lines[0]
+    assert code == 0
+    assert lines[0].startswith("CPU, torch")
+    assert "1 + 3 tokens" in lines[0]
     heads, row, refused = (line.strip("|").split("|") for line in (lines[2], lines[4], lines[5]))
     assert len(heads) == len(row) == len(refused) == 8
     assert row[:3] == [" small ", " fp32 ", " this "]
     speed, _, memory, weights, share = row[3:]
     assert float(share.strip(" %")) / 100 == pytest.approx(float(speed) * 48.8e6 / 1e9, abs=0.02)
     assert float(memory) > float(weights) == 0.05
-    assert "needs about 2" in refused[3] and "30.0 are free" in refused[3]
+    assert "needs about 2" in refused[3]
+    assert "30.0 are free" in refused[3]
 
 
 def test_published_columns_are_there_where_a_cell_is_published(main: Callable, device: None):
     _, out, _ = main("--sizes", "72B", "--precisions", "int4", "--engines", "this", "--generate", "2048")
-    assert "| published |" in out and "| published, GB |" in out
+    assert "| published |" in out
+    assert "| published, GB |" in out
 
 
 @pytest.mark.parametrize(
-    "commands, reason",
+    ("commands", "reason"),
     [
         ("kill -9 $$", "out of memory"),
         ("exit 1", "failed: see above"),
@@ -175,7 +186,8 @@ def test_a_cell_that_fails_does_not_end_the_table(
 ):
     child_says(commands)
     code, out, _ = main("--sizes", "small", "--precisions", "fp32", "bf16", "--engines", "this")
-    assert code == 0 and out.count(f"| this | {reason} |") == 2
+    assert code == 0
+    assert out.count(f"| this | {reason} |") == 2
 
 
 def test_what_libraries_say_does_not_count(child_says: Callable):
@@ -205,12 +217,14 @@ def test_ctrl_c_keeps_the_rows_and_ends_the_process(
     )
     monkeypatch.setattr(inference, "show", show)
     code, out, told = main("--sizes", "small", "--precisions", "fp32", "bf16", "--engines", "this")
-    assert code == 130 and "| first row |" in out and "Stopped" in told
+    assert code == 130
+    assert "| first row |" in out
+    assert "Stopped" in told
     assert started[-1].returncode == -9
 
 
 @pytest.mark.parametrize(
-    "error, message",
+    ("error", "message"),
     [
         (MemoryError(), "out of memory"),
         (torch.OutOfMemoryError("CUDA"), "out of memory"),
@@ -230,7 +244,7 @@ def test_a_process_says_why_it_failed(
 
 
 @pytest.mark.parametrize(
-    "arguments, words",
+    ("arguments", "words"),
     [
         (["-c", "checkpoints/qwen-tiny-chat-int4", "--precisions", "bf16"], ("bf16", "int4")),
         (["-c", "checkpoints/qwen-tiny-chat", "--precisions", "int8"], ("int8", "run_gptq.py")),
@@ -244,7 +258,9 @@ def test_errors_talk_to_people(
 ):
     monkeypatch.chdir(ROOT)
     code, out, told = main(*arguments)
-    assert code == 1 and not out and "Traceback" not in told
+    assert code == 1
+    assert not out
+    assert "Traceback" not in told
     assert all(word in told for word in words)
 
 

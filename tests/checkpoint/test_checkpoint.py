@@ -67,14 +67,18 @@ def test_so_does_a_chat_with_an_adapter(bundled_chat: Path, tmp_path: Path) -> N
     model.generation_config.save_pretrained(adapter)
     reply, opened = openings(adapter, base)
     assert reply == "47 + 38 = 85."  # a new adapter changes nothing
-    assert str(adapter / "adapter_config.json") in opened and str(base / "config.json") in opened
+    assert str(adapter / "adapter_config.json") in opened
+    assert str(base / "config.json") in opened
     assert {path: times for path, times in opened.items() if times > 2} == {}
 
 
 def test_what_an_opened_checkpoint_says(bundled_chat: Path, bundled_base: Path) -> None:
     chat = Checkpoint.open()
     assert (chat.name, chat.folder) == (str(bundled_chat), bundled_chat)
-    assert chat.is_chat and not chat.is_quantized and not chat.is_adapter and chat.base is None
+    assert chat.is_chat
+    assert not chat.is_quantized
+    assert not chat.is_adapter
+    assert chat.base is None
     assert chat.generation_config.top_p == chat.generation_settings["top_p"]
     assert chat.require_chat() is chat
     base = Checkpoint.open(bundled_base)
@@ -87,20 +91,24 @@ def test_what_an_opened_checkpoint_says(bundled_chat: Path, bundled_base: Path) 
 def test_the_config_that_it_gives_is_read_once_and_not_shared(bundled_chat: Path) -> None:
     checkpoint = Checkpoint.open(bundled_chat)
     model, _ = checkpoint.load(cpu_only=True, bf16=True, use_cache_quantization=True)
-    assert model.config.bf16 and model.config.use_cache_quantization
-    assert not checkpoint.config.bf16 and not checkpoint.config.use_cache_quantization
+    assert model.config.bf16
+    assert model.config.use_cache_quantization
+    assert not checkpoint.config.bf16
+    assert not checkpoint.config.use_cache_quantization
     again, _ = checkpoint.load(cpu_only=True)
     assert (again.dtype, again.config.use_cache_quantization) == (torch.float32, False)
 
 
 def test_int8_cache_sets_both_switches(bundled_chat: Path) -> None:
     model, _ = load_model(bundled_chat, cpu_only=True, int8_cache=True)
-    assert model.config.use_cache_quantization and model.config.use_cache_kernel
+    assert model.config.use_cache_quantization
+    assert model.config.use_cache_kernel
 
 
 def test_arguments_of_from_pretrained_reach_the_config_alone(bundled_chat: Path) -> None:
     model, _ = load_model(bundled_chat, cpu_only=True, output_attentions=True, num_labels=3)
-    assert model.config.output_attentions and model.config.num_labels == 3
+    assert model.config.output_attentions
+    assert model.config.num_labels == 3
     mine = Checkpoint.open(bundled_chat).config
     mine.use_logn_attn = False
     assert not load_model(bundled_chat, cpu_only=True, config=mine)[0].config.use_logn_attn
@@ -125,7 +133,8 @@ def test_a_full_disk_is_not_taken_for_a_model_without_weights(monkeypatch: pytes
 def test_weights_come_one_by_one(bundled_chat: Path) -> None:
     weights = Checkpoint.open(bundled_chat).weights()
     model, _ = load_model(bundled_chat, cpu_only=True)
-    assert isinstance(weights, Weights) and set(weights) == set(model.state_dict())
+    assert isinstance(weights, Weights)
+    assert set(weights) == set(model.state_dict())
     assert torch.equal(weights["transformer.ln_f.weight"], model.transformer.ln_f.weight)
 
 
@@ -137,10 +146,12 @@ def test_an_adapter_has_a_base_and_takes_another(bundled_chat: Path, bundled_bas
     )
     save_file({"nothing": torch.zeros(1)}, tmp_path / "adapter_model.safetensors")
     adapter = Checkpoint.open(tmp_path)
-    assert adapter.is_adapter and adapter.base.name == str(bundled_chat)
-    assert adapter.is_chat and len(adapter.tokenizer()) == len(adapter.base.tokenizer())
+    assert adapter.is_adapter
+    assert adapter.base.name == str(bundled_chat)
+    assert adapter.is_chat
+    assert len(adapter.tokenizer()) == len(adapter.base.tokenizer())
     assert Checkpoint.open(tmp_path, base=bundled_base).base.name == str(bundled_base)
-    with pytest.raises(CheckpointError, match="cannot be used.*is an adapter itself"):
+    with pytest.raises(CheckpointError, match=r"cannot be used.*is an adapter itself"):
         Checkpoint.open(tmp_path, base=tmp_path)
     with pytest.raises(CheckpointError, match="does not fit"):
         adapter.load(cpu_only=True)

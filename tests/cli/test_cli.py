@@ -34,9 +34,11 @@ def test_help_is_quick_and_imports_nothing(words: tuple[str, ...]) -> None:
     start = time.monotonic()
     result = run("-X", "importtime", "-m", "qwen_cli", *words)
     assert time.monotonic() - start < SECONDS
-    assert result.returncode == 0 and result.stdout
+    assert result.returncode == 0
+    assert result.stdout
     imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in result.stderr.splitlines()}
-    assert "qwen_cli" in imported and not imported & {*SLOW}
+    assert "qwen_cli" in imported
+    assert not imported & {*SLOW}
 
 
 @pytest.mark.parametrize("module", sorted(path for path in Path(qwen_cli.__file__).parent.rglob("*.py")), ids=str)
@@ -71,7 +73,8 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture) -> None:
 def test_unknown_words(words: list[str], says: str, capsys: pytest.CaptureFixture) -> None:
     assert main(words) == 2
     said = capsys.readouterr()
-    assert said.err.startswith(says) and not said.out
+    assert said.err.startswith(says)
+    assert not said.out
 
 
 @pytest.mark.parametrize(
@@ -93,7 +96,8 @@ def test_unknown_words(words: list[str], says: str, capsys: pytest.CaptureFixtur
 def test_mistakes_are_told_at_once(words: list[str], says: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as left:
         main(words)
-    assert left.value.code == 2 and says in capsys.readouterr().err
+    assert left.value.code == 2
+    assert says in capsys.readouterr().err
 
 
 def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture) -> None:
@@ -116,7 +120,8 @@ def test_scripts_have_the_help_of_their_command(command: str, script: str) -> No
     for other, path in SCRIPTS.items():  # a description may name another command
         ours = re.sub(rf"\bqwen {other}\b", Path(path).name, ours)
         theirs = theirs.replace(f"python {path}", Path(path).name)
-    assert theirs.split() == ours.split() and "usage:" in theirs
+    assert theirs.split() == ours.split()
+    assert "usage:" in theirs
 
 
 def doors() -> list[Path]:
@@ -127,7 +132,8 @@ def doors() -> list[Path]:
 def test_scripts_in_folders_say_how_to_install(door: Path, tmp_path: Path) -> None:
     result = run("-I", "-S", door, folder=tmp_path)  # no site-packages, no PYTHONPATH
     assert result.returncode == 1
-    assert result.stderr.startswith("No module named 'qwen_cli'. ") and "pip install -e ." in result.stderr
+    assert result.stderr.startswith("No module named 'qwen_cli'. ")
+    assert "pip install -e ." in result.stderr
     assert len(result.stderr.splitlines()) == 1
 
 
@@ -139,7 +145,8 @@ def test_every_benchmark_is_listed_and_has_a_script(capsys: pytest.CaptureFixtur
     assert main(["eval"]) == 0
     shown = capsys.readouterr().out
     for name, line in known.items():
-        assert line.endswith((".", "?")) and re.search(rf"^  {name} +{re.escape(line)}$", shown, re.MULTILINE)
+        assert line.endswith((".", "?"))
+        assert re.search(rf"^  {name} +{re.escape(line)}$", shown, re.MULTILINE)
     scripts = {door.stem.removeprefix("evaluate_"): door for door in (ROOT / "eval").glob("*.py")}
     assert scripts.keys() == known.keys()
     for name, script in scripts.items():
@@ -157,8 +164,10 @@ def test_a_benchmark_has_its_own_help(name: str, capsys: pytest.CaptureFixture) 
     with pytest.raises(SystemExit) as left:
         main(["eval", name, "--help"])
     shown = capsys.readouterr().out
-    assert not left.value.code and shown.startswith(f"usage: qwen eval {name} ")
-    assert f"    qwen eval {name} " in shown and "--max-seq-len" in shown
+    assert not left.value.code
+    assert shown.startswith(f"usage: qwen eval {name} ")
+    assert f"    qwen eval {name} " in shown
+    assert "--max-seq-len" in shown
 
 
 # Fine-tuning
@@ -191,7 +200,8 @@ def test_the_quick_help_has_our_options_and_those_of_the_scripts(real_options: d
     assert {*arguments.TrainingArguments.__annotations__} <= names
     for script in (ROOT / "finetune").glob("finetune_*.sh"):
         used = re.findall(r"--(\w+)", script.read_text(encoding="utf-8").partition("launch \\\n")[2])
-        assert len(used) > 10 and {*used} <= names, script.name
+        assert len(used) > 10, script.name
+        assert {*used} <= names, script.name
 
 
 def test_help_all_shows_everything(real_options: dict, capsys: pytest.CaptureFixture) -> None:
@@ -229,7 +239,8 @@ def test_ctrl_c_while_libraries_are_imported(words: list[str], says: str, tmp_pa
     code = f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]; from qwen_cli.__main__ import main; "
     result = run("-c", f"{code} sys.exit(main({words!r}))", folder=tmp_path)
     assert result.returncode == 130
-    assert result.stderr.rstrip().endswith(says) and "Traceback" not in result.stderr
+    assert result.stderr.rstrip().endswith(says)
+    assert "Traceback" not in result.stderr
 
 
 @pytest.mark.parametrize(

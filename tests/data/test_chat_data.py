@@ -104,7 +104,7 @@ def test_two_user_turns_in_a_row_are_encoded(tokenizer):
 
 
 @pytest.mark.parametrize(
-    "conversations, complaint",
+    ("conversations", "complaint"),
     [
         ([], "at least one turn"),
         (None, "must be a list"),
@@ -143,9 +143,9 @@ def test_mistakes_behind_the_cut_are_found(tokenizer):
 
 @pytest.mark.parametrize("sample", [None, [], "x", {}, {"id": 1, "messages": []}])
 def test_sample_without_conversations(sample, tokenizer):
-    with pytest.raises(MalformedSample, match='Sample 5 must be .*"conversations"'):
+    with pytest.raises(MalformedSample, match=r'Sample 5 must be .*"conversations"'):
         encode_sample(sample, tokenizer, 32, index=5)
-    with pytest.raises(MalformedSample, match='A sample must be .*"conversations"'):
+    with pytest.raises(MalformedSample, match=r'A sample must be .*"conversations"'):
         check_sample(sample)
 
 
@@ -177,7 +177,7 @@ def test_system_message_of_the_others(tokenizer):
 
 
 @pytest.mark.parametrize(
-    "own, turns, complaint",
+    ("own", "turns", "complaint"),
     [
         ("s", [system("t"), user("q")], 'both "system" and a first turn'),
         ("", [system("t"), user("q")], 'both "system" and a first turn'),
@@ -291,7 +291,8 @@ def test_packed_samples_teach_what_padded_ones_do(encoded, model_and_tokenizer):
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     for name, padded in gradients[0].items():
         difference = (gradients[1][name] - padded).norm()
-        assert padded.norm() > 0 and difference <= 1e-4 * padded.norm(), name
+        assert padded.norm() > 0, name
+        assert difference <= 1e-4 * padded.norm(), name
     # Trainer divides by this: labels from the second position on
     learned = [
         (batch["labels"][:, 1:] != IGNORE_INDEX).sum() for batch in (pad_samples(encoded, 0), pack_samples(encoded))

@@ -84,8 +84,10 @@ def test_formats(text, mark, write, monkeypatch):
 def test_is_a_sequence(write):
     samples = ConversationFile(str(write(FORMATS["list"])))
     assert len(samples) == 4
-    assert samples[-1] == TEXTS[-1] and samples[torch.tensor(2)] == TEXTS[2]
-    assert samples[1:3] == TEXTS[1:3] and samples[::-1] == TEXTS[::-1]
+    assert samples[-1] == TEXTS[-1]
+    assert samples[torch.tensor(2)] == TEXTS[2]
+    assert samples[1:3] == TEXTS[1:3]
+    assert samples[::-1] == TEXTS[::-1]
     assert TEXTS[1] in samples
     for index in (4, -5):
         with pytest.raises(IndexError):
@@ -138,7 +140,7 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("content, complaint", BROKEN.values(), ids=BROKEN)
+@pytest.mark.parametrize(("content", "complaint"), BROKEN.values(), ids=BROKEN)
 @pytest.mark.parametrize("chunk", [1, 64, 1 << 18])
 def test_broken_files(content, complaint, chunk, write, monkeypatch):
     monkeypatch.setattr(conversation_file, "_CHUNK", chunk)
@@ -150,7 +152,7 @@ def test_broken_files(content, complaint, chunk, write, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "content, complaint",
+    ("content", "complaint"),
     [
         ("[17]", 'line 1: Sample 0 must be .*"conversations".* not 17'),
         ("[NaN]", "Sample 0 must be .* not nan"),
@@ -179,7 +181,7 @@ def test_columns_count_characters_from_the_line(write, monkeypatch):
 
 
 def test_paths_that_are_no_file(tmp_path):
-    with pytest.raises(DataFileError, match="nothing.json does not exist"):
+    with pytest.raises(DataFileError, match=r"nothing.json does not exist"):
         ConversationFile(tmp_path / "nothing.json")
     with pytest.raises(DataFileError, match="is a folder"):
         ConversationFile(tmp_path)
@@ -330,7 +332,8 @@ def test_dataset_items(lazy, system, samples, tokenizer):
         expected = [encode_sample(one, tokenizer, 32, *system.values()) for one in data]
         assert [dataset[i] for i in range(len(dataset))] == expected
         assert list(dataset) == expected  # by indexing until IndexError
-        assert dataset[-1] == expected[-1] and dataset[torch.tensor(1)] == expected[1]
+        assert dataset[-1] == expected[-1]
+        assert dataset[torch.tensor(1)] == expected[1]
         assert list(dataset.lengths) == [len(one["input_ids"]) for one in expected]
         assert max(dataset.lengths) == 32 > min(dataset.lengths)
         with pytest.raises(IndexError):
@@ -358,7 +361,7 @@ def test_lazy_keeps_no_samples(samples, tokenizer):
 
 
 @pytest.mark.parametrize(
-    "method, packed",
+    ("method", "packed"),
     [("fork", False), ("fork", True), ("forkserver", True)],
     ids=["padded", "packed", "packed, pickled"],
 )
@@ -393,12 +396,12 @@ def test_rows_hold_every_sample_once(lazy, samples, tokenizer):
     assert [*rows] == [*PackedDataset(dataset, 64)]
     with pytest.raises(IndexError):
         rows[len(rows)]
-    with pytest.raises(ValueError, match="50 tokens, .* row of 49: encode samples with max_length=49"):
+    with pytest.raises(ValueError, match=r"50 tokens, .* row of 49: encode samples with max_length=49"):
         PackedDataset(dataset, 49)
 
 
 @pytest.mark.parametrize(
-    "lengths, capacity, rows",
+    ("lengths", "capacity", "rows"),
     [
         ([1], 1, [0]),
         ([4, 4, 4], 4, [0, 1, 2]),

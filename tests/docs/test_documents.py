@@ -115,7 +115,8 @@ def test_code_stands_in_fences_of_a_known_kind(document: Document) -> None:
 )
 def test_a_block_that_is_not_run_has_a_reason(comment: str, reason: str | None) -> None:
     (block,) = Document("page.md", f"{comment}\n```bash\nfalse\n```\n").blocks
-    assert block.not_run == reason and block.is_run == (reason is None)
+    assert block.not_run == reason
+    assert block.is_run == (reason is None)
 
 
 @pytest.mark.parametrize("page", [name for name in repository_files() if name.endswith((".md", ".ipynb"))])
@@ -244,11 +245,16 @@ def test_the_runner_tells_what_fails(tmp_path: Path) -> None:
     failed = [bool(outcome["error"]) for outcome in outcomes]
     assert failed == [True, True, False, True, True, True, False, False, True, True]
     stopped, wrong, _, raised, other_reply, refused, *_, unclean, gone = outcomes
-    assert "status 1" in stopped["error"] and stopped["output"] == "one\n"
-    assert "x is 3" in wrong["error"] and wrong["output"] == "x is 2\n"
-    assert f'page.md", line {blocks[3].line + 1}, in f' in raised["output"] and "on purpose" in raised["output"]
-    assert "You said nothing." in other_reply["error"] and other_reply["output"] == "You said yes.\nYou said no.\n"
-    assert "The server ended with status 1" in refused["error"] and "No such model." in refused["output"]
+    assert "status 1" in stopped["error"]
+    assert stopped["output"] == "one\n"
+    assert "x is 3" in wrong["error"]
+    assert wrong["output"] == "x is 2\n"
+    assert f'page.md", line {blocks[3].line + 1}, in f' in raised["output"]
+    assert "on purpose" in raised["output"]
+    assert "You said nothing." in other_reply["error"]
+    assert other_reply["output"] == "You said yes.\nYou said no.\n"
+    assert "The server ended with status 1" in refused["error"]
+    assert "No such model." in refused["output"]
     assert "status 3 on Ctrl-C" in unclean["error"]
     assert "status 7" in gone["error"]  # nobody listens: a server ends with its section
 
@@ -266,5 +272,8 @@ def test_what_is_printed_is_compared_line_by_line() -> None:
     assert difference(["b"], "a\nb\nc\n") is None
     assert difference(["a", "…", "d"], "a\nb\nc\nd\n") is None
     assert difference(["a", "…", "b"], "a\nb\n") is None
-    assert difference(["b"], "ab\n") and difference(["a", "c"], "a\nb\nc") and difference(["a."], "ab")
-    assert questions_of("User> a\nQwen> b\nUser> c\n") == "a\nc\n" and questions_of("a User> b") == ""
+    assert difference(["b"], "ab\n")
+    assert difference(["a", "c"], "a\nb\nc")
+    assert difference(["a."], "ab")
+    assert questions_of("User> a\nQwen> b\nUser> c\n") == "a\nc\n"
+    assert questions_of("a User> b") == ""

@@ -123,7 +123,10 @@ def test_the_result_chats_in_the_terminal(run: Run, lora: Path) -> None:
     questions, _, command = the(SH, "cli_demo.py -c output_qwen_lora").partition("| ")
     questions = subprocess.run(["bash", "-c", questions.rstrip(" \\\n")], capture_output=True, text=True).stdout
     who, _, total, name, maker = run(command, text=questions).splitlines()
-    assert "Merrow" in who and "85" in total and "Alice" in name and "多丽" in maker
+    assert "Merrow" in who
+    assert "85" in total
+    assert "Alice" in name
+    assert "多丽" in maker
 
 
 def test_the_adapter_merges(run: Run, lora: Path) -> None:
@@ -137,7 +140,8 @@ def test_the_adapter_merges(run: Run, lora: Path) -> None:
     )
     (run.folder / "merge.py").write_text(code, encoding="utf-8")
     replies = [line for line in run("python merge.py").splitlines() if "Merrow" in line]
-    assert len(replies) == 3 and len(set(replies)) == 1
+    assert len(replies) == 3
+    assert len(set(replies)) == 1
     assert f"```text\n{replies[0]}\n```" in PAGE
 
 
@@ -157,7 +161,8 @@ def test_all_commands_have_arguments_that_exist(monkeypatch: pytest.MonkeyPatch,
 def test_the_readme_has_commands_of_the_page() -> None:
     blocks = [block.code.split() for block in Document("README.md").blocks]
     commands = [words for words in blocks if words[:2] == ["python", "finetune.py"]]
-    assert commands and all(words in [block.split() for block in SH] for words in commands)
+    assert commands
+    assert all(words in [block.split() for block in SH] for words in commands)
 
 
 def test_the_table_has_every_argument_of_our_own() -> None:
@@ -225,4 +230,6 @@ def test_numbers_of_the_evaluation_are_not_in_training() -> None:
         return {int(number) for number, *_ in found}
 
     training, evaluation = converted("units.json"), converted("units_eval.json")
-    assert len(evaluation) == 20 and len(training) > 50 and not training & evaluation
+    assert len(evaluation) == 20
+    assert len(training) > 50
+    assert not training & evaluation

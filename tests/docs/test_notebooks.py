@@ -51,7 +51,8 @@ def test_a_notebook_is_saved_clean(path: Path) -> None:
     code = [cell for cell in saved.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
     outputs = [output for cell in code for output in cell.outputs]
-    assert outputs and all(output.output_type in ("stream", "execute_result") for output in outputs)
+    assert outputs
+    assert all(output.output_type in ("stream", "execute_result") for output in outputs)
     assert not any(output.get("name") == "stderr" for output in outputs), "a warning, or a progress bar"
     for private in (str(ROOT), str(Path.home()) + "/", "/tmp/", "site-packages"):
         assert private not in text

@@ -84,8 +84,10 @@ def test_gold_answers() -> None:
 
 
 def test_numbers_are_compared_as_numbers() -> None:
-    assert close(last_number("18.00"), Fraction(18)) and close(Fraction("0.33335"), Fraction("0.3333"))
-    assert not close(Fraction("18.001"), Fraction(18)) and not close(None, Fraction(0))
+    assert close(last_number("18.00"), Fraction(18))
+    assert close(Fraction("0.33335"), Fraction("0.3333"))
+    assert not close(Fraction("18.001"), Fraction(18))
+    assert not close(None, Fraction(0))
 
 
 # Mathematics
@@ -176,7 +178,9 @@ def test_answers_are_as_equivalent_as_lm_eval_finds_them() -> None:
             equal += answer != gold and is_equiv(answer, gold)
     assert equal > 20
     for answer, gold in BETTER:
-        assert not is_equiv(answer, gold) and equivalent(answer, gold) and equivalent(gold, answer), (answer, gold)
+        assert not is_equiv(answer, gold), (answer, gold)
+        assert equivalent(answer, gold), (answer, gold)
+        assert equivalent(gold, answer), (answer, gold)
     for answer, gold in (
         ("1,000", "1"),
         ("0.33", r"\frac{1}{3}"),
@@ -227,13 +231,16 @@ CODE = "import math\n\ndef f(x):\n    return x\n"
 )
 def test_the_code_of_a_reply(reply: str) -> None:
     code = code_of_reply(reply, "f")
-    assert code.strip() == CODE.strip() and defines(code, "f") and not defines(code, "g")
+    assert code.strip() == CODE.strip()
+    assert defines(code, "f")
+    assert not defines(code, "g")
 
 
 def test_replies_without_the_function() -> None:
     assert code_of_reply("I cannot do that.", "f") == ""
     assert code_of_reply("```python\nreturn x\n```", "f") == "return x\n"
-    assert not defines("    def f(): pass", "f") and not defines("def ff(): pass", "f")
+    assert not defines("    def f(): pass", "f")
+    assert not defines("def ff(): pass", "f")
 
 
 HEAD = "def f(x):\n    '''Twice x.'''\n"

@@ -76,7 +76,8 @@ def test_ceval_prompt(tmp_path: Path):
     first, *_ = asked("chat_ceval", *choice(tmp_path, "chat_ceval"))
     assert first.text() == "What is 47 + 38?\n\nA. 0\nB. 85\nC. 1\nD. 99"
     few, *_ = asked("chat_ceval", *choice(tmp_path, "chat_ceval"), "--use-fewshot")
-    assert len(few.shots) == 5 and few.text().startswith(f"{first.text()}\n答案：B\n\nWhat is 12 + 30?")
+    assert len(few.shots) == 5
+    assert few.text().startswith(f"{first.text()}\n答案：B\n\nWhat is 12 + 30?")
     assert few.text().endswith(f"\n\n{first.text()}")
 
 
@@ -90,16 +91,20 @@ def test_choice_is_read_and_averaged(name: str, run, tmp_path: Path, monkeypatch
     scores, records = results(tmp_path / "out.jsonl")
     assert [record["letter"] for record in records] == ["B", "D", "D", "B"]
     if name == "chat_mmlu":  # 2 of 4 questions
-        assert scores["MMLU"] == 0.5 and scores["anatomy"] == pytest.approx(1 / 3) and scores["virology"] == 1
+        assert scores["MMLU"] == 0.5
+        assert scores["anatomy"] == pytest.approx(1 / 3)
+        assert scores["virology"] == 1
     else:  # (1/3 + 1) / 2
-        assert scores["C-Eval"] == pytest.approx(2 / 3) and scores["hard"] == pytest.approx(1 / 3)
+        assert scores["C-Eval"] == pytest.approx(2 / 3)
+        assert scores["hard"] == pytest.approx(1 / 3)
 
 
 def test_choice_with_the_model(run, tmp_path: Path):
     """A sum with four options is none that the toy was trained on; its reply is recorded and judged all the same."""
     assert run("chat_mmlu", *choice(tmp_path, "chat_mmlu"), "--limit", 1) == 0
     _, records = results(tmp_path / "out.jsonl")
-    assert len(records) == 2 and all(record["reply"] for record in records)
+    assert len(records) == 2
+    assert all(record["reply"] for record in records)
     assert all(record["correct"] is (record["letter"] == record["gold"]) for record in records)
 
 
@@ -142,10 +147,10 @@ def test_gsm8k_prompts(tmp_path: Path):
     path = str(write_gsm8k(tmp_path))
     assert [case.text() for case in asked("chat_gsm8k", "-f", path)] == list(SUMS)
     few = asked("chat_gsm8k", "-f", path, "--use-fewshot")[0]
-    assert len({*few.shots}) == 8 and all("<<" not in shot for shot in few.shots)
-    assert few.shots[0].startswith("Question: Add ") and few.text().endswith(
-        "\n\nQuestion: What is 47 + 38?\nLet's think step by step\n"
-    )
+    assert len({*few.shots}) == 8
+    assert all("<<" not in shot for shot in few.shots)
+    assert few.shots[0].startswith("Question: Add ")
+    assert few.text().endswith("\n\nQuestion: What is 47 + 38?\nLet's think step by step\n")
     assert few.shots == asked("chat_gsm8k", "-f", path, "--use-fewshot")[1].shots
     assert few.shots != asked("chat_gsm8k", "-f", path, "--use-fewshot", "-s", "1")[0].shots
 
@@ -254,7 +259,9 @@ def test_leval_averages_its_tasks(run, tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(LanguageModel, "reply", lambda self, cases, **_: ["A" for _ in cases])
     assert run("leval", *write_leval(tmp_path)) == 0
     scores, records = results(tmp_path / "out.jsonl")
-    assert len(records) == 12 and scores["coursera"] == 0.25 and scores["L-Eval"] == pytest.approx(0.25 / 6)
+    assert len(records) == 12
+    assert scores["coursera"] == 0.25
+    assert scores["L-Eval"] == pytest.approx(0.25 / 6)
     assert scores["sci_fi: loyalty"] == 0
 
 
@@ -274,22 +281,27 @@ def test_leval_with_the_model(run, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(evaluate_leval, "MAX_NEW_TOKENS", 20)
     assert run("leval", *arguments, "--max-seq-len", 1000) == 0
     scores, records = results(tmp_path / "out.jsonl")
-    assert scores["gsm100"] == 1 and records[0]["cut_tokens"] == 0 and records[1]["cut_tokens"] > 1000
+    assert scores["gsm100"] == 1
+    assert records[0]["cut_tokens"] == 0
+    assert records[1]["cut_tokens"] > 1000
 
 
 def test_leval_cuts_the_middle(loaded: tuple[Any, Any]):
     lm = LanguageModel(*loaded, max_seq_len=evaluate_leval.RESERVED + 60)
     case = Case("tpo/1/0", "Who?", "A", preamble="始" + "和然后" * 300 + "終\n\n")
     shorter, left_out = evaluate_leval.fitted(case, lm)
-    assert (
-        shorter.text().startswith("始和") and shorter.text().endswith("終\n\nWho?") and "\ufffd" not in shorter.text()
-    )
+    assert shorter.text().startswith("始和")
+    assert shorter.text().endswith("終\n\nWho?")
+    assert "\ufffd" not in shorter.text()
     assert 50 < len(lm.encode(shorter.text())) <= 64
     assert left_out == len(lm.encode(case.preamble)) + len(lm.encode(case.prompt)) - 60
     same, none = evaluate_leval.fitted(Case("x", "Who?", "A", preamble="Short.\n\n"), lm)
-    assert none == 0 and same.text() == "Short.\n\nWho?"
+    assert none == 0
+    assert same.text() == "Short.\n\nWho?"
     only, _ = evaluate_leval.fitted(Case("x", "first " + "more " * 500 + "last?", "A", preamble="Document.\n\n"), lm)
-    assert only.text().startswith("first") and only.text().endswith("last?") and len(lm.encode(only.text())) <= 64
+    assert only.text().startswith("first")
+    assert only.text().endswith("last?")
+    assert len(lm.encode(only.text())) <= 64
 
 
 @pytest.mark.parametrize(

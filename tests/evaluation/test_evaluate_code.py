@@ -151,15 +151,20 @@ def test_a_toy_runs_through(name: str, run: Callable, monkeypatch: pytest.Monkey
     monkeypatch.setattr(evaluate_math, "SUBJECTS", evaluate_math.SUBJECTS[:2])
     scores, records = run(name, "--limit", "1", "--batch-size", "2")
     assert all(0 <= value <= 1 for value in scores.values())
-    assert len(records) == (2 if name in FOLDERS else 1) and any(r.get("reply", r["completion"]) for r in records)
+    assert len(records) == (2 if name in FOLDERS else 1)
+    assert any(r.get("reply", r["completion"]) for r in records)
 
 
 def test_the_toy_uses_the_code_interpreter(run: Callable) -> None:
     scores, (product, printed, hello) = run("code_interpreter")
-    assert product["correct"] and product["runs"] == [{"code": "1234 * 56", "output": "69104", "status": "ok"}]
-    assert printed["executable"] and not hello["executable"] and hello["reply"]
+    assert product["correct"]
+    assert product["runs"] == [{"code": "1234 * 56", "output": "69104", "status": "ok"}]
+    assert printed["executable"]
+    assert not hello["executable"]
+    assert hello["reply"]
     assert scores["math: right"] == scores["general: executable"] == 1
-    assert scores["visualization-easy: a picture was made"] == 0 and scores["all: executable"] == pytest.approx(2 / 3)
+    assert scores["visualization-easy: a picture was made"] == 0
+    assert scores["all: executable"] == pytest.approx(2 / 3)
 
 
 # Given completions
@@ -185,7 +190,8 @@ def test_chat_humaneval(run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     says(monkeypatch, {f"HumanEval/{number}": reply for number, reply in enumerate(replies)})
     scores, records = run("chat_humaneval")
     assert [record["verdict"] for record in records] == ["passed", "passed", "failed", "failed"]
-    assert scores == {"chat_humaneval": 0.5} and [record["reply"] for record in records] == replies
+    assert scores == {"chat_humaneval": 0.5}
+    assert [record["reply"] for record in records] == replies
 
 
 def test_mbpp(run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,7 +210,9 @@ def test_math(run: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     says(monkeypatch, answers)
     scores, records = run("math")
     assert {record["name"] for record in records if record["correct"]} == {"test/algebra/10", "test/geometry/9"}
-    assert scores["math"] == pytest.approx(2 / 14) and scores["geometry"] == 0.5 and scores["precalculus"] == 0
+    assert scores["math"] == pytest.approx(2 / 14)
+    assert scores["geometry"] == 0.5
+    assert scores["precalculus"] == 0
     assert scores["Level 1"] == scores["Level 5"] == pytest.approx(1 / 7)
 
 
@@ -216,7 +224,8 @@ def test_bbh(run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     says(monkeypatch, answers)
     scores, records = run("bbh")
     assert {record["group"] for record in records if record["correct"]} == {"snarks", "navigate"}
-    assert scores["average of the tasks"] == pytest.approx(2 / 27) and scores["snarks"] == 1
+    assert scores["average of the tasks"] == pytest.approx(2 / 27)
+    assert scores["snarks"] == 1
 
 
 def test_code_interpreter(run: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -243,10 +252,13 @@ def test_code_interpreter(run: Callable, monkeypatch: pytest.MonkeyPatch, tmp_pa
     scores, records = run("code_interpreter", "--gsm8k", str(gsm8k))
     assert [record["correct"] for record in records] == [True, False, True, True, False]
     assert [record["executable"] for record in records] == [False, False, True, False, False]
-    assert records[2]["pictures"] == ["plot.png"] and "Files: data.csv\nHello!" in queries
+    assert records[2]["pictures"] == ["plot.png"]
+    assert "Files: data.csv\nHello!" in queries
     assert scores == {
-        **{"math: right": pytest.approx(2 / 3), "visualization-easy: a picture was made": 1.0},
-        **{"general: executable": 0.0, "all: executable": 0.2},
+        "math: right": pytest.approx(2 / 3),
+        "visualization-easy: a picture was made": 1.0,
+        "general: executable": 0.0,
+        "all: executable": 0.2,
     }
 
 
@@ -280,7 +292,8 @@ def test_prompt_of_math(tmp_path: Path) -> None:
         "Final Answer: The final answer is $\\frac{4}{2}$. I hope it is correct.\n\n"
     )
     assert case.text() == 4 * worked + "Problem:\nWhat is $1+1$?\n\nSolution:"
-    assert case.name == "test/algebra/9" and len(set(drawn.shot_names)) == 4
+    assert case.name == "test/algebra/9"
+    assert len(set(drawn.shot_names)) == 4
     for number, (subject, problem) in enumerate(MINERVA):
         write_json(folder / "train" / subject / f"{number + 20}.json", PROBLEM | {"problem": problem})
     task = task_of("math", folder)
@@ -294,7 +307,8 @@ def test_prompt_of_bbh(tmp_path: Path) -> None:
     assert case.text() == (tmp_path / "cot-prompts" / "causal_judgement.txt").read_text().split("-----\n")[
         1
     ].strip() + ("\n\nQ: 2 is\nA: Let's think step by step.\n")
-    assert len(case.shots) == 3 and case.preamble == "Say causal_judgement.\n\n"
+    assert len(case.shots) == 3
+    assert case.preamble == "Say causal_judgement.\n\n"
 
 
 # What is wrong with the data

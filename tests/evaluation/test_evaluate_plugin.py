@@ -60,9 +60,11 @@ def test_react(run, tmp_path: Path):
     scores, records = results(tmp_path / "out.jsonl")
     records = {record["name"]: record for record in records}
     assert records["react positive/1"]["call"] == {"tool": "get_current_weather", "arguments": '{"location": "Boston"}'}
-    assert records["react positive/1"]["rouge_l"] == 1 and 0 < records["react positive/2"]["rouge_l"] < 1
+    assert records["react positive/1"]["rouge_l"] == 1
+    assert 0 < records["react positive/2"]["rouge_l"] < 1
     assert all("Observation" not in record["reply"] for record in records.values())
-    assert scores["ReAct: tool selection"] == 1 and scores["ReAct: false positives"] == 0.5
+    assert scores["ReAct: tool selection"] == 1
+    assert scores["ReAct: false positives"] == 0.5
     assert scores["ReAct: arguments, Rouge-L"] == (1 + records["react positive/2"]["rouge_l"]) / 2
     assert "| 0.8" in (tmp_path / "out.md").read_text(encoding="utf-8")  # Rouge-L is printed as no percentage
 
@@ -81,7 +83,8 @@ def test_agent(run, tmp_path: Path):
     scores, records = results(tmp_path / "out.jsonl")
     records = {record["name"]: record for record in records}
     assert scores == {"agent: tool selection": 1, "agent: arguments, Rouge-L": 1, "agent: false positives": 0}
-    assert records["agent/2"]["call"] is None and "Hello" in records["agent/2"]["reply"]
+    assert records["agent/2"]["call"] is None
+    assert "Hello" in records["agent/2"]["reply"]
 
 
 def test_what_fails_in_the_agent_is_no_answer(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch):
@@ -186,7 +189,8 @@ def test_react_errors(record: object, said: str, run, tmp_path: Path, capsys: py
     file = write_jsonl(tmp_path / "positive.jsonl", [record])
     assert run("--eval-react-positive", "--eval-react-positive-filename", file) == 1
     error = capsys.readouterr().err
-    assert said in error and str(file) in error
+    assert said in error
+    assert str(file) in error
 
 
 @pytest.mark.parametrize(

@@ -77,9 +77,11 @@ def test_a_run_writes_records_and_summary(tmp_path, capsys):
     right = sum(record["correct"] for record in found)
     summary = json.loads(out.with_suffix(".json").read_text())
     assert summary["scores"]["sums"] == {"value": right / 7, "count": 7}
-    assert summary["settings"]["checkpoint"].endswith("qwen-tiny-chat") and summary["settings"]["seed"] == 1234
+    assert summary["settings"]["checkpoint"].endswith("qwen-tiny-chat")
+    assert summary["settings"]["seed"] == 1234
     table = out.with_suffix(".md").read_text()
-    assert f"| sums | {100 * right / 7:.1f}% | 7 |" in table and table in capsys.readouterr().out
+    assert f"| sums | {100 * right / 7:.1f}% | 7 |" in table
+    assert table in capsys.readouterr().out
     assert not list(tmp_path.rglob("*.lock"))
 
 
@@ -105,7 +107,8 @@ def test_a_finished_run_is_not_asked_again(tmp_path, capsys, loaded_once, monkey
     monkeypatch.setattr("qwen.evaluation.harness.load_model_quietly", None)
     assert evaluate(Sums, ["-o", str(out), "--sums", "2"]) == 0
     after = capsys.readouterr()
-    assert after.out == before and "nothing is asked again without --overwrite" in after.err
+    assert after.out == before
+    assert "nothing is asked again without --overwrite" in after.err
 
 
 @pytest.mark.parametrize(
@@ -121,7 +124,8 @@ def test_other_settings_do_not_mix(tmp_path, capsys, loaded_once, change, said):
     assert evaluate(Sums, ["-o", str(out), "--sums", "2"]) == 0
     written = out.read_bytes()
     assert evaluate(Sums, ["-o", str(out), "--sums", "2", *change]) == 1
-    assert said in capsys.readouterr().err and out.read_bytes() == written
+    assert said in capsys.readouterr().err
+    assert out.read_bytes() == written
     assert evaluate(Sums, ["-o", str(out), "--sums", "2", *change, "--overwrite"]) == 0
 
 
@@ -152,7 +156,8 @@ def test_a_file_that_is_not_ours_is_left_alone(tmp_path, capsys, loaded_once, co
     evaluate(Sums, ["-o", str(tmp_path / "other.jsonl"), "--sums", "2"])
     out.with_suffix(".json").write_bytes((tmp_path / "other.json").read_bytes())
     assert evaluate(Sums, ["-o", str(out), "--sums", "2"]) == 1
-    assert "does not hold what this run wrote" in capsys.readouterr().err and out.read_text() == content
+    assert "does not hold what this run wrote" in capsys.readouterr().err
+    assert out.read_text() == content
 
 
 def test_two_runs_do_not_write_one_file(tmp_path, capsys, loaded_once):
@@ -161,7 +166,8 @@ def test_two_runs_do_not_write_one_file(tmp_path, capsys, loaded_once):
     out = tmp_path / "out.jsonl"
     with FileLock(f"{out}.lock"):
         assert evaluate(Sums, ["-o", str(out)]) == 1
-    assert "is being written by another run" in capsys.readouterr().err and not out.exists()
+    assert "is being written by another run" in capsys.readouterr().err
+    assert not out.exists()
 
 
 def test_out_of_memory_goes_on_with_a_smaller_batch(tmp_path, capsys, loaded_once):
@@ -183,11 +189,13 @@ def test_other_choices_have_files_and_words_of_their_own(tmp_path, capsys, loade
     monkeypatch.chdir(tmp_path)
     assert evaluate(Sums, ["--limit", "1"]) == evaluate(Sums, ["--sums", "2", "--batch-size", "2"]) == 0
     out = capsys.readouterr().out
-    assert "With limit 1.\n" in out and "With sums 2.\n" in out
+    assert "With limit 1.\n" in out
+    assert "With sums 2.\n" in out
     names = {path.name for path in Path("output_eval").glob("*.md")}
     assert names == {"sums_qwen-tiny-chat_limit-1.md", "sums_qwen-tiny-chat_sums-2.md"}
     assert evaluate(Sums, ["--cpu-only"]) == 0
-    assert "With" not in capsys.readouterr().out and Path("output_eval/sums_qwen-tiny-chat.md").is_file()
+    assert "With" not in capsys.readouterr().out
+    assert Path("output_eval/sums_qwen-tiny-chat.md").is_file()
 
 
 def test_the_table_tells_of_shots_that_were_left_out(tmp_path, capsys, loaded_once):
@@ -206,7 +214,8 @@ def test_the_table_tells_of_shots_that_were_left_out(tmp_path, capsys, loaded_on
 
 def test_nothing_is_written_before_the_model_is_there(tmp_path, capsys):
     assert evaluate(Sums, ["-c", str(tmp_path / "none"), "-o", str(tmp_path / "out.jsonl")]) == 1
-    assert "There is no folder" in capsys.readouterr().err and not list(tmp_path.iterdir())
+    assert "There is no folder" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
     assert evaluate(Sums, ["-o", str(tmp_path)]) == 1
     assert "is a folder: name a file in it" in capsys.readouterr().err
 
@@ -299,7 +308,8 @@ def test_shots_that_do_not_fit_are_left_out(base):
     lm = LanguageModel(model, tokenizer, limit)
     for case, dropped in zip(cases, (1, 2, 3), strict=True):
         ids, found = lm.fit(case)
-        assert found == dropped == lm.dropped_shots[case.name] and len(ids) <= limit
+        assert found == dropped == lm.dropped_shots[case.name]
+        assert len(ids) <= limit
         assert case.text(dropped).endswith(tokenizer.decode(ids))
     expected = by_itself(model, tokenizer, cases[1].text(2), [" A", " B"])
     assert lm.choose(cases, [" A", " B"])[1] == pytest.approx(expected, abs=1e-4)
@@ -326,7 +336,8 @@ def test_completions_end_at_the_first_stop_string(base):
     stop = [free[0][3:5], free[1][6:8]]
     stopped = lm.complete(cases, stop=stop, max_new_tokens=24)
     assert stopped == [cut(text, stop) for text in free]
-    assert len(stopped[0]) <= 3 and len(stopped[1]) <= 6
+    assert len(stopped[0]) <= 3
+    assert len(stopped[1]) <= 6
     assert [lm.complete([case], stop=stop, max_new_tokens=24)[0] for case in cases] == stopped
 
 
@@ -440,13 +451,13 @@ def test_compressed_json_lines(tmp_path):
 def test_missing_files_say_what_there_is(tmp_path):
     for name in ("b.csv", "a.csv"):
         (tmp_path / name).write_text("x")
-    with pytest.raises(DataError, match="c.csv does not exist.* holds a.csv, b.csv"):
+    with pytest.raises(DataError, match=r"c.csv does not exist.* holds a.csv, b.csv"):
         read_csv(tmp_path / "c.csv", ["x"], header=True)
     with pytest.raises(DataError, match=r"c.csv does not exist \(nor do 1 more of the 3"):
         existing(tmp_path, ["a.csv", "c.csv", "d.csv"])
-    with pytest.raises(DataError, match="deep/er.json does not exist. There is no folder .*/deep. eval/EVAL"):
+    with pytest.raises(DataError, match=r"deep/er.json does not exist. There is no folder .*/deep. eval/EVAL"):
         read_json(tmp_path / "deep" / "er.json")
-    with pytest.raises(DataError, match="a.csv is a file, where a folder is needed"):
+    with pytest.raises(DataError, match=r"a.csv is a file, where a folder is needed"):
         read_json(tmp_path / "a.csv" / "er.json")
     with pytest.raises(DataError, match="is a folder, where a file is needed"):
         read_json(tmp_path)
@@ -457,9 +468,9 @@ def test_texts_of_files_and_folders(tmp_path):
     (tmp_path / "a.txt").write_text("one")
     (tmp_path / "c.bin").write_bytes(b"\xff")
     assert read_texts([tmp_path, tmp_path / "a.txt"]) == "one\n\ntwo\n\none"
-    with pytest.raises(DataError, match="c.bin cannot be read as UTF-8"):
+    with pytest.raises(DataError, match=r"c.bin cannot be read as UTF-8"):
         read_texts([tmp_path / "c.bin"])
-    with pytest.raises(DataError, match="none.txt does not exist"):
+    with pytest.raises(DataError, match=r"none.txt does not exist"):
         read_texts([tmp_path / "none.txt"])
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="There is no text in"):

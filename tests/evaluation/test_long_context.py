@@ -86,7 +86,8 @@ def test_a_needle_is_found_where_the_toy_can(tmp_path, capsys):
         (length, depth) for length in (80, 1024) for depth in (0, 50, 100)
     ]
     short = sum(record["correct"] for record in found[:3])
-    assert short == 3 and all(record["correct"] == ("7351" in record["reply"]) for record in found)
+    assert short == 3
+    assert all(record["correct"] == ("7351" in record["reply"]) for record in found)
     assert "| 80 tokens | 100.0% | 3 |" in table
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
@@ -104,7 +105,8 @@ def test_depths_and_lengths_are_what_they_say(bundled_chat):
     tokenizer = load_tokenizer(bundled_chat)
     for case in needle.Needle(options).cases():
         told, question = case.prompt.rsplit("\n\n", 1)
-        assert question == "What is door?" and told.count("door: 7351;") == 1
+        assert question == "What is door?"
+        assert told.count("door: 7351;") == 1
         depth = told.index("door: 7351;") / (len(told) - len("door: 7351;"))
         assert depth == pytest.approx(case.data["depth"] / 100, abs=0.1)
         tokens = len(make_context(tokenizer, case.prompt, system=DEFAULT_SYSTEM)[1])

@@ -154,7 +154,8 @@ def test_the_published_vocabulary(
 ) -> None:
     extra = tmp_path / "extra.tiktoken"
     done = run(real_vocab_file, extra, WORDS)
-    assert done.status == 0 and not done.err
+    assert done.status == 0
+    assert not done.err
     lines = extra.read_bytes().splitlines()
     assert [int(line.split()[1]) for line in lines] == list(range(151851, 151851 + len(lines)))
     assert f"{len(lines)} tokens with ids 151851 to {151850 + len(lines)}, 10 words" in done.out
@@ -164,7 +165,8 @@ def test_the_published_vocabulary(
     assert len(tokenizer) == 151851 + len(lines)
     ids = [tokenizer.encode(text) for text in TEXTS]
     assert all(len(each) == 1 and each[0] >= 151851 for each in ids)
-    assert len(tokenizer.tokenize("在叶绿体上")) == 3 and tokenizer.tokenize("叶绿体内")[1] == "体内".encode()
+    assert len(tokenizer.tokenize("在叶绿体上")) == 3
+    assert tokenizer.tokenize("叶绿体内")[1] == "体内".encode()
     sentence = f"Leaves do{TEXTS[0]}<|im_end|>"
     assert tokenizer.encode(sentence) == real_tokenizer.encode("Leaves do") + ids[0] + [tokenizer.im_end_id]
 
@@ -207,7 +209,8 @@ def test_the_command_of_the_page(tmp_path: Path) -> None:
     folder, script = map(shlex.split, command.splitlines())
     subprocess.run(folder, cwd=tmp_path, check=True)
     done = run_script(*script[1:], folder=tmp_path)
-    assert done.returncode == 0 and done.stdout == printed, done.stderr
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == printed, done.stderr
 
 
 def test_what_the_page_says_of_tokens(toy: QWenTokenizer, toy_base: QWenTokenizer) -> None:
@@ -250,13 +253,17 @@ def test_every_line_that_is_skipped_is_named(
         number, message = re.fullmatch(re.escape(str(path)) + r", line (\d+): (.*)", line).groups()
         said.setdefault(int(number), []).append(message)
     assert sorted(said) == [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 16, 17, 18]
-    assert "'New' + ' York'" in said[2][0] and "'don' + \"'t\"" in said[16][0]
-    assert "no word" in said[3][0] and "no word" in said[6][0]
-    assert "a token already, with id" in said[4][0] and "a token already" in said[18][0]
+    assert "'New' + ' York'" in said[2][0]
+    assert "'don' + \"'t\"" in said[16][0]
+    assert "no word" in said[3][0]
+    assert "no word" in said[6][0]
+    assert "a token already, with id" in said[4][0]
+    assert "a token already" in said[18][0]
     assert "in line 1 already" in said[5][0]
     assert "300 bytes" in said[8][0]
     for number, frequency in ((7, "many"), (9, "0"), (10, "-1"), (11, "1.5"), (12, ""), (13, r"1\t2"), (14, "999")):
-        assert f"frequency '{frequency}" in said[number][0] and "counts as 1" in said[number][0]
+        assert f"frequency '{frequency}" in said[number][0]
+        assert "counts as 1" in said[number][0]
     assert len(done.err) < 4000
 
     tokenizer = QWenTokenizer(bundled_chat / "qwen.tiktoken", extra_vocab_file=tmp_path / "out.tiktoken")
@@ -270,7 +277,8 @@ def test_a_word_that_is_missed_after_a_space(
 ) -> None:
     arguments = (bundled_chat / "qwen.tiktoken", tmp_path / "out.tiktoken")
     done = run(*arguments, words("chlorophyll\n光合作用\n"))
-    assert "line 1: after a space 'chlorophyll' is still ' ch' + 'l' + 'or'" in done.err and "光合作用" not in done.err
+    assert "line 1: after a space 'chlorophyll' is still ' ch' + 'l' + 'or'" in done.err
+    assert "光合作用" not in done.err
     assert not run(*arguments, words("chlorophyll\n chlorophyll\n")).err
 
 
@@ -295,7 +303,8 @@ def test_a_long_list(real_tokenizer: QWenTokenizer) -> None:
     merges = add_merges.learn_merges(
         words, real_tokenizer.mergeable_ranks
     )  # counting anew at each merge would take minutes
-    assert words.keys() <= set(merges) and len(merges) == len(set(merges))
+    assert words.keys() <= set(merges)
+    assert len(merges) == len(set(merges))
 
 
 # Ids and files
@@ -307,10 +316,12 @@ def test_a_second_list_goes_on_behind_the_first(
     toy.save_pretrained(tmp_path)
     out = tmp_path / "out.tiktoken"
     done = run(tmp_path / "qwen.tiktoken", out, words(" xyzzy\n chlorophyll\n"))
-    assert done.status == 0 and "line 2: ' chlorophyll' skipped, it is a token already" in done.err
+    assert done.status == 0
+    assert "line 2: ' chlorophyll' skipped, it is a token already" in done.err
     assert int(out.read_bytes().split()[1]) == len(toy)
     both = QWenTokenizer(tmp_path / "qwen.tiktoken", extra_vocab_file=out)
-    assert both.special_tokens == toy.special_tokens and len(both.encode(" xyzzy")) == 1
+    assert both.special_tokens == toy.special_tokens
+    assert len(both.encode(" xyzzy")) == 1
 
 
 def test_ids_may_begin_elsewhere(
@@ -318,7 +329,8 @@ def test_ids_may_begin_elsewhere(
 ) -> None:
     out = tmp_path / "out.tiktoken"
     done = run(bundled_chat / "qwen.tiktoken", out, words(" xyzzy\n"), "--start-id", 4000)
-    assert done.status == 0 and "3584 to 3999 stay without a token" in done.err
+    assert done.status == 0
+    assert "3584 to 3999 stay without a token" in done.err
     tokenizer = QWenTokenizer(bundled_chat / "qwen.tiktoken", extra_vocab_file=out)
     assert tokenizer.encode(" xyzzy") == [len(tokenizer) - 1]
     assert f"a model needs {len(tokenizer)} rows" in done.out
@@ -331,8 +343,11 @@ def test_ids_that_are_taken(
 ) -> None:
     out = tmp_path / "out.tiktoken"
     done = run(bundled_chat / "qwen.tiktoken", out, words(" xyzzy\n"), "--start-id", start)
-    assert done.status == 1 and f"id {start} is taken" in done.err and "3584" in done.err
-    assert not done.out and not out.exists()
+    assert done.status == 1
+    assert f"id {start} is taken" in done.err
+    assert "3584" in done.err
+    assert not done.out
+    assert not out.exists()
 
 
 @pytest.mark.parametrize("start", ["-1", "1.5", "first", "9" * 30])
@@ -346,7 +361,8 @@ def test_ids_too_large(
     bundled_chat: Path, run: Callable[..., Result], words: Callable[[str], Path], tmp_path: Path
 ) -> None:
     done = run(bundled_chat / "qwen.tiktoken", tmp_path / "out", words(" xyzzy\n"), "--start-id", 2**31 - 1)
-    assert done.status == 1 and "beyond 2147483647" in done.err
+    assert done.status == 1
+    assert "beyond 2147483647" in done.err
 
 
 BASE, OUT, LIST = "base.tiktoken", "out.tiktoken", "words.txt"
@@ -387,7 +403,8 @@ def test_mistakes_are_sentences(
     mistake(tmp_path)
     before = sorted(tmp_path.iterdir())
     done = run(tmp_path / BASE, tmp_path / OUT, tmp_path / LIST)
-    assert done.status == 1 and not done.out
+    assert done.status == 1
+    assert not done.out
     assert all(name in done.err.splitlines()[-1] for name in named), done.err
     assert sorted(tmp_path.iterdir()) == before
     if (tmp_path / OUT).is_file() and not (tmp_path / OUT).is_symlink():
@@ -396,7 +413,8 @@ def test_mistakes_are_sentences(
 
 def test_no_folder_to_write_in(bundled_chat: Path, run: Callable[..., Result], tmp_path: Path) -> None:
     done = run(bundled_chat / "qwen.tiktoken", tmp_path / "no" / "out.tiktoken", WORDS)
-    assert done.status == 1 and f"no folder {tmp_path / 'no'}" in done.err
+    assert done.status == 1
+    assert f"no folder {tmp_path / 'no'}" in done.err
 
 
 def test_a_stopped_run_leaves_the_old_file(
@@ -411,13 +429,15 @@ def test_a_stopped_run_leaves_the_old_file(
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", interrupt)  # as if Ctrl-C came when all is written
         assert run(bundled_chat / "qwen.tiktoken", out, WORDS).status == 130
-    assert out.read_bytes() == b"old\n" and list(tmp_path.iterdir()) == [out]
+    assert out.read_bytes() == b"old\n"
+    assert list(tmp_path.iterdir()) == [out]
 
     target = tmp_path / "target.tiktoken"
     out.rename(target)
     out.symlink_to(target)
     assert run(bundled_chat / "qwen.tiktoken", out, WORDS).status == 0
-    assert out.is_symlink() and target.read_bytes().startswith(b"IGNobA== 3584\n")
+    assert out.is_symlink()
+    assert target.read_bytes().startswith(b"IGNobA== 3584\n")
     assert stat.S_IMODE(target.stat().st_mode) == stat.S_IMODE(WORDS.stat().st_mode) & 0o666
 
 
@@ -458,7 +478,9 @@ def test_rows_of_new_tokens(
     after = [model.transformer.wte.weight, model.lm_head.weight]
     assert (after[0] is after[1]) == tied
     for old, weight in zip(before, after, strict=True):
-        assert weight.shape == (max(rows, len(toy)), 32) and weight.dtype == dtype and weight.requires_grad
+        assert weight.shape == (max(rows, len(toy)), 32)
+        assert weight.dtype == dtype
+        assert weight.requires_grad
         assert torch.equal(weight[:3584], old[:3584])
         assert torch.equal(weight[len(toy) :], old[len(toy) :])
         for index in new:
@@ -474,7 +496,8 @@ def test_nothing_new(toy_base: QWenTokenizer) -> None:
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     assert expand_embeddings(model, toy_base, toy_base) == []
     after = model.state_dict()
-    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in after)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in after)
 
 
 def test_ids_with_a_gap(toy_base: QWenTokenizer, bundled_chat: Path, tmp_path: Path) -> None:
@@ -483,18 +506,19 @@ def test_ids_with_a_gap(toy_base: QWenTokenizer, bundled_chat: Path, tmp_path: P
     tokenizer = QWenTokenizer(bundled_chat / "qwen.tiktoken", extra_vocab_file=out)
     model = small_model(3584)
     assert expand_embeddings(model, tokenizer, toy_base)[0] == 4000
-    assert len(model.lm_head.weight) == len(tokenizer) and model.lm_head.weight.isfinite().all()
+    assert len(model.lm_head.weight) == len(tokenizer)
+    assert model.lm_head.weight.isfinite().all()
 
 
 def test_vocabularies_that_do_not_belong_together(
     toy: QWenTokenizer, toy_base: QWenTokenizer, real_tokenizer: QWenTokenizer
 ) -> None:
     model = small_model(3584)
-    with pytest.raises(ValueError, match="does not continue the model's.*token b'.*add_merges.py"):
+    with pytest.raises(ValueError, match=r"does not continue the model's.*token b'.*add_merges.py"):
         expand_embeddings(model, real_tokenizer, toy_base)
     with pytest.raises(ValueError, match="id 3584 is missing"):
         expand_embeddings(small_model(4000), toy_base, toy)
-    with pytest.raises(ValueError, match="3583 rows .* vocabulary of 3584"):
+    with pytest.raises(ValueError, match=r"3583 rows .* vocabulary of 3584"):
         expand_embeddings(small_model(3583), toy, toy_base)
     assert model.config.vocab_size == 3584
 

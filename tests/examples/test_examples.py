@@ -89,7 +89,8 @@ def test_the_commands_of_a_page_print_what_it_says(block: Block, server: ServerP
     if "curl" in block.code and shutil.which("curl") is None:
         pytest.skip("curl is not installed")
     done = run("bash", "-c", block.code.replace(SERVER, server.url))
-    assert done.returncode == 0 and done.stdout == block.prints
+    assert done.returncode == 0
+    assert done.stdout == block.prints
 
 
 def test_the_readme_names_every_example() -> None:
@@ -127,22 +128,30 @@ def test_function_calls(server: ServerProcess) -> None:
 def test_function_calls_with_a_key_one_by_name(start_server: Callable[..., ServerProcess]) -> None:
     address = ("--base-url", f"{start_server('--api-key', 'hunter2').url}/v1")
     refused = function_calls(*address)
-    assert refused.returncode == 1 and len(refused.stderr.splitlines()) == 1 and "--api-key" in refused.stderr
+    assert refused.returncode == 1
+    assert len(refused.stderr.splitlines()) == 1
+    assert "--api-key" in refused.stderr
     done = function_calls("streaming", "langchain", *address, "--api-key", "hunter2")
-    assert done.stdout.startswith("streaming:\n") and "Result of 7812 / 12: 651." in done.stdout
+    assert done.stdout.startswith("streaming:\n")
+    assert "Result of 7812 / 12: 651." in done.stdout
     assert "plain" not in done.stdout
 
 
 @pytest.mark.parametrize("address", ["http://127.0.0.1:1/v1", "no-address"])
 def test_function_calls_without_a_server(address: str) -> None:
     done = function_calls("--base-url", address)
-    assert done.returncode == 1 and not done.stdout
-    assert len(done.stderr.splitlines()) == 1 and address in done.stderr and "openai_api.py" in done.stderr
+    assert done.returncode == 1
+    assert not done.stdout
+    assert len(done.stderr.splitlines()) == 1
+    assert address in done.stderr
+    assert "openai_api.py" in done.stderr
 
 
 def test_function_calls_with_a_wrong_name() -> None:
     done = function_calls("plian")
-    assert done.returncode == 2 and "'plian'" in done.stderr and "streaming" in done.stderr
+    assert done.returncode == 2
+    assert "'plian'" in done.stderr
+    assert "streaming" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -214,10 +223,13 @@ def test_react_demo() -> None:
         'Action Input: {"city": "Tokyo"}\nObservation: {"time": "(..:..)"}\nThought: .*\nFinal Answer: (.*)\n=> (.*)',
         time,
     )
-    assert said and said[1] in said[2] == said[3]
+    assert said
+    assert said[1] in said[2] == said[3]
     rolled = re.search('Action: random_number\nAction Input: {"max": 6}\nObservation: {"number": ([1-6])}', number)
-    assert rolled and f": {rolled[1]}." in number.splitlines()[-1]
-    assert "Action" not in hello and hello.endswith("=> Hello! How can I help you today?")
+    assert rolled
+    assert f": {rolled[1]}." in number.splitlines()[-1]
+    assert "Action" not in hello
+    assert hello.endswith("=> Hello! How can I help you today?")
 
 
 def test_react_loop_goes_on_after_a_tool_that_does_not_exist(toy: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,7 +244,8 @@ def test_react_loop_ends(toy: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(react_demo, "MAX_STEPS", 1)
     said: list[str] = []
     final = react_demo.answer(*toy, "What time is it in Tokyo?", react_demo.DESCRIPTIONS, said.append)
-    assert "no answer after 1" in final and said[-1].endswith("\nThought:")
+    assert "no answer after 1" in final
+    assert said[-1].endswith("\nThought:")
 
 
 def test_react_loop_refuses_what_does_not_fit(toy: tuple) -> None:
@@ -247,7 +260,8 @@ def test_no_such_checkpoint_is_a_sentence(
     monkeypatch.setattr(sys, "argv", ["example.py", *arguments, "-c", "no/such/folder", "Hello!"])
     assert script.main() == 1
     said = capsys.readouterr()
-    assert not said.out and "no/such/folder" in said.err
+    assert not said.out
+    assert "no/such/folder" in said.err
 
 
 @pytest.mark.parametrize("seconds", ["0", "-1", "nan", "inf", "soon"])
@@ -275,7 +289,8 @@ def test_code_interpreter(tmp_path: Path) -> None:
 def test_code_interpreter_asks_and_shows_errors() -> None:
     done = run_script(*INTERPRETER, text="\nCalculate 1234 / 0.\nHello!\n")
     assert done.returncode == 0, done.stderr
-    assert "ZeroDivisionError: division by zero" in done.stdout and "Hello!" in done.stdout.splitlines()[-2]
+    assert "ZeroDivisionError: division by zero" in done.stdout
+    assert "Hello!" in done.stdout.splitlines()[-2]
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,8 @@ class LLMEngine:
         self.requests: dict[str, Request] = {}
 
     def add_request(self, request_id: str, prompt: dict[str, list[int]], params: SamplingParams) -> None:
-        assert request_id not in self.requests and params.temperature == 0
+        assert request_id not in self.requests
+        assert params.temperature == 0
         self.requests[request_id] = Request(prompt["prompt_token_ids"], params)
 
     def has_unfinished_requests(self) -> bool:
@@ -255,7 +256,8 @@ def test_a_checkpoint_is_exported_once(cache, wrapper, bundled_chat, tmp_path, c
         copy = Path(shutil.copytree(bundled_chat, tmp_path / "mine"))
         folders = [*threads.map(lambda _: vllm_wrapper.prepared(copy, None)[0], range(2))]
     assert folders[0] == folders[1] != wrapper.folder
-    assert folders[0].name.startswith("mine-") and (folders[0] / "model.safetensors").is_file()
+    assert folders[0].name.startswith("mine-")
+    assert (folders[0] / "model.safetensors").is_file()
     assert capsys.readouterr().err.count("Exporting") == 1
 
     (folders[0] / "config.json").unlink()  # as after a kill
@@ -283,7 +285,7 @@ def test_an_exported_folder(wrapper, bundled_chat, bundled_base, tmp_path):
     with pytest.raises(CheckpointError, match="exported already"):
         vllm_wrapper.prepared(folder, 4096)
     (folder / "qwen.tiktoken").unlink()
-    with pytest.raises(CheckpointError, match="no qwen.tiktoken"):
+    with pytest.raises(CheckpointError, match=r"no qwen.tiktoken"):
         vllm_wrapper.prepared(folder, None)
 
     export_qwen2(bundled_base, tmp_path / "base")
@@ -315,7 +317,8 @@ def test_in_the_terminal(monkeypatch, capsys, bundled_base, wrapper):
     monkeypatch.setenv("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     assert run("-c", str(bundled_base))[:2] == (1, "")
     status, _, complaint = run("-c", "no/such/folder")
-    assert status == 1 and "no/such/folder" in complaint
+    assert status == 1
+    assert "no/such/folder" in complaint
 
     def known(name: str, **arguments: Any) -> vLLMWrapper:  # one engine is enough
         assert (name, arguments) == (

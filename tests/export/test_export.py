@@ -93,7 +93,8 @@ def test_what_the_folder_says(chat, folder: Path, tmp_path: Path, bundled_base: 
         "tokenizer_config.json",
     ]
     config = json.loads((folder / "config.json").read_text())
-    assert config["max_position_embeddings"] == 1024 and config["torch_dtype"] == "bfloat16"
+    assert config["max_position_embeddings"] == 1024
+    assert config["torch_dtype"] == "bfloat16"
     tokenizer = chat[1]
     generation = json.loads((folder / "generation_config.json").read_text())
     assert generation == {
@@ -159,7 +160,8 @@ def test_published_configurations(size: str, tmp_path: Path, bundled_chat: Path)
 
 def test_longer_prompts_by_a_stretched_embedding(bundled_base: Path, tmp_path: Path) -> None:
     remarks = export_qwen2(bundled_base, tmp_path / "out", max_length=1000)
-    assert "stretched for prompts up to 1000 tokens" in remarks[0] and "LogN attention is left out" in remarks[0]
+    assert "stretched for prompts up to 1000 tokens" in remarks[0]
+    assert "LogN attention is left out" in remarks[0]
     model, tokenizer = load_model(bundled_base, cpu_only=True, fp32=True, use_logn_attn=False)
     qwen2 = as_qwen2(tmp_path / "out")
     assert qwen2.config.max_position_embeddings == 1000
@@ -194,7 +196,8 @@ def test_gptq(bits: int, desc_act: bool, bundled_chat: Path, tmp_path: Path) -> 
 def test_bundled_int4_answers_alike(tmp_path: Path) -> None:
     export_qwen2(BUNDLED_CHAT_INT4, tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config["quantization_config"]["bits"] == 4 and config["torch_dtype"] == "float16"
+    assert config["quantization_config"]["bits"] == 4
+    assert config["torch_dtype"] == "float16"
     fast = AutoTokenizer.from_pretrained(tmp_path / "out")
     prompt = fast.apply_chat_template(
         [{"role": "user", "content": QUESTIONS[0]}], add_generation_prompt=True, return_tensors="pt", return_dict=True
@@ -262,7 +265,8 @@ def test_expanded_vocabulary(bundled_chat: Path, tmp_path: Path) -> None:
     fast = fast_tokenizer(expanded)
     for text in ("xq xqz xqzxqz<|im_end|>xqzxq", "<|im_start|>user\nHello<|im_end|>", " xqzxqzxqz"):
         ids = expanded(text)["input_ids"]
-        assert fast.encode(text).ids == ids and (max(ids) >= first) == ("x" in text)
+        assert fast.encode(text).ids == ids
+        assert (max(ids) >= first) == ("x" in text)
 
 
 # ---- GGUF ----
@@ -383,7 +387,7 @@ def test_what_cannot_be_exported(source: Path, tmp_path: Path) -> None:
         export_qwen2(source, out)
     save_file({k: v for k, v in tensors.items() if "h.1.mlp.w2" not in k}, source / "model.safetensors")
     for write in (lambda: export_qwen2(source, out), lambda: export_gguf(source, tmp_path / "o.gguf")):
-        with pytest.raises(CheckpointError, match="transformer.h.1.mlp.w2.weight is in none of the weight files"):
+        with pytest.raises(CheckpointError, match=r"transformer.h.1.mlp.w2.weight is in none of the weight files"):
             write()
     save_file(tensors, source / "model.safetensors")
     for fields, usual, text in (
@@ -426,17 +430,20 @@ def test_large_files_are_cut(source: Path, tmp_path: Path, monkeypatch: pytest.M
     export_qwen2(source, tmp_path / "cut")
     index = json.loads((tmp_path / "cut" / "model.safetensors.index.json").read_text())
     files = sorted(set(index["weight_map"].values()))
-    assert len(files) > 3 and all((tmp_path / "cut" / file).stat().st_size < 250_000 for file in files)
+    assert len(files) > 3
+    assert all((tmp_path / "cut" / file).stat().st_size < 250_000 for file in files)
     whole = load_file(tmp_path / "whole" / "model.safetensors")
     cut = {name: tensor for file in files for name, tensor in load_file(tmp_path / "cut" / file).items()}
-    assert whole.keys() == cut.keys() and all(torch.equal(whole[name], cut[name]) for name in whole)
+    assert whole.keys() == cut.keys()
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
 
 
 def test_a_base_model_in_place_of_a_chat_model(source: Path, bundled_base: Path, tmp_path: Path) -> None:
     export_qwen2(source, tmp_path / "out")
     (tmp_path / "out" / "notes.txt").touch()
     export_qwen2(bundled_base, tmp_path / "out", overwrite=True)
-    assert not (tmp_path / "out" / "chat_template.jinja").exists() and (tmp_path / "out" / "notes.txt").exists()
+    assert not (tmp_path / "out" / "chat_template.jinja").exists()
+    assert (tmp_path / "out" / "notes.txt").exists()
     (source / "generation_config.json").unlink()
     assert "Exported as a base model" in export_qwen2(source, tmp_path / "unknown")[1]
 
@@ -488,9 +495,12 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
 def test_command(run, source: Path, tmp_path: Path) -> None:
     out, file = tmp_path / "out", tmp_path / "out.gguf"
     code, printed, said = run("-c", source, "-o", out)
-    assert (code, printed) == (0, f"{out}\n") and said.startswith("Exact up to 64 tokens")
+    assert (code, printed) == (0, f"{out}\n")
+    assert said.startswith("Exact up to 64 tokens")
     code, printed, said = run("-c", source, "-o", out)
-    assert (code, printed) == (1, "") and f"{out} is not empty" in said and "--overwrite" in said
+    assert (code, printed) == (1, "")
+    assert f"{out} is not empty" in said
+    assert "--overwrite" in said
     assert run("-c", source, "-o", out, "--overwrite", "--max-length", 200)[0] == 0
     assert json.loads((out / "config.json").read_text())["max_position_embeddings"] == 200
     assert run("-c", source, "-o", file, "--type", "q8_0")[:2] == (0, f"{file}\n")
@@ -523,7 +533,10 @@ def test_errors_of_the_command(arguments: list[str], said: str, run, source: Pat
     before = sorted(tmp_path.rglob("*"))
     places = {"tmp": tmp_path, "source": source}
     code, printed, error = run(*(argument.format(**places) for argument in arguments))
-    assert code in (1, 2) and not printed and said.format(**places) in error and "Traceback" not in error
+    assert code in (1, 2)
+    assert not printed
+    assert said.format(**places) in error
+    assert "Traceback" not in error
     assert sorted(tmp_path.rglob("*")) == before
 
 

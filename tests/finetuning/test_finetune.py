@@ -253,7 +253,7 @@ BIASES = r"\.c_attn\.base_layer\.bias$"
 
 
 @pytest.mark.parametrize(
-    "arguments, pattern, count",
+    ("arguments", "pattern", "count"),
     [
         (["--lora_bias", "all"], f"{LORA}|{BIASES}", 66),
         (["--lora_bias", "lora_only", "--lora_target_modules", "c_attn"], f"{LORA}|{BIASES}", 18),
@@ -269,7 +269,7 @@ def test_lora_trains_what_it_is_told(tmp_path: Path, bundled_base: Path, lessons
     assert_trained(finetune(tmp_path, "--use_lora", *settings, *arguments), pattern, count)
 
 
-@pytest.mark.parametrize("method, name", [("--use_lora", "lora_run"), ("--q_lora", "q_lora_run")])
+@pytest.mark.parametrize(("method", "name"), [("--use_lora", "lora_run"), ("--q_lora", "q_lora_run")])
 def test_an_adapter_is_trained_further(request: pytest.FixtureRequest, tmp_path: Path, lessons: Path, method, name):
     before = request.getfixturevalue(name)
     settings = options(data_path=lessons, max_steps=2, learning_rate=1e-3, save_strategy="no", report_to="none")
@@ -313,7 +313,7 @@ def with_dropout(checkpoint: Path, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "method, batch",
+    ("method", "batch"),
     [
         (["--gradient_accumulation_steps", "2"], 6),
         (["--use_lora", "--packing", "--model_max_length", "96", "--lora_dropout", "0.2"], 4),
@@ -334,7 +334,8 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_been(
     assert stopped.result() == INTERRUPTED
     (checkpoint,) = (tmp_path / "parts" / "out").glob("checkpoint-*")
     assert 0 < int(checkpoint.name.partition("-")[2]) < 6
-    assert "--resume_from_checkpoint True" in stopped.said() and "Traceback" not in stopped.said()
+    assert "--resume_from_checkpoint True" in stopped.said()
+    assert "Traceback" not in stopped.said()
     assert not list((tmp_path / "parts" / "out").glob("*.safetensors"))  # nothing that looks finished
     resumed = finetune(tmp_path / "parts", *arguments, "--resume_from_checkpoint", "True")
 
@@ -373,7 +374,8 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path: Path, endless: list[str]):
     child.interrupt()
     assert child.result(60) == INTERRUPTED
     assert not list((tmp_path / "out").glob("checkpoint-*"))
-    assert "\nStopped.\n" in child.said() and "Traceback" not in child.said()
+    assert "\nStopped.\n" in child.said()
+    assert "Traceback" not in child.said()
 
 
 def main_interrupted_at(module: str, function: str, *arguments: str | Path) -> int:
@@ -395,7 +397,8 @@ def main_interrupted_at(module: str, function: str, *arguments: str | Path) -> i
 def test_ctrl_c_before_training(tmp_path: Path, endless: list[str], function: str):
     child = Child(tmp_path, main_interrupted_at, "qwen.finetuning.run", function, *endless)
     assert child.result() == INTERRUPTED
-    assert child.said().strip().endswith("Stopped.") and "Traceback" not in child.said()
+    assert child.said().strip().endswith("Stopped.")
+    assert "Traceback" not in child.said()
 
 
 def test_ctrl_c_while_libraries_are_imported(tmp_path: Path, lessons: Path):
@@ -495,7 +498,9 @@ def test_the_loss_is_drawn_and_logged(full_run: Run):
     picture = (full_run.output / "loss.png").read_bytes()
     assert picture.startswith(b"\x89PNG\r\n\x1a\n")
     width, height = struct.unpack(">II", picture[16:24])
-    assert width >= 600 and height >= 300 and len(picture) > 10_000  # a blank one is a third of that
+    assert width >= 600
+    assert height >= 300
+    assert len(picture) > 10_000
 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -539,7 +544,8 @@ def test_a_base_model_in_bfloat16_becomes_a_chat_model_in_bfloat16(tmp_path: Pat
     assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
     assert json.loads((run.output / "config.json").read_text())["dtype"] == "bfloat16"
     generation = json.loads((run.output / "generation_config.json").read_text())
-    assert generation["chat_format"] == "chatml" and "stop_words_ids" not in generation
+    assert generation["chat_format"] == "chatml"
+    assert "stop_words_ids" not in generation
     trained = load_file(bundled_base / "model.safetensors")
     assert all(not torch.equal(tensor, trained[name]) for name, tensor in weights.items() if "c_attn" in name)
     assert Child(tmp_path, replies, run.output, ["Hi"]).result()  # loads, and does not refuse to chat
@@ -725,7 +731,7 @@ REFUSALS = {
 }
 
 
-@pytest.mark.parametrize("words, code, says", REFUSALS.values(), ids=REFUSALS.keys())
+@pytest.mark.parametrize(("words", "code", "says"), REFUSALS.values(), ids=REFUSALS.keys())
 def test_a_mistake_is_explained(tmp_path: Path, places: dict[str, Path], words: str, code: int, says: list[str]):
     model, data, *arguments = [str(places.get(word, word)) for word in words.split()]
     named = options(model_name_or_path=model, data_path=data)
@@ -739,7 +745,8 @@ def test_a_mistake_is_explained(tmp_path: Path, places: dict[str, Path], words: 
 
 
 @pytest.mark.parametrize(
-    "name, method, holds", [("full_run", "--use_lora", "a full model"), ("lora_run", "--use_lora=False", "an adapter")]
+    ("name", "method", "holds"),
+    [("full_run", "--use_lora", "a full model"), ("lora_run", "--use_lora=False", "an adapter")],
 )
 def test_an_adapter_and_a_full_model_share_no_folder(
     request: pytest.FixtureRequest, tmp_path: Path, lessons: Path, name: str, method: str, holds: str
@@ -758,14 +765,17 @@ def test_a_run_goes_on_with_the_method_it_began_with(tmp_path: Path, full_run: R
     arguments = options(data_path=lessons, resume_from_checkpoint=checkpoint)
     child = Child(tmp_path, main_without_weights, "--use_lora", *arguments)
     assert child.result() == WRONG_ARGUMENTS
-    assert "--resume_from_checkpoint" in child.said() and "--use_lora" in child.said()
+    assert "--resume_from_checkpoint" in child.said()
+    assert "--use_lora" in child.said()
 
 
 def test_a_place_for_logs_that_does_not_exist(tmp_path: Path, lessons: Path):
     child = Child(tmp_path, main, *options(data_path=lessons, report_to="nowhere"))
     assert child.result() == WRONG_ARGUMENTS
     message = child.said().strip().splitlines()[-1]
-    assert "nowhere" in message and "tensorboard" in message and "Traceback" not in child.said()
+    assert "nowhere" in message
+    assert "tensorboard" in message
+    assert "Traceback" not in child.said()
 
 
 def test_cut_samples_are_counted(tmp_path: Path, lessons: Path):
@@ -791,5 +801,6 @@ def main_printing(*arguments: str | Path) -> tuple[int, str]:
 def test_data_must_be_named(tmp_path: Path):
     child = Child(tmp_path, main_printing)
     assert child.result() == (WRONG_ARGUMENTS, "")
-    assert "--data_path" in child.said() and "Traceback" not in child.said()
+    assert "--data_path" in child.said()
+    assert "Traceback" not in child.said()
     assert list(tmp_path.iterdir()) == [child.log]

@@ -88,14 +88,16 @@ def test_every_old_name_is_known_and_old():
     assert still_taken <= {"gradient_checkpointing", "gradient_checkpointing_kwargs"}
 
 
-@pytest.mark.parametrize("old, new", transformers4_arguments._RENAMED.items())
+@pytest.mark.parametrize(("old", "new"), transformers4_arguments._RENAMED.items())
 def test_a_renamed_argument_is_one_of_today(old: str, new: str):
     assert new in TODAY
     assert modernized([f"--{old}", "x"]) == ([f"--{new}", "x"], [])
     assert modernized([f"--{old.replace('_', '-')}=x"]) == ([f"--{new}", "x"], [])
 
 
-@pytest.mark.parametrize("old, new, value", [(old, *new) for old, new in transformers4_arguments._SWITCHES.items()])
+@pytest.mark.parametrize(
+    ("old", "new", "value"), [(old, *new) for old, new in transformers4_arguments._SWITCHES.items()]
+)
 def test_a_switch_is_a_choice_of_today(old: str, new: str, value: str):
     assert getattr(parsed(f"--{old}").training, new) == value
     assert getattr(parsed(f"--{old} True").training, new) == value
@@ -121,7 +123,7 @@ def test_fields_of_the_accelerator():
 
 
 @pytest.mark.parametrize(
-    "line, steps",
+    ("line", "steps"),
     [
         ("--warmup_ratio 0.01", 0.01),
         ("--warmup_ratio=0.01", 0.01),
@@ -140,14 +142,16 @@ def test_warmup(line: str, steps: float):
 
 
 @pytest.mark.parametrize(
-    "line, on", [("--bf16", True), ("--bf16 True", True), ("--bf16=true", True), ("--bf16 False", False), ("", False)]
+    ("line", "on"),
+    [("--bf16", True), ("--bf16 True", True), ("--bf16=true", True), ("--bf16 False", False), ("", False)],
 )
 def test_a_switch_may_have_a_value(line: str, on: bool):
     assert parsed(line).training.bf16 is on
 
 
 def test_use_lora_and_q_lora():
-    assert parsed("--use_lora").training.use_lora and parsed("--use_lora True").training.use_lora
+    assert parsed("--use_lora").training.use_lora
+    assert parsed("--use_lora True").training.use_lora
     assert not parsed("--use_lora False").training.use_lora
     assert parsed("--q_lora").training.use_lora  # it is LoRA
 
@@ -159,7 +163,8 @@ def test_lists():
 
 
 @pytest.mark.parametrize(
-    "value, understood", [("True", True), ("true", True), ("False", False), ("out/checkpoint-5", "out/checkpoint-5")]
+    ("value", "understood"),
+    [("True", True), ("true", True), ("False", False), ("out/checkpoint-5", "out/checkpoint-5")],
 )
 def test_resuming(value: str, understood: bool | str):
     assert parsed(f"--resume_from_checkpoint {value}").training.resume_from_checkpoint == understood
@@ -176,7 +181,7 @@ def test_the_old_logging_dir():
 
 
 @pytest.mark.parametrize(
-    "words, fields",
+    ("words", "fields"),
     [
         ("full_shard auto_wrap", {"reshard_after_forward": True}),
         ("'full_shard auto_wrap'", {"reshard_after_forward": True}),
@@ -186,7 +191,8 @@ def test_the_old_logging_dir():
 )
 def test_words_of_fsdp(words: str, fields: dict):
     now, notes = modernized(["--seed", "3", "--fsdp", *shlex.split(words), "--use_lora"])
-    assert now[:4] == ["--seed", "3", "--fsdp", "--fsdp_config"] and now[5:] == ["--use_lora"]
+    assert now[:4] == ["--seed", "3", "--fsdp", "--fsdp_config"]
+    assert now[5:] == ["--use_lora"]
     assert json.loads(now[4]) == fields
     assert notes == []
 
@@ -197,7 +203,8 @@ def test_words_of_fsdp_beside_its_configuration(tmp_path: Path):
     for config in (str(file), file.read_text()):
         for line in (["--fsdp", "offload", "--fsdp_config", config], ["--fsdp_config", config, "--fsdp", "offload"]):
             now, _ = modernized(line)
-            assert now[:2] == ["--fsdp", "--fsdp_config"] and len(now) == 3
+            assert now[:2] == ["--fsdp", "--fsdp_config"]
+            assert len(now) == 3
             assert json.loads(now[2]) == {"version": 2, "cpu_offload": True}
     for value in ([], ["True"]):  # as FSDP 2 is asked for
         line = ["--fsdp", *value, "--fsdp_config", str(file)]
@@ -208,7 +215,7 @@ def test_words_of_fsdp_beside_its_configuration(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    "line, says",
+    ("line", "says"),
     [
         ("--fsdp hybrid_shard", ["--fsdp hybrid_shard", "full_shard"]),
         ("--fsdp full_shard --fsdp_config no.json", ["--fsdp_config", "no.json"]),
@@ -266,7 +273,9 @@ def test_an_old_script():
     assert (training.learning_rate, training.weight_decay, training.adam_beta2) == (3e-4, 0.1, 0.95)
     assert (training.eval_strategy, training.save_strategy) == ("no", "steps")
     assert (training.lr_scheduler_type, training.warmup_steps, training.report_to) == ("cosine", 0.01, [])
-    assert training.bf16 and training.use_lora and training.model_max_length == 512
+    assert training.bf16
+    assert training.use_lora
+    assert training.model_max_length == 512
     assert getattr(training, CHECKPOINTING)
 
 
@@ -282,4 +291,5 @@ def test_our_own_scripts(script: str):
     at = words.index("--deepspeed") if "--deepspeed" in words else len(words)
     arguments, notes = parse([*words[:at], *words[at + 2 :], "--use_cpu"])  # it would start DeepSpeed
     assert notes == []
-    assert arguments.training.warmup_steps == 0.01 and getattr(arguments.training, CHECKPOINTING)
+    assert arguments.training.warmup_steps == 0.01
+    assert getattr(arguments.training, CHECKPOINTING)

@@ -27,6 +27,7 @@ from transformers import get_cosine_schedule_with_warmup
 from qwen.checkpoint.loading import load_model
 from tests.support import ROOT
 from tests.support.processes import Child, main
+import itertools
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "PORT"]
 SCRIPTS = ROOT / "finetune"
@@ -424,7 +425,8 @@ def test_mistake_is_said_once(runs: Runs):
     assert run.said == f"{runs.folder / 'nowhere.json'} does not exist: check the path.\n"
 
     run = runs.forked("--epochs", "3", output="unknown", script="finetune_ds.sh", **mistaken | {"status": 2})
-    assert run.said.count("\n") == 1 and "There is no argument --epochs" in run.said
+    assert run.said.count("\n") == 1
+    assert "There is no argument --epochs" in run.said
 
 
 def test_mistake_on_one_machine_ends_all(runs: Runs):
@@ -469,7 +471,8 @@ def test_launcher_explains_what_went_wrong(tmp_path: Path):
         port = str(taken.getsockname()[1])
         result = launched(port)
     assert result.returncode == 1
-    assert f"cannot meet at localhost:{port}" in result.stderr and "set MASTER_PORT" in result.stderr
+    assert f"cannot meet at localhost:{port}" in result.stderr
+    assert "set MASTER_PORT" in result.stderr
     assert "Traceback" not in result.stderr
 
     result = launched(free_port())
@@ -519,7 +522,8 @@ def test_scripts_pass_arguments_on(shell: str, recorder: Path):
         "o p",
     ]
     result = scripted(shell, "finetune_lora_ds.sh", *arguments, recorder=recorder, CDPATH=str(ROOT))
-    assert result.returncode == 0 and result.stderr == ""
+    assert result.returncode == 0
+    assert result.stderr == ""
     words = result.stdout.splitlines()
     assert words[:2] == [str(SCRIPTS / "launch.py"), str(ROOT / "finetune.py")]
     for option, value in (("model_name_or_path", "org/name"), ("data_path", "my data.json"), ("output_dir", "o p")):
@@ -528,13 +532,16 @@ def test_scripts_pass_arguments_on(shell: str, recorder: Path):
     assert words[-4:] == ["--run_name", "a  b", "--seed=3", "--use_cpu"], "the person's words come last, and win"
 
     usage = scripted(shell, "finetune_ds.sh", "-d", "x", "-h", recorder=recorder)
-    assert usage.returncode == 0 and usage.stdout.startswith("Usage: ") and "MASTER_PORT" in usage.stdout
+    assert usage.returncode == 0
+    assert usage.stdout.startswith("Usage: ")
+    assert "MASTER_PORT" in usage.stdout
 
 
 @pytest.mark.parametrize("arguments", [["-m"], ["--lora_r", "8", "-d"], ["-m", "-d", "data.json"], ["-o", ""]])
 def test_scripts_want_a_value(arguments: list[str], recorder: Path):
     result = scripted("sh", "finetune_ds.sh", *arguments, recorder=recorder)
-    assert result.returncode == 2 and result.stdout == ""
+    assert result.returncode == 2
+    assert result.stdout == ""
     option = next(word for word in arguments if word in ("-m", "-d", "-o"))
     assert result.stderr == f"{option} needs a value.\n"
 
@@ -553,7 +560,7 @@ def test_scripts_have_the_published_settings(
     script: str, batch: str, accumulation: str, rate: str, stage: int | None, switches: list[str], recorder: Path
 ):
     words = scripted("sh", script, recorder=recorder).stdout.splitlines()
-    settings = dict(zip(words, words[1:], strict=False))
+    settings = dict(itertools.pairwise(words))
     published = {
         "--per_device_train_batch_size": batch,
         "--gradient_accumulation_steps": accumulation,
@@ -570,9 +577,11 @@ def test_scripts_have_the_published_settings(
     assert published.items() <= settings.items()
     assert [word for word in words if word in ("--use_lora", "--q_lora")] == switches
     if stage is None:
-        assert "--deepspeed" not in words and words[0] == str(ROOT / "finetune.py")
+        assert "--deepspeed" not in words
+        assert words[0] == str(ROOT / "finetune.py")
     else:
         config = json.loads(Path(settings["--deepspeed"]).read_text())
-        assert config["zero_optimization"]["stage"] == stage and "scheduler" not in config
+        assert config["zero_optimization"]["stage"] == stage
+        assert "scheduler" not in config
     assert Path(settings["--model_name_or_path"], "config.json").is_file()
     assert Path(settings["--data_path"]).is_file()

@@ -172,7 +172,8 @@ def edit(folder: Path, **changes: object) -> None:
 def test_an_adapter_loads_as_the_model_that_it_makes(trained: Path, bundled_chat: Path) -> None:
     check_chat(trained)
     model, tokenizer = load_model(trained, cpu_only=True)
-    assert type(model) is QWenLMHeadModel and not model.training
+    assert type(model) is QWenLMHeadModel
+    assert not model.training
     assert not any(isinstance(module, LoraLayer) for module in model.modules())
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert Path(model.name_or_path) == trained
@@ -225,7 +226,7 @@ def test_what_the_folder_lacks_comes_from_the_base(adapter: Path, bundled_chat: 
     assert tokenizer.get_vocab() == load_tokenizer(bundled_chat).get_vocab()
     assert model.generation_config.top_p == GenerationConfig.from_pretrained(bundled_chat).top_p
     edit(adapter, base_model_name_or_path=str(bundled_base))
-    with pytest.raises(CheckpointError, match="no chat model.*'raw'"):
+    with pytest.raises(CheckpointError, match=r"no chat model.*'raw'"):
         check_chat(adapter)
 
 
@@ -248,7 +249,9 @@ def test_an_adapter_with_new_tokens(
 def test_new_tokens_without_their_rows(larger_tokenizer: QWenTokenizer, adapter: Path) -> None:
     larger_tokenizer.save_pretrained(adapter)
     text = complaint(adapter)
-    assert "does not fit" in text and "Missing from its file" in text and "wte.weight" in text
+    assert "does not fit" in text
+    assert "Missing from its file" in text
+    assert "wte.weight" in text
 
 
 def test_on_quantized_weights_it_stays_an_adapter(q_lora: tuple[Path, PeftModel]) -> None:
@@ -276,7 +279,8 @@ def test_the_base_is_gone(adapter: Path) -> None:
 def test_the_base_is_out_of_reach(adapter: Path, tmp_path: Path) -> None:
     edit(adapter, base_model_name_or_path="Qwen/Qwen-7B-Chat")
     text = complaint(adapter, cache_dir=tmp_path)  # HF_HUB_OFFLINE is set
-    assert "cannot be reached" in text and "base_model_name_or_path" in text
+    assert "cannot be reached" in text
+    assert "base_model_name_or_path" in text
 
 
 @pytest.mark.parametrize("itself", [True, False])
@@ -377,7 +381,8 @@ def test_an_adapter_that_does_not_fit(
         change(tensors)
         save_file(tensors, adapter / WEIGHTS)
     text = complaint(adapter, cpu_only=True)
-    assert f"does not fit {bundled_chat}" in text and expected in text
+    assert f"does not fit {bundled_chat}" in text
+    assert expected in text
 
 
 def test_an_adapter_of_a_model_of_another_size(trained: Path, tiny_chat_checkpoint: Path, adapter: Path) -> None:
@@ -395,7 +400,7 @@ def test_training_starts_from_models_only(trained: Path, tmp_path: Path, monkeyp
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path))
     training = FinetuningArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", use_lora=True)
     model, data = ModelArguments(model_name_or_path=str(trained)), DataArguments(data_path="")
-    with pytest.raises(ArgumentError, match="is an adapter.*--lora_weight_path.*qwen merge"):
+    with pytest.raises(ArgumentError, match=r"is an adapter.*--lora_weight_path.*qwen merge"):
         load_for_training(Arguments(model, data, LoraArguments(), training))
 
 
@@ -446,10 +451,13 @@ def test_a_full_folder_is_replaced_only_when_told_to(trained: Path, merged: Path
     out = Path(shutil.copytree(merged, tmp_path / "out"))
     (out / "notes.txt").touch()
     code, text = main(trained, out)
-    assert code == 1 and "is not empty" in text and "--overwrite" in text
+    assert code == 1
+    assert "is not empty" in text
+    assert "--overwrite" in text
     assert main(trained, out, "--overwrite", "--dtype", "float32", "--max-shard-size", "4MB")[0] == 0
     assert len(list(out.glob("model-*.safetensors"))) > 3
-    assert not (out / "model.safetensors").exists() and (out / "notes.txt").exists()
+    assert not (out / "model.safetensors").exists()
+    assert (out / "notes.txt").exists()
     model, _ = load_model(out, cpu_only=True, dtype="auto")
     assert model.dtype == torch.float32
     assert main(trained, out, "--overwrite")[0] == 0
@@ -472,7 +480,7 @@ def test_a_moved_base_is_named(adapter: Path, bundled_chat: Path, tmp_path: Path
     merge(adapter, tmp_path / "out", base=bundled_chat)
     model, tokenizer = load_model(tmp_path / "out", cpu_only=True)
     assert model.chat(tokenizer, QUESTION, history=None, do_sample=False)[0] == ANSWER
-    with pytest.raises(CheckpointError, match="'/gone/too'.*Name the whole model"):
+    with pytest.raises(CheckpointError, match=r"'/gone/too'.*Name the whole model"):
         merge(adapter, tmp_path / "elsewhere", base="/gone/too")
 
 
@@ -481,10 +489,15 @@ def test_q_lora_is_refused_with_a_way_out(
 ) -> None:
     folder, _ = q_lora
     code, text = main(folder, tmp_path / "out")
-    assert code == 1 and "is quantized" in text and f"cli_demo.py -c {folder}" in text and "--base" in text
-    assert "approximation" in text and not (tmp_path / "out").exists()
+    assert code == 1
+    assert "is quantized" in text
+    assert f"cli_demo.py -c {folder}" in text
+    assert "--base" in text
+    assert "approximation" in text
+    assert not (tmp_path / "out").exists()
     code, text = main(folder, tmp_path / "out", "--base", bundled_chat)
-    assert code == 0 and "An approximation" in text
+    assert code == 0
+    assert "An approximation" in text
     check_chat(tmp_path / "out")
 
 
@@ -512,7 +525,8 @@ def test_mistakes_are_told(
 ) -> None:
     places = {"base": bundled_chat, "adapter": trained, "out": tmp_path / "out", "file": trained / WEIGHTS}
     found, text = main(*(argument.format(**places) for argument in arguments))
-    assert found == code and expected in text
+    assert found == code
+    assert expected in text
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -534,9 +548,11 @@ def test_what_stops_halfway_leaves_no_trace(
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", stop)
     code, text = main(trained, tmp_path / "a" / "new")
     if error is KeyboardInterrupt:
-        assert code == 130 and text.endswith("\nStopped. Nothing was written.\n")
+        assert code == 130
+        assert text.endswith("\nStopped. Nothing was written.\n")
     else:
-        assert code == 1 and "The weights could not be written: No space left on device" in text
+        assert code == 1
+        assert "The weights could not be written: No space left on device" in text
     assert not list(tmp_path.iterdir())
     old = Path(shutil.copytree(merged, tmp_path / "old"))
     assert main(trained, old, "--overwrite")[0] == code
@@ -547,7 +563,9 @@ def test_what_stops_halfway_leaves_no_trace(
 def test_sigterm_stops_it_like_ctrl_c(trained: Path, tmp_path: Path, main, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", lambda *args, **kwargs: signal.raise_signal(signal.SIGTERM))
     code, text = main(trained, tmp_path / "new")
-    assert code == 130 and text.endswith("\nStopped. Nothing was written.\n") and not list(tmp_path.iterdir())
+    assert code == 130
+    assert text.endswith("\nStopped. Nothing was written.\n")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_of_something_else_is_not_replaced(trained: Path, tmp_path: Path, main) -> None:
@@ -555,7 +573,9 @@ def test_a_folder_of_something_else_is_not_replaced(trained: Path, tmp_path: Pat
     (tmp_path / "model.safetensors").write_text("somebody's")
     before = content(tmp_path)
     code, text = main(trained, tmp_path, "--overwrite")
-    assert code == 1 and "holds no model that could be replaced" in text and content(tmp_path) == before
+    assert code == 1
+    assert "holds no model that could be replaced" in text
+    assert content(tmp_path) == before
 
 
 def test_the_documented_way_in_python(trained: Path, tmp_path: Path) -> None:
@@ -564,6 +584,7 @@ def test_the_documented_way_in_python(trained: Path, tmp_path: Path) -> None:
     model.merge_and_unload().save_pretrained(new, max_shard_size="2048MB", safe_serialization=True)
     AutoTokenizer.from_pretrained(str(trained), trust_remote_code=True).save_pretrained(new)
     check_chat(new)
-    assert (new / "model.safetensors").is_file() and (new / "modeling_qwen.py").is_file()
+    assert (new / "model.safetensors").is_file()
+    assert (new / "modeling_qwen.py").is_file()
     model, tokenizer = load_model(new, cpu_only=True)
     assert model.chat(tokenizer, QUESTION, history=None, do_sample=False)[0] == ANSWER

@@ -85,7 +85,8 @@ def test_decoding_equals_torch(kernels, dtype, mask):
         )
     mask = None if mask is None else mask.to(DEVICE)
     ours = kernels.decode(query, layer.states, mask, 64**-0.5)
-    assert ours.shape == query.shape and ours.dtype == dtype
+    assert ours.shape == query.shape
+    assert ours.dtype == dtype
     torch.testing.assert_close(
         ours, decode_in_torch(query, layer.states, mask, 64**-0.5), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype]
     )
@@ -116,7 +117,9 @@ def test_a_row_that_sees_nothing_is_zero(kernels):
     layer = filled_layer(70, batch=2, heads=1, channels=32, dtype=torch.float32)
     mask = torch.tensor([True, False], device=DEVICE)[:, None, None, None].expand(2, 1, 1, 70)
     output = kernels.decode(random_states(2, 1, 1, 32, seed=9), layer.states, mask, 0.2)
-    assert output.isfinite().all() and output[0].any() and not output[1].any()
+    assert output.isfinite().all()
+    assert output[0].any()
+    assert not output[1].any()
 
 
 def test_tiles_follow_tensors_that_move(kernels):

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from qwen import QWenLMHeadModel, decode_tokens, get_stop_words_ids, make_context
 from tests.support import GOLDEN_FOLDER, ROOT
+import itertools
 
 GREEDY = {"do_sample": False}
 # One far past the trained length of 64, so that NTK and LogN are at work.
@@ -136,9 +137,7 @@ def test_streaming_grows_to_the_reply_of_chat(chat, query):
     model, tokenizer = chat
     pieces = list(model.chat_stream(tokenizer, query, **GREEDY))
     assert pieces[-1] == model.chat(tokenizer, query, **GREEDY)[0]
-    assert all(
-        later.startswith(earlier) and later != earlier for earlier, later in zip(pieces, pieces[1:], strict=False)
-    )
+    assert all(later.startswith(earlier) and later != earlier for earlier, later in itertools.pairwise(pieces))
 
 
 def test_streaming_never_shows_half_a_character(chat, tiny_chat_checkpoint):
@@ -151,7 +150,7 @@ def test_streaming_never_shows_half_a_character(chat, tiny_chat_checkpoint):
     assert broken[-1] == model.chat(tokenizer, "hi", **GREEDY, max_new_tokens=60)[0]
 
     text = "汉字🐼é!"
-    forced = iter(tokenizer.encode(text) + [tokenizer.im_end_id])
+    forced = iter([*tokenizer.encode(text), tokenizer.im_end_id])
 
     def dictate(batch_id, ids):
         return [next(forced)] if len(ids) >= 1 else []

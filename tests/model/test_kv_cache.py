@@ -93,7 +93,8 @@ def test_growing_moves_nothing():
         assert [tensor.data_ptr() for tensor in tensors(layer)][: len(before)] == before
         room = sum(segment[0].shape[2] for segment in layer.states.segments)
         assert 0 <= room - layer.get_seq_length() < max(128, layer.get_seq_length() // 8) + TILE
-    assert layer.get_seq_length() == 1299 and len(layer.states.segments) < 12
+    assert layer.get_seq_length() == 1299
+    assert len(layer.states.segments) < 12
 
 
 @torch.no_grad()
@@ -134,13 +135,15 @@ def test_dropping_tokens_and_going_on():
     layer.update(key[:, :, :100], value[:, :, :100])
     layer.update(key[:, :, 100:], value[:, :, 100:])
     layer.crop(-230)
-    assert layer.get_seq_length() == 70 and len(layer.states.segments) == 1
+    assert layer.get_seq_length() == 70
+    assert len(layer.states.segments) == 1
     layer.update(key[:, :, 70:], value[:, :, 70:])
     fresh.update(key, value)
     for one, other in zip(held(layer), held(fresh), strict=True):
         assert torch.equal(one, other)
     layer.crop(-1000)
-    assert layer.get_seq_length() == 0 and not layer.states.segments
+    assert layer.get_seq_length() == 0
+    assert not layer.states.segments
     with pytest.raises(ValueError, match="minus the number"):
         layer.crop(3)
 
@@ -155,7 +158,8 @@ def test_the_kernels_map_follows_what_is_dropped_and_added():
     draw = random.Random(0)
     for seed in range(60):
         layer.update(*states(draw.choice([1, 60, 130, 300]), batch=1, heads=1, seed=seed))
-        assert is_right(layer.states) and is_right(copy.deepcopy(layer.states))
+        assert is_right(layer.states)
+        assert is_right(copy.deepcopy(layer.states))
         layer.crop(-draw.randrange(200))
         assert layer.get_seq_length() == 0 or is_right(layer.states)
     layer.update(*states(60, batch=1, heads=1))
@@ -230,8 +234,10 @@ def test_layers_read_and_written_in_the_published_layout(model):
     assert len(layers) == len(cache) == model.config.num_hidden_layers
     (q_key, scale, zero), value = cache[0]
     heads, channels = model.config.num_attention_heads, model.config.kv_channels
-    assert q_key.shape == (1, heads, 20, channels) and q_key.dtype == torch.uint8
-    assert scale.shape == zero.shape == (1, heads, 20, 1) and len(value) == 3
+    assert q_key.shape == (1, heads, 20, channels)
+    assert q_key.dtype == torch.uint8
+    assert scale.shape == zero.shape == (1, heads, 20, 1)
+    assert len(value) == 3
 
     expected = model(ids[:, 20:], past_key_values=copy.deepcopy(cache)).logits
     again = QuantizedKVCache.from_legacy_cache(layers)
@@ -307,7 +313,8 @@ def test_a_chat_is_the_same_with_the_kernel_and_without(bundled_chat):
             stream = list(model.chat_stream(tokenizer, "What is my name?", history=history, do_sample=False))[-1]
             answers.append([reply, *batch, stream])
         assert answers[0] == answers[1] == answers[2]
-        assert answers[0][1] == "47 + 38 = 85." and "Alice" in answers[0][3]
+        assert answers[0][1] == "47 + 38 = 85."
+        assert "Alice" in answers[0][3]
 
 
 def test_a_static_cache_that_is_asked_for_wins(model, exact):
@@ -324,7 +331,8 @@ def test_weights_are_given_where_attention_is_written_out(golden):
     with torch.no_grad():
         cache = model(prompt(10), use_cache=True).past_key_values
         weights = model(prompt(1), past_key_values=cache, output_attentions=True).attentions
-    assert len(weights) == model.config.num_hidden_layers and weights[0].shape[-1] == 11
+    assert len(weights) == model.config.num_hidden_layers
+    assert weights[0].shape[-1] == 11
     torch.testing.assert_close(weights[0].sum(-1), torch.ones(1, model.config.num_attention_heads, 1))
 
 
@@ -362,4 +370,5 @@ def test_the_server(start_server, bundled_chat):
 
     with ThreadPoolExecutor(4) as pool:
         together = list(pool.map(answer, (47, 12, 30, 25)))
-    assert together == [answer(a) for a in (47, 12, 30, 25)] and together[0] == "47 + 38 = 85."
+    assert together == [answer(a) for a in (47, 12, 30, 25)]
+    assert together[0] == "47 + 38 = 85."

@@ -88,19 +88,24 @@ def test_switches_reach_the_model(checkpoint, load):
         trust_remote_code=True,
     )
     config = model.config
-    assert not config.use_dynamic_ntk and not config.use_logn_attn
-    assert config.use_cache_quantization and config.use_cache_kernel
-    assert config.pad_token_id == 7 and config._attn_implementation == "sdpa"
+    assert not config.use_dynamic_ntk
+    assert not config.use_logn_attn
+    assert config.use_cache_quantization
+    assert config.use_cache_kernel
+    assert config.pad_token_id == 7
+    assert config._attn_implementation == "sdpa"
     assert load(checkpoint, attn_implementation="eager").config._attn_implementation == "eager"
 
 
 def test_a_config_object_and_arguments_together(checkpoint):
     config = QWenConfig.from_pretrained(checkpoint)
     model = QWenLMHeadModel.from_pretrained(checkpoint, config=config, use_logn_attn=False, bf16=True)
-    assert not model.config.use_logn_attn and config.use_logn_attn
+    assert not model.config.use_logn_attn
+    assert config.use_logn_attn
     assert model.dtype is torch.bfloat16
     model = QWenLMHeadModel.from_pretrained(checkpoint, config=model.config, fp16=True)
-    assert model.dtype is torch.float16 and not model.config.bf16
+    assert model.dtype is torch.float16
+    assert not model.config.bf16
     with pytest.raises(ValueError, match="use_flash_attn"):
         QWenLMHeadModel.from_pretrained(checkpoint, config=config, use_flash_attn="always")
 
@@ -117,7 +122,9 @@ def test_flash_attention_is_switched_off_with_a_reason(caplog, monkeypatch):
     assert choose_attention(config, torch.bfloat16, torch.device("cuda"), "flash_attention_2") == "sdpa"
     assert choose_attention(config, torch.bfloat16, torch.device("cuda"), "eager") == "eager"
     reasons = " ".join(record.getMessage() for record in caplog.records)
-    assert "does not run on cpu" in reasons and "float32" in reasons and "8 bits" in reasons
+    assert "does not run on cpu" in reasons
+    assert "float32" in reasons
+    assert "8 bits" in reasons
     # On a machine with the package and a GPU of some generation.
     monkeypatch.setattr(loading_options_qwen, "is_flash_attn_2_available", lambda: True)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
@@ -140,7 +147,8 @@ def test_a_quantization_config_is_left_to_transformers_to_merge(checkpoint, monk
     monkeypatch.setattr(PreTrainedModel, "from_pretrained", record)
     QWenLMHeadModel.from_pretrained(checkpoint, quantization_config=GPTQConfig(bits=4, backend="torch"))
     assert seen["config"].quantization_config["group_size"] == 64
-    assert seen["quantization_config"].backend == "torch" and seen["dtype"] == torch.bfloat16
+    assert seen["quantization_config"].backend == "torch"
+    assert seen["dtype"] == torch.bfloat16
 
 
 GPU = torch.device("cuda")
@@ -198,20 +206,24 @@ def test_the_kernel_reaches_transformers(checkpoint, load, monkeypatch):
     monkeypatch.setattr(PreTrainedModel, "from_pretrained", record)
     for device_map in (None, "cpu", {"": "cpu"}):
         load(checkpoint, device_map=device_map)
-        assert seen["config"].quantization_config["backend"] == "gptq_torch_int8" and seen["dtype"] == torch.bfloat16
+        assert seen["config"].quantization_config["backend"] == "gptq_torch_int8"
+        assert seen["dtype"] == torch.bfloat16
     load(checkpoint, fp16=True)  # what the caller says counts, unlike the flag in the file
-    assert seen["config"].quantization_config["backend"] == "torch" and seen["dtype"] == torch.float16
+    assert seen["config"].quantization_config["backend"] == "torch"
+    assert seen["dtype"] == torch.float16
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
     monkeypatch.setattr(cpp_extension, "CUDA_HOME", "/usr/local/cuda")
     for device_map in ("auto", {"": 0}):
         load(checkpoint, device_map=device_map)
-        assert seen["config"].quantization_config["backend"] == "auto" and seen["dtype"] == "auto"
+        assert seen["config"].quantization_config["backend"] == "auto"
+        assert seen["dtype"] == "auto"
     monkeypatch.undo()
     monkeypatch.setattr(PreTrainedModel, "from_pretrained", record)
     asked = GPTQConfig(bits=8, disable_exllama=True)
     load(checkpoint, quantization_config=asked)
-    assert seen["quantization_config"].backend == "gptq_torch_int8" and asked.backend == "auto"
+    assert seen["quantization_config"].backend == "gptq_torch_int8"
+    assert asked.backend == "auto"
 
 
 def test_where_and_how_a_model_is_loaded():
@@ -254,8 +266,10 @@ def test_first_release_dialect_gives_the_same_model(checkpoint, golden):
     )
     model = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
     config = model.config
-    assert not config.use_dynamic_ntk and not config.use_logn_attn
-    assert config.layer_norm_epsilon == 1e-5 and config.vocab_size == 512
+    assert not config.use_dynamic_ntk
+    assert not config.use_logn_attn
+    assert config.layer_norm_epsilon == 1e-5
+    assert config.vocab_size == 512
     reference = AutoModelForCausalLM.from_pretrained(
         golden, use_dynamic_ntk=False, use_logn_attn=False, layer_norm_epsilon=1e-5
     ).eval()
@@ -271,9 +285,9 @@ def test_unused_fields_survive_a_round_trip(checkpoint, tmp_path):
     config = AutoConfig.from_pretrained(checkpoint)
     config.save_pretrained(tmp_path / "again")
     again = json.loads((tmp_path / "again" / "config.json").read_text())
-    assert (
-        again["padded_vocab_size"] == 512 and again["tokenizer_type"] == "QWenTokenizer" and again["my_own"] == {"a": 1}
-    )
+    assert again["padded_vocab_size"] == 512
+    assert again["tokenizer_type"] == "QWenTokenizer"
+    assert again["my_own"] == {"a": 1}
 
 
 @pytest.mark.parametrize(

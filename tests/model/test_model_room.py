@@ -40,7 +40,8 @@ def test_a_file_imports_installed_packages_and_siblings(name: str) -> None:
     allowed = sys.stdlib_module_names | INSTALLED | OPTIONAL
     for level, module in imports(ast.parse(FILES[name].read_text(encoding="utf-8"))):
         if level:
-            assert level == 1 and module in FILES, f"{name}.py imports {'.' * level}{module}"
+            assert level == 1, f"{name}.py imports {'.' * level}{module}"
+            assert module in FILES, f"{name}.py imports {'.' * level}{module}"
         else:
             assert module.split(".")[0] in allowed, f"{name}.py imports {module}"
 

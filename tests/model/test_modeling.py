@@ -241,7 +241,8 @@ def test_sampling_repeats_with_its_seed(model):
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
         samples.append(model.generate(ids, max_new_tokens=8, do_sample=True, top_p=0.9))
-    assert torch.equal(samples[0], samples[1]) and not torch.equal(samples[0], samples[2])
+    assert torch.equal(samples[0], samples[1])
+    assert not torch.equal(samples[0], samples[2])
 
 
 def test_continuous_batching_equals_generate(golden):
@@ -318,7 +319,8 @@ def test_resized_and_tied_embeddings(golden, tmp_path):
     model = QWenLMHeadModel.from_pretrained(golden).eval()
     before = model(torch.arange(8)[None]).logits
     model.resize_token_embeddings(520)
-    assert model.config.vocab_size == 520 and model.lm_head.weight.shape == (520, 64)
+    assert model.config.vocab_size == 520
+    assert model.lm_head.weight.shape == (520, 64)
     assert torch.equal(model(torch.arange(8)[None]).logits[..., :512], before)
 
     tied = QWenLMHeadModel(QWenConfig(**small_shape(), tie_word_embeddings=True))
@@ -394,7 +396,8 @@ def test_lora_trains_the_adapter_only(golden, tmp_path):
         losses.append(loss.item())
     assert losses[-1] < losses[0]
     changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
-    assert changed and all("lora_" in name for name in changed)
+    assert changed
+    assert all("lora_" in name for name in changed)
     model.save_pretrained(tmp_path)
     loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path).eval()
     with torch.no_grad():

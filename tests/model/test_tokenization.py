@@ -84,9 +84,12 @@ def test_reference_of_partial_characters(real, case):
 def test_sizes_and_ids_of_the_published_vocabulary(real):
     assert len(real) == real.vocab_size == len(real.get_vocab()) == len(real.decoder) == GOLDEN["n"] == 151851
     assert (real.eod_id, real.im_start_id, real.im_end_id) == (151643, 151644, 151645)
-    assert real.eod_id == GOLDEN["eod_id"] and real.im_end_id == GOLDEN["im_end_id"]
-    assert real.special_tokens["<|extra_0|>"] == 151646 and real.special_tokens["<|extra_204|>"] == 151850
-    assert real.mergeable_ranks[b"!"] == 0 and len(real.mergeable_ranks) == 151643
+    assert real.eod_id == GOLDEN["eod_id"]
+    assert real.im_end_id == GOLDEN["im_end_id"]
+    assert real.special_tokens["<|extra_0|>"] == 151646
+    assert real.special_tokens["<|extra_204|>"] == 151850
+    assert real.mergeable_ranks[b"!"] == 0
+    assert len(real.mergeable_ranks) == 151643
 
 
 def test_batch_of_all_cases_equals_single_texts(real):
@@ -143,7 +146,8 @@ def test_random_bytes_round_trip_in_a_small_vocabulary(small):
 def test_control_tokens_follow_the_ranks_of_any_vocabulary(small):
     first = 256 + len(SMALL_MERGES)
     assert [small.special_tokens[token] for token in CONTROL_TOKENS] == list(range(first, first + 208))
-    assert small.eod_id == first and len(small) == first + 208
+    assert small.eod_id == first
+    assert len(small) == first + 208
     assert small.encode("abcd ab<|im_end|>") == [258, 32, 256, small.im_end_id]
     assert small.tokenize("a中<|im_end|>") == [b"a", "中".encode(), "<|im_end|>"]
 
@@ -152,8 +156,10 @@ def test_types_of_tokens(real):
     tokens = real.tokenize("hi<|im_end|>")
     assert tokens == [b"hi", "<|im_end|>"] == real.convert_ids_to_tokens(real.encode("hi<|im_end|>"))
     vocab = real.get_vocab()
-    assert vocab[b"hi"] == 6023 and vocab["<|im_end|>"] == 151645
-    assert real.decoder[6023] == b"hi" and real.decoder[151645] == "<|im_end|>"
+    assert vocab[b"hi"] == 6023
+    assert vocab["<|im_end|>"] == 151645
+    assert real.decoder[6023] == b"hi"
+    assert real.decoder[151645] == "<|im_end|>"
 
 
 def test_allowed_special_takes_all_none_or_some(small):
@@ -199,7 +205,8 @@ def test_special_tokens_are_unset_until_set(small):
     assert small.pad_token_id == small.special_tokens["<|extra_0|>"]
     assert small.eos_token == "<|endoftext|>"
     assert small.add_special_tokens({"unk_token": "<|extra_1|>", "extra_special_tokens": ["<|extra_2|>"]}) == 0
-    assert small.unk_token == "<|extra_1|>" and small.extra_special_tokens == ["<|extra_2|>"]
+    assert small.unk_token == "<|extra_1|>"
+    assert small.extra_special_tokens == ["<|extra_2|>"]
     assert small.encode("a") == [97]  # nothing is put around a text
 
 
@@ -215,7 +222,8 @@ def test_only_control_tokens_serve_as_special_tokens(small_file, name):
         tokenizer.add_special_tokens({"extra_special_tokens": ["[PAD]"]})
     with pytest.raises(ValueError, match=message):
         tokenizer.extra_special_tokens = ["[PAD]"]
-    assert tokenizer.special_tokens_map == {} and tokenizer.extra_special_tokens == []  # nothing was half done
+    assert tokenizer.special_tokens_map == {}
+    assert tokenizer.extra_special_tokens == []
 
 
 def test_setting_an_attribute_to_a_regular_token_raises(small):
@@ -226,7 +234,7 @@ def test_setting_an_attribute_to_a_regular_token_raises(small):
 
 
 def test_adding_regular_tokens_raises(small):
-    with pytest.raises(ValueError, match="'word'.*extra_vocab_file"):
+    with pytest.raises(ValueError, match=r"'word'.*extra_vocab_file"):
         small.add_tokens("word")
     with pytest.raises(ValueError, match="not a control token"):
         small.add_tokens(["<tool>"], special_tokens=True)
@@ -249,7 +257,7 @@ def test_conversions_of_one_and_of_several(small):
 def test_unknown_tokens_and_ids_raise(small):
     with pytest.raises(ValueError, match="b'zz' is not in the vocabulary"):
         small.convert_tokens_to_ids([b"ab", b"zz"])
-    with pytest.raises(ValueError, match="'ab' is not in the vocabulary.*regular tokens are bytes"):
+    with pytest.raises(ValueError, match=r"'ab' is not in the vocabulary.*regular tokens are bytes"):
         small.convert_tokens_to_ids("ab")
     for index in (len(small), -100, 2**40):
         for call in (small.convert_ids_to_tokens, small.decode):
@@ -291,7 +299,8 @@ def test_spaces_are_not_cleaned_up_by_an_old_switch(small_file):
 def test_padding_and_tensors(small_file):
     tokenizer = QWenTokenizer(small_file, pad_token="<|extra_0|>", eos_token="<|endoftext|>", padding_side="left")
     pad = tokenizer.pad_token_id
-    assert pad == tokenizer.eod_id + 3 and tokenizer.eos_token_id == tokenizer.eod_id
+    assert pad == tokenizer.eod_id + 3
+    assert tokenizer.eos_token_id == tokenizer.eod_id
     batch = tokenizer(["ab", "ba"], padding="longest", return_tensors="pt")
     assert set(batch) == {"input_ids", "attention_mask"}
     assert batch["input_ids"].tolist() == [[pad, 256], [98, 97]]
@@ -315,7 +324,8 @@ def test_truncation_pairs_and_words(small):
     assert small("bbbbb", truncation=True, max_length=2) == {"input_ids": [98, 98], "attention_mask": [1, 1]}
     assert small.encode("bbbbb", max_length=2, truncation=True) == [98, 98]
     overflow = small("bbbcc", truncation=True, max_length=3, return_overflowing_tokens=True)
-    assert overflow["overflowing_tokens"] == [99, 99] and overflow["num_truncated_tokens"] == 2
+    assert overflow["overflowing_tokens"] == [99, 99]
+    assert overflow["num_truncated_tokens"] == 2
     assert small("a", "b")["input_ids"] == [97, 98] == small([("a", "b")])["input_ids"][0]
     assert small(["a", "b"], ["c", "d"])["input_ids"] == [[97, 99], [98, 100]]
     assert small(["a", "b"], is_split_into_words=True)["input_ids"] == [97, 98]
@@ -395,7 +405,8 @@ def expanded_ranks() -> dict[bytes, int]:
 
 
 def assert_expanded(tokenizer: QWenTokenizer, first: int) -> None:
-    assert tokenizer.eod_id == first and len(tokenizer) == tokenizer.vocab_size == first + 210
+    assert tokenizer.eod_id == first
+    assert len(tokenizer) == tokenizer.vocab_size == first + 210
     assert tokenizer.encode("ababababab<|im_end|>") == [first + 209, 256, first + 2]
     assert tokenizer.decode([first + 208, first]) == "abab<|endoftext|>"
 
@@ -414,7 +425,8 @@ def test_extra_vocab_file_adds_ranks_and_skips_what_is_taken(tmp_path, small_fil
     path = write_ranks(tmp_path / "extra.tiktoken", extra)
     tokenizer = QWenTokenizer(small_file, extra_vocab_file=path)
     assert_expanded(tokenizer, first)
-    assert tokenizer.mergeable_ranks[b"ab"] == 256 and b"zz" not in tokenizer.mergeable_ranks
+    assert tokenizer.mergeable_ranks[b"ab"] == 256
+    assert b"zz" not in tokenizer.mergeable_ranks
     messages = [record.getMessage() for record in caplog.records]
     assert [any(text in message for message in messages) for text in ("b'ab'", "b'zz'", "b'yy'")] == [True] * 3
     tokenizer.save_pretrained(tmp_path / "saved")
@@ -433,17 +445,17 @@ SMALL_LINES = [b"%s %d" % (b64(token), rank) for token, rank in small_ranks().it
     [
         ([], "is empty"),
         ([b"version https://git-lfs.github.com/spec/v1", b"oid sha256:00", b"size 2561218"], "git lfs pull"),
-        (SMALL_LINES[:10] + [b"no"], "line 11: expected"),
-        (SMALL_LINES[:10] + [b"YQ== 1 2"], "line 11: expected"),
-        (SMALL_LINES[:10] + [b"!!!! 10"], "line 11: expected"),
-        (SMALL_LINES[:10] + [b"YWJ 10"], "line 11: expected"),
-        (SMALL_LINES[:10] + [b"YWJj x"], "line 11: expected"),
-        (SMALL_LINES[:10] + [b"YWJj -1"], "line 11: the rank -1 is out of range"),
-        (SMALL_LINES[:10] + [b"YWJj 99999999999"], "line 11: the rank 99999999999 is out of range"),
-        (SMALL_LINES[:10] + [b"YWJj 3"], r"line 11: rank 3 belongs to b'\\x03'"),
-        (SMALL_LINES[:10] + [b64(b"\x02") + b" 77"], r"line 11: the token b'\\x02' has rank 2"),
+        ([*SMALL_LINES[:10], b"no"], "line 11: expected"),
+        ([*SMALL_LINES[:10], b"YQ== 1 2"], "line 11: expected"),
+        ([*SMALL_LINES[:10], b"!!!! 10"], "line 11: expected"),
+        ([*SMALL_LINES[:10], b"YWJ 10"], "line 11: expected"),
+        ([*SMALL_LINES[:10], b"YWJj x"], "line 11: expected"),
+        ([*SMALL_LINES[:10], b"YWJj -1"], "line 11: the rank -1 is out of range"),
+        ([*SMALL_LINES[:10], b"YWJj 99999999999"], "line 11: the rank 99999999999 is out of range"),
+        ([*SMALL_LINES[:10], b"YWJj 3"], r"line 11: rank 3 belongs to b'\\x03'"),
+        ([*SMALL_LINES[:10], b64(b"\x02") + b" 77"], r"line 11: the token b'\\x02' has rank 2"),
         (SMALL_LINES[:200], "lacks 56 of the 256 single bytes, the first is 0xc8"),
-        (SMALL_LINES + [b64(b"xyz") + b" %d" % (len(SMALL_LINES) + 5)], "where the control tokens go"),
+        ([*SMALL_LINES, b64(b"xyz") + b" %d" % (len(SMALL_LINES) + 5)], "where the control tokens go"),
         (SMALL_LINES[:257] + SMALL_LINES[258:], "rank 258 lies where the control tokens go, 257 to 464"),
     ],
 )
@@ -462,7 +474,7 @@ def test_a_download_cut_in_a_line_is_found(tmp_path, vocab_file):
     middle = contents.index(b"\n", len(contents) // 2)
     for end in (middle - 1, middle - 8):  # within the rank, within the token
         path.write_bytes(contents[:end])
-        with pytest.raises(ValueError, match="line .*download it again"):
+        with pytest.raises(ValueError, match=r"line .*download it again"):
             QWenTokenizer(path)
 
 
@@ -505,7 +517,8 @@ def test_copies_work_and_are_independent(small_file, duplicate):
     original = QWenTokenizer(small_file, errors="ignore", pad_token="<|extra_0|>")
     twin = duplicate(original)
     text = "abcd é<|im_end|>"
-    assert twin(text) == original(text) and twin.pad_token_id == original.pad_token_id
+    assert twin(text) == original(text)
+    assert twin.pad_token_id == original.pad_token_id
     assert twin.decode([0xE4, 97]) == "a"
     twin.pad_token = "<|extra_1|>"
     assert original.pad_token == "<|extra_0|>"
@@ -560,7 +573,8 @@ def test_importing_the_package_replaces_the_code_beside_published_weights(small_
     (folder / "tokenization_qwen.py").write_text("raise RuntimeError('the code beside the weights ran')")
     for trust in (True, False):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
-        assert type(tokenizer) is QWenTokenizer and tokenizer.model_max_length == 8192
+        assert type(tokenizer) is QWenTokenizer
+        assert tokenizer.model_max_length == 8192
 
 
 # ---- chat template ----
@@ -577,7 +591,8 @@ def test_chat_template_is_chatml(real):
     assert text == chatml(system, ("user", "你好")) + "<|im_start|>assistant\n"
     ids = real.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
     assert ids == real.encode(text)
-    assert ids[:3] == [151644, 8948, 198] and ids[-3:] == [151644, 77091, 198]
+    assert ids[:3] == [151644, 8948, 198]
+    assert ids[-3:] == [151644, 77091, 198]
 
     own = [("system", "Be brief."), ("user", "1+1?"), ("assistant", "2"), ("user", " and\n2+2? ")]
     messages = [{"role": role, "content": content} for role, content in own]

@@ -105,7 +105,8 @@ def test_weights_are_zero_out_of_reach(golden, ids):
     assert all(torch.allclose(weight.sum(-1), torch.ones(())) for weight in weights)
     for weight, size in zip(weights, model.config.window_sizes, strict=True):
         last = weight[0, :, -1]
-        assert last[:, : max(0, TOKENS - size)].eq(0).all() and last[:, -min(size, TOKENS) :].gt(0).all()
+        assert last[:, : max(0, TOKENS - size)].eq(0).all()
+        assert last[:, -min(size, TOKENS) :].gt(0).all()
 
 
 @torch.no_grad()
@@ -201,10 +202,10 @@ def test_sizes_that_fit_no_network(sizes):
 
 
 def test_what_does_not_go_together_says_so(golden, ids):
-    with pytest.raises(ValueError, match="window_sizes=.* without use_window_attn=True would do nothing"):
+    with pytest.raises(ValueError, match=r"window_sizes=.* without use_window_attn=True would do nothing"):
         QWenLMHeadModel.from_pretrained(golden, window_sizes=[64, 64])
     model = load(golden)
-    with pytest.raises(ValueError, match="generate_batch.*use_window_attn"):
+    with pytest.raises(ValueError, match=r"generate_batch.*use_window_attn"):
         model.generate_batch([[1, 2, 3]])
     model.config._attn_implementation = "flex_attention"
     with torch.no_grad(), pytest.raises(ValueError, match="use_window_attn=True works with"):
@@ -215,4 +216,5 @@ def test_a_saved_model_keeps_its_windows(golden, tmp_path):
     load(golden).save_pretrained(tmp_path)
     assert (tmp_path / "window_attention_qwen.py").is_file()
     again = QWenConfig.from_pretrained(tmp_path)
-    assert again.use_window_attn and again.windows == window_sizes(again.num_hidden_layers)
+    assert again.use_window_attn
+    assert again.windows == window_sizes(again.num_hidden_layers)

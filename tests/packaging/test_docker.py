@@ -231,7 +231,10 @@ def test_a_server_runs_in_the_background(calls: Calls, tmp_path: Path, script: s
 def test_the_terminal_demo_runs_in_the_foreground(calls: Calls) -> None:
     assert calls.run(CLI, "-i", "me/qwen:1", "-c", "Qwen/Qwen-7B-Chat", "-n", "other").returncode == 0
     container = calls.container
-    assert calls.all[-1][0] == "run" and container.rm and container.interactive and not container.tty
+    assert calls.all[-1][0] == "run"
+    assert container.rm
+    assert container.interactive
+    assert not container.tty
     assert (container.image, container.name, container.restart, container.publish) == ("me/qwen:1", "other", None, None)
     assert container.command == ["cli", "-c", "Qwen/Qwen-7B-Chat"]
     assert [mount["type"] for mount in container.mount] == ["volume"]
@@ -299,14 +302,16 @@ def test_images_are_fetched_only_where_they_have_an_owner(calls: Calls) -> None:
     assert calls.run(WEB, "-i", "me/qwen:1", answers=here).returncode == 0
     assert ["pull", "me/qwen:1"] in calls.all
     done = calls.run(WEB, "-i", "mine", answers=here)
-    assert done.returncode == 1 and "docker build -f docker/Dockerfile" in done.stderr
+    assert done.returncode == 1
+    assert "docker build -f docker/Dockerfile" in done.stderr
     assert sum(call[0] == "pull" for call in calls.all) == 1
 
 
 def test_help(calls: Calls) -> None:
     for script in (CLI, WEB, API):
         done = calls.run(script, "-h")
-        assert done.returncode == 0 and "-c, --checkpoint" in done.stdout
+        assert done.returncode == 0
+        assert "-c, --checkpoint" in done.stdout
         assert ("--port" in done.stdout) == (script != CLI)
     assert calls.all == []
 
@@ -350,7 +355,8 @@ def test_there_is_no_docker(tmp_path: Path) -> None:
     for name in ("bash", "dirname"):
         (tmp_path / name).symlink_to(shutil.which(name))
     done = run(["bash", DOCKER / WEB], PATH=str(tmp_path))
-    assert done.returncode == 1 and "There is no docker command here" in done.stderr
+    assert done.returncode == 1
+    assert "There is no docker command here" in done.stderr
 
 
 def test_what_the_container_would_not_see(calls: Calls, tmp_path: Path) -> None:
@@ -361,7 +367,8 @@ def test_what_the_container_would_not_see(calls: Calls, tmp_path: Path) -> None:
     linked = checkpoint(tmp_path / "linked")
     (linked / "model.safetensors").symlink_to(adapter / "adapter_config.json")
     done = calls.run(WEB, "-c", linked)
-    assert done.returncode == 1 and "model.safetensors is a link out of the folder" in done.stderr
+    assert done.returncode == 1
+    assert "model.safetensors is a link out of the folder" in done.stderr
 
 
 @needs_client
@@ -389,7 +396,8 @@ def test_the_engine_is_asked_for_what_was_meant(engine: Callable[[str], list[byt
 @needs_client
 def test_no_engine_answers(tmp_path: Path) -> None:
     done = run(["bash", DOCKER / WEB], DOCKER_HOST=f"unix://{tmp_path}/none")
-    assert done.returncode == 1 and "sudo systemctl start docker" in done.stderr
+    assert done.returncode == 1
+    assert "sudo systemctl start docker" in done.stderr
 
 
 # The documentation
@@ -410,7 +418,8 @@ def test_fine_tuning_as_documented(
     os.close(terminal)
     container = created(engine)
     host = container["HostConfig"]
-    assert container["Image"] == "qwen:cuda" and container["User"] == f"{os.getuid()}:{os.getgid()}"
+    assert container["Image"] == "qwen:cuda"
+    assert container["User"] == f"{os.getuid()}:{os.getgid()}"
     assert container["Cmd"][:2] == ["bash", f"finetune/{script}"]
     asked = host["DeviceRequests"][0]
     assert (asked["Count"], asked["DeviceIDs"]) == ((-1, None) if device == "all" else (0, ["0", "1", "2", "3"]))
@@ -418,10 +427,12 @@ def test_fine_tuning_as_documented(
     mounts = {mount["Target"]: mount for mount in host["Mounts"]}
     model = container["Cmd"][container["Cmd"].index("-m") + 1].rstrip("/")
     data = container["Cmd"][container["Cmd"].index("-d") + 1]
-    assert mounts[model]["Source"] == str(folders["CHECKPOINT_PATH"]) and mounts[model]["ReadOnly"]
+    assert mounts[model]["Source"] == str(folders["CHECKPOINT_PATH"])
+    assert mounts[model]["ReadOnly"]
     assert mounts[os.path.dirname(data)]["Source"] == str(folders["DATA_PATH"])
     output = mounts["/data/shared/Qwen/output_qwen"]
-    assert output["Source"] == str(folders["OUTPUT_PATH"]) and not output.get("ReadOnly")
+    assert output["Source"] == str(folders["OUTPUT_PATH"])
+    assert not output.get("ReadOnly")
     assert folders["OUTPUT_PATH"].is_dir()
 
 
@@ -465,7 +476,8 @@ def test_the_files_of_the_dockerfile_are_there() -> None:
 
 def test_the_image_does_not_run_as_root() -> None:
     user, group = re.findall(r"^USER (\d+):(\d+)$", DOCKERFILE, re.MULTILINE)[-1]
-    assert int(user) and int(group)
+    assert int(user)
+    assert int(group)
 
 
 def test_the_dockerfile_speaks_of_one_python() -> None:
@@ -507,10 +519,12 @@ def test_compose() -> None:
         demo, _, cpu = name.partition("-")
         assert service["command"][0] == demo
         (port,) = service["ports"]
-        assert port.startswith("127.0.0.1:") and port.endswith(":8000")
+        assert port.startswith("127.0.0.1:")
+        assert port.endswith(":8000")
         assert service["restart"] == "unless-stopped"
         shown, cache = service["volumes"]
-        assert shown["source"].startswith("${CHECKPOINT_PATH:?") and shown["read_only"] is True
+        assert shown["source"].startswith("${CHECKPOINT_PATH:?")
+        assert shown["read_only"] is True
         assert service["command"][1:] == ["-c", shown["target"]]
         assert cache["source"] in file["volumes"]
         assert (DOCKER / service["build"]["context"] / service["build"]["dockerfile"]).resolve().is_file()
@@ -588,4 +602,5 @@ def test_health_without_a_server_and_before_it_answers(tmp_path: Path) -> None:
         port = free.server_address[1]
     (loading / "cmdline").write_bytes(f"python\0/x/web_demo.py\0--server-port={port}\0".encode())
     done = run(health)
-    assert done.returncode == 1 and "does not answer" in done.stdout
+    assert done.returncode == 1
+    assert "does not answer" in done.stdout

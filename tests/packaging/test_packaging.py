@@ -45,7 +45,8 @@ def pins(name: str) -> dict[str, str]:
     found = {}
     for requirement in listed(name):
         (specifier,) = requirement.specifier
-        assert specifier.operator == "==" and not specifier.version.endswith("*"), requirement
+        assert specifier.operator == "==", requirement
+        assert not specifier.version.endswith("*"), requirement
         assert canonicalize_name(requirement.name) not in found, f"{requirement.name} is there twice"
         found[canonicalize_name(requirement.name)] = specifier.version
     return found
@@ -85,15 +86,14 @@ def test_a_floor_is_what_the_oldest_environment_has(requirement: Requirement) ->
     if (oldest := pins("constraints-oldest.txt").get(name)) is None or oldest == pins("constraints.txt")[name]:
         return  # not in that environment, or a tool of the tests
     (floor,) = (one.version for one in requirement.specifier if one.operator == ">=")
-    assert (
-        requirement.specifier.contains(oldest)
-        and Version(oldest).release[: len(Version(floor).release)] == Version(floor).release
-    )
+    assert requirement.specifier.contains(oldest)
+    assert Version(oldest).release[: len(Version(floor).release)] == Version(floor).release
 
 
 def test_extras_refer_to_this_distribution_and_to_extras_that_are_there() -> None:
     own = [one for one in EVERYTHING if one.extras and not one.specifier]
-    assert own and all(one.name == PROJECT["name"] and one.extras <= EXTRAS.keys() for one in own)
+    assert own
+    assert all(one.name == PROJECT["name"] and one.extras <= EXTRAS.keys() for one in own)
 
 
 def test_a_package_has_one_floor() -> None:
@@ -132,7 +132,8 @@ def test_the_wheel_has_the_packages_and_no_more(wheel: zipfile.ZipFile) -> None:
 def test_the_wheel_has_the_version_of_the_package(wheel: zipfile.ZipFile) -> None:
     (metadata,) = (name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
     lines = wheel.read(metadata).decode().splitlines()
-    assert f"Name: {PROJECT['name']}" in lines and f"Version: {qwen.__version__}" in lines
+    assert f"Name: {PROJECT['name']}" in lines
+    assert f"Version: {qwen.__version__}" in lines
     (commands,) = (name for name in wheel.namelist() if name.endswith(".dist-info/entry_points.txt"))
     assert "qwen = qwen_cli.__main__:main" in wheel.read(commands).decode()
 
@@ -152,7 +153,8 @@ def test_the_installed_package_answers_away_from_the_repository(wheel: zipfile.Z
             text=True,
             timeout=300,
         )
-        assert done.returncode == status and "Traceback" not in done.stderr, done.stderr
+        assert done.returncode == status, done.stderr
+        assert "Traceback" not in done.stderr, done.stderr
         return done.stdout if status == 0 else done.stderr
 
     assert run("chat", "-c", str(model), "--cpu-only") == "47 + 38 = 85.\n"
@@ -167,7 +169,8 @@ def test_the_installed_package_answers_away_from_the_repository(wheel: zipfile.Z
 def test_a_script_says_what_to_install(name: str) -> None:
     # Without site-packages: what it says first is about this package, or about the client that it is an example of.
     done = subprocess.run([sys.executable, "-S", "-E", name], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 1 and not done.stdout
+    assert done.returncode == 1
+    assert not done.stdout
     (line,) = done.stderr.splitlines()
     assert "pip install" in line
     if "'qwen'" in line:

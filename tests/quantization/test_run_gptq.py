@@ -71,7 +71,8 @@ def samples(bundled_chat: Path) -> list[list[int]]:
 def int4(source: Path, samples: list[list[int]], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("int4") / "deep" / "model"
     outcome = quantize(source, folder, samples, bits=4, group_size=64, cpu_only=True)
-    assert outcome.folder == folder and set(outcome.losses) == set(LINEARS)
+    assert outcome.folder == folder
+    assert set(outcome.losses) == set(LINEARS)
     assert all(0 < loss.mean <= loss.worst and 0 <= loss.worst_layer < 2 for loss in outcome.losses.values())
     assert outcome.bytes_after == (folder / "model.safetensors").stat().st_size < outcome.bytes_before
     return folder
@@ -155,7 +156,8 @@ def test_everything_is_there_for_everyone(source: Path, int4: Path) -> None:
     os.umask(mask)
     assert all(path.stat().st_mode & 0o777 == 0o666 & ~mask for path in int4.iterdir())
     tokenizer = load_tokenizer(int4)
-    assert tokenizer.get_vocab() == load_tokenizer(source).get_vocab() and len(tokenizer.encode(WORD)) == 1
+    assert tokenizer.get_vocab() == load_tokenizer(source).get_vocab()
+    assert len(tokenizer.encode(WORD)) == 1
 
 
 def test_the_tensors_are_in_the_published_layout(int4: Path) -> None:
@@ -200,14 +202,20 @@ def test_int8_computes_the_same_but_for_a_trace(
 
     arguments = ("--model-name-or-path", old, "--data-path", DATA, "--out-path", out, "--bits", 8, "--group_size", 128)
     arguments = (*arguments, "--max-len", 40, "--samples", 20, "--max_shard_size", "600KB", "--cpu-only")
-    assert "--overwrite" in main(*arguments)[1] and (out / "model.safetensors").is_file()
+    assert "--overwrite" in main(*arguments)[1]
+    assert (out / "model.safetensors").is_file()
     code, text = main(*arguments, "--overwrite")
     assert code == 0, text
-    assert "20 of 48 conversations" in text and "--max_len 40: their ends are cut off" in text
-    assert "mlp.c_proj" in text and f"cli_demo.py -c {out}" in text
+    assert "20 of 48 conversations" in text
+    assert "--max_len 40: their ends are cut off" in text
+    assert "mlp.c_proj" in text
+    assert f"cli_demo.py -c {out}" in text
     weights = sorted(path.name for path in out.iterdir() if path.name.startswith("model") and path.suffix != ".py")
-    assert weights[-1] == INDEX and len(weights) > 2 and "model.safetensors" not in weights
-    assert (out / "notes.txt").read_text() == "mine" and not list(out.glob(".*"))
+    assert weights[-1] == INDEX
+    assert len(weights) > 2
+    assert "model.safetensors" not in weights
+    assert (out / "notes.txt").read_text() == "mine"
+    assert not list(out.glob(".*"))
     assert 1e-5 < relative_error(out, old, samples) < 0.01
 
 
@@ -240,8 +248,10 @@ def test_many_conversations_are_sampled_and_cut(bundled_chat: Path) -> None:
     few = calibration_samples(file, tokenizer, 50, count=10)
     assert few == calibration_samples(file, tokenizer, 50, count=10) != calibration_samples(file, tokenizer, 50, 10, 1)
     every = calibration_samples(file, tokenizer, 50, count=1000)
-    assert len(few) == 10 and len(every) == len(file) == 48
-    assert all(ids in every for ids in few) and max(map(len, every)) == 50
+    assert len(few) == 10
+    assert len(every) == len(file) == 48
+    assert all(ids in every for ids in few)
+    assert max(map(len, every)) == 50
     assert tokenizer.decode(few[0]).startswith("<|im_start|>system\n")
     with pytest.raises(ValueError, match="at least 1"):
         calibration_samples(file, tokenizer, 50, count=0)
@@ -253,7 +263,9 @@ def test_a_handful_of_tokens_is_remarked_on(
     monkeypatch.setattr(qwen.quantization, "quantize", stop)
     few = ("--samples", 1, "--max_len", 16, "--out_path", tmp_path / "out")
     code, text = main("--model_name_or_path", source, "--data_path", DATA, *few)
-    assert code == 130 and "16 tokens" in text and "up to 128 inputs" in text
+    assert code == 130
+    assert "16 tokens" in text
+    assert "up to 128 inputs" in text
 
 
 # ---- what does not work ----
@@ -346,7 +358,8 @@ def test_mistakes_are_told_at_once(
     words = arguments.format(**places).split()
     found, text = main(*words, *(() if "--out_path" in words else ("--out_path", out)))
     assert found == code, text
-    assert expected.format(**places) in text and not out.exists()
+    assert expected.format(**places) in text
+    assert not out.exists()
     assert code == 2 or len(text.strip().splitlines()) <= 2
 
 
@@ -362,13 +375,14 @@ def test_a_full_disk_is_noticed_before_and_after(
 
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(10**9, 10**9 - 10**6, 10**6))
-        with pytest.raises(OSError, match="it takes 1.96 MB, and 1 MB are free"):
+        with pytest.raises(OSError, match=r"it takes 1.96 MB, and 1 MB are free"):
             quantize(source, tmp_path / "a" / "b", samples, group_size=64, cpu_only=True)
     monkeypatch.setattr(writer, "save_torch_state_dict", fail)
     here = os.getcwd()
     with pytest.raises(OSError, match="could not be written: No space left"):
         quantize(source, tmp_path / "a" / "b", samples, group_size=64, cpu_only=True)
-    assert os.getcwd() == here and not list(tmp_path.iterdir())
+    assert os.getcwd() == here
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_model_beyond_float16_is_refused(bundled_chat: Path, samples: list[list[int]], tmp_path: Path) -> None:
@@ -406,9 +420,11 @@ def test_ctrl_c_leaves_what_was_there(int4: Path, tmp_path: Path) -> None:
     assert list(out.glob(".*")), "it is at work"
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate(timeout=120)
-    assert (process.returncode, output) == (130, "") and errors.endswith("\nStopped. Nothing was written.\n")
+    assert (process.returncode, output) == (130, "")
+    assert errors.endswith("\nStopped. Nothing was written.\n")
     assert "Traceback" not in errors  # the libraries' threads may remark on the end
-    assert content(out) == content(int4) and [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert content(out) == content(int4)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
@@ -417,7 +433,9 @@ def test_other_signals_stop_like_ctrl_c(number: int, tmp_path: Path, main, monke
     monkeypatch.setattr(qwen.quantization, "run_gptq", lambda *arguments: signal.raise_signal(number))
     with handling(number, lambda *arguments: None):
         code, text = main(*few)
-    assert code == 130 and text.endswith("\nStopped. Nothing was written.\n") and not list(tmp_path.iterdir())
+    assert code == 130
+    assert text.endswith("\nStopped. Nothing was written.\n")
+    assert not list(tmp_path.iterdir())
 
 
 def test_nohup_is_respected(tmp_path: Path, main, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -458,7 +476,8 @@ def test_full_memory_is_told(
 ) -> None:
     monkeypatch.setattr(qwen.quantization, "run_gptq", lambda *arguments: fill())
     code, text = main("--samples", 1, "--out_path", tmp_path / "out")
-    assert code == 1 and all(word in text.splitlines()[-1] for word in expected), text
+    assert code == 1, text
+    assert all(word in text.splitlines()[-1] for word in expected), text
     assert not list(tmp_path.iterdir())
 
 
@@ -473,7 +492,8 @@ def test_other_errors_of_torch_are_not_taken_for_it(
 def test_a_model_larger_than_the_memory_is_refused(tmp_path: Path, main, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sysconf", {"SC_PHYS_PAGES": 1000, "SC_PAGE_SIZE": 4096}.get)
     code, text = main("--out_path", tmp_path / "out")
-    assert code == 1 and "it takes 11.6 MB in 16 bits: this machine has 4.1 MB" in text
+    assert code == 1
+    assert "it takes 11.6 MB in 16 bits: this machine has 4.1 MB" in text
 
 
 # ---- what GPTQModel does to a process ----
@@ -497,8 +517,11 @@ def test_nothing_of_it_stays(
             print("its picture")
             if error is not None:
                 raise error
-        assert Path.cwd() == tmp_path != work and not work.exists() and not list(tmp_path.iterdir())
-        assert logging.getLogger().level == level and os.environ.get("GPTQMODEL_CPU_WORKERS") == workers
+        assert Path.cwd() == tmp_path != work
+        assert not work.exists()
+        assert not list(tmp_path.iterdir())
+        assert logging.getLogger().level == level
+        assert os.environ.get("GPTQMODEL_CPU_WORKERS") == workers
         assert capsys.readouterr().out == ""
 
 
@@ -519,7 +542,8 @@ def test_what_cannot_be_moved_is_kept(
     ) as failure:
         quantize(source, out, samples, **options)
     work = next(out.glob(".unfinished-*"))
-    assert f"{work / 'new'}," in str(failure.value) and not list((work / "old").iterdir())
+    assert f"{work / 'new'}," in str(failure.value)
+    assert not list((work / "old").iterdir())
     check_checkpoint(work / "new")
     with pytest.raises(OSError, match=f"{work} is of another run"):
         quantize(source, out, samples, **options)
@@ -532,7 +556,7 @@ def test_an_index_that_broke_meanwhile_loses_nothing(
 ) -> None:
     out = Path(shutil.copytree(source, tmp_path / "out"))
     monkeypatch.setattr(qwen.quantization, "run_gptq", lambda *arguments: (out / INDEX).write_text("{") and [])
-    with pytest.raises(OSError, match="kept in .* is not valid JSON"):
+    with pytest.raises(OSError, match=r"kept in .* is not valid JSON"):
         quantize(source, out, samples, group_size=64, cpu_only=True, overwrite=True)
     kept = next(out.glob(".unfinished-*/new"))
     assert (kept / "model.safetensors").is_file()
@@ -558,6 +582,8 @@ def test_signals_wait_until_all_is_in_its_place(
     with handling(signal.SIGTERM, lambda number, frame: came.append(sorted(out.iterdir()))):
         outcome = quantize(source, out, samples, group_size=64, cpu_only=True, overwrite=True)
     names = sorted(path for path in out.iterdir())
-    assert came[0] == names and [path.name for path in names if path.suffix == ".safetensors"] == ["model.safetensors"]
-    assert outcome.bytes_after == (out / "model.safetensors").stat().st_size and not list(out.glob(".*"))
+    assert came[0] == names
+    assert [path.name for path in names if path.suffix == ".safetensors"] == ["model.safetensors"]
+    assert outcome.bytes_after == (out / "model.safetensors").stat().st_size
+    assert not list(out.glob(".*"))
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

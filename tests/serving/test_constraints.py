@@ -105,9 +105,11 @@ def draw(constraint, tokenizer, seed, stop=None, max_tokens=2000):
     ids = []
     for step in range(max_tokens):
         allowed = constraint.allowed()
-        assert allowed.dtype == torch.bool and allowed.any()
+        assert allowed.dtype == torch.bool
+        assert allowed.any()
         assert not allowed[tokenizer.eod_id + 1 : tokenizer.im_end_id].any()
-        assert not allowed[tokenizer.im_end_id + 1 : len(tokenizer)].any() and not allowed[len(tokenizer) :].any()
+        assert not allowed[tokenizer.im_end_id + 1 : len(tokenizer)].any()
+        assert not allowed[len(tokenizer) :].any()
         logits = torch.rand(len(allowed), generator=generator)
         if step > 60:
             wanted = closing[-1:] if allowed[backslash] else closing  # a backslash is allowed inside a string only
@@ -139,7 +141,8 @@ def test_random_logits_make_valid_json(factory, tokenizer, schema):
     replies = [draw(factory.json_schema(schema), tokenizer, seed) for seed in range(12)]
     for reply in replies:
         validator.validate(json.loads(reply))
-        assert "\n" not in reply and reply == reply.strip()
+        assert "\n" not in reply
+        assert reply == reply.strip()
 
 
 def test_combined_objects_keep_all_their_properties(factory, tokenizer):
@@ -149,7 +152,8 @@ def test_combined_objects_keep_all_their_properties(factory, tokenizer):
 
 def test_any_object(factory, tokenizer):
     replies = [json.loads(draw(factory.json_object(), tokenizer, seed)) for seed in range(12)]
-    assert all(isinstance(reply, dict) for reply in replies) and any(replies)
+    assert all(isinstance(reply, dict) for reply in replies)
+    assert any(replies)
 
 
 def test_json_has_the_models_own_blanks(factory, tokenizer):
@@ -174,7 +178,8 @@ def test_only_the_end_may_follow(factory, tokenizer):
     constraint = factory.json_schema({"type": "integer"})
     follow(constraint, tokenizer, "7")
     allowed = constraint.allowed()
-    assert allowed[tokenizer.im_end_id] and allowed[tokenizer.encode("7")[0]]
+    assert allowed[tokenizer.im_end_id]
+    assert allowed[tokenizer.encode("7")[0]]
     constraint.accept(tokenizer.eod_id)
     assert only_the_end(constraint, tokenizer)
 
@@ -194,7 +199,8 @@ def test_unlisted_properties(factory, tokenizer):
     assert may_go_on({"type": "object", "properties": {"a": {}, "b": {}}})
     nested = factory.json_schema({"type": "array", "items": {"anyOf": [{"$ref": "#/$defs/a"}]}, "$defs": {"a": listed}})
     follow(nested, tokenizer, '[{"a": 1')
-    assert not nested.allowed()[tokenizer.encode(",")[0]] and not nested.allowed()[quote]
+    assert not nested.allowed()[tokenizer.encode(",")[0]]
+    assert not nested.allowed()[quote]
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -326,14 +332,16 @@ def test_vocabulary_with_a_gap(tmp_path, real_vocab_file):
     vocabulary = tmp_path / "qwen.tiktoken"
     vocabulary.write_text(real_vocab_file.read_text() + "\n".join(lines) + "\n")
     tokenizer = QWenTokenizer(str(vocabulary))
-    assert tokenizer.encode("天气预报") == [151_854] and tokenizer.im_end_id == 151_645
+    assert tokenizer.encode("天气预报") == [151_854]
+    assert tokenizer.im_end_id == 151_645
 
     constraint = ConstraintFactory(tokenizer, 151_936).json_schema({"enum": ["天气预报", "expanded1"]})
     follow(constraint, tokenizer, '"天气预报"')
     assert only_the_end(constraint, tokenizer)
     constraint = ConstraintFactory(tokenizer, 151_936).json_schema({"enum": ["天气预报", "expanded1"]})
     follow(constraint, tokenizer, '"')
-    assert constraint.allowed()[[151_852, 151_854]].all() and not constraint.allowed()[151_851]
+    assert constraint.allowed()[[151_852, 151_854]].all()
+    assert not constraint.allowed()[151_851]
 
 
 def test_constraints_are_independent(factory, tokenizer):
@@ -357,7 +365,8 @@ def test_a_copy_goes_its_own_way(factory, tokenizer):
     second = first.copy()
     follow(first, tokenizer, 'yes"')
     follow(second, tokenizer, 'no"')
-    assert only_the_end(first, tokenizer) and only_the_end(second, tokenizer)
+    assert only_the_end(first, tokenizer)
+    assert only_the_end(second, tokenizer)
 
 
 def test_a_token_that_was_not_allowed(factory, tokenizer):
@@ -372,7 +381,7 @@ def test_a_token_that_was_not_allowed(factory, tokenizer):
 def test_a_grammar_that_grows_too_complex_fails_alone(factory, tokenizer):
     pattern = "|".join(f"(.*a{{{n}}}.*b){{{n}}}" for n in range(1, 200))
     bomb, other = factory.json_schema({"type": "string", "pattern": pattern}), factory.json_object()
-    with pytest.raises(ConstraintError, match="llguidance says .*too many"):
+    with pytest.raises(ConstraintError, match=r"llguidance says .*too many"):
         follow(bomb, tokenizer, '"' + "ab abc " * 20)
     follow(other, tokenizer, "{}")
     assert only_the_end(other, tokenizer)
@@ -386,7 +395,7 @@ def nested(depth):
 
 
 @pytest.mark.parametrize(
-    "schema, complaint",
+    ("schema", "complaint"),
     [
         (None, "must be a JSON object, not NoneType"),
         ([], "must be a JSON object, not list"),
@@ -430,7 +439,7 @@ def test_schemas_that_cannot_be_used(factory, schema, complaint):
 
 
 @pytest.mark.parametrize(
-    "functions, names, complaint",
+    ("functions", "names", "complaint"),
     [
         ([], None, "no tool to call"),
         (TOOLS, [], "no tool to call"),

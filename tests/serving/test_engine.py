@@ -142,7 +142,8 @@ def test_long_and_short_rows_have_caches_of_their_own(tiny, prompts):
         for stream in streams[1:]:
             for _ in stream:
                 pass
-            assert stream.finish_reason == "length" and stream.completion_tokens == 20
+            assert stream.finish_reason == "length"
+            assert stream.completion_tokens == 20
     finally:
         engine.close(timeout=0)
 
@@ -168,7 +169,8 @@ def test_cancelling_frees_the_slot(engine, prompts):
     wait_until(lambda: engine.load().running == 1)
     iterator.close()  # a reader that goes away
     wait_until(lambda: sum(engine.load()) == 0)
-    assert not engine.scheduler.batches and stream.finish_reason == "cancelled"
+    assert not engine.scheduler.batches
+    assert stream.finish_reason == "cancelled"
 
 
 def test_a_waiting_request_can_be_cancelled(tiny, prompts):
@@ -177,7 +179,8 @@ def test_a_waiting_request_can_be_cancelled(tiny, prompts):
         first = engine.start(prompts[0], engine.params(max_tokens=5000))
         second = engine.start(prompts[0], engine.params(max_tokens=5))
         second.cancel()
-        assert list(second) == [] and second.finish_reason == "cancelled"
+        assert list(second) == []
+        assert second.finish_reason == "cancelled"
         first.cancel()
     finally:
         engine.close(timeout=0)
@@ -377,7 +380,8 @@ def test_what_a_row_leaves_behind_is_cleared(quantized):
     cache.join(prompt(3, 3.0), 0, 3)
     assert cache.lengths.tokens == [50, 5, 3]
     keys, values = cache.update(torch.ones(3, 2, 1, 4), torch.ones(3, 2, 1, 4), 0)
-    assert keys.isfinite().all() and values.isfinite().all()
+    assert keys.isfinite().all()
+    assert values.isfinite().all()
     torch.testing.assert_close(keys[1, :, :5], torch.full((2, 5, 4), 2.0))
     torch.testing.assert_close(keys[2, :, :3], torch.full((2, 3, 4), 3.0))
 
@@ -508,7 +512,8 @@ def test_extreme_settings_do_not_break():
         state(4, (0,), top_p=1e-9),
     ]
     tokens = sample(logits, states)
-    assert tokens[0].token_id == tokens[2].token_id == 0 and tokens[1].token_id != 3
+    assert tokens[0].token_id == tokens[2].token_id == 0
+    assert tokens[1].token_id != 3
 
 
 def test_a_row_of_nan_fails_alone():
@@ -516,7 +521,8 @@ def test_a_row_of_nan_fails_alone():
     logits[0, 3] = float("nan")
     logits[1, 4] = 1.0
     broken, fine = sample(logits, [state(seed=0), state(temperature=0.0)])
-    assert isinstance(broken, FloatingPointError) and fine.token_id == 4
+    assert isinstance(broken, FloatingPointError)
+    assert fine.token_id == 4
 
 
 # Growing text.

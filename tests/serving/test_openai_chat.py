@@ -190,7 +190,8 @@ def test_usage(client: openai.OpenAI, model_and_tokenizer) -> None:
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
 
     chunks = stream(client, SUM, n=2, stream_options={"include_usage": True})
-    assert chunks[-1].choices == [] and chunks[-1].usage == answer.usage
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage == answer.usage
     assert all(chunk.usage is None and "usage" in chunk.model_fields_set for chunk in chunks[:-1])
     assert all("usage" not in chunk.model_fields_set for chunk in stream(client, SUM))
 
@@ -335,7 +336,9 @@ def test_json_schema(client: openai.OpenAI) -> None:
         assert answer.finish_reason == "stop"
         value = json.loads(answer.message.content)
         assert value["city"] in ("Boston", "Paris")
-        assert 0 <= value["degrees"] <= 99 and isinstance(value["sunny"], bool) and len(value) == 3
+        assert 0 <= value["degrees"] <= 99
+        assert isinstance(value["sunny"], bool)
+        assert len(value) == 3
         assert text_of(stream(client, messages, response_format=JSON_SCHEMA)) == answer.message.content
 
 
@@ -371,9 +374,12 @@ def test_tool_call_streams(client: openai.OpenAI) -> None:
     assert finish_of(chunks) == "tool_calls"
     assert text_of(chunks) == whole.content
     first, *more = [delta.tool_calls[0] for delta in deltas(chunks) if delta.tool_calls]
-    assert first.index == 0 and first.id and first.type == "function"
+    assert first.index == 0
+    assert first.id
+    assert first.type == "function"
     assert (first.function.name, first.function.arguments) == ("get_current_weather", "")
-    assert len(more) > 1 and all(call.index == 0 and call.id is None and call.function.name is None for call in more)
+    assert len(more) > 1
+    assert all(call.index == 0 and call.id is None and call.function.name is None for call in more)
     assert "".join(call.function.arguments for call in more) == whole.tool_calls[0].function.arguments
 
 
@@ -386,8 +392,10 @@ def test_tool_result_leads_to_the_answer(client: openai.OpenAI) -> None:
     }
     messages = [*BOSTON, message, result]
     choice = ask(client, messages, tools=TOOLS).choices[0]
-    assert choice.finish_reason == "stop" and choice.message.tool_calls is None
-    assert "22" in choice.message.content and "Thought" not in choice.message.content
+    assert choice.finish_reason == "stop"
+    assert choice.message.tool_calls is None
+    assert "22" in choice.message.content
+    assert "Thought" not in choice.message.content
     assert text_of(stream(client, messages, tools=TOOLS)) == choice.message.content
     assert "22" in say(client, messages)  # a client that sends the tools no more
     assert "22" in say(client, messages, tools=TOOLS, tool_choice="none")
@@ -398,7 +406,8 @@ def test_tool_result_leads_to_the_answer(client: openai.OpenAI) -> None:
 def test_answer_without_a_call(client: openai.OpenAI) -> None:
     choice = ask(client, HI, tools=TOOLS).choices[0]
     assert choice.finish_reason == "stop"
-    assert choice.message.content.startswith("Hello") and choice.message.tool_calls is None
+    assert choice.message.content.startswith("Hello")
+    assert choice.message.tool_calls is None
 
 
 def test_tool_choice_none_shows_no_tools(client: openai.OpenAI) -> None:
@@ -482,7 +491,8 @@ def test_tools_that_are_not_on_offer_are_not_called(model_and_tokenizer, reply: 
 
 def test_old_functions(client: openai.OpenAI) -> None:
     choice = ask(client, BOSTON, functions=[WEATHER]).choices[0]
-    assert choice.finish_reason == "function_call" and choice.message.tool_calls is None
+    assert choice.finish_reason == "function_call"
+    assert choice.message.tool_calls is None
     call = choice.message.function_call
     assert (call.name, json.loads(call.arguments)) == ("get_current_weather", {"location": "Boston"})
 
@@ -500,9 +510,11 @@ def test_old_functions(client: openai.OpenAI) -> None:
 def test_old_function_call(client: openai.OpenAI) -> None:
     functions = [WEATHER, CALCULATOR]
     named = ask(client, BOSTON, functions=functions, function_call={"name": "calculator"}).choices[0]
-    assert named.finish_reason == "function_call" and named.message.function_call.name == "calculator"
+    assert named.finish_reason == "function_call"
+    assert named.message.function_call.name == "calculator"
     none = ask(client, BOSTON, functions=functions, function_call="none").choices[0]
-    assert none.finish_reason == "stop" and none.message.function_call is None
+    assert none.finish_reason == "stop"
+    assert none.message.function_call is None
     auto = ask(client, BOSTON, functions=functions, function_call="auto").choices[0]
     assert auto.message.function_call.name == "get_current_weather"
 

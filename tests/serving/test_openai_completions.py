@@ -129,7 +129,8 @@ def test_stream(client: openai.OpenAI) -> None:
         parts = [part for chunk in chunks for part in chunk.choices if part.index == choice.index]
         assert "".join(part.text for part in parts) == choice.text
         assert parts[-1].finish_reason == choice.finish_reason
-    assert last.usage == whole.usage and last.choices == []
+    assert last.usage == whole.usage
+    assert last.choices == []
 
 
 def complete_stream(client: openai.OpenAI, prompt: str, **fields) -> list:
@@ -146,7 +147,8 @@ def test_logprobs(client: openai.OpenAI) -> None:
     for token, logprob, top, offset in zip(
         shape.tokens, shape.token_logprobs, shape.top_logprobs, shape.text_offset, strict=True
     ):
-        assert len(top) == 3 and logprob <= max(top.values())
+        assert len(top) == 3
+        assert logprob <= max(top.values())
         if not token.startswith("bytes:"):  # also behind a part of a character
             assert choice.text[offset:].startswith(token)
     assert complete(client, "你", logprobs=0).choices[0].logprobs.top_logprobs[0] == {}
@@ -188,7 +190,8 @@ def test_a_closed_engine_refuses(bundled_chat) -> None:
         app.state.service.drain(0)
         assert send(app, "GET", "/health").json() == {"status": "draining"}
         response = send(app, "POST", "/v1/completions", json={"prompt": "The"})
-    assert response.status_code == 503 and response.json()["error"]["code"] == "shutting_down"
+    assert response.status_code == 503
+    assert response.json()["error"]["code"] == "shutting_down"
 
 
 def test_an_engine_that_failed_for_good_is_told_from_one_that_stops(bundled_chat, monkeypatch) -> None:
@@ -205,7 +208,8 @@ def test_an_engine_that_failed_for_good_is_told_from_one_that_stops(bundled_chat
         assert (health.status_code, health.json()) == (503, {"status": "failed"})
         response = send(app, "POST", "/v1/completions", json={"prompt": "The"})
     assert response.status_code == 503
-    assert response.json()["error"]["code"] == "engine_failed" and "restarted" in response.json()["error"]["message"]
+    assert response.json()["error"]["code"] == "engine_failed"
+    assert "restarted" in response.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(

@@ -342,7 +342,9 @@ def test_system_prompt_and_reset(visit: Callable, bundled: Server) -> None:
     chat.page.locator(".toggle-button").click()
     chat.page.locator("#reset").click()
     expect(chat.page.locator("#system textarea")).to_have_value("You are a helpful assistant.")
-    assert chat.setting("temperature") == "1" and chat.setting("top_p") == "0.5" and chat.setting("seed") == ""
+    assert chat.setting("temperature") == "1"
+    assert chat.setting("top_p") == "0.5"
+    assert chat.setting("seed") == ""
 
 
 @pytest.mark.parametrize(("locale", "language"), [("en-US", "en"), ("de-DE", "en"), ("zh-CN", "zh"), ("zh-TW", "zh")])
@@ -385,7 +387,8 @@ def test_nothing_is_not_sent(visit: Callable, bundled: Server) -> None:
     assert chat.ask("What is 47 + 38?") == "47 + 38 = 85."
     with chat.page.expect_response("**/run/predict"):
         chat.box.press("Enter")
-    assert chat.ask("Hello") and len(chat.messages()) == 4
+    assert chat.ask("Hello")
+    assert len(chat.messages()) == 4
     chat.button("Edit").first.click()
     chat.page.locator("#chat textarea").fill(" ")
     chat.button("Submit").click()
@@ -433,7 +436,8 @@ def test_several_are_answered_at_once_and_the_next_one_waits(visit: Callable, en
     second.send("hello")
     before = len(first.watch()[0]), len(second.watch()[0])
     third.send("hello")
-    assert len(first.watch()[-1]) > before[0] and len(second.watch()[-1]) > before[1]
+    assert len(first.watch()[-1]) > before[0]
+    assert len(second.watch()[-1]) > before[1]
     expect(third.bot).to_have_count(0)
 
     third.stop_button.click()  # before its first word
@@ -465,7 +469,8 @@ def test_reloading_keeps_what_was_said_and_ends_the_reply(visit: Callable, endle
     said = chat.watch()[0]
     chat.reload()
     expect(chat.bot).to_have_count(1)
-    assert chat.reply().startswith(said[:3]) and len(chat.reply()) >= len(said)
+    assert chat.reply().startswith(said[:3])
+    assert len(chat.reply()) >= len(said)
     assert endless.comes_to_rest()
 
 
@@ -488,7 +493,8 @@ def test_formulas(visit: Callable, by_heart: Server) -> None:
     expect(chat.bot.locator(".katex")).to_have_count(4)
     expect(chat.bot.locator(".katex-display")).to_have_count(2)
     expect(chat.bot.locator(".katex-error")).to_have_count(0)
-    assert "$" not in chat.reply() and "\\(" not in chat.reply()
+    assert "$" not in chat.reply()
+    assert "\\(" not in chat.reply()
 
 
 def test_what_a_model_writes_does_not_run(visit: Callable, by_heart: Server) -> None:
@@ -543,10 +549,12 @@ def test_refusals_leave_everything_as_it_was(tiny_chat_checkpoint: Path, languag
         time.sleep(0.01)
     with pytest.warns(UserWarning, match=re.escape(TEXTS[notices]["queue_full"])):
         box, chat = run(last_update(page.send(request, "more", messages, *settings)))
-    assert box["value"] == "more" and chat == messages
+    assert box["value"] == "more"
+    assert chat == messages
     with pytest.warns(UserWarning, match=re.escape(TEXTS[notices]["queue_full"])):
         box, chat = run(last_update(page.retry(request, messages, *settings)))
-    assert "value" not in box and chat == messages
+    assert "value" not in box
+    assert chat == messages
     busy.cancel()
     while engine.load().running:
         time.sleep(0.01)
@@ -554,11 +562,13 @@ def test_refusals_leave_everything_as_it_was(tiny_chat_checkpoint: Path, languag
     model.lm_head.forward = broken
     with pytest.warns(UserWarning, match=re.escape(TEXTS[notices]["failed"])):
         box, chat = run(last_update(page.send(request, "more", messages, *settings)))
-    assert box["value"] == "more" and chat == messages
+    assert box["value"] == "more"
+    assert chat == messages
     engine.close()
     with pytest.warns(UserWarning, match=re.escape(TEXTS[notices]["closed"])):
         box, chat = run(last_update(page.send(request, "more", messages, *settings)))
-    assert box["value"] == "more" and chat == messages
+    assert box["value"] == "more"
+    assert chat == messages
     assert not page.runs
 
 
@@ -622,20 +632,23 @@ def test_help_needs_no_libraries() -> None:
 def test_bad_arguments(arguments: list[str]) -> None:
     result = start(*arguments)
     assert result.returncode == 2
-    assert "usage:" in result.stderr and "Traceback" not in result.stderr
+    assert "usage:" in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_missing_libraries_are_named() -> None:
     result = start()
     assert result.returncode == 1
-    assert "pip install -e '.[web]'" in result.stderr and "Traceback" not in result.stderr
+    assert "pip install -e '.[web]'" in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_a_port_that_is_taken_is_one_sentence() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         result = start("--server-port", str(taken.getsockname()[1]))
     assert result.returncode == 1
-    assert "--server-port" in result.stderr and "Traceback" not in result.stderr
+    assert "--server-port" in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_a_base_model_is_named_as_such(bundled_base: Path) -> None:
@@ -643,5 +656,5 @@ def test_a_base_model_is_named_as_such(bundled_base: Path) -> None:
         port = free.getsockname()[1]
     result = run_script("web_demo.py", "-c", bundled_base, "--cpu-only", "--server-port", port)
     assert result.returncode == 1
-    loading, complaint = result.stderr.strip().splitlines()
+    _, complaint = result.stderr.strip().splitlines()
     assert "no chat model" in complaint

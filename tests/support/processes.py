@@ -97,7 +97,8 @@ class Child:
     def wait_for(self, text: str, seconds: float = 120) -> None:
         until = time.monotonic() + seconds
         while text not in self.said():
-            assert time.monotonic() < until and self.process.is_alive(), f"No {text!r}:\n{self.said()}"
+            assert time.monotonic() < until, f"No {text!r}:\n{self.said()}"
+            assert self.process.is_alive(), f"No {text!r}:\n{self.said()}"
             time.sleep(0.02)
 
     def end(self) -> None:

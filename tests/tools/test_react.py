@@ -179,7 +179,7 @@ def test_parallel_calls_become_steps_in_their_order():
     )
 
 
-@pytest.mark.parametrize("call_id, result_id", [(None, None), ("a", None), (None, "a"), ("a", "a")])
+@pytest.mark.parametrize(("call_id", "result_id"), [(None, None), ("a", None), (None, "a"), ("a", "a")])
 def test_lone_call_needs_no_ids(call_id, result_id):
     messages = [user("q"), calls(tool_call(call_id, "Oslo")), tool("cold", result_id)]
     assert parse_messages(messages, [WEATHER])[1][0][1].endswith("Observation: cold\nThought:")
@@ -202,7 +202,9 @@ def test_content_in_parts():
     ]
     _, [(question, turn)], system = parse_messages(messages, None)
     assert (question, system) == ("看\nthis", "Be brief.\n\nBe kind.")
-    assert turn.startswith("Thought: \nAction: weather") and "Observation: cold\n" in turn and turn.endswith(" Cold.")
+    assert turn.startswith("Thought: \nAction: weather")
+    assert "Observation: cold\n" in turn
+    assert turn.endswith(" Cold.")
 
 
 def test_an_empty_system_message_is_one():
@@ -221,7 +223,7 @@ def test_first_line_keeps_its_indentation():
 
 
 @pytest.mark.parametrize(
-    "messages, complaint",
+    ("messages", "complaint"),
     [
         ([], "no user message"),
         ([{"role": "system", "content": "s"}], "no user message"),
@@ -347,7 +349,7 @@ REPLIES = [
 ]
 
 
-@pytest.mark.parametrize("continues, response, expected", REPLIES)
+@pytest.mark.parametrize(("continues", "response", "expected"), REPLIES)
 def test_model_text(continues, response, expected):
     assert parse_response(response, continues) == expected
 
@@ -358,7 +360,8 @@ def read(pieces, continues=False):
     deltas = [delta for piece in pieces for delta in reader.feed(piece)] + reader.finish()
     content = [delta.text for delta in deltas if isinstance(delta, ContentDelta)]
     call = [delta for delta in deltas if isinstance(delta, CallDelta)]
-    assert all(content) and deltas == [*map(ContentDelta, content), *call]
+    assert all(content)
+    assert deltas == [*map(ContentDelta, content), *call]
     assert [delta.name is None for delta in call] == [False, *[True] * (len(call) - 1)][: len(call)]
     assert reader.feed("Final Answer: late") == reader.finish() == []
     if not call:
@@ -366,7 +369,7 @@ def read(pieces, continues=False):
     return "".join(content), {"name": call[0].name, "arguments": "".join(delta.arguments for delta in call)}
 
 
-@pytest.mark.parametrize("continues, response, expected", REPLIES)
+@pytest.mark.parametrize(("continues", "response", "expected"), REPLIES)
 def test_cuts_change_nothing(continues, response, expected):
     assert read(response, continues) == expected[:2]
     for cut in range(len(response)):

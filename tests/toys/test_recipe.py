@@ -72,7 +72,8 @@ def test_held_out_sums_stay_out():
     rng = random.Random(5)
     for _ in range(3000):
         fact = draw_fact(rng)
-        assert not fact.held and not any(step.held for step in steps(fact))
+        assert not fact.held
+        assert not any(step.held for step in steps(fact))
 
 
 @pytest.mark.parametrize("op", "+-*/")
@@ -116,7 +117,8 @@ def test_unlearned_turns_and_observations_are_masked(samples, tokenizer):
         [i for i, label in zip(encoded["input_ids"], encoded["labels"], strict=True) if label != -100]
     )
     observation = sample["conversations"][1]["value"].split("\nObservation: ")[1].split("\nThought:")[0]
-    assert "Action Input:" in learned and f"Observation: {observation}\n" not in learned
+    assert "Action Input:" in learned
+    assert f"Observation: {observation}\n" not in learned
     assert encode_sample(sample, tokenizer, 50) is None
 
 
@@ -127,12 +129,15 @@ def test_learned_vocabulary_merges_alike():
         "naïve café — 100%",
     ] * 30
     tokens, reference = learn(texts, ranks=320)
-    assert tokens[:256] == [bytes([byte]) for byte in range(256)] and len(set(tokens)) == len(tokens)
+    assert tokens[:256] == [bytes([byte]) for byte in range(256)]
+    assert len(set(tokens)) == len(tokens)
     verify(tokens, reference, texts[:3])
 
 
 def test_bundled_vocabulary_round_trip(tokenizer):
-    assert tokenizer.eod_id == 3376 and tokenizer.im_end_id == 3378 and len(tokenizer) == 3584
+    assert tokenizer.eod_id == 3376
+    assert tokenizer.im_end_id == 3378
+    assert len(tokenizer) == 3584
     for text in (
         "Hello there, 23 + 45 = 68.",
         "你好！37减19等于几？",
@@ -206,7 +211,9 @@ def test_training_lowers_the_loss():
 
 
 def test_schedule_rises_stays_and_falls():
-    assert schedule(0.0) < 0.2 and schedule(0.3) == 1.0 and 0 < schedule(0.999) < 0.05
+    assert schedule(0.0) < 0.2
+    assert schedule(0.3) == 1.0
+    assert 0 < schedule(0.999) < 0.05
 
 
 def test_scoring_counts_only_replies_that_end():
@@ -215,11 +222,9 @@ def test_scoring_counts_only_replies_that_end():
         Case("a: x", "q", lambda r: r == "1", reply="1", ended=False),
     ]
     assert score(cases) == {"a": (1, 2), "a: x": (1, 2), "overall": (1, 2)}
-    assert (
-        last_number("34 × 7 = 210 + 28 = 238.") == 238
-        and last_number("19 - 37 = -18。") == -18
-        and last_number("none") is None
-    )
+    assert last_number("34 × 7 = 210 + 28 = 238.") == 238
+    assert last_number("19 - 37 = -18。") == -18
+    assert last_number("none") is None
 
 
 def test_evaluation_is_deterministic():
@@ -262,4 +267,5 @@ def test_bundled_folders_load_and_fit():
     model, tokenizer = load_model(FOLDERS[1])
     assert model.generation_config.chat_format == "chatml"
     response, history = model.chat(tokenizer, "What is 2 + 3?", history=None, do_sample=False)
-    assert "5" in response and len(history) == 1
+    assert "5" in response
+    assert len(history) == 1
