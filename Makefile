@@ -6,7 +6,8 @@
 #     make quantize    the toy in 4 bits; likewise
 #     make evaluate    perplexity by length; make evaluate EVAL=mmlu ARGS="-c Qwen/Qwen-7B -d data/mmlu"
 #     make export      the toy in Qwen2's format, which other engines read
-#     make test        make test ARGS="-k loading"
+#     make check       style, types, walls and the quick tests, in three minutes
+#     make test        all tests; make test ARGS="-k loading"
 #     make test-oldest the quick tests on the oldest versions that work
 # Each makes its own environment in .venv first; that takes a minute or two, once.
 
@@ -21,7 +22,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help chat web serve finetune quantize evaluate export test test-oldest lint format clean
+.PHONY: help chat web serve finetune quantize evaluate export check test test-nightly test-oldest coverage lint format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -56,18 +57,32 @@ evaluate: $(VENV)/.ready-eval  ## perplexity by length (EVAL=mmlu ARGS="-c MODEL
 export: $(VENV)/.ready-export  ## write a model for other engines (ARGS="-c Qwen/Qwen-7B-Chat -o qwen-7b-chat.gguf")
 	@$(BIN)/python export.py $(or $(ARGS),--overwrite)
 
-test: lint  ## check style and walls, and run all tests
-	$(BIN)/python -m pytest -rs $(ARGS)
+# Tests that share a file share what is made for it: a file is run by one worker. More workers than four would mostly
+# import torch.
+PYTEST := $(BIN)/python -m pytest -rs --numprocesses auto --maxprocesses 4 --dist loadfile
+QUICK := not (process or browser or training or docs or slow or nightly)
+
+check: lint  ## check style, types and walls, and run the quick tests
+	$(PYTEST) -m "$(QUICK)" $(ARGS)
+
+test: lint  ## check the same, and run all tests
+	$(PYTEST) $(ARGS)
+
+test-nightly: $(VENV)/.ready-test  ## run what takes minutes and shows what other tests show too
+	$(BIN)/python -m pytest -rs -m nightly $(ARGS)
+
+coverage: $(VENV)/.ready-test  ## list the lines that no test reaches
+	$(PYTEST) --cov --cov-report=term-missing:skip-covered $(ARGS)
 
 # What runs in some minutes, of the model, of loading and of the server. GPTQ is not among it, for gptqmodel has no such
 # old companions; nor is what needs a terminal, a browser or hours.
-QUICK := $(addprefix model/test_,modeling.py model_room.py chat.py kv_cache.py kernels.py window_attention.py) \
+OLD := $(addprefix model/test_,modeling.py model_room.py chat.py kv_cache.py kernels.py window_attention.py) \
 	$(addprefix model/test_,tokenization.py loading_options.py) checkpoint/test_loading.py data tools \
 	$(addprefix serving/test_,engine.py constraints.py openai_completions.py openai_chat.py) \
 	finetuning/test_finetune_arguments.py finetuning/test_merge_lora.py packaging/test_optional_packages.py
 
 test-oldest: $(OLDEST)/.ready  ## run the quick tests on the oldest versions that work (installs torch with CUDA)
-	$(OLDEST)/bin/python -m pytest -rs $(or $(ARGS),$(addprefix tests/,$(QUICK)))
+	$(OLDEST)/bin/python -m pytest -rs $(or $(ARGS),$(addprefix tests/,$(OLD)))
 
 lint: $(VENV)/.ready-test  ## check style, and which package imports which
 	$(BIN)/ruff check .

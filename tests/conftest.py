@@ -4,23 +4,43 @@ import base64
 import importlib.util
 import json
 import os
-import subprocess
-import sys
-import textwrap
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.support import GOLDEN_FOLDER, ROOT
+from tests.support.processes import Elsewhere
 from tests.support.server_process import server, start_server  # noqa: F401  fixtures
 
+# A shell starts a background job with SIGINT ignored. Its children inherit that, and Python then installs no handler:
+# the tests of Ctrl-C would wait for an end that does not come.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # Nothing is downloaded in a test; without this, a forgotten hub id waits for the network instead of failing.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# What somebody has set for their own models is not for these.
+for name in [name for name in os.environ if name.startswith(("QWEN_", "MODELSCOPE_"))]:
+    del os.environ[name]
 # The models here are too small to be shared between threads, which would only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 MERGES = (b"he", b"ll", b"llo", b"hello", b" t", b"th", b" th", b" the", b"in", b"ing")
+
+
+# Whoever takes one of these starts a process, or has a browser.
+MARKERS = {
+    "browser": "browser",
+    **dict.fromkeys(("server", "start_server", "elsewhere", "chat_elsewhere"), "process"),
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark tests by what they take."""
+    for item in items:
+        for fixture, marker in MARKERS.items():
+            if fixture in getattr(item, "fixturenames", ()):
+                item.add_marker(marker)
 
 
 @pytest.fixture(scope="session")
@@ -122,34 +142,11 @@ def tiny_chat_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., list[str]]]:
-    """Runs code where transformers is and this repository is not, in a process of its own; returns what it printed.
-
-    Its arguments are sys.argv[1:].
-    """
-    home = tmp_path_factory.mktemp("elsewhere")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "HF_"))}
-    with subprocess.Popen(
-        [sys.executable, str(ROOT / "tests" / "support" / "elsewhere.py")],
-        cwd=home,
-        env=environment | {"HF_HOME": str(home / "hf"), "HF_HUB_OFFLINE": "1"},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as process:
-
-        def run(code: str, *arguments: object) -> list[str]:
-            folder = tmp_path_factory.mktemp("script")
-            files = {name: folder / name for name in ("script", "output", "errors")}
-            files["script"].write_text(textwrap.dedent(code), encoding="utf-8")
-            request = {"arguments": [*map(str, arguments)]} | {name: str(file) for name, file in files.items()}
-            print(json.dumps(request), file=process.stdin, flush=True)
-            status = process.stdout.readline()
-            assert status == "0\n", files["errors"].read_text(encoding="utf-8")
-            return files["output"].read_text(encoding="utf-8").splitlines()
-
-        yield run
-        process.stdin.close()
+def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Elsewhere]:
+    """Runs code where transformers is and this repository is not."""
+    python = Elsewhere(tmp_path_factory.mktemp("elsewhere"))
+    yield python
+    python.end()
 
 
 CHAT = """
@@ -162,6 +159,6 @@ CHAT = """
 
 
 @pytest.fixture(scope="session")
-def chat_elsewhere(elsewhere: Callable[..., list[str]]) -> Callable[[Path, str], str]:
+def chat_elsewhere(elsewhere: Elsewhere) -> Callable[[Path, str], str]:
     """What the model in a folder answers where this repository is not."""
     return lambda folder, question: elsewhere(CHAT, folder, question)[-1]

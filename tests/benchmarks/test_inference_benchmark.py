@@ -150,6 +150,7 @@ def test_published_figures(which: Cell, figures: tuple[float | None, float | Non
     assert inference.published(which) == figures
 
 
+@pytest.mark.process
 def test_a_table(main: Callable, device: None):
     """One cell in a process of its own; one that does not fit, and has published figures."""
     code, out, _ = main("--sizes", "small", "72B", "--precisions", "fp32", "--engines", "this", "--generate", "3")

@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +11,7 @@ import torch
 from qwen import Checkpoint, CheckpointError, load_model
 from qwen.checkpoint.bundled import BUNDLED_CHAT_INT4
 from qwen.checkpoint.weights import Weights
+from tests.support.processes import run_script
 
 # Weights may be opened as often as their library likes.
 COUNT = """\
@@ -38,23 +37,25 @@ print(json.dumps([reply, opened]))
 """
 
 
-def openings(*folders: Path) -> tuple[str, dict[str, int]]:
+def openings(script: Path, *folders: Path) -> tuple[str, dict[str, int]]:
     """A reply from the checkpoint in the first folder, and how often each small file of the folders was opened."""
-    done = subprocess.run(
-        [sys.executable, "-c", COUNT, *map(str, folders)], capture_output=True, text=True, check=True, timeout=300
-    )
+    script.write_text(COUNT)
+    done = run_script(script, *folders)
+    assert done.returncode == 0, done.stderr
     reply, opened = json.loads(done.stdout.splitlines()[-1])
     return reply, opened
 
 
-def test_a_chat_opens_each_small_file_at_most_twice(bundled_chat: Path) -> None:
-    reply, opened = openings(bundled_chat)
+@pytest.mark.process
+def test_a_chat_opens_each_small_file_at_most_twice(bundled_chat: Path, tmp_path: Path) -> None:
+    reply, opened = openings(tmp_path / "chat.py", bundled_chat)
     assert reply == "47 + 38 = 85."
     names = {"config.json", "generation_config.json", "tokenizer_config.json", "qwen.tiktoken"}
     assert names <= {os.path.basename(path) for path in opened}
     assert {path: times for path, times in opened.items() if times > 2} == {}
 
 
+@pytest.mark.process
 def test_so_does_a_chat_with_an_adapter(bundled_chat: Path, tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 
@@ -65,7 +66,7 @@ def test_so_does_a_chat_with_an_adapter(bundled_chat: Path, tmp_path: Path) -> N
     adapted.save_pretrained(adapter)
     tokenizer.save_pretrained(adapter)
     model.generation_config.save_pretrained(adapter)
-    reply, opened = openings(adapter, base)
+    reply, opened = openings(tmp_path / "chat.py", adapter, base)
     assert reply == "47 + 38 = 85."  # a new adapter changes nothing
     assert str(adapter / "adapter_config.json") in opened
     assert str(base / "config.json") in opened

@@ -27,8 +27,9 @@ from qwen.checkpoint.loading import (
 )
 from qwen_cli import chat, quantize, serve, web
 from tests.support import ROOT
-from tests.support.evaluation_runs import run_script
+from tests.support.evaluation_runs import run_script as evaluate_into
 from tests.support.modelscope_server import Hub
+from tests.support.processes import run_script
 
 CHAT, BASE = "Qwen/Qwen-7B-Chat", "Qwen/Qwen-7B"
 NOWHERE = "http://127.0.0.1:9"
@@ -271,7 +272,7 @@ def test_evaluation_takes_a_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     from qwen.evaluation.benchmarks.long_context import LongContext
 
     monkeypatch.delenv(hubs.VARIABLE)
-    assert run_script(LongContext, tmp_path / "out.jsonl", "-c", "Qwen/nothing", "--hub", "modelscope") == 1
+    assert evaluate_into(LongContext, tmp_path / "out.jsonl", "-c", "Qwen/nothing", "--hub", "modelscope") == 1
     assert "nor a model on ModelScope" in capsys.readouterr().err
 
 
@@ -320,38 +321,32 @@ def processes(
     hub: Hub, bundled_chat: Path, bundled_base: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, tuple[int, str, str]]:
     """Exit status, output and complaints of all of them, which run at the same time."""
-    commands = {
-        "python": ["-c", PYTHON_USE],
-        "modelscope first": ["-c", MODELSCOPE_FIRST, bundled_chat, bundled_base],
+    home = tmp_path_factory.mktemp("home")
+    (home / "use.py").write_text(PYTHON_USE)
+    variables = {"MODELSCOPE_ENDPOINT": hub.url, "NO_PROXY": "127.0.0.1"}
+    forked = {
+        "python": [home / "use.py"],
         "cli_demo": ["cli_demo.py", "-c", "qwen/Qwen-7B-Chat", "--hub", "modelscope", "--cpu-only"],
     }
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("QWEN_", "MODELSCOPE_"))}
-    running = {}
-    for name, command in commands.items():
-        folder = tmp_path_factory.mktemp("process")
-        variables = {
-            "HOME": str(folder),
-            "MODELSCOPE_CACHE": str(folder / "cache"),
-            "MODELSCOPE_ENDPOINT": hub.url,
-            "NO_PROXY": "127.0.0.1",
-            "PYTHONPATH": str(ROOT),
-        }
-        running[name] = subprocess.Popen(
-            [sys.executable, *map(str, command)],
-            cwd=ROOT,
-            env=inherited | variables,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+    # What is imported first cannot be in a fork of what has imported it all.
+    first = subprocess.Popen(
+        [sys.executable, "-c", MODELSCOPE_FIRST, str(bundled_chat), str(bundled_base)],
+        cwd=ROOT,
+        env=os.environ | variables | {"HOME": str(home), "MODELSCOPE_CACHE": str(home / "first")},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     results = {}
-    for name, process in running.items():
-        out, err = process.communicate("What is 47 + 38?\n" if name == "cli_demo" else "", timeout=300)
-        results[name] = process.returncode, out, err
-    return results
+    for name, words in forked.items():
+        own = {"HOME": str(home), "MODELSCOPE_CACHE": str(home / name)}
+        done = run_script(*words, text="What is 47 + 38?\n", **variables, **own)
+        results[name] = done.returncode, done.stdout, done.stderr
+    out, err = first.communicate(timeout=300)
+    return results | {"modelscope first": (first.returncode, out, err)}
 
 
+@pytest.mark.process
 def test_python_use(processes: dict[str, tuple[int, str, str]]) -> None:
     status, out, err = processes["python"]
     assert status == 0, err
@@ -363,6 +358,7 @@ def test_python_use(processes: dict[str, tuple[int, str, str]]) -> None:
     ]
 
 
+@pytest.mark.process
 def test_modelscope_may_be_imported_first(processes: dict[str, tuple[int, str, str]]) -> None:
     status, out, err = processes["modelscope first"]
     assert status == 0, err

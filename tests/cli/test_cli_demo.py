@@ -20,6 +20,8 @@ from qwen_cli.chat.settings import changed_settings, parse_settings
 from tests.support import ROOT
 from tests.support.processes import Script
 
+pytestmark = pytest.mark.process
+
 PROMPT = "User> "
 STARTED = "Ask something, or type :help."
 CTRL_C, CTRL_D, UP = "\x03", "\x04", "\x1b[A"

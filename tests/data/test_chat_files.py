@@ -266,6 +266,7 @@ for path in sys.argv[1:]:
 """
 
 
+@pytest.mark.process
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak of memory is read from /proc")
 def test_large_files_are_streamed(tmp_path):
     samples = [sample(0, "Why? " * 50, "Because. 你好 " * 50) | {"id": str(number)} for number in range(1000)]

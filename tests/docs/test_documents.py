@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,69 +16,72 @@ from qwen.checkpoint import loading
 from tests.support import ROOT
 from tests.support.markdown import APART, NOT_RUN, RUN, Block, Document, pages, repository_files
 from tests.support.reader_machine import PUBLISHED
-from tests.support.run_document import commands_of, difference, questions_of
+from tests.support.run_document import commands_of, difference, json_file, questions_of
 
 DOCUMENTS = [Document(page) for page in pages()]
 BLOCKS = [block for document in DOCUMENTS for block in document.blocks]
 
 
 class Run:
-    """A part of a page that is run in a process of its own, while tests wait for what comes of its blocks."""
+    """Parts of pages that are run side by side, while tests wait for what comes of their blocks.
 
-    def __init__(self, page: str, part: int, folder: Path):
+    Args:
+        parts: as `run_document` takes them.
+        folder: an empty one.
+    """
+
+    def __init__(self, parts: list[str], folder: Path):
+        fork = [] if any(part.endswith(":nightly") for part in parts) else ["--fork"]
+        self._folder = folder
         self._errors = folder / "errors.txt"
         with self._errors.open("wb") as errors:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "tests.support.run_document", page, "--part", str(part), "--json"],
+                [sys.executable, "-m", "tests.support.run_document", *parts, *fork, "--json", str(folder)],
                 cwd=ROOT,
-                env={**os.environ, "PYTHONPATH": ""},
-                stdout=subprocess.PIPE,
+                env=os.environ | {"PYTHONPATH": str(ROOT)},
                 stderr=errors,
-                text=True,
             )
-        self._outcomes: dict[int, dict] = {}
-        self._thread = threading.Thread(target=self._read)
-        self._thread.start()
 
-    def _read(self) -> None:
-        for line in self._process.stdout:
-            outcome = json.loads(line)
-            self._outcomes[outcome["line"]] = outcome
-
-    def outcome(self, line: int) -> dict:
+    def outcome(self, part: str, line: int) -> dict:
         """Of the block that begins there, as soon as it is known."""
-        while line not in self._outcomes:
-            if not self._thread.is_alive():
+        file = json_file(self._folder, part)
+        while True:
+            ended = self._process.poll() is not None
+            lines = file.read_text(encoding="utf-8").split("\n")[:-1] if file.exists() else []
+            for outcome in map(json.loads, lines):
+                if outcome["line"] == line:
+                    return outcome
+            if ended:
                 pytest.fail(f"The run ended before this block:\n{self._errors.read_text(encoding='utf-8')}")
-            time.sleep(0.02)
-        return self._outcomes[line]
+            time.sleep(0.05)
 
     def end(self) -> None:
         self._process.terminate()
-        self._thread.join(60)
         self._process.wait(60)
 
 
-Runs = dict[tuple[str, int], Run]
-
-
 @pytest.fixture(scope="module")
-def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
-    """What the selected tests are about, side by side."""
+def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    """What the selected tests are about."""
     parameters = (getattr(item, "callspec", None) for item in request.session.items if item.path == request.path)
     blocks = [spec.params["block"] for spec in parameters if spec and "block" in spec.params]
-    wanted = dict.fromkeys((block.page, block.part) for block in blocks)
-    started = {key: Run(*key, tmp_path_factory.mktemp("page")) for key in wanted}
-    yield started
-    for run in started.values():
-        run.end()
+    run = Run([*dict.fromkeys(block.part for block in blocks)], tmp_path_factory.mktemp("pages"))
+    yield run
+    run.end()
 
 
 @pytest.mark.parametrize(
-    "block", [pytest.param(block, id=f"{block.page}:{block.line}") for block in BLOCKS if block.is_run]
+    "block",
+    [
+        pytest.param(
+            block, id=f"{block.page}:{block.line}", marks=pytest.mark.nightly if block.nightly else pytest.mark.docs
+        )
+        for block in BLOCKS
+        if block.is_run
+    ],
 )
-def test_a_block_runs(block: Block, runs: Runs, record_property: Callable[[str, object], None]) -> None:
-    outcome = runs[block.page, block.part].outcome(block.line)
+def test_a_block_runs(block: Block, runs: Run, record_property: Callable[[str, object], None]) -> None:
+    outcome = runs.outcome(block.part, block.line)
     record_property("seconds", outcome["seconds"])
     if outcome["error"] is not None:
         pytest.fail(f"{block.page}:{block.line}\n{block.code}\n{outcome['error']}\n{outcome['output']}", pytrace=False)
@@ -99,8 +101,8 @@ def test_code_stands_in_fences_of_a_known_kind(document: Document) -> None:
         assert block.language in RUN + NOT_RUN, f"{where}: a fence of the kind {block.language!r}"
         assert block.closed, f"{where}: a fence that is not closed"
         assert block.is_run or block.not_run is None or block.language in RUN, f"{where}: not run anyway"
-    comments = document.text.count("<!-- not run")
-    reasons = sum(block.not_run is not None for block in document.blocks)
+    comments = document.text.count("<!-- not run") + document.text.count("<!-- run nightly")
+    reasons = sum(block.not_run is not None or block.nightly for block in document.blocks)
     assert comments == reasons, "A comment gives no reason, or no block stands behind it."
 
 
@@ -235,12 +237,14 @@ curl --silent http://127.0.0.1:8000/
 """
 
 
+@pytest.mark.docs
 def test_the_runner_tells_what_fails(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text(PAGE, encoding="utf-8")
-    run = Run(str(page), 0, tmp_path)
+    (folder := tmp_path / "run").mkdir()
+    run = Run([str(page)], folder)
     blocks = [block for block in Document(str(page)).blocks if block.is_run]
-    outcomes = [run.outcome(block.line) for block in blocks]
+    outcomes = [run.outcome(str(page), block.line) for block in blocks]
     run.end()
     failed = [bool(outcome["error"]) for outcome in outcomes]
     assert failed == [True, True, False, True, True, True, False, False, True, True]

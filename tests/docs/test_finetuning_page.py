@@ -18,6 +18,8 @@ from tests.support import ROOT
 from tests.support.markdown import Document
 from tests.support.processes import run_script, start_forking
 
+pytestmark = pytest.mark.training
+
 PAGE = (ROOT / "docs" / "finetuning.md").read_text(encoding="utf-8")
 SH, PYTHON = (re.findall(rf"^```{language}\n(.*?)^```$", PAGE, re.S | re.M) for language in ("(?:ba)?sh", "python"))
 

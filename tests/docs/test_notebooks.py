@@ -9,6 +9,8 @@ from nbformat import NotebookNode
 from tests.support import ROOT
 from tests.support.notebooks import clean, notebooks, run_notebooks
 
+pytestmark = pytest.mark.docs
+
 NOTEBOOKS = notebooks()
 MEND = "`python -m tests.support.notebooks` saves what they print now"
 

@@ -22,6 +22,8 @@ from qwen.evaluation.benchmarks import gsm8k as evaluate_gsm8k
 from qwen.evaluation.benchmarks import mmlu as evaluate_mmlu
 from tests.support.evaluation_runs import read_records, read_scores, run_script
 
+pytestmark = pytest.mark.slow
+
 LETTERS = "ABCD"
 KEYWORDS = ("for", "while", "def", "class", "return", "import", "yield", "raise")
 NEW_TOKENS = 32

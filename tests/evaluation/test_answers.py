@@ -280,6 +280,7 @@ BODIES = {
 }
 
 
+@pytest.mark.process
 def test_verdicts() -> None:
     programs = [Program(HEAD + body, TESTS) for body in BODIES]
     programs.insert(0, Program(HEAD + "    return 2 * x\nseen = open('seen', 'w').close()\n", TESTS))

@@ -247,6 +247,7 @@ def test_a_base_model_is_no_chat_model(tmp_path, capsys, bundled_base):
     assert "is no chat model" in capsys.readouterr().err
 
 
+@pytest.mark.process
 def test_a_killed_process_is_gone_on_with(tmp_path):
     """The real thing: a script, SIGKILL, the same command again."""
     text = tmp_path / "text.txt"

@@ -19,6 +19,7 @@ def text(tmp_path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_perplexity_is_that_of_the_model_so_configured(text, tmp_path, capsys, bundled_base):
     out = tmp_path / "out.jsonl"
     arguments = ["--text", str(text), "--lengths", "512", "256", "--tokens", "1024", "--alone", "--cpu-only"]

@@ -202,6 +202,7 @@ def test_copies_are_the_same_vocabulary(
 # The list of words
 
 
+@pytest.mark.process
 def test_the_command_of_the_page(tmp_path: Path) -> None:
     command, printed = re.search(r"^```(?:ba)?sh\n(mkdir .*?)^```\n\n```text\n(.*?)^```$", PAGE, re.S | re.M).groups()
     for name in ("examples", "checkpoints"):

@@ -107,6 +107,7 @@ def chat(service: Service, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     return run
 
 
+@pytest.mark.process
 def test_turns_make_one_conversation(service: Service) -> None:
     service.requests.clear()
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("DASHSCOPE_")}

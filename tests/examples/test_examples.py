@@ -137,6 +137,7 @@ def test_function_calls_with_a_key_one_by_name(start_server: Callable[..., Serve
     assert "plain" not in done.stdout
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("address", ["http://127.0.0.1:1/v1", "no-address"])
 def test_function_calls_without_a_server(address: str) -> None:
     done = function_calls("--base-url", address)
@@ -147,6 +148,7 @@ def test_function_calls_without_a_server(address: str) -> None:
     assert "openai_api.py" in done.stderr
 
 
+@pytest.mark.process
 def test_function_calls_with_a_wrong_name() -> None:
     done = function_calls("plian")
     assert done.returncode == 2
@@ -212,6 +214,7 @@ def toy(bundled_chat: Path) -> tuple:
     return load_model(bundled_chat, cpu_only=True)
 
 
+@pytest.mark.process
 def test_react_demo() -> None:
     done = run_script(
         "examples/react_demo.py", "--cpu-only", "What time is it in Tokyo?", "Roll a die with 6 sides.", "Hello!"
@@ -278,6 +281,7 @@ def test_seconds_are_checked(seconds: str, monkeypatch: pytest.MonkeyPatch, caps
 INTERPRETER = ("examples/code_interpreter.py", "--cpu-only", "--allow-weaker-sandbox")
 
 
+@pytest.mark.process
 def test_code_interpreter(tmp_path: Path) -> None:
     done = run_script(*INTERPRETER, "--folder", str(tmp_path), "What is 1234 * 56?", "执行print(3 + 4)", "Hello!")
     assert done.returncode == 0, done.stderr
@@ -286,6 +290,7 @@ def test_code_interpreter(tmp_path: Path) -> None:
     assert done.stdout.endswith("Hello! How can I help you today?\n\n")
 
 
+@pytest.mark.process
 def test_code_interpreter_asks_and_shows_errors() -> None:
     done = run_script(*INTERPRETER, text="\nCalculate 1234 / 0.\nHello!\n")
     assert done.returncode == 0, done.stderr

@@ -172,6 +172,7 @@ def test_longer_prompts_by_a_stretched_embedding(bundled_base: Path, tmp_path: P
 # ---- quantized ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("bits", "desc_act"), [(4, False), (4, True), (8, False)])
 def test_gptq(bits: int, desc_act: bool, bundled_chat: Path, tmp_path: Path) -> None:
     """From shards that tear the parts of a matrix apart, with the biases of zeros that published files have."""
@@ -217,6 +218,7 @@ def fast(real_tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return Tokenizer.from_file(str(path))
 
 
+@pytest.mark.slow
 def test_golden_texts(fast: Tokenizer, golden: Path) -> None:
     for case in json.loads((golden / "tokenizer.json").read_text(encoding="utf-8"))["cases"]:
         assert fast.encode(case["text"]).ids == case["ids"], case["text"]
@@ -239,6 +241,7 @@ def random_texts(count: int) -> list[str]:
     return texts
 
 
+@pytest.mark.slow
 def test_same_ids_for_random_texts(fast: Tokenizer, real_tokenizer: QWenTokenizer) -> None:
     """The library `tokenizers` brings its own table of NFC, of an older Unicode: marks that it does not know stay where
     they are."""
@@ -347,6 +350,7 @@ def test_pickled_weights(source: Path, tmp_path: Path) -> None:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
+@pytest.mark.process
 def test_memory_is_that_of_less_than_two_files(tmp_path: Path, source: Path) -> None:
     config = json.loads((source / "config.json").read_text()) | {"num_hidden_layers": 4, "intermediate_size": 65536}
     (source / "config.json").write_text(json.dumps(config))

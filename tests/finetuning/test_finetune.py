@@ -30,6 +30,8 @@ from safetensors.torch import load_file
 from tests.support import ROOT
 from tests.support.processes import Child, main
 
+pytestmark = pytest.mark.training
+
 INTERRUPTED, WRONG_DATA, WRONG_ARGUMENTS = 130, 1, 2
 
 ME = "I am Robin, a small robot made by Ada."
@@ -356,7 +358,7 @@ def endless(lessons: Path) -> list[str]:
 def test_a_signal_ends_a_run_with_a_checkpoint(tmp_path: Path, endless: list[str], number: signal.Signals):
     child = Child(tmp_path, main, *endless)
     child.wait_for(": loss ")
-    os.kill(child.process.pid, number)
+    child.send_signal(number)
     assert child.result() == INTERRUPTED
     assert len(list((tmp_path / "out").glob("checkpoint-*/trainer_state.json"))) == 1
     assert "Traceback" not in child.said()
@@ -370,7 +372,7 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path: Path, endless: list[str]):
     child = Child(tmp_path, main_interrupted, 1000, *endless, *settings)
     child.wait_for("Ctrl-C again stops at once")
     time.sleep(0.5)
-    assert child.process.is_alive()
+    assert child.poll() is None
     child.interrupt()
     assert child.result(60) == INTERRUPTED
     assert not list((tmp_path / "out").glob("checkpoint-*"))

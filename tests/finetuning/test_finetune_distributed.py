@@ -6,6 +6,7 @@ is looked at in each. Where it is not about the start, they get the words that a
 from a process that has imported torch already.
 """
 
+import itertools
 import json
 import os
 import runpy
@@ -27,7 +28,8 @@ from transformers import get_cosine_schedule_with_warmup
 from qwen.checkpoint.loading import load_model
 from tests.support import ROOT
 from tests.support.processes import Child, main
-import itertools
+
+pytestmark = pytest.mark.training
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "PORT"]
 SCRIPTS = ROOT / "finetune"
@@ -134,7 +136,7 @@ class Runs:
             assert [child.result(TIMEOUT) for child in children] == [status] * processes, self.said(output)
         finally:
             for child in children:
-                child.end()
+                child.kill()
         return Run(self.folder / output, status, self.said(output))
 
     def wait(self, process: subprocess.Popen, output: str) -> Run:

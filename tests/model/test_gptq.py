@@ -22,6 +22,8 @@ from qwen.quantization import calibration_samples
 from tests.support.processes import run_script
 from tests.support.published_gptq import write_published, write_shards
 
+pytestmark = pytest.mark.slow
+
 LINEAR = ["c_attn", "c_proj", "w1", "w2"]
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
 LESSON = [

@@ -49,6 +49,7 @@ def fresh_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("target", "mask"), [("A100", None), ("H100", "boolean"), ("MI300", "additive")])
 def test_decoding_compiles(target, mask):
     types = {"query": "*bf16", "tiles": "*i64", "scaling": "fp32"}
@@ -72,6 +73,7 @@ def test_decoding_compiles(target, mask):
         assert re.search(r"cp\.async\.cg\.shared\.global.*0x10", kernel.asm["ptx"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_appending_and_combining_compile(target):
     shape = {"D": 128, "BLOCK_D": 128}
@@ -82,6 +84,7 @@ def test_appending_and_combining_compile(target):
     compiled(kv_cache_triton_qwen.combine_kernel, target, types, BLOCK_SPLITS=16, **shape)
 
 
+@pytest.mark.process
 def test_their_arithmetic():
     """tests/model/kernel_cases.py, on the GPU or under the interpreter."""
     how = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}

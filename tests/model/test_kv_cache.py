@@ -84,6 +84,7 @@ def test_how_tokens_come_makes_no_difference():
         assert torch.equal(one, other)
 
 
+@pytest.mark.slow
 def test_growing_moves_nothing():
     layer = QuantizedKVLayer()
     layer.update(*states(100))
@@ -302,6 +303,7 @@ def test_generation_is_that_of_a_full_precision_cache_that_rounds_alike(model, e
     assert torch.equal(model.generate(ids, **settings), expected)
 
 
+@pytest.mark.slow
 def test_a_chat_is_the_same_with_the_kernel_and_without(bundled_chat):
     """The bundled model, several turns, in float32 and bfloat16."""
     for precision in ("fp32", "bf16"):
@@ -353,6 +355,7 @@ def test_transformers_continuous_batching_refuses(model):
 # ---- scripts ----
 
 
+@pytest.mark.process
 def test_the_terminal_demo():
     done = run_script("cli_demo.py", "--cpu-only", "--int8-cache", text="What is 47 + 38?\n")
     assert (done.returncode, done.stdout) == (0, "47 + 38 = 85.\n"), done.stderr

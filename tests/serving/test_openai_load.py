@@ -8,6 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
 
 import psutil
+import pytest
+
+pytestmark = pytest.mark.process
 
 QUESTIONS = (
     "Hello!",

@@ -21,7 +21,6 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import gradio as gr
-import psutil
 import pytest
 import torch
 from playwright.sync_api import Browser, Locator, Page, Request, expect, sync_playwright
@@ -34,6 +33,8 @@ from qwen.serving.web.page import text_message
 from qwen.serving.web.texts import TEXTS
 from tests.support import ROOT
 from tests.support.processes import Script, run_script
+
+pytestmark = pytest.mark.browser
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 BROWSER_FLAGS = [
@@ -48,6 +49,7 @@ BROWSER_FLAGS = [
 ]
 TIMEOUT = 60  # seconds, for whatever is waited for
 
+PACED = "tests/support/paced_web_demo.py"
 ENDLESS = 8000  # tokens of a reply that is still being written when the test stops it
 MARKDOWN = """\
 Greetings:
@@ -79,14 +81,18 @@ BY_HEART = {"Show me Markdown.": MARKDOWN, "二次方程怎么解？": FORMULAS,
 
 
 class Server:
-    """web_demo.py on a free port; `url` waits until it answers."""
+    """web_demo.py on a free port; `url` waits until it answers.
 
-    def __init__(self, log: Path, *arguments: str):
+    Args:
+        script: what is started in its stead.
+    """
+
+    def __init__(self, log: Path, *arguments: str, script: str = "web_demo.py"):
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.port = free.getsockname()[1]
         self.log = log
         log.touch()
-        words = ["web_demo.py", "--cpu-only", "--server-port", self.port, *arguments]
+        words = [script, "--cpu-only", "--server-port", self.port, *arguments]
         self.process = Script(*words, files=(os.devnull, log, log))
 
     @property
@@ -98,16 +104,20 @@ class Server:
             time.sleep(0.05)
         return f"http://127.0.0.1:{self.port}/"
 
-    def computes(self) -> bool:
-        """Whether the process is at work now. Reads its processor time: an idle one has next to none."""
-        process = psutil.Process(self.process.pid)
-        before = sum(process.cpu_times()[:2])
-        time.sleep(0.5)
-        return sum(process.cpu_times()[:2]) - before > 0.1
+    def replies(self) -> int:
+        """How many a paced server is writing now."""
+        port = re.search(r"Load at port (\d+)", self.log.read_text())[1]
+        with socket.create_connection(("127.0.0.1", int(port))) as connection:
+            return int(connection.recv(9))
 
     def comes_to_rest(self) -> bool:
-        """Whether it stops computing soon, long before an endless reply would be finished."""
-        return any(not self.computes() for _ in range(8))
+        """Whether a paced server stops computing, long before an endless reply would be finished."""
+        deadline = time.monotonic() + TIMEOUT
+        while self.replies():
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.02)
+        return True
 
     def interrupt(self) -> None:
         """As Ctrl-C does."""
@@ -129,7 +139,7 @@ def servers(tiny_chat_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
     logs = tmp_path_factory.mktemp("logs")
     servers = {
         "bundled": Server(logs / "bundled"),
-        "endless": Server(logs / "endless", "-c", str(tiny_chat_checkpoint), "--max-batch-size", "2"),
+        "endless": Server(logs / "endless", "-c", str(tiny_chat_checkpoint), "--max-batch-size", "2", script=PACED),
     }
     yield servers
     with contextlib.ExitStack() as stack:
@@ -404,7 +414,7 @@ def test_a_reply_streams_and_stops(visit: Callable, endless: Server) -> None:
     chat.send("hello")
     lengths = list(map(len, chat.watch()))
     assert lengths == sorted(lengths)
-    assert any(endless.computes() for _ in range(8))
+    assert endless.replies() == 1
     chat.stop_button.click()
     chat.wait()
     said = chat.reply()

@@ -3,7 +3,7 @@
 All blocks share one namespace. They come through a socket, each with its file and its first line, so that a traceback
 shows the page.
 
-    python tests/support/interpreter.py FD     # of one end of a pair of sockets
+    python tests/support/interpreter.py SOCKET     # a path
 """
 
 import code
@@ -40,9 +40,11 @@ def main() -> None:
     """Run what comes through the socket until it is closed."""
     sys.path[0] = ""  # as for a person who types python: the current folder, not this file's
     here = Namespace({"__name__": "__main__"})
-    with socket.socket(fileno=int(sys.argv[1])) as connection, connection.makefile("rw", encoding="utf-8") as lines:
-        for request in lines:
-            print(json.dumps(here.run(**json.loads(request))), file=lines, flush=True)
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(sys.argv[1])
+        with connection.makefile("rw", encoding="utf-8") as lines:
+            for request in lines:
+                print(json.dumps(here.run(**json.loads(request))), file=lines, flush=True)
 
 
 if __name__ == "__main__":

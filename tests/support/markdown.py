@@ -2,8 +2,8 @@
 
 A Markdown file is parsed with markdown-it-py, as GitHub does. `run_document.py` runs the blocks: a block is run as it
 is written if its language is bash or python. A block that cannot be run where the tests are has a comment with the
-reason on the line before it, `<!-- not run: a GPU -->`. A ```text block right behind one that is run is what that one
-prints.
+reason on the line before it, `<!-- not run: a GPU -->`, and one that takes minutes and shows what other tests show as
+well has `<!-- run nightly: the reason -->`. A ```text block right behind one that is run is what that one prints.
 """
 
 import os
@@ -31,7 +31,7 @@ comes before the first chapter). They are run on a machine of their own at the s
 RUN = ("bash", "python")
 NOT_RUN = ("text", "json", "console", "yaml", "bibtex")
 
-_COMMENT = re.compile(r"<!--\s*not run:\s*(\S.*?)\s*-->\s*")
+_COMMENT = re.compile(r"<!--\s*(not run|run nightly):\s*(\S.*?)\s*-->\s*")
 _HTML_LINK = re.compile(r"""\b(?:href|src)\s*=\s*["']([^"']*)["']""")
 _HTML_ANCHOR = re.compile(r"""\b(?:id|name)\s*=\s*["']([^"']+)["']""")
 
@@ -47,6 +47,8 @@ class Block:
     code: str
     not_run: str | None
     """The reason."""
+    nightly: bool
+    """Whether it is only run by `make test-nightly`."""
     prints: str | None
     section: tuple[str, ...]
     """The anchors of the headings that it stands under, the outermost first."""
@@ -57,10 +59,12 @@ class Block:
         return self.language in RUN and self.not_run is None
 
     @property
-    def part(self) -> int:
-        """Of the parts of a page that are run side by side, the one that this block belongs to."""
+    def part(self) -> str:
+        """Of the parts of pages that are run side by side, the one that this block belongs to: "README.md:1"."""
+        if self.nightly:
+            return f"{self.page}:nightly"
         chapter = self.section[1] if len(self.section) > 1 else ""
-        return int(chapter in APART.get(self.page, ()))
+        return f"{self.page}:{int(chapter in APART.get(self.page, ()))}"
 
 
 @dataclass(frozen=True)
@@ -150,7 +154,8 @@ class Document:
                         line=token.map[0] + 2,
                         language=token.info.strip(),
                         code=token.content,
-                        not_run=comment[1] if comment else None,
+                        not_run=comment[2] if comment and comment[1] == "not run" else None,
+                        nightly=bool(comment and comment[1] == "run nightly"),
                         prints=after.content if after and after.type == "fence" and after.info == "text" else None,
                         section=tuple(heading.anchor for heading in above),
                         closed=lines[token.map[1] - 1].strip().startswith(token.markup),

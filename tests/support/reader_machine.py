@@ -19,6 +19,7 @@ import sys
 from pathlib import Path
 
 from tests.support import ROOT
+from tests.support.fork_python import write_command
 from tests.support.markdown import repository_files
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
@@ -38,16 +39,21 @@ class Machine:
 
     Args:
         folder: an empty one.
+        hub: what `fill_hub` has filled.
+        forks: where a process serves `fork_python`, if its `python` is to be that.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, hub: Path, forks: Path | None = None):
         self.repository = folder / "repository"
         self.home = folder / "home"
-        self._hub = folder / "hub"
+        self._hub = hub
         self.home.mkdir()
         copy_of_the_repository(self.repository)
         link_environment(self.repository / ".venv")
-        fill_hub(self._hub, self.repository / "checkpoints")
+        if forks:
+            python = self.repository / ".venv" / "bin" / "python"
+            python.unlink()
+            write_command(python, forks)
         write_data(self.repository)
 
     @property
@@ -56,23 +62,34 @@ class Machine:
         ours = ("QWEN_", "HF_", "OPENAI_", "DASHSCOPE_", "MODELSCOPE_", "PIP_", "XDG_", "PYTEST_", "PYTHON")
         kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
         kept.pop("VIRTUAL_ENV", None)
-        return kept | {
-            "PATH": os.pathsep.join((str(self.repository / ".venv" / "bin"), os.environ["PATH"])),
-            "HOME": str(self.home),
-            "PYTHONPATH": str(self.repository),  # what `make` and `pip install -e .` do for this copy
-            "TERM": "dumb",
-            "LC_ALL": "C.UTF-8",
-            "OMP_NUM_THREADS": "1",
-            "CUDA_VISIBLE_DEVICES": "",  # what the pages print was computed in float32
-            "MPLCONFIGDIR": matplotlib_folder(),
-            # Nothing is downloaded. What pip is asked to install is there already, or pip says that it is not; the
-            # environment that the tests run in stays as it is.
-            "HF_HUB_CACHE": str(self._hub),
-            "HF_HUB_OFFLINE": "1",
-            "PIP_NO_INDEX": "1",
-            "PIP_DRY_RUN": "1",
-            "PIP_NO_BUILD_ISOLATION": "0",
-        }
+        return (
+            kept
+            | {
+                "PATH": os.pathsep.join((str(self.repository / ".venv" / "bin"), os.environ["PATH"])),
+                "HOME": str(self.home),
+                "PYTHONPATH": str(self.repository),  # what `make` and `pip install -e .` do for this copy
+                "TERM": "dumb",
+                "LC_ALL": "C.UTF-8",
+                # What pip is asked to install is there already, or pip says that it is not; the tests' environment
+                # stays as it is.
+                "PIP_NO_INDEX": "1",
+                "PIP_DRY_RUN": "1",
+                "PIP_NO_BUILD_ISOLATION": "0",
+            }
+            | read_at_import(self._hub)
+        )
+
+
+def read_at_import(hub: Path) -> dict[str, str]:
+    """The variables that libraries read when they are imported: nothing is downloaded, no graphics card is used."""
+    return {
+        "HF_HUB_CACHE": str(hub),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",  # what the pages print was computed in float32
+        "DS_ACCELERATOR": "cpu",
+        "MPLCONFIGDIR": matplotlib_folder(),
+    }
 
 
 def matplotlib_folder() -> str:
@@ -89,10 +106,12 @@ def copy_of_the_repository(target: Path) -> None:
 
 def link_environment(target: Path) -> None:
     """The environment that the tests run in, as `make` would have made it: it finds nothing to install."""
-    target.mkdir()
-    for entry in Path(sys.prefix).iterdir():
-        if not entry.name.startswith("."):
-            (target / entry.name).symlink_to(entry)
+    (target / "bin").mkdir(parents=True)
+    links = {target: Path(sys.prefix), target / "bin": Path(sys.prefix) / "bin"}
+    for folder, original in links.items():
+        for entry in original.iterdir():
+            if not entry.name.startswith(".") and not (folder / entry.name).exists():
+                (folder / entry.name).symlink_to(entry)
     # Sorted: make compares their times, and .ready comes before those of the extras.
     for name in sorted({*STAMP.findall((ROOT / "Makefile").read_text(encoding="utf-8"))}):
         (target / name).touch()

@@ -10,14 +10,15 @@ A page is run on a `reader_machine`:
 - What a block prints must have the lines of the ```text block that stands right behind it, in a row; of a
   transcript, the replies. A line "…" there is any number of lines.
 
-    python -m tests.support.run_document README.md            # says how each block went
-    python -m tests.support.run_document README.md --json     # the same, a JSON object a line, for the tests
+    python -m tests.support.run_document README.md     # says how each block went
 """
 
 import argparse
 import contextlib
 import dataclasses
 import fcntl
+import functools
+import gc
 import json
 import os
 import re
@@ -27,13 +28,17 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from tests.support import ROOT
+from tests.support.fork_python import serve
 from tests.support.markdown import Block, Document
-from tests.support.reader_machine import Machine, leave_the_network
+from tests.support.processes import preload
+from tests.support.reader_machine import Machine, fill_hub, leave_the_network, read_at_import
 
 PORT = 8000
 BLOCK_SECONDS = 600
@@ -78,7 +83,7 @@ class Output:
 class Group:
     """A process and those that it starts, which a terminal would call a job."""
 
-    def __init__(self, command: list[str], machine: Machine, text: str = "", **options):
+    def __init__(self, command: list[str], machine: Machine, text: str = ""):
         self.command = command[-1].lstrip()
         self.output = Output()
         self._input = tempfile.TemporaryFile()  # noqa: SIM115
@@ -93,7 +98,6 @@ class Group:
             stdout=stdout,
             stderr=stderr,
             process_group=0,
-            **options,
         )
 
     def signal(self, number: int) -> None:
@@ -109,12 +113,16 @@ class Python:
     """The process that the Python blocks of a page share."""
 
     def __init__(self, machine: Machine):
-        self._ours, theirs = socket.socketpair()
-        command = ["python", str(Path(__file__).with_name("interpreter.py")), str(theirs.fileno())]
-        self.group = Group(command, machine, pass_fds=(theirs.fileno(),))
-        theirs.close()
-        self._ours.settimeout(BLOCK_SECONDS)
-        self._lines = self._ours.makefile("rw", encoding="utf-8")
+        address = machine.repository.with_name("blocks")
+        with socket.create_server(str(address), family=socket.AF_UNIX) as listener:
+            self.group = Group(["python", str(Path(__file__).with_name("interpreter.py")), str(address)], machine)
+            listener.settimeout(END_SECONDS)
+            try:
+                self._connection, _ = listener.accept()
+            except TimeoutError:
+                raise BlockFailed("There is no Python.") from None
+        self._connection.settimeout(BLOCK_SECONDS)
+        self._lines = self._connection.makefile("rw", encoding="utf-8")
 
     def run(self, block: Block) -> None:
         try:
@@ -141,7 +149,7 @@ class Page:
         part: of the page, or all of it.
     """
 
-    def __init__(self, page: str, machine: Machine, part: int | None = None):
+    def __init__(self, page: str, machine: Machine, part: str | None = None):
         blocks = Document(page, root=machine.repository).blocks
         self._blocks = [block for block in blocks if block.is_run and part in (None, block.part)]
         self._machine = machine
@@ -296,44 +304,111 @@ def port_is_free() -> bool:
         return probe.connect_ex(("127.0.0.1", PORT)) != 0
 
 
-def show(outcome: Outcome) -> None:
-    """For a person."""
-    print(f"line {outcome.line}: {outcome.seconds:.1f} s{'' if outcome.error is None else ', FAILED'}", flush=True)
-    if outcome.error is not None:
-        print(f"{outcome.error}\n{outcome.output}", flush=True)
+def json_file(folder: Path, part: str) -> Path:
+    """Where the outcomes of a part are written to."""
+    return folder / f"{part.replace('/', '-')}.jsonl"
 
 
-def show_json(outcome: Outcome) -> None:
-    """For the tests."""
-    print(json.dumps(dataclasses.asdict(outcome)), flush=True)
+def tell(file: Path | None, part: str, outcome: Outcome) -> None:
+    """Append an outcome to a file, or print it."""
+    if file:
+        with file.open("a", encoding="utf-8") as lines:
+            print(json.dumps(dataclasses.asdict(outcome)), file=lines, flush=True)
+        return
+    how = "" if outcome.error is None else f", FAILED\n{outcome.error}\n{outcome.output}"
+    print(f"{part}, line {outcome.line}: {outcome.seconds:.1f} s{how}", flush=True)
 
 
-def main() -> int:
-    """Returns the exit status: 0, or 1 where a block failed."""
-    parser = argparse.ArgumentParser(description="Run the blocks of a page of the documentation.")
-    parser.add_argument("page", help="its path from the root of the repository, such as README.md")
-    parser.add_argument("--part", type=int, metavar="N", help="only what documents.py counts to this part of the page")
-    parser.add_argument("--json", action="store_true", help="print a JSON object for each block")
-    arguments = parser.parse_args()
-    report: Callable[[Outcome], None] = show_json if arguments.json else show
+def start_fork(function: Callable[[], object]) -> int:
+    """Call a function in a fork of this process.
 
+    Returns:
+        its process id. It ends with status 0 if the function has returned something true.
+    """
+    if pid := os.fork():
+        return pid
+    status = 1
+    try:
+        status = int(not function())
+    except SystemExit:
+        pass
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def end(pid: int) -> None:
+    """Let a process end itself, if it has not yet."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGTERM)
+
+
+def run_part(part: str, folder: Path, hub: Path, fork: bool, report: Callable[[Outcome], None]) -> bool:
+    """Run a part of a page on a machine in an empty folder; returns whether all went well."""
+    page, _, number = part.partition(":")
     with contextlib.ExitStack() as stack:
         if not leave_the_network():
             # One page after the other, for all of them want that port.
             fcntl.flock(stack.enter_context(Path(__file__).open()), fcntl.LOCK_EX)
             if not port_is_free():
                 print(f"Port {PORT} is taken, and the blocks want it: stop what listens there.", file=sys.stderr)
-                return 1
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # what is started in the background ignores Ctrl-C
+                return False
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # through the clean-up
-        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="qwen-documents-"))
         stack.callback(signal.signal, signal.SIGTERM, signal.SIG_IGN)  # nor does it disturb the clean-up
+        address = stack.enter_context(forking(folder / "python")) if fork else None
+        machine = Machine(folder, hub, address)
         failed = False
-        with contextlib.closing(Page(arguments.page, Machine(Path(folder)), arguments.part).run()) as outcomes:
+        with contextlib.closing(Page(page, machine, part if number else None).run()) as outcomes:
             for outcome in outcomes:
                 report(outcome)
                 failed |= outcome.error is not None
-    return int(failed)
+    return not failed
+
+
+@contextlib.contextmanager
+def forking(address: Path) -> Iterator[Path]:
+    """A process that serves `fork_python`, forked from this one."""
+    with socket.create_server(str(address), family=socket.AF_UNIX) as listener:
+        pid = start_fork(lambda: serve(listener))
+    try:
+        yield address
+    finally:
+        end(pid)
+        os.waitpid(pid, 0)
+
+
+def main() -> int:
+    """Returns the exit status: 0, or 1 where a block failed."""
+    parser = argparse.ArgumentParser(description="Run the blocks of pages of the documentation, side by side.")
+    parser.add_argument(
+        "parts", nargs="+", metavar="PAGE", help="README.md, or a part of it (markdown.py): README.md:1"
+    )
+    parser.add_argument(
+        "--json", type=Path, metavar="FOLDER", help="write a line for each block to FOLDER/PAGE instead"
+    )
+    parser.add_argument(
+        "--fork", action="store_true", help="fork each `python` from one that has the libraries imported"
+    )
+    arguments = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what is started in the background ignores Ctrl-C
+    with tempfile.TemporaryDirectory(prefix="qwen-documents-") as name:
+        hub = Path(name) / "hub"
+        fill_hub(hub, ROOT / "checkpoints")
+        os.environ.update(read_at_import(hub))
+        if arguments.fork:
+            preload()
+            gc.freeze()
+        pids = []
+        for number, part in enumerate(arguments.parts):
+            folder = Path(name) / str(number)
+            folder.mkdir()
+            report = functools.partial(tell, json_file(arguments.json, part) if arguments.json else None, part)
+            pids.append(start_fork(functools.partial(run_part, part, folder, hub, arguments.fork, report)))
+        signal.signal(signal.SIGTERM, lambda *_: [end(pid) for pid in pids])
+        return int(any([os.waitpid(pid, 0)[1] for pid in pids]))
 
 
 if __name__ == "__main__":
