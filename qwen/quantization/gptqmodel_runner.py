@@ -14,6 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from ..library_errors import is_nan_in_gptq
 from ..model.modeling_qwen import QWenLMHeadModel
 from ..quiet import quiet_gptqmodel
 from .checks import out_of_range
@@ -105,7 +106,7 @@ def run_gptq(
             # Batches of one: the length of a prompt decides about its NTK base, and padding costs time.
             return wrapped.quantize([list(ids) for ids in samples], batch_size=1, calibration_data_min_length=1)["gptq"]
         except ValueError as error:
-            if "NaN" not in str(error):
+            if not is_nan_in_gptq(error):
                 raise
             raise out_of_range(model, "its hidden states") from error
         finally:
