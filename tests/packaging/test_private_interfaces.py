@@ -189,6 +189,8 @@ INTERFACES = [
               "tells a layer of packed weights", "attribute"),
     Interface("gptqmodel.nn_modules.qlinear.torch_int8.int8_weight_nk", GPTQ,
               "weights of the kernel that has no qweight", "name in the module"),
+    Interface("gptqmodel.quantization.gptq.999999999", "qwen/quantization/gptqmodel_runner.py",
+              "the loss of a matrix that was only rounded", "name in the module"),
     Interface("logbar.LogBar.shared", "qwen/quiet.py", "its logger, before it speaks", "(override_logger)"),
     # ---- ModelScope ----
     Interface("modelscope.pipelines.builder.PIPELINES", "qwen/integrations/modelscope.py",
