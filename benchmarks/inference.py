@@ -52,6 +52,7 @@ from random_models import SHAPES, config, fill, random_model, write_quantized
 
 from qwen import Checkpoint, QWenConfig, QWenLMHeadModel
 from qwen.checkpoint.loading import load_config, load_model_quietly
+from qwen.library_errors import is_memory_full
 from qwen.model.gptq_qwen import is_gptq
 from qwen.quiet import quiet_loading
 
@@ -372,7 +373,7 @@ def child(task: str, folder: Path, cell: Cell | None) -> int:
     try:
         tell(result=tasks[task]())
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+        if not is_memory_full(error):
             raise
         tell(failed="out of memory")
     except (OSError, ValueError) as error:  # CheckpointError is among them

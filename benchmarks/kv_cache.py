@@ -41,7 +41,7 @@ from memory import resident
 from random_models import SHAPES, config
 from safetensors.torch import load_file
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import Cache
+from transformers import AutoModelForCausalLM, Cache
 
 from qwen import QWenLMHeadModel
 from qwen.model.kv_cache_qwen import (
@@ -371,7 +371,7 @@ def random_model(shape: str, dtype: torch.dtype, kind: str = "float") -> QWenLMH
     for name, value in CACHES[kind].items():
         setattr(settings, name, value)
     with torch.device(DEVICE):
-        return QWenLMHeadModel._from_config(settings, dtype=dtype).eval()
+        return AutoModelForCausalLM.from_config(settings, dtype=dtype).eval()
 
 
 def new_cache(model: QWenLMHeadModel, kind: str) -> Cache:

@@ -1,7 +1,7 @@
 """This architecture as transformers' Qwen2, which computes the same function up to the trained length."""
 
 import torch
-from transformers import Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, Qwen2ForCausalLM
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
 from qwen import QWenLMHeadModel
@@ -16,7 +16,7 @@ def as_qwen2(model: QWenLMHeadModel) -> Qwen2ForCausalLM:
     for name, tensor in model.state_dict().items():
         tensors |= qwen2_tensors(name, tensor)
     with torch.device("meta"):
-        peer = Qwen2ForCausalLM._from_config(config, dtype=model.dtype)
+        peer = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
     peer.load_state_dict(tensors, assign=True)
     peer.model.rotary_emb = Qwen2RotaryEmbedding(config).to(model.device)  # its buffers are in no file
     return peer.eval()

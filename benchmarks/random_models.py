@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
 from qwen import QWenConfig, QWenLMHeadModel
@@ -39,7 +40,7 @@ def config(shape: str) -> QWenConfig:
 def random_model(shape: str, dtype: torch.dtype, device: str) -> QWenLMHeadModel:
     """In eval mode, with the same weights each time."""
     with torch.device(device), no_init_weights():
-        model = QWenLMHeadModel._from_config(config(shape), dtype=dtype)
+        model = AutoModelForCausalLM.from_config(config(shape), dtype=dtype)
     for name, parameter in model.named_parameters():
         fill(name, parameter.data)
     return model.eval()

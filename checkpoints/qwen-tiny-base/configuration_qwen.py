@@ -4,6 +4,7 @@ Both dialects of published `config.json` files become the same object.
 """
 
 import copy
+import dataclasses
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -172,7 +173,8 @@ class QWenConfig(PreTrainedConfig):
         Raises:
             ValueError: a value is of the wrong type or makes no network.
         """
-        changes = {name: value for name, value in arguments.items() if name in self.__dataclass_fields__}
+        fields = {field.name for field in dataclasses.fields(self)}
+        changes = {name: value for name, value in arguments.items() if name in fields}
         if any(name in changes for name in PRECISIONS):
             changes = dict.fromkeys(PRECISIONS, False) | changes
         config = copy.deepcopy(self)

@@ -14,6 +14,7 @@ from typing import Any
 from transformers import GenerationConfig
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
+from ..library_errors import is_shape_mismatch
 from ..model.configuration_qwen import QWenConfig
 from ..model.modeling_qwen import QWenLMHeadModel
 from ..model.tokenization_qwen import QWenTokenizer
@@ -314,7 +315,7 @@ class Checkpoint:
         except ImportError as error:  # a quantized checkpoint without its library
             raise CheckpointError(f"{self.name} needs a package that is not installed. {error}") from error
         except RuntimeError as error:
-            if "size mismatch" not in str(error) and "mismatched" not in str(error):
+            if not is_shape_mismatch(error):
                 raise
             raise CheckpointError(
                 f"The weights in {self.name} do not have the shapes that its {CONFIG_NAME} gives: the two come from "

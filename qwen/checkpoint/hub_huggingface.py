@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, cached_file
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 from transformers.utils.hub import get_checkpoint_shard_files
 
 from .files import BIN, BIN_INDEX, SAFETENSORS, SAFETENSORS_INDEX, CheckpointError, first_line
@@ -17,8 +17,13 @@ class HuggingFaceFiles:
         self._name, self._keywords = name, options.keywords()
 
     def find(self, name: str) -> Path | None:
-        found = cached_file(self._name, name, **self._keywords, _raise_exceptions_for_missing_entries=False)
-        return None if found is None else Path(found)
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError
+
+        try:
+            return Path(hf_hub_download(self._name, name, **self._keywords))
+        except EntryNotFoundError:  # or the hub is out of reach, and the cache has none
+            return None
 
     def config(self) -> Path:
         from huggingface_hub import hf_hub_download

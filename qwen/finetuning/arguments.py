@@ -5,6 +5,7 @@ what can be seen to be impossible from the words alone; of files it reads the De
 nothing.
 """
 
+import dataclasses
 import difflib
 import importlib.util
 import json
@@ -111,6 +112,16 @@ class TrainingArguments(transformers.TrainingArguments):
             self.greater_is_better = False  # transformers knows this of losses only
         super().__post_init__()
 
+    @property
+    def n_gpu(self) -> int:
+        """How many GPUs this process uses, at most one: the Trainer would split batches among several."""
+        return min(1, self.visible_gpus)
+
+    @property
+    def visible_gpus(self) -> int:
+        """How many GPUs this process could use."""
+        return super().n_gpu
+
 
 @dataclass
 class Arguments:
@@ -163,9 +174,8 @@ def parse(argv: list[str]) -> tuple[Arguments, list[str]]:
         arguments = Arguments(*parser.parse_dict(settings))
         if arguments.training.fsdp:
             allow_fsdp_on_cpu()
-        if arguments.training.n_gpu > 1:  # the Trainer would split batches among them, in one process
-            notes.append(f"One of {arguments.training.n_gpu} GPUs is used: finetune/*_ds.sh, and torchrun, use all.")
-            arguments.training._n_gpu = 1
+        if (gpus := arguments.training.visible_gpus) > 1:
+            notes.append(f"One of {gpus} GPUs is used: finetune/*_ds.sh, and torchrun, use all.")
     except ArgumentError:
         raise
     except (ValueError, ImportError, OSError) as error:
@@ -187,8 +197,10 @@ class _Parser(HfArgumentParser):
 
 
 def _unknown(word: str, parser: HfArgumentParser) -> str:
-    known = [option for action in parser._actions for option in action.option_strings]
-    near = difflib.get_close_matches(word.partition("=")[0], [name for name in known if "-" not in name[2:]], n=3)
+    known = ["--help"]
+    for option in (each for kind in parser.dataclass_types for each in dataclasses.fields(kind) if each.init):
+        known += [f"--{option.name}"] + [f"--no_{option.name}"] * (option.default is True)
+    near = difflib.get_close_matches(word.partition("=")[0], known, n=3)
     return f"There is no argument {word}." + (
         f" Did you mean {' or '.join(near)}?" if near else " `--help-all` lists all."
     )

@@ -20,6 +20,7 @@ from ..checkpoint.adapters import ADAPTER_CONFIG, is_adapter
 from ..data.conversation_file import ConversationFile, DataFileError
 from ..data.datasets import Collator, PackedDataset, SupervisedDataset
 from ..data.samples import IGNORE_INDEX
+from ..library_errors import is_deepspeed_mismatch
 from ..model.tokenization_qwen import QWenTokenizer
 from .arguments import ArgumentError, Arguments, TrainingArguments
 from .callbacks import SaveOnInterrupt, ShowProgress
@@ -100,7 +101,7 @@ def finetune(arguments: Arguments) -> Outcome:
     try:
         metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     except ValueError as error:
-        if "DeepSpeed config values" not in str(error):
+        if not is_deepspeed_mismatch(error):
             raise
         raise ArgumentError(f"--deepspeed: {' '.join(str(error).split())}") from error
     if not interrupts.interrupted:

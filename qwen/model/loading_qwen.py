@@ -4,6 +4,7 @@ It takes the switches of `QWenConfig` as keyword arguments, and chooses precisio
 device that the model is loaded to.
 """
 
+import dataclasses
 import os
 from typing import Any
 
@@ -43,7 +44,8 @@ class LoadingMixin:
         quantization_config = kwargs.pop("quantization_config", None)
         if isinstance(config, PreTrainedConfig):
             config = config.overridden(kwargs)
-            kwargs = {name: value for name, value in kwargs.items() if name not in QWenConfig.__dataclass_fields__}
+            fields = {field.name for field in dataclasses.fields(QWenConfig)}
+            kwargs = {name: value for name, value in kwargs.items() if name not in fields}
         else:
             hub = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
             hub = {name: kwargs[name] for name in hub if name in kwargs}
@@ -69,9 +71,17 @@ class LoadingMixin:
                 pretrained_model_name_or_path, *model_args, config=config, dtype=dtype, **kwargs
             )
         except (SafetensorError, FileNotFoundError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and "PytorchStreamReader" not in str(error):
+            if isinstance(error, RuntimeError) and not is_damaged_weight_file(error):
                 raise
             raise OSError(
                 f"The weights of {pretrained_model_name_or_path} cannot be read ({error}): the download stopped early "
                 "or left pointer files behind. Delete the weight files there and download them again."
             ) from error
+
+
+def is_damaged_weight_file(error: BaseException) -> bool:
+    """Whether a .bin file of weights is cut off.
+
+    "PytorchStreamReader failed reading zip archive: failed finding central directory …" (torch 2.13), a RuntimeError.
+    """
+    return isinstance(error, RuntimeError) and "PytorchStreamReader" in str(error)

@@ -18,6 +18,7 @@ from transformers.utils.hub import convert_file_size_to_int
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.files import CheckpointError
 from ..checkpoint.staging import check_target
+from ..library_errors import is_gpu_memory_full, is_main_memory_full
 from ..model.configuration_qwen import QWenConfig
 from ..model.modeling_qwen import QWenLMHeadModel
 
@@ -170,9 +171,9 @@ def full_memory_explained() -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):  # torch's has no class of its own
+        if is_main_memory_full(error):
             raise MemoryError(f"The main memory is full. {less}, or take a machine with more.") from error
-        if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower():
+        if is_gpu_memory_full(error):
             raise MemoryError(f"The memory of the GPU is full. {less}, or stay off it with --cpu-only.") from error
         raise
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from ..library_errors import is_nan_in_gptq
 from ..model.modeling_qwen import QWenLMHeadModel
 from ..quiet import quiet_gptqmodel
 from .checks import out_of_range
@@ -28,6 +29,8 @@ PUBLISHED_SETTINGS = {
 """What the config.json of every published quantized checkpoint says, beside the bits and the group size."""
 
 _WORKERS = "GPTQMODEL_CPU_WORKERS"
+
+_NO_INVERSE = 999999999  # what GPTQModel logs as the loss where a Hessian has no inverse, when it rounds and goes on
 
 
 @contextlib.contextmanager
@@ -85,7 +88,11 @@ def run_gptq(
     cpu_only: bool,
     progress: Progress | None,
 ) -> list[dict[str, Any]]:
-    """Put packed matrices in the place of the model's own; GPTQModel's log, an entry a matrix."""
+    """Put packed matrices in the place of the model's own; GPTQModel's log, an entry a matrix.
+
+    Raises:
+        ValueError: the model leaves the range of float16 on the way through it.
+    """
     with contained():
         from gptqmodel import QuantizeConfig
         from gptqmodel.models._const import DEVICE
@@ -103,11 +110,14 @@ def run_gptq(
         wrapped.subset_callback = progress
         try:
             # Batches of one: the length of a prompt decides about its NTK base, and padding costs time.
-            return wrapped.quantize([list(ids) for ids in samples], batch_size=1, calibration_data_min_length=1)["gptq"]
+            log = wrapped.quantize([list(ids) for ids in samples], batch_size=1, calibration_data_min_length=1)["gptq"]
         except ValueError as error:
-            if "NaN" not in str(error):
+            if not is_nan_in_gptq(error):
                 raise
             raise out_of_range(model, "its hidden states") from error
         finally:
             if progress is not None:
                 progress.close()
+        if any(float(entry["loss"]) >= _NO_INVERSE for entry in log):
+            raise out_of_range(model, "its hidden states")
+        return log

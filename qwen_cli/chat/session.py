@@ -99,7 +99,7 @@ class Session:
             except Exception as error:
                 if self.terminal.interactive or reply:
                     print()
-                self.terminal.complain(_explain(error))
+                self.terminal.complain(explain(error))
                 if not reply:
                     return
                 stopped = True
@@ -188,11 +188,13 @@ class Session:
         self.configure("")
 
 
-def _explain(error: Exception) -> str:
+def explain(error: Exception) -> str:
     """A sentence for an error of the library; those that are not meant for people are named as such."""
+    from qwen.library_errors import is_memory_full
+
     if isinstance(error, (ValueError, OSError)) and str(error):
         return str(error)
-    if "out of memory" in str(error).lower():
+    if is_memory_full(error):
         return (
             "Out of memory. Shorten the conversation (:clear-his), or lower max_new_tokens (:conf max_new_tokens=256)."
         )

@@ -121,12 +121,10 @@ def test_a_base_is_for_adapters(bundled_chat: Path, bundled_base: Path) -> None:
 
 
 def test_a_full_disk_is_not_taken_for_a_model_without_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    from qwen.checkpoint import hub_huggingface
-
     def full(*args: object, **kwargs: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(hub_huggingface, "cached_file", full)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", full)
     with pytest.raises(OSError, match="No space left"):
         _ = Checkpoint("Qwen/Qwen-7B-Chat").folder
 

@@ -293,3 +293,27 @@ def test_our_own_scripts(script: str):
     assert notes == []
     assert arguments.training.warmup_steps == 0.01
     assert getattr(arguments.training, CHECKPOINTING)
+
+
+def test_one_process_uses_one_gpu(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(transformers.TrainingArguments, "n_gpu", property(lambda self: 4))
+    arguments, notes = parse(["--data_path", "d.json", "--use_cpu", "--per_device_train_batch_size", "3"])
+    assert arguments.training.n_gpu == 1
+    assert arguments.training.train_batch_size == 3
+    assert any(note.startswith("One of 4 GPUs is used") for note in notes)
+
+
+def test_no_gpu_is_none(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(transformers.TrainingArguments, "n_gpu", property(lambda self: 0))
+    arguments, notes = parse(["--data_path", "d.json", "--use_cpu"])
+    assert arguments.training.n_gpu == 0
+    assert notes == []
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [("--no_save_on_each_nod", "--save_on_each_node"), ("--lora_rr", "--lora_r"), ("--hlep", "--help")],
+)
+def test_a_misspelt_argument_is_answered_with_those_that_are_near(typed: str, meant: str):
+    with pytest.raises(ArgumentError, match=f"Did you mean .*{meant}"):
+        parse(["--data_path", "d.json", typed])

@@ -24,6 +24,7 @@ from qwen.model.configuration_qwen import QWenConfig
 from qwen.model.modeling_qwen import QWenLMHeadModel
 from qwen.quantization import calibration_samples, quantize, writer
 from qwen.quantization.gptqmodel_runner import contained
+from qwen.quantization.gptqmodel_runner import run_gptq as run_gptqmodel
 from qwen_cli import quantize as run_gptq
 from tests.support import ROOT
 
@@ -436,6 +437,15 @@ def test_other_signals_stop_like_ctrl_c(number: int, tmp_path: Path, main, monke
     assert code == 130
     assert text.endswith("\nStopped. Nothing was written.\n")
     assert not list(tmp_path.iterdir())
+
+
+def test_hidden_states_beyond_float16_are_refused(bundled_chat: Path, samples: list[list[int]]) -> None:
+    """GPTQModel would round these matrices without a word."""
+    model = QWenLMHeadModel(small_config(bundled_chat)).half().eval()
+    with torch.no_grad():
+        model.transformer.h[1].ln_1.weight.fill_(float("inf"))
+    with pytest.raises(ValueError, match="leaves the range of float16.* see its hidden states"):
+        run_gptqmodel(model, samples[:2], {"bits": 4, "group_size": 64}, cpu_only=True, progress=None)
 
 
 def test_nohup_is_respected(tmp_path: Path, main, monkeypatch: pytest.MonkeyPatch) -> None:
