@@ -299,7 +299,7 @@ def test_the_most_probable_letter_is_the_answer(
 ) -> None:
     """Against whole forward passes, one a question."""
     model, tokenizer = loaded
-    split, subjects = CHOICE[name]
+    _, subjects = CHOICE[name]
     counts = dict(zip(subjects, (7, 3), strict=False))
     arguments = write_folder(tmp_path / "data", name, counts)
     assert run(name, *arguments, "--batch-size", 3) == 0
