@@ -30,9 +30,16 @@ def shapes(config: QWenConfig) -> dict[str, tuple[int, ...]]:
     heads = config.num_attention_heads * config.kv_channels
     table = (config.vocab_size, hidden)
     return {
-        **{EMBEDDING: table, HEAD: table, NORM: (hidden,), "ln_1": (hidden,), "ln_2": (hidden,)},
-        **{"attn.c_attn": (3 * heads, hidden), "attn.c_proj": (hidden, heads)},
-        **{"mlp.w1": (width, hidden), "mlp.w2": (width, hidden), "mlp.c_proj": (hidden, width)},
+        EMBEDDING: table,
+        HEAD: table,
+        NORM: (hidden,),
+        "ln_1": (hidden,),
+        "ln_2": (hidden,),
+        "attn.c_attn": (3 * heads, hidden),
+        "attn.c_proj": (hidden, heads),
+        "mlp.w1": (width, hidden),
+        "mlp.w2": (width, hidden),
+        "mlp.c_proj": (hidden, width),
     }
 
 

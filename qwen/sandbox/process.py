@@ -71,8 +71,13 @@ class Process:
         }
         hidden = str(folder / ".cache")
         environment = {  # nothing of ours: it may hold keys
-            **{"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "HOME": str(folder), "TMPDIR": str(folder)},
-            **{"MPLBACKEND": "agg", "MPLCONFIGDIR": hidden, "XDG_CACHE_HOME": hidden},
+            "PATH": "/usr/bin:/bin",
+            "LANG": "C.UTF-8",
+            "HOME": str(folder),
+            "TMPDIR": str(folder),
+            "MPLBACKEND": "agg",
+            "MPLCONFIGDIR": hidden,
+            "XDG_CACHE_HOME": hidden,
             **{f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL", "NUMEXPR")},
         }
         try:

@@ -248,7 +248,7 @@ def test_scores_of_word_problems(completion: str, number: str | None, correct: b
 def test_a_broken_file_is_named(
     name: str, damage: Callable, complaint: str, tmp_path: Path, run: Callable, capsys: pytest.CaptureFixture
 ) -> None:
-    subjects = CHOICE[name][1]
+    split, subjects = CHOICE[name]
     arguments = write_folder(tmp_path / "data", name, dict.fromkeys(subjects, 2))
     damage(file_of(tmp_path / "data", name, split, subjects[0]))
     assert run(name, *arguments) == 1

@@ -6,6 +6,7 @@ is looked at in each. Where it is not about the start, they get the words that a
 from a process that has imported torch already.
 """
 
+import itertools
 import json
 import os
 import runpy
@@ -27,7 +28,6 @@ from transformers import get_cosine_schedule_with_warmup
 from qwen.checkpoint.loading import load_model
 from tests.support import ROOT
 from tests.support.processes import Child, main
-import itertools
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "PORT"]
 SCRIPTS = ROOT / "finetune"

@@ -1,5 +1,6 @@
 """chat, chat_stream and chat_batch, and what they are made of."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -12,7 +13,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from qwen import QWenLMHeadModel, decode_tokens, get_stop_words_ids, make_context
 from tests.support import GOLDEN_FOLDER, ROOT
-import itertools
 
 GREEDY = {"do_sample": False}
 # One far past the trained length of 64, so that NTK and LogN are at work.

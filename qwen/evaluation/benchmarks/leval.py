@@ -74,9 +74,10 @@ class EvaluateLEval(Task):
         tasks = {task: Score(task, mean(members), len(members)) for task, members in by_group(records).items()}
         average = mean([{"correct": score.value} for score in tasks.values()])
         scores = [Score("L-Eval", average, len(records)), *tasks.values()]
-        for part in ("loyalty", "factuality"):
-            if judged := [record for record in records if record.get(part) is not None]:
-                scores.append(Score(f"sci_fi: {part}", mean(judged, part), len(judged)))
+        judged = {
+            part: [record for record in records if record.get(part) is not None] for part in ("loyalty", "factuality")
+        }
+        scores += [Score(f"sci_fi: {part}", mean(some, part), len(some)) for part, some in judged.items() if some]
         return scores
 
 

@@ -216,7 +216,7 @@ class Generation:
         Raises:
             ApiError: the model failed, or the server stops.
         """
-        arrived: asyncio.Queue[tuple[int, Piece | None | Exception]] = asyncio.Queue()
+        arrived: asyncio.Queue[tuple[int, Piece | Exception | None]] = asyncio.Queue()
 
         async def read(index: int, stream: TextStream) -> None:
             try:
@@ -323,7 +323,8 @@ async def at_once(request: Request, generation: Generation, envelope: Envelope, 
         while (await request.receive())["type"] != "http.disconnect":
             pass
 
-    tasks = collecting, leaving = asyncio.create_task(collect()), asyncio.create_task(left())
+    collecting = asyncio.create_task(collect())
+    tasks = (collecting, asyncio.create_task(left()))
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         if not collecting.done():
