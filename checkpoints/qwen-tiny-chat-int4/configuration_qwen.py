@@ -189,8 +189,11 @@ class QWenConfig(PreTrainedConfig):
         return config
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "QWenConfig | tuple[QWenConfig, dict[str, Any]]":
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As in transformers; what the caller names wins over what the file says.
+
+        Returns:
+            The config; with return_unused_kwargs=True a tuple of it and the arguments that it has no field for.
 
         Raises:
             ValueError: two arguments contradict each other.

@@ -93,10 +93,11 @@ def wanted(weights: Weights, config: QWenConfig) -> list[str]:
 
 def _check_shape(name: str, weights: Weights, config: QWenConfig) -> None:
     _, module, part = split_name(name)
-    shape: tuple[int, ...] | None = shapes(config)[module]
+    whole = shapes(config)[module]
+    shape: tuple[int, ...] | None = whole
     if part == "qweight":
         bits = (getattr(config, "quantization_config", None) or {}).get("bits")
-        shape = (shape[1] * bits // 32, shape[0]) if bits else None
+        shape = (whole[1] * bits // 32, whole[0]) if bits else None
     if (found := weights.shape(name)) != shape:
         raise CheckpointError(
             f"{name} has the shape {found}, and config.json means {shape or 'no quantized weights'}: the two come from "

@@ -22,6 +22,7 @@ import argparse
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -181,7 +182,7 @@ def score_letter(instruction: str, gold: str, reply: str) -> dict[str, Any]:
 
 def score_number(instruction: str, gold: str, reply: str) -> dict[str, Any]:
     found = last_number(reply)
-    return {"number": None if found is None else str(found), "correct": close(found, last_number(gold))}
+    return {"number": None if found is None else str(found), "correct": close(found, Fraction(gold))}
 
 
 def score_output(instruction: str, gold: str, reply: str) -> dict[str, Any]:
