@@ -84,10 +84,13 @@ OLD := $(addprefix model/test_,modeling.py model_room.py chat.py kv_cache.py ker
 test-oldest: $(OLDEST)/.ready  ## run the quick tests on the oldest versions that work (installs torch with CUDA)
 	$(OLDEST)/bin/python -m pytest -rs $(or $(ARGS),$(addprefix tests/,$(OLD)))
 
-lint: $(VENV)/.ready-test  ## check style, and which package imports which
+lint: $(VENV)/.ready-test  ## check style, spelling, types, and which package imports which
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
+	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 
 format: $(VENV)/.ready-test  ## mend style
 	$(BIN)/ruff check --fix .

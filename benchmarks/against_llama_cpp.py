@@ -19,14 +19,13 @@ from pathlib import Path
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 try:
-    import qwen  # noqa: F401
+    from qwen import make_context
 except ModuleNotFoundError as error:
     sys.exit(f"{error}. In the folder of the repository: pip install -e .")
 
 import torch
 from llama_cpp import Llama
 
-from qwen import make_context
 from qwen.checkpoint.loading import load_model
 from qwen.export import export_gguf
 

@@ -15,13 +15,11 @@ import time
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 try:
-    import qwen  # noqa: F401
+    from qwen.checkpoint.loading import load_model
 except ModuleNotFoundError as error:
     sys.exit(f"{error}. In the folder of the repository: pip install -e .")
 
 import torch
-
-from qwen.checkpoint.loading import load_model
 
 QUESTIONS = [
     "Hello, who are you?",

@@ -7,7 +7,6 @@ runs in a process of its own; its memory is what that process has at most, less 
 the largest file of weights. Then both networks read the same 64 tokens, in float32. Prints a Markdown table; the exit
 status is 1 where a memory is not below two files, or the logits differ by more than 1e-4 of the largest.
 """
-# ruff: noqa: E402
 
 import argparse
 import json
@@ -20,10 +19,10 @@ from pathlib import Path
 
 try:
     from qwen_cli.console import quiet_imports
+
+    quiet_imports()  # before transformers is imported
 except ModuleNotFoundError as error:
     sys.exit(f"{error}. In the folder of the repository: pip install -e .")
-
-quiet_imports()  # before transformers is imported
 
 import torch
 from memory import resident

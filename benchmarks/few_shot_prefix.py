@@ -21,14 +21,13 @@ from dataclasses import replace
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 try:
-    import qwen  # noqa: F401
+    from qwen.checkpoint.loading import BUNDLED_BASE, load_model_quietly
 except ModuleNotFoundError as error:
     sys.exit(f"{error}. In the folder of the repository: pip install -e .")
 
 import torch
 from random_models import SHAPES, random_model
 
-from qwen.checkpoint.loading import BUNDLED_BASE, load_model_quietly
 from qwen.evaluation.language_model import LanguageModel
 from qwen.evaluation.task import Case
 

@@ -8,7 +8,6 @@ activation checkpointing, as in the published tables. Every cell is a process of
 own: what CUDA reserved, or on the CPU the largest resident size. Times are medians over the steps after the first.
 Prints Markdown tables.
 """
-# ruff: noqa: E402
 
 import argparse
 import contextlib
@@ -26,10 +25,10 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 try:
     from qwen_cli.console import quiet_imports
+
+    quiet_imports()  # before transformers is imported
 except ModuleNotFoundError as error:
     sys.exit(f"{error}. In the folder of the repository: pip install -e .")
-
-quiet_imports()  # before transformers is imported
 
 import torch
 from memory import peak

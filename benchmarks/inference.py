@@ -17,7 +17,6 @@ Engines: "this"; "Qwen2", the same float weights in transformers' Qwen2ForCausal
 llama-cpp-python and gguf are installed, with the same float weights or, in as many bits, its own Q8_0 and Q4_0.
 What does not fit into the free memory is not tried. Ctrl-C ends the table. GB are 10^9 bytes.
 """
-# ruff: noqa: E402
 
 import argparse
 import functools
@@ -39,10 +38,10 @@ from pathlib import Path
 try:
     from qwen_cli.arguments import add_hub_argument
     from qwen_cli.console import quiet_imports
+
+    quiet_imports()  # before transformers is imported
 except ModuleNotFoundError as error:
     sys.exit(f"{error}. In the folder of the repository: pip install -e .")
-
-quiet_imports()  # before transformers is imported
 
 import torch
 from decoding import Decoder, decode_greedily, token_times

@@ -32,7 +32,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 try:
-    import qwen  # noqa: F401
+    from qwen import QWenLMHeadModel
 except ModuleNotFoundError as error:
     sys.exit(f"{error}. In the folder of the repository: pip install -e .")
 
@@ -43,7 +43,6 @@ from safetensors.torch import load_file
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM, Cache
 
-from qwen import QWenLMHeadModel
 from qwen.model.kv_cache_qwen import (
     QuantizedKVCache,
     QuantizedKVLayer,

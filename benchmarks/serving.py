@@ -24,11 +24,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 try:
-    import qwen  # noqa: F401
+    from qwen.checkpoint.loading import load_tokenizer
 except ModuleNotFoundError as error:
     sys.exit(f"{error}. In the folder of the repository: pip install -e .")
 
-from qwen.checkpoint.loading import load_tokenizer
 
 SERVER = Path(__file__).resolve().parent.parent / "openai_api.py"
 CLIENTS = 16

@@ -18,11 +18,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 try:
-    import qwen  # noqa: F401
+    from qwen.model.tokenization_qwen import QWenTokenizer
 except ModuleNotFoundError as error:
     sys.exit(f"{error}. In the folder of the repository: pip install -e .")
-
-from qwen.model.tokenization_qwen import QWenTokenizer
 
 
 def published_vocabulary() -> str:

@@ -8,7 +8,6 @@ most frequent pair of neighbouring pieces in all words, again and again (Sennric
 https://arxiv.org/abs/1508.07909); what comes of it ranks behind all tokens that are there. What to do with it then,
 examples/vocabulary_expansion.md shows.
 """
-# ruff: noqa: E402
 
 import argparse
 import heapq
@@ -23,17 +22,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 try:
-    import qwen  # noqa: F401
+    from qwen_cli.console import quiet_imports
+
+    quiet_imports()  # before transformers is imported
+
+    from qwen.finetuning.vocabulary import merge_pieces, single_bytes
 except ModuleNotFoundError as error:
     sys.exit(f"{error}. In the folder of the repository: pip install -e .")
 
-from qwen_cli.console import quiet_imports
-
-quiet_imports()  # before transformers is imported
-
 import regex
 
-from qwen.finetuning.vocabulary import merge_pieces, single_bytes
 from qwen.model.tokenization_qwen import SPLIT_PATTERN, QWenTokenizer
 
 MAX_BYTES = 256  # of a word; the longest published token has 128

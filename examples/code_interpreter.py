@@ -8,7 +8,6 @@
 The conversation between model and sandbox is in qwen/tools/code_interpreter.py; examples/react_demo.py does the same
 with bare text. What the sandbox protects against, and what not, stands in qwen/sandbox/__init__.py.
 """
-# ruff: noqa: E402
 
 import argparse
 import sys
@@ -17,16 +16,15 @@ from pathlib import Path
 from typing import Any
 
 try:
-    import qwen  # noqa: F401
+    from qwen_cli.arguments import add_checkpoint_argument, add_cpu_only_argument, add_hub_argument
+    from qwen_cli.console import explain_errors, how_to_install, quiet_imports, say
+
+    quiet_imports()  # before transformers is imported
+
+    from qwen.checkpoint.loading import load_model_quietly
 except ModuleNotFoundError as error:
     sys.exit(f"{error}. In the folder of the repository: pip install -e .")
 
-from qwen_cli.arguments import add_checkpoint_argument, add_cpu_only_argument, add_hub_argument
-from qwen_cli.console import explain_errors, how_to_install, quiet_imports, say
-
-quiet_imports()  # before transformers is imported
-
-from qwen.checkpoint.loading import load_model_quietly
 from qwen.sandbox import Limits, Sandbox, SandboxUnavailable
 from qwen.sandbox.arguments import add_sandbox_arguments
 from qwen.tools.code_interpreter import MAX_STEPS, OUTPUT_BYTES, Answer, Call, Output, solve

@@ -222,8 +222,9 @@ def langchain(client: openai.OpenAI, model: str) -> str:
         for call in reply.tool_calls:
             result = run_tool(call["name"], json.dumps(call["args"], ensure_ascii=False))
             messages.append(ToolMessage(result, tool_call_id=call["id"]))
-        for call in reply.invalid_tool_calls:  # whose arguments are no JSON
-            messages.append(ToolMessage(f"error: {call['error']}", tool_call_id=call["id"]))
+        messages += [  # their arguments are no JSON
+            ToolMessage(f"error: {call['error']}", tool_call_id=call["id"]) for call in reply.invalid_tool_calls
+        ]
     return "(no answer after so many calls)"
 
 

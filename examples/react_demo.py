@@ -8,7 +8,6 @@ Revolves around one assistant turn that grows: the model thinks, names a tool an
 "Observation:"; we run the tool and write its result there; the model goes on from it, until its final answer. No server
 and no agent library takes part. How the prompt comes about, examples/react_prompt.md shows.
 """
-# ruff: noqa: E402
 
 import argparse
 import json
@@ -20,18 +19,17 @@ from typing import Any
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 try:
-    import qwen  # noqa: F401
+    from qwen_cli.arguments import add_checkpoint_argument, add_cpu_only_argument, add_hub_argument
+    from qwen_cli.console import explain_errors, how_to_install, quiet_imports
+
+    quiet_imports()  # before transformers is imported
+
+    from qwen.checkpoint.loading import load_model_quietly
 except ModuleNotFoundError as error:
     sys.exit(f"{error}. In the folder of the repository: pip install -e .")
 
-from qwen_cli.arguments import add_checkpoint_argument, add_cpu_only_argument, add_hub_argument
-from qwen_cli.console import explain_errors, how_to_install, quiet_imports
-
-quiet_imports()  # before transformers is imported
-
 import torch
 
-from qwen.checkpoint.loading import load_model_quietly
 from qwen.model.qwen_generation_utils import DEFAULT_SYSTEM, make_context
 from qwen.tools import STOP_WORD, extend_stop_words, observation_text, parse_response, tool_prompt
 

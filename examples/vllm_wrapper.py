@@ -12,7 +12,6 @@ else, so that no text in a message becomes a control token. vLLM knows these mod
 checkpoint is exported on first use. How the network is computed and shared out among GPUs is vLLM's affair, and how to
 serve a model to others is told in docs/deployment.md.
 """
-# ruff: noqa: E402
 
 import argparse
 import contextlib
@@ -29,19 +28,18 @@ from pathlib import Path
 from typing import Any
 
 try:
-    import qwen  # noqa: F401
+    from qwen_cli.arguments import add_checkpoint_argument, add_hub_argument, add_seed_argument
+    from qwen_cli.console import explain_errors, quiet_imports
+
+    quiet_imports()  # before transformers is imported
+
+    from qwen import Checkpoint, CheckpointError, QWenTokenizer
 except ModuleNotFoundError as error:
     sys.exit(f"{error}. In the folder of the repository: pip install -e .")
-
-from qwen_cli.arguments import add_checkpoint_argument, add_hub_argument, add_seed_argument
-from qwen_cli.console import explain_errors, quiet_imports
-
-quiet_imports()  # before transformers is imported
 
 from filelock import FileLock
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
-from qwen import Checkpoint, CheckpointError, QWenTokenizer
 from qwen.checkpoint.files import VOCABULARY, check_vocabulary, read_json
 from qwen.export import export_qwen2
 from qwen.export.source import open_source
@@ -168,7 +166,8 @@ class vLLMWrapper:
         requests: list[str] = []
         try:
             for prompt in prompts:
-                requests.append(self._submit(prompt, parameters))
+                request = self._submit(prompt, parameters)
+                requests.append(request)  # at once: should the next one fail, this one is ended
             replies = [list(self._reply(request, stop_words)) for request in requests]
         finally:
             self._end(requests)

@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 # What is said while training, in every process and some of it at every step: the beginnings of warnings,
 _WARNINGS = (
@@ -70,7 +70,7 @@ def quiet_training(main: bool) -> None:
     for beginning in _WARNINGS:
         warnings.filterwarnings("ignore", beginning)
     for name, beginning in _RECORDS.items():
-        logging.getLogger(name).addFilter(lambda record, start=beginning: start not in str(record.msg))
+        logging.getLogger(name).addFilter(_without(beginning))
     logging.getLogger("accelerate").setLevel(logging.WARNING)  # it tells of every file where a library set root to INFO
     quiet_gptqmodel()
     if not torch.accelerator.is_available():
@@ -87,3 +87,8 @@ def quiet_gptqmodel() -> None:
             from logbar import LogBar
 
             LogBar.shared().setLevel(logging.ERROR)
+
+
+def _without(text: str) -> Callable[[logging.LogRecord], bool]:
+    """A filter that keeps back the records with this text."""
+    return lambda record: text not in str(record.msg)

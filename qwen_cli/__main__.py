@@ -62,7 +62,8 @@ def usage() -> str:
 def version() -> str:
     """The version of this package, read from qwen/_version.py: importing `qwen` takes seconds."""
     text = Path(__file__).resolve().parents[1].joinpath("qwen", "_version.py").read_text(encoding="utf-8")
-    return re.search(r'__version__ = "(.+)"', text)[1]
+    (found,) = re.findall(r'__version__ = "(.+)"', text)
+    return found
 
 
 if __name__ == "__main__":

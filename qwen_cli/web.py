@@ -1,6 +1,7 @@
 """Chat with a first-generation Qwen model in the browser."""
 
 import argparse
+import importlib
 import os
 import signal
 import socket
@@ -98,7 +99,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     with explain_errors(install=how_to_install("web", "web"), stopped="Stopped while loading.", prog=prog) as ending:
         check_address(arguments.server_name, arguments.server_port)
-        import gradio  # noqa: F401  # a missing library should be known before gigabytes are loaded
+        importlib.import_module("gradio")  # a missing library should be known before gigabytes are loaded
 
         model, tokenizer = load(arguments, chat=True)
         try:

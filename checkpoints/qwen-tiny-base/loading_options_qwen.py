@@ -6,7 +6,8 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.utils import is_flash_attn_2_available, logging
 
-from .gptq_qwen import choose_kernel, is_gptq  # noqa: F401  choose_kernel is for those who import it from here
+from .gptq_qwen import choose_kernel as choose_kernel  # for those who import it from here
+from .gptq_qwen import is_gptq
 
 logger = logging.get_logger(__name__)
 

@@ -309,7 +309,7 @@ class QuantizedKVLayer(DynamicLayer):
     @torch.no_grad()  # rounding has no gradient
     def _append(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         kernels = triton_kernels(key_states.device.type) if self.fused else None
-        for slot, tokens in self._slots(key_states):
+        for slot, tokens in self.reserve(key_states):
             new = key_states[:, :, tokens], value_states[:, :, tokens]
             if kernels is not None:
                 kernels.append(*new, slot)
@@ -319,7 +319,7 @@ class QuantizedKVLayer(DynamicLayer):
                 for place, tensor in zip(stored, (*quantize_tokens(key), *quantize_tokens(value)), strict=True):
                     place.copy_(tensor)
 
-    def _slots(self, like: torch.Tensor) -> Iterator[tuple[Segment, slice]]:
+    def reserve(self, like: torch.Tensor) -> Iterator[tuple[Segment, slice]]:
         """Room for as many tokens as (B, H, S, D) `like` has: parts of segments, new ones where the last is full, and
         which of the tokens go there. Counts them as held."""
         batch, heads, tokens, channels = like.shape
@@ -420,7 +420,7 @@ class QuantizedKVCache(Cache):
         for key, value in layers:
             layer = QuantizedKVLayer(fused)
             layer.lazy_initialization(key[1], value[1])
-            for slot, tokens in layer._slots(key[0]):
+            for slot, tokens in layer.reserve(key[0]):
                 for place, tensor in zip(slot, (*key, *value), strict=True):
                     place.copy_(tensor[:, :, tokens])
             cache.layers.append(layer)

@@ -94,7 +94,7 @@ def base_batches(tokenizer: QWenTokenizer, seed: int, length: int = SEQ_LENGTH["
     """Windows of the corpus in random order, over and over; every token is learned."""
     ids: list[int] = []
     for text in documents(seed):
-        ids += tokenizer.encode(text, allowed_special=set()) + [tokenizer.eod_id]
+        ids += [*tokenizer.encode(text, allowed_special=set()), tokenizer.eod_id]
     windows = torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
     print(f"base corpus: {windows.numel() / 1e6:.1f}M tokens in windows of {length}", flush=True)
     generator = torch.Generator().manual_seed(seed)

@@ -13,4 +13,4 @@ def check_config(path: Path, name: str | Path) -> None:
 
 
 # A name that went with the move; the module itself does not have it.
-sys.modules[__name__].check_config = check_config
+sys.modules[__name__].__dict__["check_config"] = check_config

@@ -99,7 +99,7 @@ def with_adapter(model: QWenLMHeadModel, folder: Path, tokens: int) -> QWenLMHea
         model.resize_token_embeddings(tokens, mean_resizing=False)
     adapted = put_on(model, folder, grown=grown)
     if getattr(model.config, "quantization_config", None) is not None:
-        return adapted.get_base_model()
+        return model  # which has the adapter's layers in it by now
     return adapted.merge_and_unload().requires_grad_(True)
 
 

@@ -282,9 +282,9 @@ class Checkpoint:
             kwargs |= {"use_cache_quantization": True, "use_cache_kernel": True}
         tokenizer = self.tokenizer()  # first, as it fails in a second where the weights take minutes
         if self.base is None:
-            return self._load_model(kwargs), tokenizer
+            return self.load_without_adapter(**kwargs), tokenizer
         folder = self._files.folder()
-        model = with_adapter(self.base._load_model(kwargs), folder, len(tokenizer))
+        model = with_adapter(self.load_without_adapter(**kwargs), folder, len(tokenizer))
         if (folder / GENERATION_CONFIG_NAME).is_file():
             model.generation_config = self.generation_config
         model.name_or_path = str(folder)
@@ -294,13 +294,23 @@ class Checkpoint:
         """The tensors by name, each read when it is asked for; fetched first if need be."""
         return Weights(self.folder)
 
-    def _load_model(self, kwargs: dict[str, Any]) -> QWenLMHeadModel:
+    def load_without_adapter(self, **from_pretrained_kwargs: Any) -> QWenLMHeadModel:
+        """Load the model alone, in eval mode; of an adapter the base it is for.
+
+        Args:
+            from_pretrained_kwargs: for `QWenLMHeadModel.from_pretrained`.
+
+        Raises:
+            CheckpointError: files are missing, damaged or do not belong together.
+        """
+        if self.base is not None:
+            return self.base.load_without_adapter(**from_pretrained_kwargs)
         if self.is_quantized:
             check_gptq_installed(self.name)  # before gigabytes are fetched
         place, keywords = self._files.source(weights=True)
         if not isinstance(self._files, LocalFiles) and os.path.isdir(place):
             check_weights(Path(place))  # the download may have been cut off
-        kwargs = dict(kwargs)
+        kwargs = dict(from_pretrained_kwargs)
         config = kwargs.pop("config", None)
         if config is None:
             # transformers merges this one with that of the file, as long as the config does not swallow it.

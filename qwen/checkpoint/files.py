@@ -205,7 +205,7 @@ def listing(names: list[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """What a library's error says first; the rest is for its developers."""
     return str(error).strip().partition("\n")[0]
 

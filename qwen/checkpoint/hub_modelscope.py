@@ -43,7 +43,7 @@ class ModelScopeFiles:
         self._api: HubApi = HubApi(token=options.token if isinstance(options.token, str) else None)
         # "main" is the name of the default on the other hub.
         self._revision = None if options.revision == "main" else options.revision
-        self._place = {"revision": self._revision, "cache_dir": options.cache_dir}
+        self._place: dict[str, Any] = {"revision": self._revision, "cache_dir": options.cache_dir}
         self._inside = (options.subfolder or "").strip("/")
         self._local_only = options.local_files_only
         self._name = self._cached_spelling(name)

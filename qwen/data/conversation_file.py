@@ -11,7 +11,7 @@ import re
 from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, overload
 
 from tqdm import tqdm
 
@@ -68,6 +68,12 @@ class ConversationFile(Sequence[dict]):
 
     def __len__(self) -> int:
         return len(self._starts)
+
+    @overload
+    def __getitem__(self, index: int) -> dict: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[dict]: ...
 
     def __getitem__(self, index: int | slice) -> dict | list[dict]:
         places = range(len(self))[index]
@@ -198,7 +204,8 @@ class _JsonReader:
     def _peek(self) -> str:
         """The next character that is not white space, or "" at the end of the file."""
         while True:
-            self._advance(_BLANK.match(self.window, self.at).end())
+            blank = _BLANK.match(self.window, self.at)
+            self._advance(blank.end() if blank else self.at)
             if self.at < len(self.window):
                 return self.window[self.at]
             if not self._read_on():

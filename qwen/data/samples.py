@@ -131,7 +131,9 @@ def pack_samples(samples: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]
     # Position ids that start anew, without an attention mask, are what keeps samples apart: transformers.masking_utils
     # (find_packed_sequence_indices) builds a block-diagonal mask from them for sdpa, eager and flex attention, and
     # modeling_flash_attention_utils (_is_packed_sequence) sequence borders for flash attention, there for one row only.
-    input_ids, labels, position_ids = [], [], []
+    input_ids: list[int] = []
+    labels: list[int] = []
+    position_ids: list[int] = []
     for sample in samples:
         input_ids += sample["input_ids"]
         # In a row of its own nothing predicts a first token; here the last token before it would.
@@ -152,7 +154,7 @@ _encoders: weakref.WeakKeyDictionary[Any, Callable[[str], list[int]]] = weakref.
 def _remembering_encoder(tokenizer) -> Callable[[str], list[int]]:
     """Text to ids, with the last few texts remembered. Callers must not change the list."""
     if tokenizer not in _encoders:
-        alive = weakref.ref(tokenizer)
+        alive: Callable[[], Any] = weakref.ref(tokenizer)
         _encoders[tokenizer] = lru_cache(maxsize=16)(lambda text: alive().encode(text, allowed_special="all"))
     return _encoders[tokenizer]
 

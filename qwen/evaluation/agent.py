@@ -101,7 +101,8 @@ def _model(lm: LanguageModel, max_new_tokens: int) -> Any:
             # These models answer in words and know no tool for that.
             functions = [get_tool_json_schema(tool) for tool in tools_to_call_from if tool.name != "final_answer"]
             sent = [{"role": message.role.value, "content": message.content} for message in messages]
-            query, _, system = parse_messages(sent, functions)
+            query, _history, system = parse_messages(sent, functions)
+            assert query is not None  # the conversation ends with what the user says
             case = Case(name="agent", prompt=query, gold=None)
             self.reply = lm.reply([case], max_new_tokens=max_new_tokens, stop=(f"\n{STOP_WORD}",), system=system)[0]
             reply = parse_response(self.reply)

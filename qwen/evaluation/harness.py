@@ -117,8 +117,8 @@ def limited(cases: Sequence[Case], limit: int | None) -> list[Case]:
 
 def batches(cases: Sequence[Case], size: int) -> Iterator[list[Case]]:
     """Neighbours with the same worked examples, at most `size` of them."""
-    for _, members in groupby(cases, key=lambda case: (case.preamble, case.shots)):
-        members = list(members)
+    for _, neighbours in groupby(cases, key=lambda case: (case.preamble, case.shots)):
+        members = list(neighbours)
         yield from (members[start : start + size] for start in range(0, len(members), size))
 
 

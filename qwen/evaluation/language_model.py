@@ -109,7 +109,7 @@ class LanguageModel:
             past_key_values=cache,
             use_cache=bool(shared),
         ).last_hidden_state
-        if shared and len(prompts) == 1:
+        if cache is not None and len(prompts) == 1:
             cache.crop(-longest)  # no copy: what the question added goes again
         last = hidden[torch.arange(len(rests), device=hidden.device), ends.to(hidden.device) - 1]
         return self.model.lm_head(last).float().log_softmax(-1).cpu()

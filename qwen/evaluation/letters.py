@@ -159,4 +159,4 @@ def _closest(reply: str, texts: Mapping[str, str]) -> str | None:
     from thefuzz import fuzz
 
     alike = {letter: fuzz.UWRatio(reply, text) for letter, text in texts.items()}
-    return max(alike, key=alike.get) if any(alike.values()) else None
+    return max(alike, key=alike.__getitem__) if any(alike.values()) else None

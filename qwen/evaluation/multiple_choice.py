@@ -71,7 +71,8 @@ class FewShotChoice(Task):
         answers = []
         for scores in lm.choose(cases, self.choices):
             logprobs = dict(zip(LETTERS, scores, strict=True))
-            answers.append({"letter": max(logprobs, key=logprobs.__getitem__), "logprobs": logprobs})
+            letter = max(logprobs, key=logprobs.__getitem__)
+            answers.append({"letter": letter, "logprobs": logprobs})
         return answers
 
     def score(self, case: Case, answer: dict[str, Any]) -> dict[str, Any]:

@@ -7,8 +7,9 @@ import argparse
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from .case import Case
 
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
     from .language_model import LanguageModel
 
 
-class Score(NamedTuple):
+@dataclass(frozen=True)
+class Score:
     """A line of the summary. `value` is a share of 1, NaN where there were no cases; `percent` is how it is printed."""
 
     name: str

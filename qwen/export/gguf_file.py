@@ -135,7 +135,7 @@ def write_gguf(
     import gguf
 
     in_layers = gguf.GGMLQuantizationType[kind.upper()]
-    outside = gguf.GGMLQuantizationType[(outside or OUTSIDE_KINDS.get(kind, kind)).upper()]
+    elsewhere = gguf.GGMLQuantizationType[(outside or OUTSIDE_KINDS.get(kind, kind)).upper()]
     writer = gguf.GGUFWriter(str(file), "qwen")
     writer.add_context_length(max(exact_length(config), max_length or 0))
     writer.add_block_count(config.num_hidden_layers)
@@ -158,7 +158,7 @@ def write_gguf(
     for entry in entries:
         layer, module, part = split_name(entry.name)
         name = f"blk.{layer}.{IN_LAYER[module]}.{part}" if layer else f"{OUTSIDE[module]}.{part}"
-        type_ = gguf.GGMLQuantizationType.F32 if len(entry.shape) == 1 else in_layers if layer else outside
+        type_ = gguf.GGMLQuantizationType.F32 if len(entry.shape) == 1 else in_layers if layer else elsewhere
         block, _ = gguf.GGML_QUANT_SIZES[type_]
         if entry.shape[-1] % block:
             raise ValueError(
@@ -220,7 +220,8 @@ def _entries(weights: Weights, names: list[str], config: QWenConfig) -> list[Ent
 
 
 def _unpacked(weights: Weights, module: str, quantization: dict) -> torch.Tensor:
-    return dequantized(*(weights[f"{module}{part}"] for part in PARTS), quantization)
+    qweight, qzeros, scales, g_idx = (weights[f"{module}{part}"] for part in PARTS)
+    return dequantized(qweight, qzeros, scales, g_idx, quantization)
 
 
 def _add_tokenizer(writer, source: Checkpoint, tokenizer: QWenTokenizer) -> None:

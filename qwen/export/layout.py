@@ -30,9 +30,16 @@ def shapes(config: QWenConfig) -> dict[str, tuple[int, ...]]:
     heads = config.num_attention_heads * config.kv_channels
     table = (config.vocab_size, hidden)
     return {
-        **{EMBEDDING: table, HEAD: table, NORM: (hidden,), "ln_1": (hidden,), "ln_2": (hidden,)},
-        **{"attn.c_attn": (3 * heads, hidden), "attn.c_proj": (hidden, heads)},
-        **{"mlp.w1": (width, hidden), "mlp.w2": (width, hidden), "mlp.c_proj": (hidden, width)},
+        EMBEDDING: table,
+        HEAD: table,
+        NORM: (hidden,),
+        "ln_1": (hidden,),
+        "ln_2": (hidden,),
+        "attn.c_attn": (3 * heads, hidden),
+        "attn.c_proj": (hidden, heads),
+        "mlp.w1": (width, hidden),
+        "mlp.w2": (width, hidden),
+        "mlp.c_proj": (hidden, width),
     }
 
 
@@ -86,10 +93,11 @@ def wanted(weights: Weights, config: QWenConfig) -> list[str]:
 
 def _check_shape(name: str, weights: Weights, config: QWenConfig) -> None:
     _, module, part = split_name(name)
-    shape: tuple[int, ...] | None = shapes(config)[module]
+    whole = shapes(config)[module]
+    shape: tuple[int, ...] | None = whole
     if part == "qweight":
         bits = (getattr(config, "quantization_config", None) or {}).get("bits")
-        shape = (shape[1] * bits // 32, shape[0]) if bits else None
+        shape = (whole[1] * bits // 32, whole[0]) if bits else None
     if (found := weights.shape(name)) != shape:
         raise CheckpointError(
             f"{name} has the shape {found}, and config.json means {shape or 'no quantized weights'}: the two come from "

@@ -164,8 +164,10 @@ def generation_config(source: Checkpoint, tokenizer: QWenTokenizer) -> dict[str,
 
 def _write_weights(weights: Weights, names: list[str], folder: Path, progress: bool) -> torch.dtype:
     """Each file of weights becomes one, or several of at most _FILE_BYTES; returns the type of the embedding."""
-    total, files, dtype = 0, [], torch.float32
-    tensors, room, before = {}, _FILE_BYTES, None
+    total, dtype = 0, torch.float32
+    files: list[list[str]] = []
+    tensors: dict[str, torch.Tensor] = {}
+    room, before = _FILE_BYTES, None
     for name in tqdm(names, unit="tensor", disable=not progress):
         tensor, file = weights[name], weights.file_of(name)
         if tensors and (file != before or tensor.nbytes > room):
@@ -180,7 +182,7 @@ def _write_weights(weights: Weights, names: list[str], folder: Path, progress: b
             dtype = tensor.dtype
     files.append(_write_file(tensors, folder / f"{len(files)}.safetensors"))
     # How many there are, which their names tell, is known only now.
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, inside in enumerate(files):
         file = SAFETENSORS if len(files) == 1 else f"model-{number + 1:05}-of-{len(files):05}.safetensors"
         (folder / f"{number}.safetensors").rename(folder / file)

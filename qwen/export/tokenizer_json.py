@@ -5,6 +5,7 @@ and of letters.
 """
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ def merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
         pieces = [token[i : i + 1] for i in range(len(token))]
         while len(pieces) > 1:
-            unions = [ranks.get(left + right, rank) for left, right in zip(pieces, pieces[1:], strict=False)]
+            unions = [ranks.get(left + right, rank) for left, right in pairwise(pieces)]
             lowest = min(unions)
             if lowest >= rank:
                 break

@@ -94,7 +94,7 @@ class TrainingArguments(transformers.TrainingArguments):
     among them."""
 
     output_dir: str | None = field(default="output_qwen", metadata={"help": "Where the result is written."})
-    report_to: None | str | list[str] = field(
+    report_to: None | str | list[str] = field(  # noqa: RUF036  HfArgumentParser reads the first two alone
         default="tensorboard", metadata={"help": "Where the loss is logged to: tensorboard, wandb, …, or none."}
     )
     logging_steps: float = field(default=1, metadata={"help": "Log the loss every so many steps."})

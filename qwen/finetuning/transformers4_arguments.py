@@ -84,7 +84,7 @@ def modernized(argv: list[str]) -> tuple[list[str], list[str]]:
     notes: list[str] = []
     accelerator: dict[str, Any] = {}
     groups = _groups(argv)
-    named = {name: values for name, values in groups}
+    named = dict(groups)
     shadowed = None
     if "warmup_ratio" in named and "warmup_steps" in named:  # a number of steps, where there is one, has always won
         shadowed = "warmup_ratio" if _at_least_one(named["warmup_steps"]) else "warmup_steps"

@@ -57,8 +57,10 @@ class QwenChat:
             "response", and "history" with this turn at its end.
         """
         if isinstance(input, dict):
-            input, history = input["text"], input.get("history", history)
-        response, history = self.model.chat(self.tokenizer, input, history=history, **kwargs)
+            query, history = input["text"], input.get("history", history)
+        else:
+            query = input
+        response, history = self.model.chat(self.tokenizer, query, history=history, **kwargs)
         return {"response": response, "history": history}
 
 

@@ -5,7 +5,7 @@ Both dialects of published `config.json` files become the same object.
 
 import copy
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
@@ -58,9 +58,13 @@ class QWenConfig(PreTrainedConfig):
     """
 
     model_type = "qwen"
-    keys_to_ignore_at_inference = ["past_key_values", "cache"]
-    attribute_map = {"head_dim": "kv_channels"}
-    base_model_fsdp_plan = {"wte": "free_full_weight", "h.*": "free_full_weight", "ln_f": "keep_full_weight"}
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache"]
+    attribute_map: ClassVar[dict[str, str]] = {"head_dim": "kv_channels"}
+    base_model_fsdp_plan: ClassVar[dict[Any, str]] = {
+        "wte": "free_full_weight",
+        "h.*": "free_full_weight",
+        "ln_f": "keep_full_weight",
+    }
 
     vocab_size: int = 151936
     hidden_size: int = 4096
@@ -187,8 +191,11 @@ class QWenConfig(PreTrainedConfig):
         return config
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "QWenConfig | tuple[QWenConfig, dict[str, Any]]":
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As in transformers; what the caller names wins over what the file says.
+
+        Returns:
+            The config; with return_unused_kwargs=True a tuple of it and the arguments that it has no field for.
 
         Raises:
             ValueError: two arguments contradict each other.

@@ -175,7 +175,7 @@ def check_driver() -> None:
         RuntimeError, AssertionError, OSError, subprocess.SubprocessError: there is no GPU, or no C compiler.
     """
     # The driver is made when it is first asked for; in Triton 3.3 when something of it is.
-    triton.runtime.driver.active.get_current_target  # noqa: B018
+    _ = triton.runtime.driver.active.get_current_target
 
 
 def append_tokens(

@@ -30,7 +30,8 @@ from .configuration_qwen import QWenConfig
 from .gptq_qwen import GPTQMixin
 from .kv_cache_qwen import QuantizedKVCache, QuantizedStates, cache_of_tuples, prompt_state, quantized_attention
 from .loading_qwen import LoadingMixin
-from .rope_qwen import MAX_DOUBLINGS, logn_scale, ntk_alpha, rotary_tables, rotate  # noqa: F401  MAX_DOUBLINGS was here
+from .rope_qwen import MAX_DOUBLINGS as MAX_DOUBLINGS  # it was here
+from .rope_qwen import logn_scale, ntk_alpha, rotary_tables, rotate
 from .window_attention_qwen import Window, window_attention, windows
 
 # What transformers calls a cache among its arguments: `cache` from 5.24 on.

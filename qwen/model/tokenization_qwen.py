@@ -18,7 +18,7 @@ import unicodedata
 from base64 import b64decode
 from binascii import b2a_base64
 from collections.abc import Collection, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
 import tiktoken
 from transformers import AddedToken, BatchEncoding, PreTrainedTokenizer
@@ -377,6 +377,12 @@ class QWenTokenizer(PreTrainedTokenizer):
             raise ValueError(f"The token {token!r} is not in the vocabulary.{hint}")
         return table[token]
 
+    @overload
+    def convert_ids_to_tokens(self, ids: int, skip_special_tokens: bool = False) -> bytes | str: ...
+
+    @overload
+    def convert_ids_to_tokens(self, ids: Sequence[int], skip_special_tokens: bool = False) -> list[bytes | str]: ...
+
     def convert_ids_to_tokens(
         self, ids: int | Sequence[int], skip_special_tokens: bool = False
     ) -> bytes | str | list[bytes | str]:
@@ -397,6 +403,18 @@ class QWenTokenizer(PreTrainedTokenizer):
         return self.decoder[index]
 
     # ---- ids to text ----
+
+    if TYPE_CHECKING:  # transformers has no overloads, so that one text might be a list of them
+
+        @overload
+        def decode(self, token_ids: int | Sequence[int], skip_special_tokens: bool = ..., **kwargs: Any) -> str: ...
+
+        @overload
+        def decode(
+            self, token_ids: Sequence[Sequence[int]], skip_special_tokens: bool = ..., **kwargs: Any
+        ) -> list[str]: ...
+
+        def decode(self, token_ids: Any, skip_special_tokens: bool = False, **kwargs: Any) -> str | list[str]: ...
 
     def convert_tokens_to_string(self, tokens: Iterable[bytes | str]) -> str:
         """The text of a list of tokens, control tokens in their written form."""

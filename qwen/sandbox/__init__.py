@@ -79,8 +79,11 @@ class Sandbox:
         Raises:
             SandboxUnavailable: it cannot be started or confined; the text says what is missing.
         """
+        self._started()
+
+    def _started(self) -> Process:
         if self.process is not None:
-            return
+            return self.process
         process = Process(self.folder, self.limits)
         if process.missing and not self.allow_weaker:
             process.kill()
@@ -89,6 +92,7 @@ class Sandbox:
                 "Run the program in a container, or allow a weaker sandbox if you trust the code."
             )
         self.process, self.missing = process, process.missing
+        return process
 
     def run(self, code: str) -> Result:
         """Run a cell; a process that is gone is started again.
@@ -96,10 +100,10 @@ class Sandbox:
         Raises:
             SandboxUnavailable: as `start`.
         """
-        self.start()
+        process = self._started()
         files, notes = self._files(), []
         try:
-            status = self.process.run(code, self._excess)
+            status = process.run(code, self._excess)
             if status == "interrupted":
                 notes.append(f"[Stopped after {self.limits.wall_seconds:g} seconds. The variables are still there.]")
         except Ended as error:
@@ -108,7 +112,7 @@ class Sandbox:
         except BaseException:  # Ctrl-C in our own process among them
             self._end()
             raise
-        output = self.process.printed()
+        output = process.printed()
         if status == "died":
             self._end()
             if self._excess():

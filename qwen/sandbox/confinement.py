@@ -138,11 +138,9 @@ def _restrict_files(libc: ctypes.CDLL, folder: Path) -> None:
     handled = struct.pack("Q", ALL_RIGHTS)
     ruleset = _call(libc, CREATE_RULESET, handled, len(handled), 0)
     try:
-        for path, rights in [
-            *((path, READ) for path in _readable()),
-            ("/dev/null", WRITE_FILE),
-            (folder, READ_AND_WRITE),
-        ]:
+        rules: list[tuple[str | Path, int]] = [(path, READ) for path in _readable()]
+        rules += [("/dev/null", WRITE_FILE), (folder, READ_AND_WRITE)]
+        for path, rights in rules:
             try:
                 place = os.open(path, os.O_PATH | os.O_CLOEXEC)
             except (FileNotFoundError, PermissionError):

@@ -71,8 +71,13 @@ class Process:
         }
         hidden = str(folder / ".cache")
         environment = {  # nothing of ours: it may hold keys
-            **{"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "HOME": str(folder), "TMPDIR": str(folder)},
-            **{"MPLBACKEND": "agg", "MPLCONFIGDIR": hidden, "XDG_CACHE_HOME": hidden},
+            "PATH": "/usr/bin:/bin",
+            "LANG": "C.UTF-8",
+            "HOME": str(folder),
+            "TMPDIR": str(folder),
+            "MPLBACKEND": "agg",
+            "MPLCONFIGDIR": hidden,
+            "XDG_CACHE_HOME": hidden,
             **{f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL", "NUMEXPR")},
         }
         try:
@@ -93,7 +98,9 @@ class Process:
         finally:
             os.close(theirs)
             os.close(to_us)
-        self.stdout = self.popen.stdout.fileno()
+        assert self.popen.stdout is not None  # it is a pipe
+        self.pipe = self.popen.stdout
+        self.stdout = self.pipe.fileno()
         for pipe in (self.commands, self.results, self.stdout):
             os.set_blocking(pipe, False)
         try:
@@ -133,7 +140,7 @@ class Process:
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self.popen.pid, signal.SIGKILL)
         self.popen.wait()
-        self.popen.stdout.close()
+        self.pipe.close()
         os.close(self.commands)
         os.close(self.results)
 

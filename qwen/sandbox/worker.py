@@ -44,12 +44,15 @@ class Notebook:
             sys.stdin = io.StringIO()
         try:
             body = ast.parse(code, name).body
-            last = ast.Expression(body.pop().value) if body and isinstance(body[-1], ast.Expr) else None
+            last = None
+            if body and isinstance(end := body[-1], ast.Expr):
+                last = ast.Expression(end.value)
+                body.pop()
             exec(compile(ast.Module(body, []), name, "exec", dont_inherit=True), self.main.__dict__)
             if last is not None:
                 value = eval(compile(last, name, "eval", dont_inherit=True), self.main.__dict__)
                 if value is not None:
-                    self.main._ = value
+                    self.main.__dict__["_"] = value
                     print(repr(value))
             self.save_figures()
         except BaseException as error:  # also SystemExit and KeyboardInterrupt: they end the cell, not the session
@@ -97,9 +100,10 @@ def main() -> None:
         os.write(settings["results"], json.dumps(message).encode() + b"\n")
 
     output = sys.stdout
-    output.reconfigure(errors="backslashreplace", line_buffering=True)
     os.dup2(output.fileno(), sys.stderr.fileno())
-    sys.stderr.reconfigure(errors="backslashreplace")
+    for stream in (output, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # as both are when a process begins
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     cpu_seconds = settings["cpu_seconds"]
     set_limit(resource.RLIMIT_CPU, cpu_seconds, cpu_seconds * SESSION)

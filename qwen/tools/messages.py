@@ -25,7 +25,8 @@ def parse_messages(messages: list[dict], functions: list[dict] | None) -> tuple[
 
     Raises MalformedConversation for messages in an impossible order, with missing fields or with more than text.
     """
-    preamble, exchanges = [], []
+    preamble: list[str] = []
+    exchanges: list[_Exchange] = []
     for index, message in enumerate(messages):
         role = message.get("role") if isinstance(message, dict) else None
         exchange = exchanges[-1] if exchanges else None
@@ -76,7 +77,7 @@ def parse_messages(messages: list[dict], functions: list[dict] | None) -> tuple[
         if history:
             history[-1] = (tool_prompt(history[-1][0], functions), history[-1][1])
         else:
-            query = tool_prompt(query, functions)
+            query = tool_prompt(exchanges[-1].query, functions)
     return query, history, DEFAULT_SYSTEM if not preamble else "\n\n".join(preamble)
 
 
@@ -117,6 +118,7 @@ class _Exchange:
     def answer(self, message: dict, index: int) -> None:
         """A tool's result."""
         id_ = message.get("tool_call_id")
+        call: _Call | None
         if not self.calls:
             raise MalformedConversation(
                 f"messages[{index}] is a tool result, but the assistant message before it calls no tool: "
@@ -171,7 +173,7 @@ def _calls(message: dict, index: int) -> list[_Call]:
             f"{where} need an id each, all different, to tell their results apart, not {_shown(ids)}."
         )
 
-    calls = []
+    calls: list[_Call] = []
     thought = "" if message.get("content") is None or not functions else _content(message, index)
     for (name, call), id_ in zip(functions.items(), ids, strict=True):
         if not isinstance(call, dict) or not all(isinstance(call.get(key), str) for key in ("name", "arguments")):
@@ -196,7 +198,7 @@ def _content(message: dict, index: int) -> str:
 
 def _text_part(part: object, where: str) -> str:
     kind = part.get("type") if isinstance(part, dict) else None
-    if kind != "text":
+    if not isinstance(part, dict) or kind != "text":
         raise MalformedConversation(
             f'{where} has type {_shown(kind)}: the model reads text only; send {{"type": "text", "text": …}}.'
         )

@@ -44,17 +44,19 @@ Delta = ContentDelta | CallDelta
 def parse_response(response: str, continues: bool = False) -> Reply:
     """Reads a model's whole reply as a tool call, a final answer or plain text, by the rules of ReplyReader."""
     reader = ReplyReader(continues)
-    content, call = [], None
+    content: list[str] = []
+    name: str | None = None
+    arguments: list[str] = []
     for delta in [*reader.feed(response), *reader.finish()]:
         if isinstance(delta, ContentDelta):
             content.append(delta.text)
         elif delta.name is not None:
-            call = {"name": delta.name, "arguments": []}
+            name, arguments = delta.name, []
         else:
-            call["arguments"].append(delta.arguments)
-    if call is None:
+            arguments.append(delta.arguments)
+    if name is None:
         return Reply("".join(content), None, "stop")
-    return Reply("".join(content), call | {"arguments": "".join(call["arguments"])}, "function_call")
+    return Reply("".join(content), {"name": name, "arguments": "".join(arguments)}, "function_call")
 
 
 class _State(Enum):

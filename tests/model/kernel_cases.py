@@ -53,7 +53,7 @@ def test_appending_quantizes_as_torch_does(kernels, dtype, channels):
     key[0, 0, 0], value[0, 0, 1] = 0, 7  # constant rows
     slot = QuantizedKVLayer()
     slot.lazy_initialization(key, value)
-    (place, _), *_ = slot._slots(key)
+    (place, _), *_ = slot.reserve(key)
     # Strided as after the projection: heads and tokens change places.
     kernels.append(key.transpose(1, 2).contiguous().transpose(1, 2), value, place)
     for ours, states in ((place[:3], key), (place[3:], value)):

@@ -10,7 +10,6 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
-import qwen  # noqa: F401  registers the classes
 from qwen import QWenLMHeadModel
 from qwen.checkpoint.loading import load_model
 from qwen.model.kv_cache_qwen import (

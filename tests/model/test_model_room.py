@@ -129,4 +129,4 @@ def test_names_that_have_moved_are_found_where_they_were() -> None:
     for name in ("is_gptq", "choose_kernel"):
         assert getattr(loading_options_qwen, name) is getattr(qwen.model.gptq_qwen, name)
     with pytest.raises(ImportError, match="cannot import name 'pad_batch'"):
-        from qwen.qwen_generation_utils import pad_batch  # noqa: F401
+        from qwen.qwen_generation_utils import pad_batch  # noqa: F401  it is not there

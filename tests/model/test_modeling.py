@@ -7,7 +7,6 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, DynamicCache, StaticCache
 
-import qwen  # noqa: F401  registers the classes
 from qwen import QWenConfig, QWenLMHeadModel
 from qwen.model.kv_cache_qwen import dequantize_cache_torch, quantize_cache_v, quantize_tokens
 from qwen.model.rope_qwen import ntk_alpha, rotary_tables

@@ -530,9 +530,7 @@ def test_code_in_a_question_keeps_its_form(visit: Callable, endless: Server) -> 
 
 
 async def last_update(updates) -> tuple:
-    async for update in updates:  # noqa: B007
-        pass
-    return update
+    return [update async for update in updates][-1]
 
 
 def broken(hidden: torch.Tensor) -> torch.Tensor:

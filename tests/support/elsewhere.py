@@ -35,7 +35,10 @@ def main() -> None:
     # What `pip install --editable` puts here finds the package; without it, it is not installed.
     sys.meta_path[:] = [finder for finder in sys.meta_path if not finder.__module__.startswith("__editable__")]
     assert importlib.util.find_spec("qwen") is None, "this needs an environment without the package"
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationMixin  # noqa: F401  they take seconds
+    import transformers
+
+    for name in ("AutoModelForCausalLM", "AutoTokenizer", "GenerationMixin"):
+        getattr(transformers, name)  # imports what defines it, which takes seconds
 
     for line in sys.stdin:
         child = os.fork()

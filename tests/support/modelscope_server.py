@@ -71,7 +71,7 @@ class _Handler(BaseHTTPRequestHandler):
         path = folder / query.get("FilePath", "")
         if found[2] != "/repo" or not path.is_file():
             return self._answer(404, {"Code": 10010205003, "Message": "no such file", "Success": False})
-        self._send(found[1], path)
+        return self._send(found[1], path)
 
     def _answer(self, status: int, data: dict) -> None:
         body = json.dumps(data if status != 200 else {"Code": 200, "Data": data, "Success": True}).encode()

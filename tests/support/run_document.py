@@ -67,7 +67,7 @@ class Output:
 
     def __init__(self) -> None:
         # Closed when nobody refers to them any more: a process may write for as long as the page is run.
-        self.files = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115
+        self.files = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115  they outlive this call
         self._read = [0, 0]
 
     def new(self) -> tuple[str, str]:
@@ -86,7 +86,7 @@ class Group:
     def __init__(self, command: list[str], machine: Machine, text: str = ""):
         self.command = command[-1].lstrip()
         self.output = Output()
-        self._input = tempfile.TemporaryFile()  # noqa: SIM115
+        self._input = tempfile.TemporaryFile()  # noqa: SIM115  it outlives this call
         self._input.write(text.encode())
         self._input.seek(0)
         stdout, stderr = self.output.files
@@ -408,7 +408,8 @@ def main() -> int:
             report = functools.partial(tell, json_file(arguments.json, part) if arguments.json else None, part)
             pids.append(start_fork(functools.partial(run_part, part, folder, hub, arguments.fork, report)))
         signal.signal(signal.SIGTERM, lambda *_: [end(pid) for pid in pids])
-        return int(any([os.waitpid(pid, 0)[1] for pid in pids]))
+        statuses = [os.waitpid(pid, 0)[1] for pid in pids]
+        return int(any(statuses))
 
 
 if __name__ == "__main__":

@@ -66,11 +66,12 @@ def described(prompt: str, function: str) -> tuple[str, str]:
     except SyntaxError as error:
         raise ValueError(f"the prompt is not Python ({error}).") from error
     found = [node for node in body if isinstance(node, ast.FunctionDef) and node.name == function]
-    if not found or not ast.get_docstring(found[-1]):
+    docstring = ast.get_docstring(found[-1]) if found else None
+    if not docstring:
         raise ValueError(f"the prompt has no function {function} with a docstring.")
     head = prompt.splitlines()[found[-1].lineno - 1 : found[-1].body[0].lineno - 1]
     signature = re.sub(r"^def\s+|\s*:\s*(#.*)?$", "", " ".join(map(str.strip, head)))
-    return signature, ast.get_docstring(found[-1]).strip()
+    return signature, docstring.strip()
 
 
 def completion(reply: str, head: str, function: str, **_: Any) -> str:

@@ -22,6 +22,7 @@ import argparse
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -74,9 +75,10 @@ class EvaluateLEval(Task):
         tasks = {task: Score(task, mean(members), len(members)) for task, members in by_group(records).items()}
         average = mean([{"correct": score.value} for score in tasks.values()])
         scores = [Score("L-Eval", average, len(records)), *tasks.values()]
-        for part in ("loyalty", "factuality"):
-            if judged := [record for record in records if record.get(part) is not None]:
-                scores.append(Score(f"sci_fi: {part}", mean(judged, part), len(judged)))
+        judged = {
+            part: [record for record in records if record.get(part) is not None] for part in ("loyalty", "factuality")
+        }
+        scores += [Score(f"sci_fi: {part}", mean(some, part), len(some)) for part, some in judged.items() if some]
         return scores
 
 
@@ -180,7 +182,7 @@ def score_letter(instruction: str, gold: str, reply: str) -> dict[str, Any]:
 
 def score_number(instruction: str, gold: str, reply: str) -> dict[str, Any]:
     found = last_number(reply)
-    return {"number": None if found is None else str(found), "correct": close(found, last_number(gold))}
+    return {"number": None if found is None else str(found), "correct": close(found, Fraction(gold))}
 
 
 def score_output(instruction: str, gold: str, reply: str) -> dict[str, Any]:

@@ -105,8 +105,9 @@ def worked_examples(problems: list[dict[str, str]], seed: int) -> list[dict[str,
         next((problem for problem, text in zip(problems, bare, strict=True) if text.startswith(start)), None)
         for start in STANDARD
     ]
-    if None not in found:
-        return found
+    standard = [problem for problem in found if problem is not None]
+    if len(standard) == len(STANDARD):
+        return standard
     if len(problems) < SHOTS:
         raise DataError(f"The train split has {len(problems)} problems: {SHOTS} are needed as worked examples.")
     return random.Random(seed).sample(problems, SHOTS)

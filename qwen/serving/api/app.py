@@ -88,7 +88,7 @@ class Service:
         self.metrics = Metrics(engine) if metrics.available() else None
         self.constraints = ConstraintFactory(engine.tokenizer, engine.model.config.vocab_size)
         self.draining = False
-        name = engine.model.name_or_path
+        name = engine.model.name_or_path or ""
         checkpoint = os.path.basename(os.path.abspath(name)) if os.path.isdir(name) else name
         self.model: Model = {
             "id": settings.model_name or checkpoint or "qwen",
@@ -181,8 +181,14 @@ def create_app(engine: Engine, settings: Settings | None = None) -> FastAPI:
     if service.metrics is not None:
         middleware.append(Middleware(MetricsMiddleware, metrics=service.metrics))
     if settings.cors_origins:
-        arguments = {"allow_origins": settings.cors_origins, "allow_methods": ["GET", "POST"], "allow_headers": ["*"]}
-        middleware.append(Middleware(CORSMiddleware, **arguments))
+        middleware.append(
+            Middleware(
+                CORSMiddleware,
+                allow_origins=settings.cors_origins,
+                allow_methods=["GET", "POST"],
+                allow_headers=["*"],
+            )
+        )
     if settings.basic_auth is not None or settings.api_key is not None:
         credentials = {"basic": settings.basic_auth, "key": settings.api_key}
         middleware.append(Middleware(Authentication, open_paths=[HEALTH], **credentials))

@@ -242,8 +242,9 @@ class ChatWriter:
 
     def _call(self, delta: CallDelta) -> Iterator[dict[str, Any]]:
         head: dict[str, Any] = {}
-        if delta.name is not None:
+        if delta.name is not None or self.arguments is None:
             self.arguments = []
+        if delta.name is not None:
             head = {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function"}
         function = {} if delta.name is None else {"name": delta.name}
         function["arguments"] = delta.arguments
@@ -273,7 +274,11 @@ def collect(chunks: list[Chunk]) -> dict[str, Any]:
             call.append(part["function"])
         if "function_call" in delta:
             call.append(delta["function_call"])
-    message = {"role": "assistant", "content": "".join(content) or (None if call else ""), "refusal": None}
+    message: dict[str, Any] = {
+        "role": "assistant",
+        "content": "".join(content) or (None if call else ""),
+        "refusal": None,
+    }
     if call:
         function = {"name": call[0]["name"], "arguments": "".join(part["arguments"] for part in call)}
         if call_id is None:

@@ -134,9 +134,8 @@ def _path(location: Sequence[str | int], body: Any, kind: str) -> tuple[str | in
     """A location without the names of the alternatives that pydantic tried."""
     path: list[str | int] = []
     for step in location[1:]:  # the first one is "body"
-        if (isinstance(body, dict) and step in body) or (
-            isinstance(body, list) and isinstance(step, int) and step < len(body)
-        ):
+        steps = range(len(body)) if isinstance(body, list) else body if isinstance(body, dict) else ()
+        if step in steps:
             body = body[step]
             path.append(step)
     if kind == "missing":

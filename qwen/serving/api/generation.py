@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -210,13 +210,13 @@ class Generation:
             "total_tokens": self.plan.prompt_tokens + completion,
         }
 
-    async def chunks(self) -> AsyncIterator[Chunk]:
+    async def chunks(self) -> AsyncGenerator[Chunk, None]:
         """The chunks of all choices, as they come.
 
         Raises:
             ApiError: the model failed, or the server stops.
         """
-        arrived: asyncio.Queue[tuple[int, Piece | None | Exception]] = asyncio.Queue()
+        arrived: asyncio.Queue[tuple[int, Piece | Exception | None]] = asyncio.Queue()
 
         async def read(index: int, stream: TextStream) -> None:
             try:
@@ -239,7 +239,7 @@ class Generation:
                     raise from_engine(item, self.plan.prompt_param) or server_error() from item
                 if item is not None:
                     chunks = writers[index].write(item)
-                elif (reason := self.streams[index].finish_reason) == "cancelled":
+                elif (reason := self.streams[index].finish_reason) is None or reason == "cancelled":
                     raise cut_off()  # by the drain: nobody else cancels a stream that is being read
                 else:
                     chunks = writers[index].end(reason)
@@ -323,7 +323,8 @@ async def at_once(request: Request, generation: Generation, envelope: Envelope, 
         while (await request.receive())["type"] != "http.disconnect":
             pass
 
-    tasks = collecting, leaving = asyncio.create_task(collect()), asyncio.create_task(left())
+    collecting = asyncio.create_task(collect())
+    tasks = (collecting, asyncio.create_task(left()))
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         if not collecting.done():

@@ -17,7 +17,9 @@ try:
     import prometheus_client
     from prometheus_client import Counter, Gauge, Histogram
 except ModuleNotFoundError:
-    prometheus_client = None
+    _INSTALLED = False
+else:
+    _INSTALLED = True
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 CLIENT_GONE = 499  # nginx's number for a client that left before there was an answer
@@ -25,7 +27,7 @@ CLIENT_GONE = 499  # nginx's number for a client that left before there was an a
 
 def available() -> bool:
     """Whether prometheus-client is installed, which `Metrics` needs."""
-    return prometheus_client is not None
+    return _INSTALLED
 
 
 class Metrics:

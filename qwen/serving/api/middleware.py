@@ -105,7 +105,7 @@ class BodyLimit:
                 while more and dropped < LINGER_BYTES:
                     message = await arriving()
                     dropped += len(message.get("body", b""))
-                    more = message.get("more_body")
+                    more = bool(message.get("more_body"))
 
         async def limited() -> Message:
             nonlocal received, complete

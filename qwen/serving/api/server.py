@@ -11,6 +11,7 @@ import asyncio
 import threading
 from collections.abc import Callable
 from types import FrameType
+from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -40,7 +41,8 @@ class DrainingServer(uvicorn.Server):
         on_ready: Callable[[], None] = lambda: None,
         on_drain: Callable[[], None] = lambda: None,
     ):
-        config.app = _may_be_given_up(config.app)
+        app: Any = config.app  # uvicorn takes other kinds too, and ours is ASGI 3
+        config.app = _may_be_given_up(app)
         super().__init__(config)
         self.drain, self.seconds, self.on_ready, self.on_drain = drain, seconds, on_ready, on_drain
         self.signals = 0

@@ -9,8 +9,7 @@ import codecs
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from transformers import PreTrainedTokenizerBase
-
+from ...model.tokenization_qwen import QWenTokenizer
 from .sampler import SampledToken
 
 
@@ -40,7 +39,7 @@ class IncrementalText:
 
     def __init__(
         self,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: QWenTokenizer,
         stop: Sequence[str] = (),
         lstrip: bool = False,
         rstrip: bool = False,
@@ -56,7 +55,7 @@ class IncrementalText:
     def feed(self, token: SampledToken) -> Piece:
         """The text that a token adds, which may be none. Sets `stopped` when a stop string is complete."""
         if token.logprob is not None:
-            self.tokens.append((len(self.held), TokenLogprob(token.token_id, token.logprob, token.top)))
+            self.tokens.append((len(self.held), TokenLogprob(token.token_id, token.logprob, token.top or [])))
         self.held += self._decode(token.token_id)
         found = [place for place in (self.held.find(word) for word in self.stop) if place >= 0]
         if found:

@@ -48,11 +48,11 @@ class TextStream:
         self._started = time.perf_counter()
         self._items: deque[Piece | BaseException | None] = deque()  # None is the end
         self._wake: Callable[[], Any] = lambda: None
-        self._cancel: Callable[[], None] = lambda: None
+        self.on_cancel: Callable[[], None] = lambda: None  # set by the engine
 
     def cancel(self) -> None:
         """End the reply before its next token. Callable from any thread, at any time."""
-        self._cancel()
+        self.on_cancel()
 
     def __iter__(self) -> Iterator[Piece]:
         arrived = threading.Event()
@@ -90,14 +90,16 @@ class TextStream:
 
     # Called by the scheduler.
 
-    def _on_token(self, token: SampledToken) -> bool:
+    def on_token(self, token: SampledToken) -> bool:
+        """Take a token in; True where the reply is complete."""
         if self.first_token_seconds is None:
             self.first_token_seconds = time.perf_counter() - self._started
         self.completion_tokens += 1
         self._put(self._text.feed(token))
         return self._text.stopped
 
-    def _on_end(self, reason: EndReason, error: Exception | None) -> None:
+    def on_end(self, reason: EndReason, error: Exception | None) -> None:
+        """Hand the reader the rest of the text, or the error."""
         if isinstance(error, ConstraintError):  # of the request, not of the model
             self._put(error)
             return
@@ -213,11 +215,11 @@ class Engine:
             prompt_ids,
             dataclasses.replace(params, max_tokens=min(params.max_tokens, room)),
             self.end_token_ids,
-            stream._on_token,
-            stream._on_end,
+            stream.on_token,
+            stream.on_end,
             constraint,
         )
-        stream._cancel = lambda: self.scheduler.cancel(sequence)
+        stream.on_cancel = lambda: self.scheduler.cancel(sequence)
         self.scheduler.submit(sequence)
         return stream
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -20,7 +21,9 @@ try:
     from llguidance import LLMatcher, LLParserLimits, LLTokenizer
     from llguidance.tiktoken import lltokenizer_from_encoding
 except ModuleNotFoundError:
-    LLMatcher = None
+    _INSTALLED = False
+else:
+    _INSTALLED = True
 
 # JSON as the models were taught to write it. No other blanks: a weak model would go on with them for ever.
 _STYLE = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
@@ -37,7 +40,7 @@ _MORE_PROPERTIES = {"additionalProperties", "patternProperties", "minProperties"
 
 def available() -> bool:
     """Whether llguidance is installed, which constraints need."""
-    return LLMatcher is not None
+    return _INSTALLED
 
 
 class GrammarConstraint:
@@ -169,16 +172,16 @@ class ConstraintFactory:
             text = json.dumps(schema, allow_nan=False)
             if len(text) > _MAX_SCHEMA:
                 raise ValueError(f"it has {len(text)} characters of JSON, more than {_MAX_SCHEMA}")
-            failure = None
+            failures = []
             # An object that several schemas describe could have nothing, were each of them closed.
             for close in [False] if '"allOf"' in text else [True, False]:
-                text = json.dumps(_prepared(schema, close) | {"x-guidance": _STYLE})
+                text = json.dumps({**_prepared(schema, close), "x-guidance": _STYLE})
                 try:
                     grammar = LLMatcher.grammar_from_json_schema(text)
                     return text, GrammarConstraint(self._lltokenizer(), grammar)
                 except ValueError as error:
-                    failure = error
-            raise failure
+                    failures.append(error)
+            raise failures[-1]
         except RecursionError:
             raise ValueError(f"{what} cannot be used: it is nested too deeply.") from None
         except (TypeError, ValueError) as error:
@@ -203,7 +206,7 @@ def _require_llguidance() -> None:
         )
 
 
-def _prepared(schema: object, close: bool) -> object:
+def _prepared(schema: Any, close: bool) -> Any:
     """A copy without unknown formats and, on request, where objects hold the listed properties only."""
     if not isinstance(schema, dict):
         return schema

@@ -14,7 +14,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import psutil
 import torch
@@ -77,7 +77,7 @@ class GenerationSequence:
     on_token: Callable[[SampledToken], bool]
     on_end: Callable[[EndReason, Exception | None], None]
     constraint: Constraint | None = None
-    state: SamplingState | None = field(default=None, init=False)
+    state: SamplingState = field(init=False)  # from its first token on
     last_token: int = field(default=-1, init=False)
     generated: int = field(default=0, init=False)
     cancelled: bool = field(default=False, init=False)
@@ -116,6 +116,9 @@ class Prefill:
     sequences: list[GenerationSequence]
     cache: DynamicCache
     encoded: int = 0
+
+
+Group = TypeVar("Group", Prefill, Batch)
 
 
 class Scheduler:
@@ -173,7 +176,7 @@ class Scheduler:
 
     def load(self) -> Load:
         """How busy it is."""
-        groups = [*self.prefills, *list(self.batches.values())]
+        groups: list[Prefill | Batch] = [*self.prefills, *list(self.batches.values())]
         return Load(sum(len(group.sequences) for group in groups), len(self.waiting))
 
     def close(self, timeout: float | None = None) -> None:
@@ -204,8 +207,10 @@ class Scheduler:
             error = unexpected
         with self.changed:
             self.closing, self.failed = True, error is not None
-        for group in (*self.prefills, *self.batches.values()):
-            self._fail(group.sequences, error)
+        for prefill in self.prefills:
+            self._fail(prefill.sequences, error)
+        for batch in self.batches.values():
+            self._fail(batch.sequences, error)
         self._fail(self.waiting, error)
 
     def _wait_for_work(self) -> bool:
@@ -227,7 +232,7 @@ class Scheduler:
         self.prefills = [prefill for prefill in self.prefills if prefill.sequences]
         self.batches = {reach: batch for reach, batch in self.batches.items() if batch.sequences}
 
-    def _guarded(self, work: Callable[[Prefill | Batch], None], group: Prefill | Batch) -> None:
+    def _guarded(self, work: Callable[[Group], None], group: Group) -> None:
         """An error costs the sequences it happened to, not the others."""
         try:
             work(group)

@@ -11,7 +11,7 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import Any
 
 import gradio as gr
@@ -30,7 +30,7 @@ SECONDS_BETWEEN_UPDATES = 0.05  # the page renders the whole reply each time; no
 TEXT = gr.I18n(**TEXTS)
 COMPLAINTS = {PromptTooLong: "too_long", QueueFull: "queue_full", SchedulerClosed: "closed"}  # else "failed"
 
-LATEX_DELIMITERS = [
+LATEX_DELIMITERS: list[dict[str, str | bool]] = [
     {"left": "$$", "right": "$$", "display": True},
     {"left": "\\[", "right": "\\]", "display": True},
     {"left": "\\(", "right": "\\)", "display": False},
@@ -72,7 +72,7 @@ def question_and_history(messages: Sequence[dict[str, Any]]) -> tuple[str, Histo
     return text_of(messages[-1]), history
 
 
-async def growing_text(stream: TextStream) -> AsyncIterator[str]:
+async def growing_text(stream: TextStream) -> AsyncGenerator[str, None]:
     """The whole reply so far, not more often than it can be shown; nothing where it is cancelled before it begins.
 
     Leaving early ends the computation.
