@@ -59,7 +59,7 @@ export: $(VENV)/.ready-export  ## write a model for other engines (ARGS="-c Qwen
 
 # Tests that share a file share what is made for it: a file is run by one worker. More workers than four would mostly
 # import torch.
-PYTEST := $(BIN)/python -m pytest -rs --numprocesses auto --maxprocesses 4 --dist loadfile
+PYTEST := $(BIN)/python -m pytest -rs --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 QUICK := not (process or browser or training or docs or slow or nightly)
 
 check: lint  ## check style, types and walls, and run the quick tests

@@ -35,12 +35,21 @@ MARKERS = {
 }
 
 
+# What takes longest comes first: at the end, no worker waits for another.
+FIRST = ("training", "browser", "docs", "process", "slow")
+
+
+@pytest.hookimpl(trylast=True)  # after the order has been drawn
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark tests by what they take."""
+    """Mark tests by what they take, and sort their files by that."""
+    rank: dict[Path, int] = {}
     for item in items:
         for fixture, marker in MARKERS.items():
             if fixture in getattr(item, "fixturenames", ()):
                 item.add_marker(marker)
+        places = [FIRST.index(marker.name) for marker in item.iter_markers() if marker.name in FIRST]
+        rank[item.path] = min([*places, rank.get(item.path, len(FIRST))])
+    items.sort(key=lambda item: rank[item.path])
 
 
 @pytest.fixture(scope="session")

@@ -367,5 +367,6 @@ def test_modelscope_may_be_imported_first(processes: dict[str, tuple[int, str, s
     assert "is no chat model" in refusal
 
 
+@pytest.mark.process
 def test_the_terminal_demo(processes: dict[str, tuple[int, str, str]]) -> None:
     assert processes["cli_demo"] == (0, "47 + 38 = 85.\n", "Loading qwen/Qwen-7B-Chat ...\n")

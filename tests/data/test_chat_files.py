@@ -361,6 +361,7 @@ def test_lazy_keeps_no_samples(samples, tokenizer):
     assert len(pickle.dumps(eager)) - len(without) < 40 * 28 + 8 * tokens + 1000
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("method", "packed"),
     [("fork", False), ("fork", True), ("forkserver", True)],

@@ -149,6 +149,7 @@ def test_the_frequent_pair_comes_first() -> None:
 # The published vocabulary
 
 
+@pytest.mark.slow
 def test_the_published_vocabulary(
     real_vocab_file: Path, real_tokenizer: QWenTokenizer, run: Callable[..., Result], tmp_path: Path
 ) -> None:

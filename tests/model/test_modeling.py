@@ -206,6 +206,7 @@ def test_a_static_cache_is_reused_for_another_prompt(model):
         assert relative_error(ours, model(ids).logits) < 1e-5
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("length", [9, 40])
 def test_the_decoding_step_compiles_to_one_graph(model, length):
@@ -353,6 +354,7 @@ def test_less_common_shapes_decode_as_they_encode(changes):
     assert relative_error(decode_one_by_one(model, ids, 11), model(ids).logits) < 1e-5
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("attention", ["flex_attention", "eager", "sdpa"])
 def test_attention_implementations_agree(golden, attention):

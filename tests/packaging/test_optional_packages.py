@@ -102,6 +102,7 @@ def train(folder: Path, variables: dict[str, str], *arguments: str) -> subproces
     )
 
 
+@pytest.mark.process
 def test_training_without_pictures(tmp_path: Path, without: Callable) -> None:
     done = train(tmp_path, without("matplotlib", "tensorboard", "tensorboardX"))
     assert done.returncode == 0, done.stderr
@@ -114,6 +115,7 @@ def test_training_without_pictures(tmp_path: Path, without: Callable) -> None:
     assert not list((tmp_path / "out").rglob("events.out.*"))
 
 
+@pytest.mark.process
 def test_training_without_what_it_needs(tmp_path: Path, without: Callable) -> None:
     done = train(tmp_path, without("peft"))
     assert done.returncode == 2

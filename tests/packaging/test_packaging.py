@@ -138,6 +138,7 @@ def test_the_wheel_has_the_version_of_the_package(wheel: zipfile.ZipFile) -> Non
     assert "qwen = qwen_cli.__main__:main" in wheel.read(commands).decode()
 
 
+@pytest.mark.process
 def test_the_installed_package_answers_away_from_the_repository(wheel: zipfile.ZipFile, tmp_path: Path) -> None:
     packages, model = tmp_path / "packages", tmp_path / "model"
     wheel.extractall(packages)

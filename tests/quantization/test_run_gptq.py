@@ -221,6 +221,7 @@ def test_int8_computes_the_same_but_for_a_trace(
     assert 1e-5 < relative_error(out, old, samples) < 0.01
 
 
+@pytest.mark.process
 def test_the_script_makes_a_folder_that_needs_no_repository(tmp_path: Path, chat_elsewhere: Callable) -> None:
     folder = tmp_path / "output_qwen_int4"
     command = [sys.executable, ROOT / "run_gptq.py", "--samples", "6"]
@@ -407,6 +408,7 @@ def test_base_models_are_quantized_too(samples: list[list[int]], tmp_path: Path)
     assert checked.num_hidden_layers == 6
 
 
+@pytest.mark.process
 def test_ctrl_c_leaves_what_was_there(int4: Path, tmp_path: Path) -> None:
     out = Path(shutil.copytree(int4, tmp_path / "out"))
     process = subprocess.Popen(
