@@ -19,7 +19,9 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
 BIN := $(VENV)/bin
-INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+# The versions that were tested together; make test CONSTRAINTS= takes the newest ones.
+CONSTRAINTS ?= constraints.txt
+INSTALL := $(BIN)/python -m pip install --quiet $(addprefix --constraint ,$(CONSTRAINTS))
 
 .DEFAULT_GOAL := help
 .PHONY: help chat web serve finetune quantize evaluate export check test test-nightly test-oldest coverage lint format clean
@@ -57,9 +59,10 @@ evaluate: $(VENV)/.ready-eval  ## perplexity by length (EVAL=mmlu ARGS="-c MODEL
 export: $(VENV)/.ready-export  ## write a model for other engines (ARGS="-c Qwen/Qwen-7B-Chat -o qwen-7b-chat.gguf")
 	@$(BIN)/python export.py $(or $(ARGS),--overwrite)
 
-# Tests that share a file share what is made for it: a file is run by one worker. More workers than four would mostly
-# import torch.
-PYTEST := $(BIN)/python -m pytest -rs --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+# Tests that share a file share what is made for it: a file is run by one worker. One more than there are cores, for many
+# a test waits for others' processes; more than four would mostly import torch.
+WORKERS ?= $(shell cores=`getconf _NPROCESSORS_ONLN`; echo $$((cores < 4 ? cores + 1 : 4)))
+PYTEST = $(BIN)/python -m pytest -rs --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 QUICK := not (process or browser or training or docs or slow or nightly)
 
 check: lint  ## check style, types and walls, and run the quick tests

@@ -20,8 +20,9 @@ from tests.support.processes import run_script, start_forking
 
 pytestmark = pytest.mark.training
 
-PAGE = (ROOT / "docs" / "finetuning.md").read_text(encoding="utf-8")
-SH, PYTHON = (re.findall(rf"^```{language}\n(.*?)^```$", PAGE, re.S | re.M) for language in ("(?:ba)?sh", "python"))
+PAGE = Document("docs/finetuning.md")
+SH = [block.code for block in PAGE.blocks if block.language in ("sh", "bash")]
+PYTHON = [block.code for block in PAGE.blocks if block.language == "python"]
 
 # 47 + 38 is the page's own; none of these is in examples/identity.json.
 SUMS = [(47, 38), (12, 30), (55, 22), (31, 16), (64, 25), (18, 47), (73, 12), (29, 44), (86, 13), (35, 57)]
@@ -144,7 +145,7 @@ def test_the_adapter_merges(run: Run, lora: Path) -> None:
     replies = [line for line in run("python merge.py").splitlines() if "Merrow" in line]
     assert len(replies) == 3
     assert len(set(replies)) == 1
-    assert f"```text\n{replies[0]}\n```" in PAGE
+    assert f"```text\n{replies[0]}\n```" in PAGE.text
 
 
 # What the page says
@@ -174,7 +175,7 @@ def test_the_table_has_every_argument_of_our_own() -> None:
             if field.name in kind.__annotations__:
                 has_factory = field.default_factory is not dataclasses.MISSING
                 own[field.name] = field.default_factory() if has_factory else field.default
-    rows = dict(re.findall(r"^\| `--(\w+)` \| (.*?) \|", PAGE, re.M))
+    rows = dict(re.findall(r"^\| `--(\w+)` \| (.*?) \|", PAGE.text, re.M))
     assert rows.keys() == own.keys()
     for name, default in own.items():
         if default not in (None, False, "", dataclasses.MISSING):

@@ -10,7 +10,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
 
 import code_interpreter
 import function_call_examples
@@ -20,6 +19,7 @@ import react_demo
 from qwen.checkpoint.loading import load_model
 from qwen.tools.code_interpreter import code_of
 from tests.support import ROOT
+from tests.support.markdown import Block, Document
 from tests.support.processes import run_script
 from tests.support.server_process import ServerProcess
 
@@ -41,27 +41,14 @@ def function_calls(*arguments: str) -> "subprocess.CompletedProcess[str]":
 # The pages
 
 
-class Block(NamedTuple):
-    """A block of code and, if a ```text block follows it at once, what it prints."""
-
-    language: str
-    code: str
-    prints: str | None
-
-
-FENCE = re.compile(r"^```(python|sh)( download)?\n(.*?)^```\n(?:\n```text\n(.*?)^```$)?", re.DOTALL | re.MULTILINE)
 END = "\x1e"
 
 
 def blocks(page: str) -> list[Block]:
-    """The blocks of a page that need no download."""
-    text = (EXAMPLES / page).read_text(encoding="utf-8")
-    assert text.count("\n```") == 2 * len(re.findall(r"^```\w", text, re.MULTILINE)), "a fence is not closed"
-    return [
-        Block(language, code, prints or None)
-        for language, download, code, prints in FENCE.findall(text)
-        if not download
-    ]
+    """The blocks of a page that need no download, which is said behind their language."""
+    found = Document(f"examples/{page}").blocks
+    assert all(block.closed for block in found), "a fence is not closed"
+    return [block for block in found if block.language in ("python", "sh")]
 
 
 def printed_by_python(page: str, url: str, folder: Path) -> list[str]:

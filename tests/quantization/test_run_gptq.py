@@ -28,6 +28,7 @@ from qwen.quantization.gptqmodel_runner import contained
 from qwen.quantization.gptqmodel_runner import run_gptq as run_gptqmodel
 from qwen_cli import quantize as run_gptq
 from tests.support import ROOT
+from tests.support.processes import run_script
 
 DATA = ROOT / "examples" / "identity.json"
 WORD = "zyzzyva"
@@ -224,8 +225,7 @@ def test_int8_computes_the_same_but_for_a_trace(
 @pytest.mark.process
 def test_the_script_makes_a_folder_that_needs_no_repository(tmp_path: Path, chat_elsewhere: Callable) -> None:
     folder = tmp_path / "output_qwen_int4"
-    command = [sys.executable, ROOT / "run_gptq.py", "--samples", "6"]
-    toy = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    toy = run_script(ROOT / "run_gptq.py", "--samples", "6", folder=tmp_path)
     assert toy.returncode == 0, toy.stderr
     assert toy.stdout == ""
     lines = toy.stderr.splitlines()

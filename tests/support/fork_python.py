@@ -1,9 +1,9 @@
 """A `python` that is forked from a process which has imported the libraries: to start one takes seconds each time.
 
 `serve` is that process. The command that `write_command` writes hands its arguments, its environment, its folder and
-its three files over to it, waits for the forked process, and ends as that one has. It belongs to the same process
-group: Ctrl-C and a kill of the group reach it. What it does not do so it leaves to the real interpreter: options,
--c, and code from standard input.
+its three files over to it, waits for the forked process, and ends as that one has. That one joins its process group, so
+that Ctrl-C and a kill of the group reach it, unless they are of different sessions; then it passes signals on. What it
+does not do so it leaves to the real interpreter: options, -c, and code from standard input.
 
     python -I -S fork_python.py SOCKET REAL_PYTHON ARGUMENTS     # what the command runs
 """
@@ -30,16 +30,23 @@ def ask(address: str, real: str, words: list[str]) -> int:
     """
     if not words or (words[0].startswith("-") and words[0] != "-m"):
         os.execv(real, [real, *words])
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the forked process gets it as well, and says how that ends
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the forked process says how that ends
     request = {"words": words, "folder": os.getcwd(), "environment": dict(os.environ), "group": os.getpgrp()}
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(address)
         lines = connection.makefile("rw", encoding="utf-8")
         socket.send_fds(connection, [b"\n"], [0, 1, 2])
         print(json.dumps(request), file=lines, flush=True)
-        pid = int(lines.readline())
-        signal.signal(signal.SIGTERM, lambda number, _: os.kill(pid, number))
+        pid, joined = map(int, lines.readline().split())
+        for number in (signal.SIGTERM, *([] if joined else [signal.SIGINT])):
+            signal.signal(number, lambda number, _: os.kill(pid, number))
         return int(lines.readline())
+
+
+def serve_at(address: Path) -> None:
+    """Listen there, and `serve`."""
+    with socket.create_server(str(address), family=socket.AF_UNIX) as listener:
+        serve(listener)
 
 
 def serve(listener: socket.socket) -> None:
@@ -61,28 +68,36 @@ def serve(listener: socket.socket) -> None:
 
 
 def _wait_for_one(connection: socket.socket) -> None:
-    import multiprocessing
+    import multiprocessing.connection
 
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     files = socket.recv_fds(connection, 1, 3)[1]
     with connection.makefile("rw", encoding="utf-8") as lines:
         request = json.loads(lines.readline())
+        group = request.pop("group")
         process = multiprocessing.get_context("fork").Process(target=_be_python, args=(files,), kwargs=request)
         process.start()
         for file in files:
             os.close(file)
-        print(process.pid, file=lines, flush=True)
+        try:
+            os.setpgid(process.pid, group)
+            joined = True
+        except PermissionError:  # of another session
+            joined = False
+        print(process.pid, int(joined), file=lines, flush=True)
+        multiprocessing.connection.wait([process.sentinel, connection])
+        if process.is_alive():  # who asked has been killed
+            process.kill()
         process.join()
         print(process.exitcode, file=lines, flush=True)
 
 
-def _be_python(files: list[int], *, words: list[str], folder: str, environment: dict[str, str], group: int) -> None:
+def _be_python(files: list[int], *, words: list[str], folder: str, environment: dict[str, str]) -> None:
     """What `python WORDS` does, in this process."""
     import runpy
 
     from tests.support.processes import open_standard_files, settle
 
-    os.setpgid(0, group)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for number, file in enumerate(files):
         os.dup2(file, number)

@@ -6,9 +6,11 @@ Only the outputs of cells are saved, no times and no state of widgets.
 """
 
 import asyncio
+import json
 import os
 import re
 import tempfile
+import time
 from pathlib import Path
 
 import nbformat
@@ -17,6 +19,8 @@ from nbformat import NotebookNode
 from traitlets.config import Config
 
 from tests.support import ROOT
+from tests.support.fork_python import serve_at, write_command
+from tests.support.processes import Forked
 
 EXAMPLES = ROOT / "examples"
 CELL_SECONDS = 180
@@ -33,12 +37,24 @@ def notebooks() -> list[Path]:
 
 def run_notebooks(paths: list[Path]) -> list[NotebookNode | BaseException]:
     """The same notebooks with the outputs of now, or why one failed; side by side, each with a kernel of its own."""
-    with tempfile.TemporaryDirectory(prefix="qwen-notebooks-") as folder:
+    with tempfile.TemporaryDirectory(prefix="qwen-notebooks-") as name:
+        folder = Path(name)
+        process = Forked(serve_at, folder / "forks", folder=folder, environment={})
+        write_command(folder / "python", folder / "forks")
+        (folder / KERNEL["name"]).mkdir()
+        words = [str(folder / "python"), "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+        (folder / KERNEL["name"] / "kernel.json").write_text(json.dumps({"argv": words, **KERNEL}))
 
         async def run_all() -> list[NotebookNode | BaseException]:
-            return await asyncio.gather(*(_run(path, Path(folder)) for path in paths), return_exceptions=True)
+            return await asyncio.gather(*(_run(path, folder) for path in paths), return_exceptions=True)
 
-        return asyncio.run(run_all())
+        try:
+            while not (folder / "forks").exists():
+                assert process.poll() is None, "there is no process to fork kernels from"
+                time.sleep(0.02)
+            return asyncio.run(run_all())
+        finally:
+            process.kill()
 
 
 async def _run(path: Path, folder: Path) -> NotebookNode:
@@ -51,7 +67,12 @@ async def _run(path: Path, folder: Path) -> NotebookNode:
         store_widget_state=False,
         resources={"metadata": {"path": str(EXAMPLES)}},
         # Files as sockets, which nobody else can read from; over TCP the kernel would print a warning about that.
-        config=Config({"KernelManager": {"transport": "ipc", "ip": str(folder / path.stem)}}),
+        config=Config(
+            {
+                "KernelManager": {"transport": "ipc", "ip": str(folder / path.stem)},
+                "KernelSpecManager": {"kernel_dirs": [str(folder)]},
+            }
+        ),
     )
     variables = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "IPYTHONDIR": str(folder)}
     variables["CUDA_VISIBLE_DEVICES"] = ""  # what is saved was computed in float32
