@@ -39,14 +39,18 @@ MARKERS = {
 FIRST = ("training", "browser", "docs", "process", "slow")
 
 
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Mark a test by what it takes."""
+    for fixture, marker in MARKERS.items():
+        if fixture in getattr(item, "fixturenames", ()):
+            item.add_marker(marker)
+
+
 @pytest.hookimpl(trylast=True)  # after the order has been drawn
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark tests by what they take, and sort their files by that."""
+    """Sort the files of tests by their markers."""
     rank: dict[Path, int] = {}
     for item in items:
-        for fixture, marker in MARKERS.items():
-            if fixture in getattr(item, "fixturenames", ()):
-                item.add_marker(marker)
         places = [FIRST.index(marker.name) for marker in item.iter_markers() if marker.name in FIRST]
         rank[item.path] = min([*places, rank.get(item.path, len(FIRST))])
     items.sort(key=lambda item: rank[item.path])

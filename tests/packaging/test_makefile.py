@@ -25,7 +25,7 @@ COMMANDS = {
 
 def recipe(*words: str) -> list[str]:
     """The commands that `make WORDS` would run, without those that make the environment."""
-    ours = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MFLAGS", "ARGS", "EVAL")}
+    ours = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "ARGS", "EVAL")}
     done = subprocess.run(
         ["make", "-n", "PYTHON=python3", *words], cwd=ROOT, env=ours, capture_output=True, text=True, check=True
     )

@@ -243,6 +243,7 @@ def test_the_documentation_has_every_field_and_names_tests_that_exist() -> None:
         assert f"def {name}(" in source, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE])
 def test_no_request_makes_the_server_fail(server: ServerProcess, mode: GenerationMode) -> None:
     """Requests that the server's OpenAPI document allows, and such that it forbids, made up by schemathesis."""
