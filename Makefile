@@ -59,9 +59,8 @@ evaluate: $(VENV)/.ready-eval  ## perplexity by length (EVAL=mmlu ARGS="-c MODEL
 export: $(VENV)/.ready-export  ## write a model for other engines (ARGS="-c Qwen/Qwen-7B-Chat -o qwen-7b-chat.gguf")
 	@$(BIN)/python export.py $(or $(ARGS),--overwrite)
 
-# Tests that share a file share what is made for it: a file is run by one worker. One more than there are cores, for many
-# a test waits for others' processes; more than four would mostly import torch.
-WORKERS ?= $(shell cores=`getconf _NPROCESSORS_ONLN`; echo $$((cores < 4 ? cores + 1 : 4)))
+# Tests that share a file share what is made for it: a file is run by one worker. More than four would mostly import torch.
+WORKERS ?= $(shell cores=`getconf _NPROCESSORS_ONLN`; echo $$((cores < 4 ? cores : 4)))
 PYTEST = $(BIN)/python -m pytest -rs --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 QUICK := not (process or browser or training or docs or slow or nightly)
 

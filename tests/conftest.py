@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import GOLDEN_FOLDER, ROOT
+from tests.support import GOLDEN_FOLDER, ROOT, processes
 from tests.support.processes import Elsewhere
 from tests.support.server_process import server, start_server  # noqa: F401  fixtures
 
@@ -44,6 +44,11 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     for fixture, marker in MARKERS.items():
         if fixture in getattr(item, "fixturenames", ()):
             item.add_marker(marker)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Let quick tests start no processes."""
+    processes.allowed = any(marker.name in FIRST for marker in item.iter_markers())
 
 
 @pytest.hookimpl(trylast=True)  # after the order has been drawn

@@ -155,6 +155,7 @@ def test_a_toy_runs_through(name: str, run: Callable, monkeypatch: pytest.Monkey
     assert any(r.get("reply", r["completion"]) for r in records)
 
 
+@pytest.mark.slow
 def test_the_toy_uses_the_code_interpreter(run: Callable) -> None:
     scores, (product, printed, hello) = run("code_interpreter")
     assert product["correct"]

@@ -51,6 +51,7 @@ def react(query: str, response: str = BOSTON) -> dict[str, str]:
 # With the toy, which calls a tool for a city's weather and none for a greeting
 
 
+@pytest.mark.slow
 def test_react(run, tmp_path: Path):
     elsewhere = react("What is the weather like in Paris?")
     write_jsonl(tmp_path / "positive.jsonl", [react("What is the weather like in Boston?"), elsewhere])

@@ -77,6 +77,7 @@ def test_without_the_bundled_text_one_is_asked_for(tmp_path, capsys, monkeypatch
     assert "name files or folders with --text" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_needle_is_found_where_the_toy_can(tmp_path, capsys):
     out = tmp_path / "out.jsonl"
     arguments = ["--lengths", "80", "1024", "--depths", "0", "50", "100", "--cpu-only", "-o", str(out)]

@@ -69,6 +69,7 @@ def logits(model, ids: torch.Tensor) -> torch.Tensor:
 # ---- Qwen2 ----
 
 
+@pytest.mark.slow
 def test_qwen2_computes_the_same(chat, folder: Path, replies: list[str]) -> None:
     model, tokenizer = chat
     qwen2, fast = as_qwen2(folder), AutoTokenizer.from_pretrained(folder)

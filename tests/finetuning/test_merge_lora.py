@@ -254,6 +254,7 @@ def test_new_tokens_without_their_rows(larger_tokenizer: QWenTokenizer, adapter:
     assert "wte.weight" in text
 
 
+@pytest.mark.slow
 def test_on_quantized_weights_it_stays_an_adapter(q_lora: tuple[Path, PeftModel]) -> None:
     folder, adapted = q_lora
     check_chat(folder)
@@ -427,6 +428,7 @@ def test_the_merged_model_computes_what_the_adapted_one_does(
     assert relative_error(logits(model, tokenizer), expected) < (1e-5 if dtype == torch.float32 else 0.02)
 
 
+@pytest.mark.process
 def test_the_folder_is_complete(merged: Path, bundled_chat: Path) -> None:
     check_chat(merged)
     assert not (merged / "adapter_config.json").exists()
@@ -438,6 +440,7 @@ def test_the_folder_is_complete(merged: Path, bundled_chat: Path) -> None:
     assert model.chat(tokenizer, QUESTION, history=None, do_sample=False)[0] == ANSWER
 
 
+@pytest.mark.process
 def test_an_adapter_chats_in_the_demo(trained: Path, tmp_path: Path) -> None:
     result = run_script(ROOT / "cli_demo.py", "-c", trained, "--cpu-only", folder=tmp_path, text=QUESTION + "\n")
     assert (result.returncode, result.stdout.strip()) == (0, ANSWER), result.stderr
@@ -447,6 +450,7 @@ def test_it_loads_without_this_repository(merged: Path, chat_elsewhere: Callable
     assert chat_elsewhere(merged, QUESTION) == ANSWER
 
 
+@pytest.mark.process
 def test_a_full_folder_is_replaced_only_when_told_to(trained: Path, merged: Path, tmp_path: Path, main) -> None:
     out = Path(shutil.copytree(merged, tmp_path / "out"))
     (out / "notes.txt").touch()

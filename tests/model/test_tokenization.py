@@ -376,6 +376,7 @@ def test_long_runs_take_seconds_and_do_not_crash(real, text):
     assert real.decode(ids) == text.replace("\ud800", "\ufffd")
 
 
+@pytest.mark.slow
 def test_cutting_long_whitespace_changes_no_id(small, monkeypatch):
     monkeypatch.setattr(tokenization_qwen, "LONG_WHITESPACE", re.compile(r"[^\S\r\n\x1c-\x1f]{3,}"))
     rng = random.Random(0)
@@ -500,6 +501,7 @@ def test_blank_lines_and_windows_line_ends_are_fine(tmp_path, small):
     assert QWenTokenizer(path).get_vocab() == small.get_vocab()
 
 
+@pytest.mark.slow
 def test_the_published_vocabulary_loads_fast(vocab_file):
     times = []
     for _ in range(3):

@@ -418,6 +418,7 @@ def used_names(tree: ast.Module) -> Iterator[tuple[int, str, bool]]:
             yield from ((node.lineno, name, False) for name in names)
 
 
+@pytest.mark.slow
 def test_a_private_name_that_is_used_is_ours_or_listed() -> None:
     everywhere = set().union(*map(own_names, sources().values()))
     unknown = []
@@ -472,6 +473,7 @@ def has(kind: type, name: str) -> bool:
     return name in vars(kind) or name in inspect.get_annotations(kind) or f"self.{name} = " in text_of(kind)
 
 
+@pytest.mark.slow
 def test_a_private_name_that_is_overridden_is_listed() -> None:
     unknown, looked_at = defaultdict(set), 0
     for kind in own_classes():

@@ -132,6 +132,7 @@ def content(folder: Path) -> dict[str, bytes | None]:
 # ---- the folder ----
 
 
+@pytest.mark.slow
 def test_the_configuration_is_the_sources_and_what_is_new(source: Path, int4: Path) -> None:
     config, before = (json.loads((folder / "config.json").read_text(encoding="utf-8")) for folder in (int4, source))
     assert config.pop("quantization_config") == {
@@ -185,10 +186,12 @@ def test_the_tensors_are_in_the_published_layout(int4: Path) -> None:
 # ---- the model ----
 
 
+@pytest.mark.slow
 def test_int4_computes_nearly_the_same(source: Path, int4: Path, samples: list[list[int]]) -> None:
     assert 0.001 < relative_error(int4, source, samples) < 0.05
 
 
+@pytest.mark.slow
 def test_int8_computes_the_same_but_for_a_trace(
     bundled_chat: Path, samples: list[list[int]], tmp_path: Path, main
 ) -> None:

@@ -222,6 +222,7 @@ def test_random_logits_make_a_tool_call(factory, tokenizer, names, continues, se
         assert arguments == {"now": {}, "画图": {"prompt": "猫"}}[reply.function_call["name"]]
 
 
+@pytest.mark.slow
 def test_every_tool_and_the_answer_come_up(factory, tokenizer):
     kinds = set()
     for seed in range(30):
@@ -315,6 +316,7 @@ def test_the_bundled_model_calls_a_tool(bundled_chat, tokenizer):
     assert isinstance(json.loads(text)["sum"], int)
 
 
+@pytest.mark.slow
 def test_real_vocabulary(real_tokenizer):
     factory = ConstraintFactory(real_tokenizer, 151_936)
     with ThreadPoolExecutor(4) as pool:  # the first requests of a server come together
@@ -326,6 +328,7 @@ def test_real_vocabulary(real_tokenizer):
     follow(factory.tool_call([DRAW]), real_tokenizer, tool_call_text("画一只猫", "画图", '{"prompt": "猫"}'))
 
 
+@pytest.mark.slow
 def test_vocabulary_with_a_gap(tmp_path, real_vocab_file):
     words = [f"expanded{n}".encode() for n in range(3)] + ["天气预报".encode()]
     lines = [f"{base64.b64encode(word).decode()} {151_851 + n}" for n, word in enumerate(words)]

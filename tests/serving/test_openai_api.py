@@ -99,6 +99,7 @@ def test_curl(server: ServerProcess) -> None:
 # Credentials and limits
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("headers", [KEY, BASIC, {"Authorization": BASIC["Authorization"].replace("Basic", "basic")}])
 def test_either_of_the_credentials_will_do(guarded: ServerProcess, headers: dict) -> None:
     for path in ("/v1/models", "/metrics", "/docs", "/openapi.json"):
@@ -108,6 +109,7 @@ def test_either_of_the_credentials_will_do(guarded: ServerProcess, headers: dict
     assert set(document["components"]["securitySchemes"]) == {"basic", "bearer"}
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     "given",
     [
@@ -149,6 +151,7 @@ def test_pages_of_the_named_origin_may_ask(guarded: ServerProcess, server: Serve
     assert "access-control-allow-origin" in refused.headers
 
 
+@pytest.mark.process
 def test_limits_are_settings(guarded: ServerProcess) -> None:
     url = f"{guarded.url}/v1/chat/completions"
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hi"}] * 2
@@ -160,6 +163,7 @@ def test_limits_are_settings(guarded: ServerProcess) -> None:
     assert httpx.post(url, json={"messages": HI, "max_tokens": 1}, headers=KEY, timeout=60).status_code == 200
 
 
+@pytest.mark.process
 def test_a_full_queue_says_so(guarded: ServerProcess) -> None:
     with (
         openai.OpenAI(

@@ -29,6 +29,8 @@ import pytest
 
 from tests.support import ROOT
 
+allowed = True
+"""Whether the test that runs now is one of those that may take long; conftest.py sets it."""
 FORKING = multiprocessing.get_context("forkserver")
 # What scripts import. Not gptqmodel, but what that imports: it starts threads, which a fork would lose.
 PRELOADED = [
@@ -68,6 +70,7 @@ class Forked:
     """
 
     def __init__(self, function: Callable, *arguments: Any, folder: Path, environment: dict[str, str]):
+        assert allowed, "a test that starts a process is not one of the quick ones: @pytest.mark.process"
         start_forking()
         self._process = FORKING.Process(target=_in_fork, args=(folder, environment, function, arguments))
         self._process.start()
