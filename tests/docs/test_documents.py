@@ -28,15 +28,15 @@ class Run:
     Args:
         parts: as `run_document` takes them.
         folder: an empty one.
+        fork: whether their `python` is forked.
     """
 
-    def __init__(self, parts: list[str], folder: Path):
-        fork = [] if any(part.endswith(":nightly") for part in parts) else ["--fork"]
+    def __init__(self, parts: list[str], folder: Path, fork: bool):
         self._folder = folder
         self._errors = folder / "errors.txt"
         with self._errors.open("wb") as errors:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "tests.support.run_document", *parts, *fork, "--json", str(folder)],
+                [sys.executable, "-m", "tests.support.run_document", *parts, *["--fork"] * fork, "--json", str(folder)],
                 cwd=ROOT,
                 env=os.environ | {"PYTHONPATH": str(ROOT)},
                 stderr=errors,
@@ -65,7 +65,9 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     """What the selected tests are about."""
     parameters = (getattr(item, "callspec", None) for item in request.session.items if item.path == request.path)
     blocks = [spec.params["block"] for spec in parameters if spec and "block" in spec.params]
-    run = Run([*dict.fromkeys(block.part for block in blocks)], tmp_path_factory.mktemp("pages"))
+    # At night everything starts as it does for a reader.
+    fork = not any(block.nightly for block in blocks)
+    run = Run([*dict.fromkeys(block.part for block in blocks)], tmp_path_factory.mktemp("pages"), fork)
     yield run
     run.end()
 
@@ -242,7 +244,7 @@ def test_the_runner_tells_what_fails(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text(PAGE, encoding="utf-8")
     (folder := tmp_path / "run").mkdir()
-    run = Run([str(page)], folder)
+    run = Run([str(page)], folder, fork=False)
     blocks = [block for block in Document(str(page)).blocks if block.is_run]
     outcomes = [run.outcome(str(page), block.line) for block in blocks]
     run.end()

@@ -540,6 +540,7 @@ def test_an_adapter_folder_finds_its_base_from_anywhere(lora_run: Run, bundled_c
 
 def test_a_base_model_in_bfloat16_becomes_a_chat_model_in_bfloat16(tmp_path: Path, bundled_base: Path, lessons: Path):
     arguments = options(model_name_or_path=bundled_base, data_path=lessons, max_steps=4, learning_rate=1e-3)
+    arguments += options(gradient_accumulation_steps=2)  # bfloat16 is slow on a CPU
     run = finetune(tmp_path, "--bf16", *arguments, *options(save_strategy="no", report_to="none"))
     assert run.losses[-1] < run.losses[0] - 1
     weights = load_file(run.output / "model.safetensors")
@@ -555,7 +556,7 @@ def test_a_base_model_in_bfloat16_becomes_a_chat_model_in_bfloat16(tmp_path: Pat
 
 def test_lora_in_bfloat16(tmp_path: Path, lessons: Path):
     arguments = options(data_path=lessons, max_steps=4, learning_rate=5e-3, save_strategy="no", report_to="none")
-    run = finetune(tmp_path, "--bf16", "--use_lora", *arguments)
+    run = finetune(tmp_path, "--bf16", "--use_lora", *arguments, *options(gradient_accumulation_steps=2))
     assert_trained(run, LORA, 60)
     assert run.losses[-1] < run.losses[0] - 0.2
     # In float32: an update is often less than bfloat16 can tell.

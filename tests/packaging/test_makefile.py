@@ -56,7 +56,6 @@ def test_arguments_are_passed_on(target: str) -> None:
 
 def test_finetune_is_the_command_of_the_readme() -> None:
     (block,) = (block for block in Document("README.md").blocks if block.code.startswith("python finetune.py"))
-    assert block.is_run
     assert shlex.split(recipe("finetune")[-1]) == shlex.split(block.code.replace("\\\n", " "))[1:]
 
 
