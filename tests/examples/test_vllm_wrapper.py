@@ -294,11 +294,11 @@ def test_an_exported_folder(wrapper, bundled_chat, bundled_base, tmp_path):
 
 
 def test_without_vllm_nothing_is_exported(monkeypatch, cache):
-    before = sorted(cache.iterdir())
+    before = sorted(cache.glob("*"))
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(ImportError, match="pip install vllm"):
         vLLMWrapper(max_length=2048)
-    assert sorted(cache.iterdir()) == before
+    assert sorted(cache.glob("*")) == before
 
 
 def test_an_engine_that_does_not_start():
