@@ -27,13 +27,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 MERGES = (b"he", b"ll", b"llo", b"hello", b" t", b"th", b" th", b" the", b"in", b"ing")
 
-
 # Whoever takes one of these starts a process, or has a browser.
 MARKERS = {
     "browser": "browser",
     **dict.fromkeys(("server", "start_server", "elsewhere", "chat_elsewhere"), "process"),
 }
-
 
 # What takes longest comes first: at the end, no worker waits for another.
 FIRST = ("training", "browser", "docs", "process", "slow")

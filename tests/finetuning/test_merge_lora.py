@@ -30,6 +30,7 @@ from qwen.model.modeling_qwen import QWenLMHeadModel
 from qwen.model.tokenization_qwen import QWenTokenizer
 from qwen_cli import merge as merge_lora
 from tests.support import ROOT
+from tests.support.command_line import call_main
 from tests.support.processes import run_script
 
 LINEAR = ["c_attn", "c_proj", "w1", "w2"]
@@ -136,19 +137,11 @@ def larger_tokenizer(bundled_chat: Path, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.fixture
-def main(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., tuple[int, str]]:
+def main(capsys: pytest.CaptureFixture) -> Callable[..., tuple[int, str]]:
     """finetune/merge_lora.py in this process: exit code and what it says to a person."""
 
     def call(*arguments: object) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["merge_lora.py", *map(str, arguments)])
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
-        try:
-            code = merge_lora.main()
-        except SystemExit as leave:
-            code = leave.code
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+        code = call_main(merge_lora.main, "merge_lora.py", *arguments)
         return code, capsys.readouterr().err
 
     return call

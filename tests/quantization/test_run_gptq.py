@@ -28,6 +28,7 @@ from qwen.quantization.gptqmodel_runner import contained
 from qwen.quantization.gptqmodel_runner import run_gptq as run_gptqmodel
 from qwen_cli import quantize as run_gptq
 from tests.support import ROOT
+from tests.support.command_line import call_main
 from tests.support.processes import run_script
 
 DATA = ROOT / "examples" / "identity.json"
@@ -82,19 +83,11 @@ def int4(source: Path, samples: list[list[int]], tmp_path_factory: pytest.TempPa
 
 
 @pytest.fixture
-def main(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., tuple[int, str]]:
+def main(capsys: pytest.CaptureFixture) -> Callable[..., tuple[int, str]]:
     """run_gptq.py in this process: exit code and what it says to a person."""
 
     def call(*arguments: object) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["run_gptq.py", *map(str, arguments)])
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
-        try:
-            code = run_gptq.main()
-        except SystemExit as leave:
-            code = leave.code
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+        code = call_main(run_gptq.main, "run_gptq.py", *arguments)
         captured = capsys.readouterr()
         assert captured.out == ""
         return code, captured.err

@@ -1,7 +1,7 @@
 """A Python that has transformers and nothing of this repository, as whoever is given a saved checkpoint has it.
 
-Revolves around one process, which imports transformers once and then forks for each script that the fixture `elsewhere`
-sends it. It must import nothing of the repository, and knows nothing of the tests.
+Imports transformers once, and forks for each script that `Elsewhere` of processes.py sends. Imports nothing of the
+repository.
 
     python tests/support/elsewhere.py    # reads the arguments of run() as JSON, one line each; prints what it returns
 """
