@@ -18,7 +18,7 @@ from transformers import GenerationConfig
 from qwen_cli import chat as cli_demo
 from qwen_cli.chat.settings import changed_settings, parse_settings
 from tests.support import ROOT
-from tests.support.processes import Script
+from tests.support.processes import Script, run_script
 
 pytestmark = pytest.mark.process
 
@@ -375,20 +375,13 @@ def test_unsetting_a_setting() -> None:
 
 
 def test_piped_questions_give_replies_alone(tiny_chat_checkpoint: Path, tmp_path: Path) -> None:
-    result = subprocess.run(
-        [sys.executable, "cli_demo.py", "-c", str(tiny_chat_checkpoint), "--cpu-only"],
-        cwd=ROOT,
-        env=os.environ | environment(tmp_path),
-        input=b"hello\n\n:conf max_new_tokens=5\nagain",
-        capture_output=True,
-        timeout=120,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr.decode()
+    words = ["cli_demo.py", "-c", tiny_chat_checkpoint, "--cpu-only"]
+    result = run_script(*words, text="hello\n\n:conf max_new_tokens=5\nagain", **environment(tmp_path))
+    assert result.returncode == 0, result.stderr
     assert result.stdout.strip()
-    assert PROMPT.encode() not in result.stdout
-    assert b"\x1b" not in result.stdout + result.stderr
-    assert result.stderr.decode().strip() == f"Loading {tiny_chat_checkpoint} ..."
+    assert PROMPT not in result.stdout
+    assert "\x1b" not in result.stdout + result.stderr
+    assert result.stderr.strip() == f"Loading {tiny_chat_checkpoint} ..."
     assert not (tmp_path / "qwen").exists()  # lines that no one typed are not kept
 
 

@@ -5,8 +5,7 @@ import json
 import re
 import shlex
 import subprocess
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -67,24 +66,16 @@ def the(blocks: list[str], words: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def trainings(run: Run) -> Iterator[dict[str, Future]]:
-    """The page's commands that train, side by side, for each keeps one core busy; by the folders that they write."""
-    with ThreadPoolExecutor() as pool:
-        yield {
-            folder: pool.submit(run, the(SH, f"--output_dir {folder}"))
-            for folder in ("output_qwen_lora", "output_qwen_full")
-        }
-
-
-@pytest.fixture(scope="module")
-def lora(run: Run, trainings: dict[str, Future]) -> Path:
-    trainings["output_qwen_lora"].result()
+def lora(run: Run) -> Path:
+    """What the page's command trains, in its folder."""
+    run(the(SH, "--output_dir output_qwen_lora"))
     return run.folder / "output_qwen_lora"
 
 
 @pytest.fixture(scope="module")
-def full(run: Run, trainings: dict[str, Future]) -> Path:
-    trainings["output_qwen_full"].result()
+def full(run: Run) -> Path:
+    """Likewise."""
+    run(the(SH, "--output_dir output_qwen_full"))
     return run.folder / "output_qwen_full"
 
 
@@ -118,6 +109,7 @@ def test_lora_teaches_who_it_is_and_keeps_sums(lora: Path, known: list[tuple[int
     knows_itself_and_sums(lora, known)
 
 
+@pytest.mark.nightly  # tests/finetuning has a shorter one
 def test_full_training_teaches_who_it_is_and_keeps_sums(full: Path, known: list[tuple[int, int]]) -> None:
     knows_itself_and_sums(full, known)
 

@@ -243,10 +243,11 @@ def random_texts(count: int) -> list[str]:
 
 
 @pytest.mark.slow
-def test_same_ids_for_random_texts(fast: Tokenizer, real_tokenizer: QWenTokenizer) -> None:
+@pytest.mark.parametrize("count", [20_000, pytest.param(100_000, marks=pytest.mark.nightly)])
+def test_same_ids_for_random_texts(count: int, fast: Tokenizer, real_tokenizer: QWenTokenizer) -> None:
     """The library `tokenizers` brings its own table of NFC, of an older Unicode: marks that it does not know stay where
     they are."""
-    texts = random_texts(100_000)
+    texts = random_texts(count)
     theirs = [encoding.ids for encoding in fast.encode_batch(texts)]
     different = [text for text, ids in zip(texts, theirs, strict=True) if real_tokenizer(text)["input_ids"] != ids]
     nfc = normalizers.NFC()

@@ -538,10 +538,18 @@ def test_an_adapter_folder_finds_its_base_from_anywhere(lora_run: Run, bundled_c
     assert not (lora_run.output / "config.json").exists()  # with one, it would be taken for a model
 
 
-def test_a_base_model_in_bfloat16_becomes_a_chat_model_in_bfloat16(tmp_path: Path, bundled_base: Path, lessons: Path):
-    arguments = options(model_name_or_path=bundled_base, data_path=lessons, max_steps=4, learning_rate=1e-3)
-    arguments += options(gradient_accumulation_steps=2)  # bfloat16 is slow on a CPU
-    run = finetune(tmp_path, "--bf16", *arguments, *options(save_strategy="no", report_to="none"))
+@pytest.fixture
+def bfloat16(tmp_path: Path) -> list[str]:
+    """Arguments of a training on few tokens, for CPUs without bfloat16 take a second for each hundred of them."""
+    data = write_samples(tmp_path / "two.json", [sample(*lesson) for lesson in LESSONS[4:8:2]])
+    settings = options(data_path=data, max_steps=4, per_device_train_batch_size=2, gradient_accumulation_steps=1)
+    return ["--bf16", *settings, *options(save_strategy="no", report_to="none")]
+
+
+def test_a_base_model_in_bfloat16_becomes_a_chat_model_in_bfloat16(
+    tmp_path: Path, bundled_base: Path, bfloat16: list[str]
+):
+    run = finetune(tmp_path, *bfloat16, *options(model_name_or_path=bundled_base, learning_rate=1e-3))
     assert run.losses[-1] < run.losses[0] - 1
     weights = load_file(run.output / "model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
@@ -554,9 +562,8 @@ def test_a_base_model_in_bfloat16_becomes_a_chat_model_in_bfloat16(tmp_path: Pat
     assert Child(tmp_path, replies, run.output, ["Hi"]).result()  # loads, and does not refuse to chat
 
 
-def test_lora_in_bfloat16(tmp_path: Path, lessons: Path):
-    arguments = options(data_path=lessons, max_steps=4, learning_rate=5e-3, save_strategy="no", report_to="none")
-    run = finetune(tmp_path, "--bf16", "--use_lora", *arguments, *options(gradient_accumulation_steps=2))
+def test_lora_in_bfloat16(tmp_path: Path, bfloat16: list[str]):
+    run = finetune(tmp_path, *bfloat16, "--use_lora", *options(learning_rate=5e-3))
     assert_trained(run, LORA, 60)
     assert run.losses[-1] < run.losses[0] - 0.2
     # In float32: an update is often less than bfloat16 can tell.

@@ -235,7 +235,7 @@ def test_many_that_leave_at_random_times(server: ServerProcess) -> None:
 
 def test_sigterm_lets_replies_finish(start_server: Callable[..., ServerProcess], bundled_chat) -> None:
     # Longer than a thread can wait.
-    server = start_server("-c", str(bundled_chat), "--drain-seconds", "1e10", python=True)
+    server = start_server("-c", str(bundled_chat), "--drain-seconds", "1e10")
     host, port = server.url.removeprefix("http://").split(":")
     slow = socket.create_connection((host, int(port)), timeout=120)
     with slow, httpx.Client(timeout=120) as client, httpx.Client(timeout=60) as late:

@@ -44,8 +44,10 @@ def ask(address: str, real: str, words: list[str]) -> int:
 
 
 def serve_at(address: Path) -> None:
-    """Listen there, and `serve`."""
-    with socket.create_server(str(address), family=socket.AF_UNIX) as listener:
+    """Listen there, and `serve`. Once the path exists, it can be connected to."""
+    begun = address.with_suffix(".begun")
+    with socket.create_server(str(begun), family=socket.AF_UNIX) as listener:
+        begun.rename(address)
         serve(listener)
 
 

@@ -10,7 +10,6 @@ import json
 import os
 import re
 import tempfile
-import time
 from pathlib import Path
 
 import nbformat
@@ -19,8 +18,7 @@ from nbformat import NotebookNode
 from traitlets.config import Config
 
 from tests.support import ROOT
-from tests.support.fork_python import serve_at, write_command
-from tests.support.processes import Forked
+from tests.support.processes import forking_python
 
 EXAMPLES = ROOT / "examples"
 CELL_SECONDS = 180
@@ -37,24 +35,16 @@ def notebooks() -> list[Path]:
 
 def run_notebooks(paths: list[Path]) -> list[NotebookNode | BaseException]:
     """The same notebooks with the outputs of now, or why one failed; side by side, each with a kernel of its own."""
-    with tempfile.TemporaryDirectory(prefix="qwen-notebooks-") as name:
+    with tempfile.TemporaryDirectory(prefix="qwen-notebooks-") as name, forking_python(Path(name)) as python:
         folder = Path(name)
-        process = Forked(serve_at, folder / "forks", folder=folder, environment={})
-        write_command(folder / "python", folder / "forks")
         (folder / KERNEL["name"]).mkdir()
-        words = [str(folder / "python"), "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+        words = [str(python), "-m", "ipykernel_launcher", "-f", "{connection_file}"]
         (folder / KERNEL["name"] / "kernel.json").write_text(json.dumps({"argv": words, **KERNEL}))
 
         async def run_all() -> list[NotebookNode | BaseException]:
             return await asyncio.gather(*(_run(path, folder) for path in paths), return_exceptions=True)
 
-        try:
-            while not (folder / "forks").exists():
-                assert process.poll() is None, "there is no process to fork kernels from"
-                time.sleep(0.02)
-            return asyncio.run(run_all())
-        finally:
-            process.kill()
+        return asyncio.run(run_all())
 
 
 async def _run(path: Path, folder: Path) -> NotebookNode:

@@ -2,12 +2,14 @@
 
 - `Child`: a function of a test file in a process of its own.
 - `Script`: what `python SCRIPT ARGUMENTS` starts; `run_script` runs one to its end.
+- `forking_python`: a command for shell scripts, and for programs that start a Python, that forks likewise.
 - `Elsewhere`: a Python that has transformers and not this repository.
 
 A test of how a process begins (what it imports, Ctrl-C meanwhile) or ends (the interpreter's exit) starts a Python of
 its own with `subprocess` instead.
 """
 
+import contextlib
 import functools
 import gc
 import importlib
@@ -21,13 +23,14 @@ import sys
 import tempfile
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.support import ROOT
+from tests.support.fork_python import serve_at, write_command
 
 allowed = True
 """Whether the test that runs now is one of those that may take long; conftest.py sets it."""
@@ -36,7 +39,7 @@ FORKING = multiprocessing.get_context("forkserver")
 PRELOADED = [
     *("qwen_cli.finetune", "qwen.finetuning.run", "qwen.serving.api.app", "qwen.serving.api.server"),
     *("transformers.trainer", "transformers.models.auto.processing_auto", "peft.tuners.lora", "datasets", "requests"),
-    *("deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer", "torch.distributed.fsdp"),
+    *("deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer", "torch.distributed.fsdp", "torch.distributed.run"),
     *("torch.utils.cpp_extension", "torch.utils.tensorboard", "matplotlib.figure", "gradio"),
     *("pytest", "tests.support.processes"),
 ]
@@ -186,6 +189,25 @@ def run_script(
             process.kill()
         said = [file.read_text(encoding="utf-8") for file in files[1:]]
     return subprocess.CompletedProcess(process.words, status, *said)
+
+
+@contextlib.contextmanager
+def forking_python(folder: Path) -> Iterator[Path]:
+    """Write a command into a folder that does what `python` does, in processes forked from one made here.
+
+    Yields:
+        the path of the command.
+    """
+    address, command = folder / "forks", folder / "python"
+    process = Forked(serve_at, address, folder=folder, environment={})
+    write_command(command, address)
+    try:
+        while not address.exists():
+            assert process.poll() is None, "there is no process to fork from"
+            time.sleep(0.02)
+        yield command
+    finally:
+        process.kill()
 
 
 def main(*arguments: str | Path) -> int:
