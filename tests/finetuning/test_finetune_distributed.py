@@ -31,8 +31,7 @@ from tests.support.processes import Child, forking_python, main
 
 pytestmark = pytest.mark.training
 
-REAL = {"PYTHON": sys.executable, "PYTHON_EXEC": sys.executable}  # for scripts, and for torchrun
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "PORT"]
+TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "PORT"]
 SCRIPTS = ROOT / "finetune"
 STEPS, SAVED, BATCH = 6, 4, 2
 TOLERANCE = 1e-4  # of a loss, relative: the order of summation is all that differs
@@ -293,7 +292,7 @@ def assert_goes_on(resumed: Run, run: Run) -> None:
 
 def test_plain_torchrun(runs: Runs, full_alone: Run):
     arguments = [*ALWAYS, *FULL, "--per_device_train_batch_size", "1"]
-    run = runs([*TORCHRUN, ROOT / "finetune.py"], *arguments, output="ddp", **REAL)
+    run = runs([runs.forking, *TORCHRUN, ROOT / "finetune.py"], *arguments, output="ddp")
     assert_the_same_training(run, full_alone)
     assert_quiet(run)
     model, _ = load_model(run.folder)
@@ -359,7 +358,8 @@ def test_zero_2_lora_can_be_stopped_and_goes_on(runs: Runs, lora_alone: Run):
     assert bytes_of(shards, "*optim_states.pt") == pytest.approx([3 * 4 * parameters(run) / 2] * 2, rel=0.1)
 
     output = "zero2_lora_stopped"
-    process = runs.start(["bash", SCRIPTS / script], *arguments, output=output, **REAL)
+    real = {"PYTHON": sys.executable, "PYTHON_EXEC": sys.executable}
+    process = runs.start(["bash", SCRIPTS / script], *arguments, output=output, **real)
     wait_until(lambda: ": loss " in runs.said(output), process)
     os.killpg(process.pid, signal.SIGINT)
     stopped = runs.wait(process, output)

@@ -110,6 +110,7 @@ def _be_python(files: list[int], *, words: list[str], folder: str, environment: 
     if words[0] == "-m":
         sys.argv = words[1:]
         sys.path.insert(0, folder)
+        sys.modules.pop(words[1], None)  # else there is a warning that it is run a second time
         runpy.run_module(words[1], run_name="__main__", alter_sys=True)
     else:
         sys.argv = words
