@@ -1,16 +1,14 @@
-"""The letter that a chat model's reply to a multiple-choice question chooses.
-
-Revolves around how such replies are worded in English and Chinese. Knows no benchmark and no model.
-"""
+"""Finds the letter that a chat model's reply to a multiple-choice question chooses, in English and Chinese."""
 
 import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
-# Full-width forms (Ａ （ ）：) as their plain ones; brackets and quotes of Chinese, and the minus sign, likewise.
+# Maps full-width forms (Ａ （ ）：), Chinese brackets and quotes, and the minus sign to ASCII.
 _PLAIN = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | str.maketrans("【】「」。、“”‘’−", "[][].,\"\"''-")
 _MARKDOWN = re.compile(r"\*+|`+|__")
-# Option texts that are words of the phrases below: replaced by a letter, they would tear the phrases apart.
+# Option texts that are words of the phrases below: replacing them by a letter would break the phrases.
 _PHRASE_WORDS = {"a", "an", "the", "is", "are", "answer", "choice", "option", "是", "为", "选", "选项", "答案"}
 
 # "the answer is", "I choose", "答案是", "选", up to the letter.
@@ -28,14 +26,14 @@ _IS_CORRECT = (
     r"(?:correct|right|best|true|answer|suitable|appropriate|accurate|likely)\b"
     r"|\s*(?:选项|项)?(?:才?是|为)?最?(?:正确|对的|符合题意|合适|恰当))"
 )
-# "The incorrect statement is", "错误的是": said where the question asks for what is wrong. Of the letter itself "B is
-# incorrect" would be said.
+# "The incorrect statement is", "错误的是": the question asked for the wrong one, so the letter is the answer, unlike in
+# "B is incorrect".
 _THE_WRONG_ONE_IS = (
     r"(?:(?i:\b(?:incorrect|wrong|false|untrue|inaccurate)\s+(?:one|option|choice|answer|statement)\s+is\b)"
     r"|(?:不正确|不恰当|不合适|不符合题意|错误|有误)的?(?:选项|一项|说法|叙述|表述|描述)?(?:应该|应)?(?:是|为|:))"
     r"(?:[\s:]|(?i:\b(?:option|choice|letter)\b)|选项)*"
 )
-# What stands right in front of a letter that is refused, and right behind one.
+# Text right before, and right after, a letter that is refused.
 _REFUSED_BEFORE = re.compile(
     r"(?:\b(?:not|never|cannot|neither|nor|than|exclude|eliminate|except|unlike|rule\s+out)|n't"
     r"|不|不能|不应|不应该|不会|不可|不是|并非|排除)\s*(?:be|选择?)?\s*(?:the\s+)?(?:option|choice|answer|选项)?\W*$",
@@ -49,18 +47,71 @@ _REFUSED_BEHIND = re.compile(
     r"|\s*(?:选项|项)?(?:都|均|也|是|显然)*(?:不|错|非|没有|有误|排除))",
     re.IGNORECASE,
 )
-# Behind a bare "A" these words tell that it is the letter and no article.
+# After a bare "A" these words show that it is the letter, not the article.
 _NO_NOUNS = "is|are|was|were|because|since|as|seems|looks|would|and|or|for|but|due|the|this|that|it|which|if|so"
+# Around a letter: not part of a word, unit or formula (AB, D.C., °C, C++, A/B, B-cell, A's, A = 2), nor the article.
+_START = r"(?<![A-Za-z0-9_+#°/&])(?<![A-Za-z][.'-])"
+_END = (
+    r"(?![A-Za-z0-9_+#°/&^])(?!\.[A-Z]\b)(?!-[a-z0-9])(?!'[a-z])(?!\s*=)"
+    rf"(?!(?<=[Aa])[ \t]+(?!(?i:{_NO_NOUNS})\b)(?:[A-Za-z]{{2}}|[A-Za-z]-|\$?[0-9]))"
+)
+_OPENED = r"(?:\\\w+\{|[(\[{\"'$<])*"
+_ALONE = rf"{_START}(?P<letter>[UPPER]|(?<=[(\[])[LOWER](?=[)\]])){_END}"
+
+
+class Rule(NamedTuple):
+    """One way in which replies name the letter that they choose.
+
+    Args:
+        pattern: regular expression with the group `letter`. UPPER and LOWER stand for the ranges of letters.
+        examples: replies that this rule decides, with four options, and their letters.
+        may_be_refused: whether letters do not count in phrases such as "not B" and "B is wrong".
+    """
+
+    name: str
+    pattern: str
+    examples: dict[str, str]
+    may_be_refused: bool = True
+
+
+# Tried in this order, most reliable first.
+RULES = (
+    Rule(
+        "the wrong one is",
+        rf"{_THE_WRONG_ONE_IS}{_OPENED}(?P<letter>[UPPER]){_END}",
+        {"The incorrect statement is B.": "B", "A是对的，错误的是C": "C", "不符合题意的选项为：D": "D"},
+        may_be_refused=False,
+    ),
+    Rule(
+        "the answer is",
+        rf"{_ANSWER_IS}{_OPENED}(?P<letter>[UPPERLOWER]){_END}",
+        {"A and B are close. The answer is C.": "C", "I would go with (d)": "D", "答案应该是：B": "B", "我选择A": "A"},
+    ),
+    Rule(
+        "is correct",
+        rf"{_ALONE}[)\]}}\"'.]*{_IS_CORRECT}",
+        {"A is too small, so D is the best fit.": "D", "Clearly B is correct, not A": "B", "A太小，C正确": "C"},
+    ),
+    Rule(
+        "at the beginning",
+        rf"^[(\[{{\"'$<]*(?P<letter>[UPPER]|[LOWER](?=\s*(?:[)\].:,]|$))){_END}",
+        {"C. Because of its size, unlike A": "C", "(b)": "B", "“D”": "D"},
+    ),
+    Rule(
+        "alone",
+        _ALONE,
+        {"Perhaps B, or else C": "B", "A man saw it: [c]": "C", "可能是D吧": "D"},
+    ),
+)
 
 
 def chosen_letter(reply: str, options: Sequence[str]) -> str | None:
-    """The letter that a reply chooses, "A" for the first option, or None where nothing in it is like any of them.
+    """Return the letter that a reply chooses, "A" for the first option, or None if it resembles no option.
 
-    Texts of options in the reply are replaced by their letters, the longest first. Then the first of these counts: "the
-    incorrect one is B" (错误的是B), "the answer is B" (choice, 答案是, 选 …), "B is correct" (B正确), a letter at the
-    beginning, the first letter that stands alone. The article "A" is no letter, and a letter that is refused ("A is
-    wrong", 不选A) does not count. Where there is none, it is the one letter that is refused, as questions also ask for
-    what is wrong; else the option, of those not refused, whose text is closest by thefuzz.
+    Option texts in the reply are replaced by their letters, longest first. Then the first of `RULES` that finds a
+    letter decides. The article "A" and refused letters ("A is wrong", 不选A) do not count. Without a match, the result
+    is the only refused letter, since some questions ask for what is wrong; else the option whose text is closest by
+    thefuzz, among those not refused.
 
     Args:
         options: the texts of A, B, …; 26 at most.
@@ -69,13 +120,10 @@ def chosen_letter(reply: str, options: Sequence[str]) -> str | None:
     plain = reply.translate(_PLAIN).strip()
     lettered = _with_letters(plain, texts)
     refused = set()
-    wrong_one, *patterns = _patterns(len(texts))
-    if match := wrong_one.search(lettered):
-        return match["letter"].upper()
-    for pattern in patterns:
+    for rule, pattern in zip(RULES, _patterns(len(texts)), strict=True):
         for match in pattern.finditer(lettered):
             letter = match["letter"].upper()
-            if not _is_refused(lettered, match):
+            if not (rule.may_be_refused and _is_refused(lettered, match)):
                 return letter
             refused.add(letter)
     if len(refused) == 1:
@@ -84,10 +132,10 @@ def chosen_letter(reply: str, options: Sequence[str]) -> str | None:
 
 
 def chosen_letters(reply: str, options: Sequence[str]) -> str:
-    """All letters that a reply chooses where several options may be right, in alphabetical order: "ACD".
+    """Return all letters that a reply chooses if several options may be right, in alphabetical order: "ACD".
 
-    These are the ones listed behind "the answers are", or else at the beginning, or else all that are not refused.
-    Options are read as in `chosen_letter`.
+    These are the letters listed after "the answers are", else at the beginning, else all that are not refused. Option
+    texts count as in `chosen_letter`.
     """
     texts = _by_letter(options)
     lettered = _with_letters(reply.translate(_PLAIN).strip(), texts)
@@ -114,38 +162,20 @@ def _is_refused(text: str, match: re.Match) -> bool:
 
 @lru_cache
 def _patterns(count: int) -> tuple[re.Pattern[str], ...]:
-    """What finds a letter of the first `count`, as `letter`; the surest first."""
-    upper, lower = f"A-{chr(ord('A') + count - 1)}", f"a-{chr(ord('a') + count - 1)}"
-    # No part of a word, a unit or a formula: AB, D.C., °C, C++, A/B, B-cell, A's, A = 2; and not the article.
-    starts = r"(?<![A-Za-z0-9_+#°/&])(?<![A-Za-z][.'-])"
-    ends = (
-        r"(?![A-Za-z0-9_+#°/&^])(?!\.[A-Z]\b)(?!-[a-z0-9])(?!'[a-z])(?!\s*=)"
-        rf"(?!(?<=[Aa])[ \t]+(?!(?i:{_NO_NOUNS})\b)(?:[A-Za-z]{{2}}|[A-Za-z]-|\$?[0-9]))"
-    )
-    lone = rf"{starts}(?P<letter>[{upper}]|(?<=[(\[])[{lower}](?=[)\]])){ends}"
-    opened = r"(?:\\\w+\{|[(\[{\"'$<])*"
-    return tuple(
-        map(
-            re.compile,
-            (
-                rf"{_THE_WRONG_ONE_IS}{opened}(?P<letter>[{upper}]){ends}",
-                rf"{_ANSWER_IS}{opened}(?P<letter>[{upper}{lower}]){ends}",
-                rf"{lone}[)\]}}\"'.]*{_IS_CORRECT}",
-                rf"^[(\[{{\"'$<]*(?P<letter>[{upper}]|[{lower}](?=\s*(?:[)\].:,]|$))){ends}",
-                lone,
-            ),
-        )
-    )
+    """Return the patterns of `RULES` for the first `count` letters."""
+    last = chr(ord("A") + count - 1)
+    ranges = {"UPPER": f"A-{last}", "LOWER": f"a-{last.lower()}"}
+    return tuple(re.compile(re.sub("UPPER|LOWER", lambda word: ranges[word[0]], rule.pattern)) for rule in RULES)
 
 
 def _with_letters(reply: str, texts: Mapping[str, str]) -> str:
-    """The reply with the texts of options as [letters], "B. [B]" as [B], and without Markdown."""
-    # Genotypes (AA, Aa) differ by case alone; elsewhere it does not matter.
+    """Replace option texts in the reply by [letters] and "B. [B]" by [B], and strip Markdown."""
+    # Ignore case, unless options differ by case alone, as genotypes (AA, Aa) do.
     flags = re.IGNORECASE if len({text.casefold() for text in texts.values()}) == len(texts) else 0
     for letter, text in sorted(texts.items(), key=lambda item: -len(item[1])):
         if not text or text.casefold() in _PHRASE_WORDS or text.upper() in texts:
             continue
-        # Neither within a word nor within a number: "3" is no part of 35, 13 or 3.5.
+        # Not within a word or a number: "3" must not match in 35, 13 or 3.5.
         start = r"(?<![A-Za-z0-9])" if re.match(r"[A-Za-z0-9]", text) else ""
         start += r"(?<![0-9][.,])(?<!-)" if text[0].isdecimal() else ""
         end = r"(?![A-Za-z0-9])" if re.search(r"[A-Za-z0-9]$", text) else ""

@@ -1,8 +1,9 @@
-"""The letter of a reply, over a table of replies as models write them."""
+"""Extraction of the chosen letter from typical replies of models."""
 
 import pytest
 
-from qwen.evaluation.letters import chosen_letter, chosen_letters
+from qwen.evaluation import letters
+from qwen.evaluation.letters import RULES, Rule, chosen_letter, chosen_letters
 
 CITIES = ("London", "Paris", "Rome", "Berlin")
 NESTED = ("Paris", "Paris, France", "France", "the south of France")
@@ -42,7 +43,7 @@ ENGLISH = {
     "Surely (d), as everyone knows": "D",
     "A good idea would be to say Rome.": "C",
     "If we choose a 5-card hand or a k-subset, the answer is C.": "C",
-    "B is false.": "B",  # the question may have asked for that
+    "B is false.": "B",  # the question may have asked for the false one
     "In A.D. 100, and in Washington D.C., at 20 °C, in C++ and A/B tests, for B-cells: Rome": "C",
     "I rule out A and Paris is not it either; C": "C",
     "A and B are incorrect, so C": "C",
@@ -82,6 +83,18 @@ CHINESE = {
 }
 
 
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
+def test_a_rule_decides_its_examples(rule: Rule):
+    """The letter is right, and no earlier rule finds one."""
+    for reply, letter in rule.examples.items():
+        assert chosen_letter(reply, CITIES) == letter, reply
+    earlier = letters._patterns(len(CITIES))[: RULES.index(rule)]
+    for reply in rule.examples:
+        plain = reply.translate(letters._PLAIN).strip()
+        found = [match for pattern in earlier for match in pattern.finditer(plain)]
+        assert all(letters._is_refused(plain, match) for match in found), reply
+
+
 @pytest.mark.parametrize(("reply", "letter"), ENGLISH.items())
 def test_english(reply, letter):
     assert chosen_letter(reply, CITIES) == letter
@@ -103,12 +116,12 @@ def test_chinese(reply, letter):
         ("So it is −3", ("3", "-3", "0", "1"), "B"),  # U+2212
         ("3 + 2 = 5, and 13 is more. The answer is 3", NUMBERS, "A"),
         ("1. Add. 2. Multiply. The answer is C", NUMBERS, "C"),
-        ("B", ("D", "C", "B", "A"), "B"),  # a letter is a letter, also where it is a text
+        ("B", ("D", "C", "B", "A"), "B"),  # a letter counts as a letter even if it is an option text
         ("The blood group is AB", ("A", "B", "AB", "O"), "C"),
         ("The answer is B", ("is", "are", "was", "the"), "B"),
         ("The answer is was", ("is", "are", "was", "the"), "C"),
         ("II", ("I", "II", "III", "I and II"), "B"),
-        ("I think I and II.", ("I", "II", "III", "I and II"), "A"),  # "I" is a text, too: the first letter
+        ("I think I and II.", ("I", "II", "III", "I and II"), "A"),  # "I" is an option, too: the first letter counts
         ("The answer is Aa", ("AA", "Aa", "aa", "BB"), "B"),
         ("The statement is false", ("True", "False"), "B"),
         ("这个说法正确", ("正确", "错误"), "A"),
@@ -121,7 +134,7 @@ def test_awkward_options(reply, options, letter):
 
 
 @pytest.mark.parametrize("words", ["A and ", "the answer is ", "选择", "not (A) ", "B. London "])
-def test_a_reply_that_repeats_itself_is_read_all_the_same(words):
+def test_repetitive_replies(words):
     assert chosen_letter(words * 2000, CITIES) in (None, *"ABCD")
     assert set(chosen_letters(words * 2000, CITIES)) <= set("ABCD")
 
