@@ -1,56 +1,58 @@
-"""Window attention: a layer looks back a limited number of tokens, the lower ones fewer than the upper ones.
+"""Window attention: each layer attends to a limited number of past tokens, fewer in lower layers.
 
-It is a part of how the models reach beyond their trained length (Bai et al. 2023, https://arxiv.org/abs/2309.16609,
-section 2.3): lower layers suffer more from distances that training has not shown them. `window_attention` wraps any of
-transformers' attention functions.
+It helps the models beyond their trained length (Bai et al. 2023, https://arxiv.org/abs/2309.16609, section 2.3): lower
+layers are more sensitive to distances not seen in training. `window_attention` wraps any of transformers' attention
+functions.
 
 Shapes: B batch, H heads, S queries, T keys, D head size.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import nn
 
 from .kv_cache_qwen import QuantizedStates
 
-MIN_BLOCK = 128  # queries; fewer at a time cost more in calls than they save in scores
+MIN_BLOCK = 128  # queries; smaller blocks cost more in calls than they save in scores
+
+AttentionFunction: TypeAlias = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 
 
 class Window(NamedTuple):
-    """What a layer sees of the keys: each query those of the last `size` tokens, its own among them.
+    """Window of a layer: each query sees the keys of the last `size` tokens, including its own.
 
     Args:
-        indices: (B, S) or (1, S), where the queries stand among the keys: the index of the key of the same token.
-        first: the least of the indices, where it is known without asking the device.
+        positions: (B, S) or (1, S), for each query the index of the key of the same token.
+        first: the smallest position, or None if it is not known without a device synchronization.
     """
 
     size: int
-    indices: torch.Tensor
+    positions: torch.Tensor
     first: int | None
 
 
 def windows(
     sizes: list[int], past_length: int | torch.Tensor, rows: list[int] | None, queries: int, device: torch.device
 ) -> list[Window]:
-    """The window of each layer, for new tokens behind those in a cache.
+    """Return the window of each layer, for new tokens after those in a cache.
 
     Args:
-        sizes: one a layer, in tokens.
-        past_length: tokens in the cache; a tensor where the cache is a static one.
-        rows: tokens of each row, where they differ and all begin at index 0; then there is one query.
+        sizes: one per layer, in tokens.
+        past_length: tokens in the cache; a tensor for a static cache.
+        rows: length of each row, if the rows differ in length and all start at index 0; then there is one query.
     """
     if rows is not None:
-        indices, first = torch.tensor(rows, device=device)[:, None], min(rows)
+        positions, first = torch.tensor(rows, device=device)[:, None], min(rows)
     else:
-        indices = torch.arange(queries, device=device)[None] + past_length
+        positions = torch.arange(queries, device=device)[None] + past_length
         first = past_length if isinstance(past_length, int) else None
-    return [Window(size, indices, first) for size in sizes]
+    return [Window(size, positions, first) for size in sizes]
 
 
 def window_attention(
-    attention: Callable[..., tuple[torch.Tensor, torch.Tensor | None]],
+    attention: AttentionFunction,
     window: Window,
     module: nn.Module,
     query: torch.Tensor,
@@ -59,54 +61,83 @@ def window_attention(
     attention_mask: torch.Tensor | None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`attention` in which a query at index i sees the keys i − size + 1 … i.
+    """Run `attention` with a window: a query at position i sees the keys i − size + 1 … i.
 
-    Goes through the queries in blocks and hands on only the keys that a block can see: the work is S · size instead of
-    S · T, and no mask of (S, T) is made. Beside a static or an 8-bit cache all keys are handed on, with a mask. Flash
-    attention limits the window itself.
+    Flash attention limits the window itself. Otherwise blocks of queries get only the keys that they can see, or, with
+    a static or an 8-bit cache, all keys and a mask.
 
     Args:
         query: (B, H, S, D).
         key, value: (B, H, T, D), or the bytes of an 8-bit cache.
-        attention_mask: (B, 1, S, T), true for what is seen or additive, or None for all that is causal.
+        attention_mask: (B, 1, S, T), true for visible keys or additive; None for a causal mask.
 
     Returns:
-        (B, S, H, D), and the weights (B, H, S, T) where the implementation gives them.
+        (B, S, H, D), and the weights (B, H, S, T) if the implementation returns them.
     """
-    if "flash" in module.config._attn_implementation and not isinstance(key, QuantizedStates):
-        return attention(module, query, key, value, attention_mask, sliding_window=window.size, **kwargs)
-
     in_bytes = isinstance(key, QuantizedStates)
-    queries, keys = query.shape[2], key.length if in_bytes else key.shape[2]
-    size, indices, first = window
-    if first is not None and keys <= size:
+    if "flash" in module.config._attn_implementation and not in_bytes:
+        return attention(module, query, key, value, attention_mask, sliding_window=window.size, **kwargs)
+    if window.first is not None and (key.length if in_bytes else key.shape[2]) <= window.size:
         return attention(module, query, key, value, attention_mask, **kwargs)
-    block = queries if first is None else max(MIN_BLOCK, size // 4)
+    attend = _attend_with_mask if in_bytes or window.first is None else _attend_in_blocks
+    return attend(attention, window, module, query, key, value, attention_mask, **kwargs)
+
+
+def _attend_with_mask(
+    attention: AttentionFunction,
+    window: Window,
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor | QuantizedStates,
+    value: torch.Tensor | QuantizedStates,
+    attention_mask: torch.Tensor | None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Pass all keys, and a mask with the window: the shapes do not depend on the position."""
+    keys = key.length if isinstance(key, QuantizedStates) else key.shape[2]
+    mask = _mask(attention_mask, window, slice(None), slice(0, keys))
+    return attention(module, query, key, value, mask, **kwargs)
+
+
+def _attend_in_blocks(
+    attention: AttentionFunction,
+    window: Window,
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Pass blocks of queries with the keys that they can see: the work is S · size instead of S · T, and no (S, T) mask
+    is built."""
+    assert window.first is not None
+    queries, keys = query.shape[2], key.shape[2]
+    block = max(MIN_BLOCK, window.size // 4)
     outputs, weights = [], []
     for start in range(0, queries, block):
         end = min(start + block, queries)
-        low = 0 if first is None or in_bytes else max(0, first + start - size + 1)
-        high = keys if first is None or queries == 1 else first + end
-        mask = _mask(attention_mask, indices[:, start:end], slice(start, end), slice(low, high), size)
-        seen = (key, value) if in_bytes else (key[:, :, low:high], value[:, :, low:high])
-        output, weight = attention(module, query[:, :, start:end], *seen, mask, **kwargs)
+        low, high = max(0, window.first + start - window.size + 1), keys - (queries - end)
+        mask = _mask(attention_mask, window, slice(start, end), slice(low, high))
+        output, weight = attention(
+            module, query[:, :, start:end], key[:, :, low:high], value[:, :, low:high], mask, **kwargs
+        )
         outputs.append(output)
         if weight is not None:
             weights.append(nn.functional.pad(weight, (low, keys - high)))
     return torch.cat(outputs, dim=1), torch.cat(weights, dim=2) if weights else None
 
 
-def _mask(
-    attention_mask: torch.Tensor | None, indices: torch.Tensor, queries: slice, keys: slice, size: int
-) -> torch.Tensor:
-    """The part of a mask for these queries and keys, and in it the window: (B, 1, S, T)."""
-    places = torch.arange(keys.start, keys.stop, device=indices.device)
-    near = (places > indices[:, None, :, None] - size) & (places <= indices[:, None, :, None])
+def _mask(attention_mask: torch.Tensor | None, window: Window, queries: slice, keys: slice) -> torch.Tensor:
+    """Return the mask for these queries and keys, limited to the window: (B, 1, S, T)."""
+    last = window.positions[:, None, queries, None]
+    positions = torch.arange(keys.start, keys.stop, device=last.device)
+    visible = (positions > last - window.size) & (positions <= last)
     if attention_mask is None:
-        return near
-    if attention_mask.dim() == 2:  # of one new token beside bytes
-        return near & attention_mask[:, None, None, keys].bool()
+        return visible
+    if attention_mask.dim() == 2:  # one new token with an 8-bit cache
+        return visible & attention_mask[:, None, None, keys].bool()
     part = attention_mask[:, :, queries, keys]
     if part.dtype == torch.bool:
-        return near & part
-    return part.masked_fill(~near, torch.finfo(part.dtype).min)
+        return visible & part
+    return part.masked_fill(~visible, torch.finfo(part.dtype).min)
