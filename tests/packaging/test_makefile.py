@@ -1,4 +1,4 @@
-"""The targets of the Makefile start the scripts that the first block of the README says; that block is run nightly."""
+"""Tests that the Makefile targets run the scripts in the first block of the README, which is itself run nightly."""
 
 import os
 import re
@@ -11,7 +11,7 @@ import pytest
 from tests.support import ROOT
 from tests.support.markdown import Document
 
-pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="there is no make here")
+pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 
 COMMANDS = {
     "chat": "cli_demo.py",
@@ -24,10 +24,15 @@ COMMANDS = {
 
 
 def recipe(*words: str) -> list[str]:
-    """The commands that `make WORDS` would run, without those that make the environment."""
-    ours = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "ARGS", "EVAL")}
+    """Return the commands that `make WORDS` would run, without those that create the environment."""
+    env = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "ARGS", "EVAL")}
     done = subprocess.run(
-        ["make", "-n", "PYTHON=python3", *words], cwd=ROOT, env=ours, capture_output=True, text=True, check=True
+        ["make", "-n", "PYTHON=python3", "VENV=.venv", *words],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     lines = done.stdout.replace("\\\n", " ").splitlines()
     return [
@@ -44,7 +49,7 @@ def test_the_first_block_of_the_readme_has_these_targets() -> None:
 
 
 @pytest.mark.parametrize(("target", "command"), COMMANDS.items())
-def test_a_target_starts_its_script(target: str, command: str) -> None:
+def test_a_target_runs_its_script(target: str, command: str) -> None:
     assert recipe(target)[-1] == command
     assert (ROOT / command.split()[0]).is_file()
 
@@ -54,12 +59,12 @@ def test_arguments_are_passed_on(target: str) -> None:
     assert recipe(target, "ARGS=-c elsewhere")[-1] == f"{COMMANDS[target].split()[0]} -c elsewhere"
 
 
-def test_finetune_is_the_command_of_the_readme() -> None:
+def test_finetune_runs_the_command_of_the_readme() -> None:
     (block,) = (block for block in Document("README.md").blocks if block.code.startswith("python finetune.py"))
     assert shlex.split(recipe("finetune")[-1]) == shlex.split(block.code.replace("\\\n", " "))[1:]
 
 
-def test_another_benchmark_is_found_by_its_name() -> None:
+def test_eval_selects_another_benchmark() -> None:
     assert recipe("evaluate", "EVAL=mmlu", "ARGS=-d data")[-1] == "eval/evaluate_mmlu.py -d data"
 
 
