@@ -1,25 +1,25 @@
-# These do it all on a machine with Python 3.11+ and make (finetune, quantize and test also take a C compiler):
+# Requires Python 3.11+ and make; finetune, quantize and test also need a C compiler:
 #     make chat        make chat ARGS="-c Qwen/Qwen-7B-Chat"
 #     make web         the same in the browser
 #     make serve       the OpenAI-compatible server
-#     make finetune    teaches the toy another name; make finetune ARGS="--help" lists what can be set
-#     make quantize    the toy in 4 bits; likewise
+#     make finetune    teaches the toy another name; make finetune ARGS="--help" lists the arguments
+#     make quantize    quantizes the toy to 4 bits; make quantize ARGS="--help" lists the arguments
 #     make evaluate    perplexity by length; make evaluate EVAL=mmlu ARGS="-c Qwen/Qwen-7B -d data/mmlu"
-#     make export      the toy in Qwen2's format, which other engines read
-#     make check       style, types, walls and the quick tests, in three minutes
+#     make export      exports the toy in Qwen2's format, for other inference engines
+#     make check       style, types, import contracts and the quick tests, in three minutes
 #     make test        all tests; make test ARGS="-k loading"
 #     make test-oldest the quick tests on the oldest versions that work
-# Each makes its own environment in .venv first; that takes a minute or two, once.
+# The first call creates the environment in .venv, which takes a minute or two.
 
 VENV ?= .venv
 OLDEST ?= .venv-oldest
 ARGS ?=
-# The first interpreter that is new enough; name another with PYTHON=...
+# The first interpreter that is new enough; choose another with PYTHON=...
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
 BIN := $(VENV)/bin
-# The versions that were tested together; make test CONSTRAINTS= takes the newest ones.
+# Versions that were tested together; make test CONSTRAINTS= installs the newest ones.
 CONSTRAINTS ?= constraints.txt
 INSTALL := $(BIN)/python -m pip install --quiet $(addprefix --constraint ,$(CONSTRAINTS))
 
@@ -38,7 +38,7 @@ web: $(VENV)/.ready-web  ## the same in the browser
 serve: $(VENV)/.ready-serve  ## the OpenAI-compatible server
 	@$(BIN)/python openai_api.py $(ARGS)
 
-# The recipe of README.md, where ARGS does not say otherwise.
+# The example of README.md, used if ARGS is empty.
 IDENTITY := --data_path examples/identity.json --use_lora --output_dir output_qwen_lora \
 	--per_device_train_batch_size 4 --num_train_epochs 10 --learning_rate 2e-3
 
@@ -48,36 +48,36 @@ finetune: $(VENV)/.ready-finetune  ## train a model on conversations (ARGS="--da
 quantize: $(VENV)/.ready-gptq  ## write a model in 4 or 8 bits (ARGS="--model_name_or_path MODEL --data_path data.json")
 	@$(BIN)/python run_gptq.py $(or $(ARGS),--overwrite)
 
-# A benchmark of eval/: evaluate_$(EVAL).py, or where there is none of that name, $(EVAL).py.
+# A benchmark of eval/: evaluate_$(EVAL).py, or else $(EVAL).py.
 EVAL ?= long_context
 SHORT := --lengths 256 1024 4096 --tokens 4096
 
 evaluate: $(VENV)/.ready-eval  ## perplexity by length (EVAL=mmlu ARGS="-c MODEL -d DATA" for another benchmark)
-	@test -f eval/evaluate_$(EVAL).py || test -f eval/$(EVAL).py || { echo "There is no benchmark $(EVAL) in eval/." >&2; exit 1; }
+	@test -f eval/evaluate_$(EVAL).py || test -f eval/$(EVAL).py || { echo "Unknown benchmark $(EVAL): see eval/." >&2; exit 1; }
 	@$(BIN)/python $(firstword $(wildcard eval/evaluate_$(EVAL).py) eval/$(EVAL).py) $(or $(ARGS),$(if $(filter long_context,$(EVAL)),$(SHORT)))
 
 export: $(VENV)/.ready-export  ## write a model for other engines (ARGS="-c Qwen/Qwen-7B-Chat -o qwen-7b-chat.gguf")
 	@$(BIN)/python export.py $(or $(ARGS),--overwrite)
 
-# Tests that share a file share what is made for it: a file is run by one worker. More than four would mostly import torch.
+# One worker runs all tests of a file, which share fixtures. More than four workers would mostly import torch.
 WORKERS ?= $(shell cores=`getconf _NPROCESSORS_ONLN`; echo $$((cores < 4 ? cores : 4)))
 PYTEST = $(BIN)/python -m pytest -rs --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 QUICK := not (process or browser or training or docs or slow or nightly)
 
-check: lint  ## check style, types and walls, and run the quick tests
+check: lint  ## check style, types and import contracts, and run the quick tests
 	$(PYTEST) -m "$(QUICK)" $(ARGS)
 
 test: lint  ## check the same, and run all tests
 	$(PYTEST) $(ARGS)
 
-test-nightly: $(VENV)/.ready-test  ## run what takes minutes and shows what other tests show too
+test-nightly: $(VENV)/.ready-test  ## run the slow tests that repeat what other tests cover
 	$(BIN)/python -m pytest -rs -m nightly $(ARGS)
 
-coverage: $(VENV)/.ready-test  ## list the lines that no test reaches
+coverage: $(VENV)/.ready-test  ## run all tests and list the lines that they do not reach
 	$(PYTEST) --cov --cov-report=term-missing:skip-covered $(ARGS)
 
-# What runs in some minutes, of the model, of loading and of the server. GPTQ is not among it, for gptqmodel has no such
-# old companions; nor is what needs a terminal, a browser or hours.
+# Tests of the model, loading and the server that run in minutes. Excluded: GPTQ, because gptqmodel does not support
+# versions that old, and tests that need a terminal, a browser or hours.
 OLD := $(addprefix model/test_,modeling.py model_room.py chat.py kv_cache.py kernels.py window_attention.py) \
 	$(addprefix model/test_,tokenization.py loading_options.py) checkpoint/test_loading.py data tools \
 	$(addprefix serving/test_,engine.py constraints.py openai_completions.py openai_chat.py) \
@@ -94,33 +94,33 @@ lint: $(VENV)/.ready-test  ## check style, spelling, types, and which package im
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 
-format: $(VENV)/.ready-test  ## mend style
+format: $(VENV)/.ready-test  ## fix style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:  ## remove the environments
 	rm -rf $(VENV) $(OLDEST)
 
-# Installs this folder as it is: a change of the code needs no new install. A stamp is written last, so an install that
-# failed or was interrupted is taken up again by the next make.
+# Editable install: code changes need no reinstall. The stamp is written last, so the next make repeats an install that
+# failed or was interrupted.
 $(VENV)/.ready: pyproject.toml constraints.txt
-	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: install it, or name it with make PYTHON=..." >&2; exit 1; }
-	@echo "Making the Python environment in $(VENV), which takes a minute or two ..."
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer not found: install it, or set make PYTHON=..." >&2; exit 1; }
+	@echo "Creating the Python environment in $(VENV), which takes a minute or two ..."
 	@$(PYTHON) -m venv $(VENV)
 	@$(INSTALL) --editable .
 	@touch $@
 
-# .ready-web, .ready-serve and so on: the extra of that name beside what is there.
+# .ready-web, .ready-serve and so on: install the extra of that name as well.
 $(VENV)/.ready-%: $(VENV)/.ready
 	@$(INSTALL) --editable ".[$(or $(EXTRAS),$*)]"
 	@touch $@
 
-# Several processes, and the Int4 checkpoints that Q-LoRA starts from.
+# Adds distributed training, and GPTQ for Q-LoRA.
 $(VENV)/.ready-finetune: EXTRAS = finetune,deepspeed,gptq
 
-# The oldest versions, in an environment of their own.
+# Separate environment with the oldest supported versions.
 $(OLDEST)/.ready: pyproject.toml constraints-oldest.txt
-	@echo "Making the Python environment in $(OLDEST): 3 GB of downloads ..."
+	@echo "Creating the Python environment in $(OLDEST): 3 GB of downloads ..."
 	@$(PYTHON) -m venv $(OLDEST)
 	@$(OLDEST)/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable ".[serve,peft]" \
 		dashscope httpx jsonschema-rs openai pytest

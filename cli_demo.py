@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Chat with a first-generation Qwen model in the terminal: `qwen chat`, where it is not installed."""
+"""Chat with a first-generation Qwen model in the terminal. Same as `qwen chat`, without installation."""
 
 import sys
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Write a checkpoint in a format that other engines read: `qwen export`, where it is not installed."""
+"""Export a checkpoint for other inference engines. Same as `qwen export`, without installation."""
 
 import sys
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Fine-tune a first-generation Qwen model on conversations: `qwen finetune`, where it is not installed."""
+"""Fine-tune a first-generation Qwen model on conversations. Same as `qwen finetune`, without installation."""
 
 import sys
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Serve a first-generation Qwen model over HTTP: `qwen serve`, where it is not installed."""
+"""Serve a first-generation Qwen model over HTTP. Same as `qwen serve`, without installation."""
 
 import sys
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Quantize a first-generation Qwen model to 4 or 8 bits: `qwen quantize`, where it is not installed."""
+"""Quantize a first-generation Qwen model to 4 or 8 bits. Same as `qwen quantize`, without installation."""
 
 import sys
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Chat with a first-generation Qwen model in the browser: `qwen web`, where it is not installed."""
+"""Chat with a first-generation Qwen model in the browser. Same as `qwen web`, without installation."""
 
 import sys
 

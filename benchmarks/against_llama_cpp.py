@@ -1,11 +1,11 @@
-"""Greedy tokens and decoding speed beside llama.cpp, an independent implementation of the same architecture.
+"""Compares greedy tokens and decoding speed with llama.cpp, an independent implementation of the same architecture.
 
     pip install llama-cpp-python gguf      # builds llama.cpp; 8 minutes on 2 cores
     python benchmarks/against_llama_cpp.py [-c CHECKPOINT] [--new-tokens 48]
 
-The checkpoint's weights are written to a temporary GGUF file in float32, so that both compute with the same numbers.
-llama.cpp knows neither dynamic NTK nor LogN: prompt and reply must stay within the trained length. Prints a Markdown
-table; the exit status is 1 where a token differs.
+Writes the weights to a temporary GGUF file in float32, so that both use the same values. llama.cpp does not support
+dynamic NTK and LogN: prompt and reply must fit into the trained length. Prints a Markdown table; the exit status is 1
+if a token differs.
 """
 
 import argparse
@@ -21,7 +21,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 try:
     from qwen import make_context
 except ModuleNotFoundError as error:
-    sys.exit(f"{error}. In the folder of the repository: pip install -e .")
+    sys.exit(f"{error}. In the repository folder, run: pip install -e .")
 
 import torch
 from llama_cpp import Llama
@@ -62,9 +62,9 @@ def our_greedy(model, ids: list[int], new_tokens: int, ends: set[int]) -> list[i
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-c", "--checkpoint-path", help="a chat checkpoint; the bundled one where it is not given")
+    parser.add_argument("-c", "--checkpoint-path", help="chat checkpoint (default: the bundled one)")
     parser.add_argument("--new-tokens", type=int, default=48)
-    parser.add_argument("--runs", type=int, default=3, help="of which the median time counts")
+    parser.add_argument("--runs", type=int, default=3, help="repetitions; the median time is reported")
     arguments = parser.parse_args()
 
     model, tokenizer = load_model(arguments.checkpoint_path, cpu_only=True, fp32=True)
@@ -90,7 +90,7 @@ def main() -> int:
             failures += ours != theirs
             rates = [len(ours) / statistics.median(times) for times in seconds.values()]
             print(f"| {prompt} | {len(ours)} | {'yes' if ours == theirs else 'NO'} | {rates[0]:.0f} | {rates[1]:.0f} |")
-    print(f"\n{len(PROMPTS) - failures} of {len(PROMPTS)} prompts: the same greedy tokens.")
+    print(f"\nSame greedy tokens for {len(PROMPTS) - failures} of {len(PROMPTS)} prompts.")
     return 1 if failures else 0
 
 

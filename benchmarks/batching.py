@@ -1,9 +1,9 @@
-"""Eight conversations in one `generate` against the same eight one by one, in float32 and bfloat16.
+"""Compares eight conversations in one batch with the same eight one by one, in float32 and bfloat16.
 
     python benchmarks/batching.py [-c CHECKPOINT] [--batch 8] [--new-tokens 64]
 
-Every conversation writes the same number of tokens. The two ways alternate within one run; medians count. Prints a
-Markdown table of new tokens per second.
+Every conversation generates the same number of tokens. The two modes alternate; medians are reported. Prints a Markdown
+table of new tokens per second.
 """
 
 import argparse
@@ -17,7 +17,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 try:
     from qwen.checkpoint.loading import load_model
 except ModuleNotFoundError as error:
-    sys.exit(f"{error}. In the folder of the repository: pip install -e .")
+    sys.exit(f"{error}. In the repository folder, run: pip install -e .")
 
 import torch
 
@@ -35,10 +35,10 @@ QUESTIONS = [
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-c", "--checkpoint-path", help="a chat checkpoint; the bundled one where it is not given")
+    parser.add_argument("-c", "--checkpoint-path", help="chat checkpoint (default: the bundled one)")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--runs", type=int, default=5, help="of which the median counts")
+    parser.add_argument("--runs", type=int, default=5, help="repetitions; the median is reported")
     parser.add_argument("--cpu-only", action="store_true")
     arguments = parser.parse_args()
 
@@ -59,9 +59,9 @@ def main() -> None:
         seconds = {one_by_one: [], together: []}
         together()  # warm-up
         for _ in range(arguments.runs):
-            for way, times in seconds.items():
+            for run, times in seconds.items():
                 start = time.perf_counter()
-                way()
+                run()
                 if torch.cuda.is_available():
                     torch.cuda.synchronize()
                 times.append(time.perf_counter() - start)

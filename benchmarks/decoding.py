@@ -1,4 +1,4 @@
-"""Greedy decoding of one row by the clock, exactly as many tokens as asked for, whatever engine decodes."""
+"""Times greedy decoding of one sequence with a fixed number of tokens, for any engine."""
 
 import time
 from collections.abc import Callable
@@ -8,13 +8,13 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 Decoder = Callable[[list[int], int, Callable[[], None]], list[int]]
-"""Of the ids of a prompt, how many tokens are wanted, and what to call as soon as each of them is known: the tokens."""
+"""(prompt ids, number of tokens, callback for each token) → generated ids."""
 
 
 def token_times(
     decode: Decoder, ids: list[int], tokens: int, progress: Callable[[int], None] = lambda done: None
 ) -> list[float]:
-    """Seconds: when decoding began, and when each of the tokens was known. `progress` gets how many there are."""
+    """Return the start time and the time of each token, in seconds. `progress` is called with the token count."""
     times = [time.perf_counter()]
 
     def on_token() -> None:
@@ -28,7 +28,7 @@ def token_times(
 def decode_greedily(
     model: PreTrainedModel, ids: list[int], tokens: int, on_token: Callable[[], None] = lambda: None
 ) -> list[int]:
-    """A `Decoder`, of a model of transformers. Its own generation config counts no more: that could end early."""
+    """Decode with a transformers model, as a `Decoder`. Replaces its generation config, which could stop early."""
     model.generation_config = GenerationConfig()
     row = torch.tensor([ids], device=model.device)
     output = model.generate(
@@ -42,16 +42,16 @@ def decode_greedily(
 
 
 class _Call(BaseStreamer):
-    """Calls for each token. It comes as a number, so the device has done its work."""
+    """Calls back for each token. Tokens arrive on the CPU, so the device has finished."""
 
     def __init__(self, on_token: Callable[[], None]):
         self.on_token = on_token
-        self.prompt_came = False
+        self.seen_prompt = False
 
     def put(self, value: torch.Tensor) -> None:
-        if self.prompt_came:
+        if self.seen_prompt:
             self.on_token()
-        self.prompt_came = True
+        self.seen_prompt = True
 
     def end(self) -> None:
         pass

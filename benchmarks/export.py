@@ -1,11 +1,11 @@
-"""Exports of the published shapes: are they the same function, and what do they take of time and memory?
+"""Measures time, memory and exactness of exports of the published shapes.
 
     python benchmarks/export.py [--sizes 1.8B 7B 14B 72B] [--layers 2]
 
-Each shape has made-up weights in bfloat16, few layers, and files as large as its largest tensors ask for. The export
-runs in a process of its own; its memory is what that process has at most, less what it had after its imports, beside
-the largest file of weights. Then both networks read the same 64 tokens, in float32. Prints a Markdown table; the exit
-status is 1 where a memory is not below two files, or the logits differ by more than 1e-4 of the largest.
+Each shape has random weights in bfloat16, few layers, and files of the size of its largest tensor. The export runs in a
+separate process; its memory is the peak of that process minus what it used after imports, also given relative to the
+largest weight file. Then both networks read the same 64 tokens in float32. Prints a Markdown table; the exit status is
+1 if memory reaches the size of two files, or if logits differ by more than 1e-4 of the largest logit.
 """
 
 import argparse
@@ -22,7 +22,7 @@ try:
 
     quiet_imports()  # before transformers is imported
 except ModuleNotFoundError as error:
-    sys.exit(f"{error}. In the folder of the repository: pip install -e .")
+    sys.exit(f"{error}. In the repository folder, run: pip install -e .")
 
 import torch
 from memory import resident
@@ -38,7 +38,7 @@ from qwen.quiet import quiet_loading
 
 
 def write(shape: str, layers: int, folder: Path) -> int:
-    """A checkpoint in files of about the size of its embedding, with the bundled vocabulary; the largest one's size."""
+    """Write a checkpoint in files of about the size of its embedding, and return the size of the largest one."""
     settings = config(shape)
     settings.num_hidden_layers = layers
     with torch.device("meta"):
@@ -66,14 +66,14 @@ def write(shape: str, layers: int, folder: Path) -> int:
 
 
 def export(kind: str, source: Path, target: Path, results: multiprocessing.Queue) -> None:
-    """In a process of its own: seconds, and bytes of memory above those before."""
+    """Export, in a separate process, and put the seconds and the memory growth in bytes into `results`."""
     with quiet_loading(progress=False):
-        before, began = resident("VmRSS"), time.perf_counter()
+        before, start = resident("VmRSS"), time.perf_counter()
         if kind == "Qwen2":
             export_qwen2(source, target)
         else:
             export_gguf(source, target, kind="f16")
-        results.put((time.perf_counter() - began, resident("VmHWM") - before))
+        results.put((time.perf_counter() - start, resident("VmHWM") - before))
 
 
 def logits(model_class: type, folder: Path) -> torch.Tensor:
@@ -90,7 +90,7 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=2)
     arguments = parser.parse_args()
     context, failures = multiprocessing.get_context("spawn"), 0
-    print("| | format | seconds | memory, GB | largest file, GB | files | largest difference of logits |")
+    print("| | format | seconds | memory, GB | largest file, GB | memory / file | max logit difference |")
     print("|---|---|---:|---:|---:|---:|---:|")
     for size in arguments.sizes:
         with tempfile.TemporaryDirectory() as work:
@@ -101,7 +101,7 @@ def main() -> int:
                 results = context.Queue()
                 process = context.Process(target=export, args=(kind, source, target, results))
                 process.start()
-                seconds, taken = results.get(timeout=1800)
+                seconds, used = results.get(timeout=1800)
                 process.join()
                 difference = ""
                 if kind == "Qwen2":
@@ -109,10 +109,10 @@ def main() -> int:
                     relative = ((logits(Qwen2ForCausalLM, target) - ours).abs().max() / ours.abs().max()).item()
                     failures += relative > 1e-4
                     difference = f"{relative:.1e}"
-                failures += taken >= 2 * largest
-                files = taken / largest
+                failures += used >= 2 * largest
+                ratio = used / largest
                 print(
-                    f"| {size} | {kind} | {seconds:.0f} | {taken / 1e9:.2f} | {largest / 1e9:.2f} | {files:.2f} | "
+                    f"| {size} | {kind} | {seconds:.0f} | {used / 1e9:.2f} | {largest / 1e9:.2f} | {ratio:.2f} | "
                     f"{difference} |",
                     flush=True,
                 )

@@ -1,12 +1,12 @@
-"""Five-shot multiple choice: the worked examples of a subject encoded once, against once for every question.
+"""Five-shot multiple choice: compares encoding the examples of a subject once with encoding them for every question.
 
     OMP_NUM_THREADS=1 python benchmarks/few_shot_prefix.py
     OMP_NUM_THREADS=1 python benchmarks/few_shot_prefix.py --shapes 1.8B --questions 12 --batch-size 4 --rounds 1
 
-Both are `LanguageModel.choose`, which encodes once what stands in front of the questions; the second way hands it the
-whole prompt as the question. They alternate within one run on the CPU, in seconds of processor time, of which medians
-count; every answer must be the same. The toy runs without dynamic NTK, with which prompts beyond its 256 tokens cannot
-share anything; other shapes have made-up weights. Prints a Markdown table.
+Both use `LanguageModel.choose`, which encodes the common context of questions once; the second mode passes the whole
+prompt as the question. The modes alternate on the CPU; medians of processor time are reported, and all answers must be
+equal. The toy runs without dynamic NTK, with which prompts of more than 256 tokens cannot share a prefix. Other shapes
+have random weights. Prints a Markdown table.
 """
 
 import argparse
@@ -23,7 +23,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 try:
     from qwen.checkpoint.loading import BUNDLED_BASE, load_model_quietly
 except ModuleNotFoundError as error:
-    sys.exit(f"{error}. In the folder of the repository: pip install -e .")
+    sys.exit(f"{error}. In the repository folder, run: pip install -e .")
 
 import torch
 from random_models import SHAPES, random_model
@@ -39,16 +39,16 @@ SHOTS = 5
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="*", choices=SHAPES, default=[], help="made-up models, besides the toy")
-    parser.add_argument("--questions", type=int, default=64, help="of the subject (64)")
-    parser.add_argument("--words", type=int, default=36, help="in a question; options have a sixth as many (36)")
-    parser.add_argument("--batch-size", type=int, default=1, help="questions at a time (1)")
-    parser.add_argument("--rounds", type=int, default=5, help="of which the median counts (5)")
+    parser.add_argument("--shapes", nargs="*", choices=SHAPES, default=[], help="random models, besides the toy")
+    parser.add_argument("--questions", type=int, default=64, help="questions of the subject (64)")
+    parser.add_argument("--words", type=int, default=36, help="words per question; options have a sixth as many (36)")
+    parser.add_argument("--batch-size", type=int, default=1, help="questions per batch (1)")
+    parser.add_argument("--rounds", type=int, default=5, help="repetitions; the median is reported (5)")
     arguments = parser.parse_args()
 
     model, tokenizer = load_model_quietly(BUNDLED_BASE, cpu_only=True, fp32=True, use_dynamic_ntk=False)
     cases = subject(arguments.questions, arguments.words)
-    print("| float32 | questions | tokens of one | of the context | context each time, s | once, s | times as fast |")
+    print("| float32 | questions | question tokens | context tokens | context each time, s | once, s | speedup |")
     print("|---|---:|---:|---:|---:|---:|---:|", flush=True)
     for name in ("toy", *arguments.shapes):
         if name != "toy":
@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def subject(count: int, words: int) -> list[Case]:
-    """So many questions with the same worked examples, as long as those of MMLU are on average."""
+    """Return `count` questions with the same examples, by default as long as those of MMLU on average."""
     rng = random.Random(0)
 
     def question() -> str:
@@ -74,20 +74,20 @@ def subject(count: int, words: int) -> list[Case]:
 
 
 def compare(lm: LanguageModel, cases: Sequence[Case], batch_size: int, rounds: int) -> tuple[float, float]:
-    """Seconds of processor time for all cases: with the context encoded for each, and encoded once."""
+    """Return the seconds of processor time for all cases, with the context encoded for each one and once."""
     whole = [replace(case, prompt=case.text(), preamble="", shots=()) for case in cases]
     seconds: dict[str, list[float]] = {"each": [], "once": []}
     for _ in range(rounds):
-        said = {}
-        for way, asked in (("each", whole), ("once", cases)):
-            lm = LanguageModel(lm.model, lm.tokenizer, lm.max_seq_len)  # which remembers no context
+        scores = {}
+        for mode, asked in (("each", whole), ("once", cases)):
+            lm = LanguageModel(lm.model, lm.tokenizer, lm.max_seq_len)  # without a cached context
             start = time.process_time()
             batches = (asked[first : first + batch_size] for first in range(0, len(asked), batch_size))
-            said[way] = [scores for batch in batches for scores in lm.choose(batch, CHOICES)]
-            seconds[way].append(time.process_time() - start)
-        torch.testing.assert_close(said["each"], said["once"], rtol=0, atol=1e-3)
-        if [best(scores) for scores in said["each"]] != [best(scores) for scores in said["once"]]:
-            raise RuntimeError("The two ways do not choose the same letters.")
+            scores[mode] = [row for batch in batches for row in lm.choose(batch, CHOICES)]
+            seconds[mode].append(time.process_time() - start)
+        torch.testing.assert_close(scores["each"], scores["once"], rtol=0, atol=1e-3)
+        if [best(row) for row in scores["each"]] != [best(row) for row in scores["once"]]:
+            raise RuntimeError("The two modes do not choose the same letters.")
     return statistics.median(seconds["each"]), statistics.median(seconds["once"])
 
 

@@ -1,11 +1,11 @@
-"""Fine-tuning: memory and time of every method and length, and throughput beside transformers' Qwen2.
+"""Measures memory and time of fine-tuning by method and length, and throughput compared with transformers' Qwen2.
 
     python benchmarks/finetune.py [--shape 7B] [--methods lora qlora …] [--lengths 256 512 …]
     python benchmarks/finetune.py --beside-qwen2 [--shape …]
 
-Models have random weights and samples random tokens, all learned: neither changes the work. Batch 1, accumulation 8,
-activation checkpointing, as in the published tables. Every cell is a process of its own, so that its peak memory is its
-own: what CUDA reserved, or on the CPU the largest resident size. Times are medians over the steps after the first.
+Models have random weights and samples random tokens, all of them trained on; this does not change the work. Batch 1,
+accumulation 8, activation checkpointing, as in the published tables. Each cell runs in a separate process. Its peak
+memory is what CUDA reserved or, on the CPU, the maximum resident size. Times are medians of the steps after the first.
 Prints Markdown tables.
 """
 
@@ -28,7 +28,7 @@ try:
 
     quiet_imports()  # before transformers is imported
 except ModuleNotFoundError as error:
-    sys.exit(f"{error}. In the folder of the repository: pip install -e .")
+    sys.exit(f"{error}. In the repository folder, run: pip install -e .")
 
 import torch
 from memory import peak
@@ -55,8 +55,8 @@ def main() -> None:
     parser.add_argument(
         "--lengths", nargs="+", type=int, default=[256, 512, 1024, 2048, 4096, 8192] if gpu else [256, 512, 1024]
     )
-    parser.add_argument("--steps", type=int, default=4, help="of which the first does not count")
-    parser.add_argument("--beside-qwen2", action="store_true", help="throughput beside transformers' Qwen2 instead")
+    parser.add_argument("--steps", type=int, default=4, help="steps per cell; the first is not counted")
+    parser.add_argument("--beside-qwen2", action="store_true", help="throughput compared with transformers' Qwen2")
     parser.add_argument("--cell", nargs=2, metavar=("METHOD", "LENGTH"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.cell:
@@ -68,7 +68,7 @@ def main() -> None:
 
 
 def table(arguments: argparse.Namespace) -> None:
-    """GB of peak memory / seconds an iteration, a row for each method and a column for each length."""
+    """Print GB of peak memory / seconds per iteration, one row per method and one column per length."""
     print("| " + " | ".join([arguments.shape, *map(str, arguments.lengths)]) + " |")
     print("|" + "---|" * (len(arguments.lengths) + 1), flush=True)
     for method in arguments.methods:
@@ -86,7 +86,7 @@ def table(arguments: argparse.Namespace) -> None:
 
 
 def cell(shape: str, method: str, length: int, steps: int) -> dict[str, float]:
-    """Peak memory in GB and seconds an iteration of one method at one length."""
+    """Return peak memory in GB and seconds per iteration for one method and length."""
     with tempfile.TemporaryDirectory() as folder:
         model = quantized_model(shape, Path(folder)) if method == "qlora" else random_model(shape, method)
         if method in ("lora", "lora-embeddings"):
@@ -97,8 +97,7 @@ def cell(shape: str, method: str, length: int, steps: int) -> dict[str, float]:
 
 
 def beside_qwen2(shape: str, lengths: list[int], steps: int) -> None:
-    """Tokens a second of both architectures under the same Trainer, in turns; and with ours under SupervisedTrainer,
-    which computes no logits where nothing is learned, on samples of which half is prompt."""
+    """Print tokens/s of both models with `Trainer`, and on half-prompt samples with `SupervisedTrainer` for ours."""
     print("| trained | length | Qwen2, tok/s | this, tok/s | ratio | half prompt: Qwen2 | this | ratio |")
     print("|---|---|---|---|---|---|---|---|", flush=True)
     for method in ("full", "lora"):
@@ -109,9 +108,9 @@ def beside_qwen2(shape: str, lengths: list[int], steps: int) -> None:
             ours = add_lora(ours, LoraArguments(), [])
         for length in lengths:
             columns = []
-            for prompt, trainer in ((0, Trainer), (length // 2, SupervisedTrainer)):
+            for prompt, trainer in ((0, Trainer), (length // 2, SupervisedTrainer)):  # which skips logits of prompts
                 seconds: dict[str, list[float]] = {"peer": [], "ours": []}
-                for _ in range(3):  # in turns, so that both see the machine's moods
+                for _ in range(3):  # alternating, so that both see the same machine load
                     with tempfile.TemporaryDirectory() as folder:
                         seconds["peer"] += train(peer, length, steps, settings(method, folder), Trainer, prompt)
                         seconds["ours"] += train(ours, length, steps, settings(method, folder), trainer, prompt)
@@ -128,7 +127,7 @@ def train(
     trainer: type[Trainer],
     prompt: int = 0,
 ) -> list[float]:
-    """Seconds of each step after the first, on samples of `length` random tokens of which `prompt` are not learned."""
+    """Return the seconds of each step but the first, on samples of `length` random tokens, `prompt` of them masked."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(0, 3000, (steps * ACCUMULATION, length), generator=generator)
     labels = ids.clone()
@@ -143,16 +142,16 @@ def train(
 
 
 class Clock(TrainerCallback):
-    """Seconds from the start to the end of each optimizer step."""
+    """Records the seconds of each optimizer step."""
 
     def __init__(self):
         self.seconds: list[float] = []
 
     def on_step_begin(self, *args, **kwargs):
-        self.began = now()
+        self.start = now()
 
     def on_step_end(self, *args, **kwargs):
-        self.seconds.append(now() - self.began)
+        self.seconds.append(now() - self.start)
 
 
 def now() -> float:
@@ -162,7 +161,7 @@ def now() -> float:
 
 
 def settings(method: str, folder: str) -> TrainingArguments:
-    """The published ones, in half precision on a GPU."""
+    """Return the published settings, in half precision on a GPU."""
     precision = {PRECISIONS[method]: True} if torch.cuda.is_available() else {"use_cpu": True}
     return TrainingArguments(
         output_dir=folder,
@@ -194,7 +193,7 @@ def random_qwen2(shape: str, method: str) -> Qwen2ForCausalLM:
 
 @contextlib.contextmanager
 def placed(method: str) -> Iterator[None]:
-    """Weights are made where they are used; frozen ones in half precision on a GPU, as `load_for_training` does."""
+    """Create weights on their device; frozen ones in half precision on a GPU, like `load_for_training`."""
     gpu = torch.cuda.is_available()
     torch.set_default_dtype(torch.bfloat16 if gpu and method != "full" else torch.float32)
     try:
@@ -205,11 +204,11 @@ def placed(method: str) -> Iterator[None]:
 
 
 def quantized_model(shape: str, folder: Path) -> torch.nn.Module:
-    """A GPTQ checkpoint of random integers, through the same door as a real one."""
+    """Load a GPTQ checkpoint of random integers like a real one."""
     write_quantized(shape, folder)
     half = ["--fp16"] if torch.cuda.is_available() else []
-    line = ["--q_lora", "--model_name_or_path", str(folder), "--data_path", "-", "--output_dir", str(folder), *half]
-    return load_for_training(parse(line)[0])[0]
+    argv = ["--q_lora", "--model_name_or_path", str(folder), "--data_path", "-", "--output_dir", str(folder), *half]
+    return load_for_training(parse(argv)[0])[0]
 
 
 if __name__ == "__main__":

@@ -1,21 +1,21 @@
-"""Decoding speed and memory by size and precision, in the form of the published tables, beside other engines.
+"""Measures decoding speed and memory by size and precision, like the published tables, and compares engines.
 
     python benchmarks/inference.py [--sizes 1.8B 7B 14B] [--precisions bf16 int8 int4] [--cpu-only]
     python benchmarks/inference.py -c CHECKPOINT
 
-Sizes are published shapes with random weights, which changes neither work nor memory. One row of random tokens goes in,
-and exactly `--generate` tokens come out, greedily; medians, after a warm-up. The published tables are made with
-`--context 1` or 2048 and `--generate` 2048 or 8192, that of the memory for a prompt with `--context 2048 --generate 1`.
+Sizes are published shapes with random weights, which does not change work or memory. The prompt is one sequence of
+random tokens; exactly `--generate` tokens are generated greedily. Reports medians after a warm-up. The published tables
+use `--context 1` or 2048 and `--generate` 2048 or 8192; the prompt memory table uses `--context 2048 --generate 1`.
 
-- tok/s: of the generated tokens after the first; "with the prompt": those of prompt and reply, by all the time.
-- memory: the peak of a process of its own. On a GPU what CUDA allocated; on the CPU what was resident, libraries and
-  mapped files included, of which loading quantized weights needs most.
-- weights: what a token has to read, so all but the embedding; and what share that makes of the speed at which this
-  device reads its memory, which is measured first. It is above 100% where weights stay in a processor's cache.
+- tok/s: generated tokens per second after the first one; "incl. prompt": tokens of prompt and reply by total time.
+- memory: peak of a separate process. On a GPU, allocated by CUDA; on the CPU, resident size including libraries and
+  mapped files, which peaks while quantized weights are loaded.
+- weights: bytes that each token reads, all weights but the embedding; "of bandwidth": the share of the memory bandwidth
+  of the device, which is measured first. It exceeds 100% if weights stay in a CPU cache.
 
-Engines: "this"; "Qwen2", the same float weights in transformers' Qwen2ForCausalLM; and on the CPU "llama.cpp", where
-llama-cpp-python and gguf are installed, with the same float weights or, in as many bits, its own Q8_0 and Q4_0.
-What does not fit into the free memory is not tried. Ctrl-C ends the table. GB are 10^9 bytes.
+Engines: "this"; "Qwen2", the same float weights in transformers' Qwen2ForCausalLM; on the CPU also "llama.cpp", if
+llama-cpp-python and gguf are installed, with the same float weights or its own Q8_0 and Q4_0 for 8 and 4 bits.
+Cells that do not fit into free memory are skipped. Ctrl-C ends the table. GB are 10^9 bytes.
 """
 
 import argparse
@@ -41,7 +41,7 @@ try:
 
     quiet_imports()  # before transformers is imported
 except ModuleNotFoundError as error:
-    sys.exit(f"{error}. In the folder of the repository: pip install -e .")
+    sys.exit(f"{error}. In the repository folder, run: pip install -e .")
 
 import torch
 from decoding import Decoder, decode_greedily, token_times
@@ -61,9 +61,9 @@ GGUF_KINDS = {"fp32": "f32", "bf16": "bf16", "int8": "q8_0", "int4": "q4_0"}
 ENGINES = ("this", "Qwen2", "llama.cpp")
 WARM_UP = 8  # tokens
 LIBRARIES = 0.6e9  # bytes of a process without a model
-REPACKING = {"int8": 1.6, "int4": 1.1}  # on the CPU, memory at most by size of the weights, mapped files not counted
+REPACKING = {"int8": 1.6, "int4": 1.1}  # CPU: peak memory relative to the weights, without mapped files
 
-# The publication's, on one A100-80G, by tokens generated; it speaks of 1 and of 2048 tokens of context.
+# Published for one A100-80G, by generated tokens, with 1 and with 2048 tokens of context.
 PUBLISHED_SPEEDS = {
     2048: {
         "1.8B": {"bf16": 54.09, "int8": 55.56, "int4": 71.07},
@@ -76,7 +76,7 @@ PUBLISHED_SPEEDS = {
         "14B": {"bf16": 24.87, "int8": 24.22, "int4": 27.33},
     },
 }
-# By tokens of context and generated.
+# By tokens of context and generated tokens.
 PUBLISHED_MEMORY = {
     (1, 2048): {
         "1.8B": {"bf16": 4.23, "int8": 3.48, "int4": 2.91},
@@ -98,7 +98,7 @@ PUBLISHED_MEMORY = {
 @dataclass(frozen=True)
 class Cell:
     model: str
-    """A key of SHAPES, or where `is_checkpoint`, a folder or a hub id."""
+    """Key of SHAPES or, if `is_checkpoint`, a folder or hub id."""
     is_checkpoint: bool
     precision: str
     engine: str
@@ -113,19 +113,19 @@ class Cell:
 
     @property
     def size(self) -> str | None:
-        """The key of SHAPES, also of a checkpoint."""
-        of = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-        shape = [getattr(self.config, name) for name in of]
-        return next((name for name in SHAPES if [getattr(config(name), key) for key in of] == shape), None)
+        """Key of SHAPES; for a checkpoint, the matching one."""
+        fields = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+        shape = [getattr(self.config, name) for name in fields]
+        return next((name for name in SHAPES if [getattr(config(name), field) for field in fields] == shape), None)
 
     @property
     def is_written(self) -> bool:
-        """Whether the engine reads a file that is made for it."""
+        """Whether the engine reads a file that must be written first."""
         return self.engine == "llama.cpp" or (not self.is_checkpoint and BITS[self.precision] <= 8)
 
 
 class Failed(Exception):
-    """Why a cell has no figures, for the table."""
+    """A cell could not be measured. The message is shown in the table."""
 
 
 # ---- the table ----
@@ -136,7 +136,7 @@ def main() -> int:
     if arguments.task:
         task, folder, cell = json.loads(arguments.task)
         return child(task, Path(folder), Cell(**cell) if cell else None)
-    for name in ("SIGTERM", "SIGHUP"):  # the processes of cells end with this one
+    for name in ("SIGTERM", "SIGHUP"):  # end the cell processes, too
         if hasattr(signal, name):  # Windows has no SIGHUP
             signal.signal(getattr(signal, name), signal.default_int_handler)
     try:
@@ -155,19 +155,19 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     models = parser.add_mutually_exclusive_group()
     models.add_argument("--sizes", nargs="+", choices=SHAPES, default=["1.8B"], help="random weights (1.8B)")
-    models.add_argument("-c", "--checkpoint-path", help="a folder or a hub id, instead of random weights")
+    models.add_argument("-c", "--checkpoint-path", help="local folder or hub id, instead of random weights")
     add_hub_argument(parser)
     parser.add_argument(
         "--precisions",
         nargs="+",
         choices=BITS,
-        help="bf16 int8 int4 without it; of a checkpoint, what it can be had in",
+        help="default: bf16 int8 int4; for a checkpoint, its own",
     )
-    parser.add_argument("--engines", nargs="+", choices=ENGINES, help="those that are installed without it")
-    parser.add_argument("--context", type=int, default=1, metavar="N", help="tokens that go in (1)")
-    parser.add_argument("--generate", type=int, metavar="N", help="tokens that come out (2048 on a GPU, else 32)")
-    parser.add_argument("--repeat", type=int, default=3, metavar="N", help="decodings, of which the median counts (3)")
-    parser.add_argument("--cpu-only", action="store_true", help="stay off the GPU")
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, help="default: all that are installed")
+    parser.add_argument("--context", type=int, default=1, metavar="N", help="prompt tokens (1)")
+    parser.add_argument("--generate", type=int, metavar="N", help="generated tokens (2048 on a GPU, else 32)")
+    parser.add_argument("--repeat", type=int, default=3, metavar="N", help="repetitions; the median is reported (3)")
+    parser.add_argument("--cpu-only", action="store_true", help="do not use a GPU")
     parser.add_argument("--task", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     arguments.cpu_only = arguments.cpu_only or not torch.cuda.is_available()
@@ -180,11 +180,11 @@ def parse() -> argparse.Namespace:
 
 
 def cells(arguments: argparse.Namespace) -> list[Cell]:
-    """All of the table.
+    """Return the cells of the table.
 
     Raises:
         CheckpointError: the checkpoint cannot be used.
-        ValueError: it cannot be had in the precision that was asked for, or by the engine.
+        ValueError: the checkpoint is not available in a requested precision, or an engine cannot be used.
     """
     is_checkpoint = arguments.checkpoint_path is not None
     models, precisions = arguments.sizes, arguments.precisions or ["bf16", "int8", "int4"]
@@ -195,8 +195,8 @@ def cells(arguments: argparse.Namespace) -> list[Cell]:
     engines = arguments.engines or installed(arguments.cpu_only)
     if missing := set(engines) - set(installed(arguments.cpu_only)):
         raise ValueError(
-            f"{missing.pop()} is measured on the CPU alone, and needs `pip install llama-cpp-python gguf`: add "
-            "--cpu-only, or leave it out of --engines."
+            f"{missing.pop()} runs on the CPU only and needs `pip install llama-cpp-python gguf`: add --cpu-only, or "
+            "remove it from --engines."
         )
     combined = [
         Cell(
@@ -223,11 +223,11 @@ def checkpoint_precisions(checkpoint: Checkpoint, asked: list[str] | None) -> li
     if is_gptq(settings):
         own = [f"int{settings.quantization_config['bits']}"]
         if own[0] not in BITS:
-            raise ValueError(f"{name} has weights of {own[0]}: only int8 and int4 are measured.")
+            raise ValueError(f"{name} has {own[0]} weights, which are not supported: use int8 or int4.")
     if wrong := set(asked or []) - set(own):
         raise ValueError(
-            f"{name} cannot be had in {wrong.pop()}, but in {' and '.join(own)}. run_gptq.py writes a float checkpoint "
-            "in 4 or 8 bits."
+            f"{name} is not available in {wrong.pop()}, only in {' and '.join(own)}. Quantize a float checkpoint to 8 "
+            "or 4 bits with run_gptq.py."
         )
     return asked or own[:1]
 
@@ -238,13 +238,13 @@ def installed(cpu_only: bool) -> list[str]:
 
 
 def table(rows: list[Cell], cpu_only: bool) -> None:
-    show("Measuring how fast the device reads ...")
+    show("Measuring memory bandwidth ...")
     device = run("device", None, None, cpu_only)
     context, generate = rows[0].context, rows[0].generate
     show("")
-    reading = f"reading {device['bandwidth'] / 1e9:.0f} GB/s"
-    print(f"{device['name']}, torch {torch.__version__}, {reading}. {context} + {generate} tokens.\n")
-    names = ["tok/s", "with the prompt", "memory, GB", "weights, GB", "of reading"]
+    bandwidth = f"memory bandwidth {device['bandwidth'] / 1e9:.0f} GB/s"
+    print(f"{device['name']}, torch {torch.__version__}, {bandwidth}. {context} + {generate} tokens.\n")
+    names = ["tok/s", "incl. prompt", "memory, GB", "weights, GB", "of bandwidth"]
     quoted = [published(cell) for cell in rows]
     if any(speed for speed, _ in quoted):
         names.insert(2, "published")
@@ -263,7 +263,7 @@ def table(rows: list[Cell], cpu_only: bool) -> None:
         kernel = "" if figures["kernel"] in (None, "Linear") else f", {figures['kernel']}"
         columns = {
             "tok/s": figures["speed"],
-            "with the prompt": figures["whole_speed"],
+            "incl. prompt": figures["whole_speed"],
             "published": quotes[0],
             "memory, GB": figures["peak"] and figures["peak"] / 1e9,
             "published, GB": quotes[1],
@@ -271,34 +271,34 @@ def table(rows: list[Cell], cpu_only: bool) -> None:
         }
         texts = {name: "" if value is None else f"{value:.2f}" for name, value in columns.items()}
         share = figures["speed"] and f"{figures['speed'] * figures['read'] / device['bandwidth']:.0%}"
-        texts["of reading"] = share or ""
+        texts["of bandwidth"] = share or ""
         show("")
         print(f"| {label} | {cell.engine}{kernel} | " + " | ".join(texts[name] for name in names) + " |", flush=True)
 
 
 def published(cell: Cell) -> tuple[float | None, float | None]:
-    """Tokens a second, prompt and reply together, and GB; None where this is not a cell of the published tables."""
+    """Return tokens per second, including the prompt, and GB; None for cells that were not published."""
     speeds = PUBLISHED_SPEEDS.get(cell.generate, {}) if cell.context in (1, 2048) else {}
     memory = PUBLISHED_MEMORY.get((cell.context, cell.generate), {})
     return tuple(figures.get(cell.size, {}).get(cell.precision) for figures in (speeds, memory))
 
 
 def measured(cell: Cell, device: dict, cpu_only: bool, step: str) -> dict:
-    """Raises Failed."""
+    """Measure a cell; raises Failed."""
     needed, free = needed_bytes(cell, cpu_only), device["free"] if not cpu_only else free_memory()
     if free is not None and needed > free:
-        raise Failed(f"needs about {needed / 1e9:.1f} GB, {free / 1e9:.1f} are free")
+        raise Failed(f"needs about {needed / 1e9:.1f} GB, {free / 1e9:.1f} free")
     with tempfile.TemporaryDirectory() as folder:
         if cell.is_written:
-            show(f"{step}making the weights ...")
+            show(f"{step}writing weights ...")
             if (room := shutil.disk_usage(folder).free) < needed:
-                raise Failed(f"needs about {needed / 1e9:.1f} GB in {tempfile.gettempdir()}, {room / 1e9:.1f} are free")
+                raise Failed(f"needs about {needed / 1e9:.1f} GB in {tempfile.gettempdir()}, {room / 1e9:.1f} free")
             run("write", folder, cell, cpu_only, step)
         return run("measure", folder, cell, cpu_only, step)
 
 
 def needed_bytes(cell: Cell, cpu_only: bool) -> float:
-    """Of weights and cache; on the CPU also of the libraries, and of a second copy where one is made on the way."""
+    """Return the bytes of weights and cache; on the CPU including libraries and temporary copies."""
     with torch.device("meta"):
         parameters = dict(QWenLMHeadModel(cell.config).named_parameters())
     bits = BITS[cell.precision]
@@ -307,7 +307,7 @@ def needed_bytes(cell: Cell, cpu_only: bool) -> float:
     if bits <= 8:
         packed = sum(weight.numel() for name, weight in parameters.items() if ".h." in name and weight.dim() == 2)
     itemsize = 4 if bits == 32 else 2
-    quantized = packed * (bits + (16 + bits) / 128) / 8  # a scale and a zero point for 128 weights
+    quantized = packed * (bits + (16 + bits) / 128) / 8  # one scale and zero point per 128 weights
     settings = cell.config
     width = settings.num_attention_heads * settings.kv_channels
     cache = 2 * settings.num_hidden_layers * width * (cell.context + cell.generate) * itemsize
@@ -317,40 +317,40 @@ def needed_bytes(cell: Cell, cpu_only: bool) -> float:
     if cell.engine == "this":
         weights *= REPACKING.get(cell.precision, 1)
     elif cell.engine == "llama.cpp" and cell.is_checkpoint:
-        weights *= 2  # as they are loaded, and as they are written for it
+        weights *= 2  # the loaded and the written copy
     return weights + cache + LIBRARIES
 
 
 def free_memory() -> int | None:
-    """Bytes of main memory; None where the system is not Linux."""
+    """Return the bytes of available main memory; None on systems other than Linux."""
     return available() if Path("/proc/meminfo").exists() else None
 
 
-# ---- a process for each task ----
+# ---- one process per task ----
 
 
 def run(task: str, folder: str | None, cell: Cell | None, cpu_only: bool, step: str = "") -> dict:
-    """What `child` finds, in a process of its own, so that its memory is its own too.
+    """Run `child` in a separate process, so that its peak memory can be measured, and return its result.
 
     Raises:
-        Failed: it says why, or it ended without a word.
+        Failed: the process reported an error or ended without a result.
     """
     environment = dict(os.environ)
     if cpu_only:
         environment["CUDA_VISIBLE_DEVICES"] = ""
     command = [sys.executable, __file__, "--task", json.dumps([task, folder or "", cell and asdict(cell)])]
-    # Its own group: Ctrl-C is for the table alone.
+    # Own process group: Ctrl-C is only sent to this process.
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, process_group=0)
     result = None
     try:
         for line in process.stdout:
-            message = json.loads(line) if line.startswith("{") else {}  # libraries may speak there too
+            message = json.loads(line) if line.startswith("{") else {}  # libraries may print to stdout, too
             if "progress" in message:
                 show(step + message["progress"])
             result = message.get("result", result)
             if "failed" in message:
                 raise Failed(message["failed"])
-        if process.wait() == -9:  # SIGKILL: Linux ended it
+        if process.wait() == -9:  # SIGKILL by Linux's OOM killer
             raise Failed("out of memory")
         if result is None:
             raise Failed("failed: see above")
@@ -362,7 +362,7 @@ def run(task: str, folder: str | None, cell: Cell | None, cpu_only: bool, step: 
 
 
 def show(text: str) -> None:
-    """On a terminal, in place of what was shown there before."""
+    """Show a status line on a terminal, replacing the previous one."""
     if sys.stderr.isatty():
         print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
@@ -384,18 +384,18 @@ def tell(**message: object) -> None:
     print(json.dumps(message), flush=True)
 
 
-# ---- what is measured there ----
+# ---- tasks of the child process ----
 
 
 def device_figures() -> dict:
-    """Its name, its free memory, and bytes a second of summing up a GiB of integers."""
+    """Return the device's name, free memory and bandwidth in bytes per second, from summing a GiB of integers."""
     gpu = torch.cuda.is_available()
     numbers = torch.ones(2**27, dtype=torch.int64, device="cuda" if gpu else "cpu")
     seconds = []
     for _ in range(12):
-        began = time.perf_counter()
-        numbers.sum().item()  # a number: the device has done its work
-        seconds.append(time.perf_counter() - began)
+        start = time.perf_counter()
+        numbers.sum().item()  # item() waits for the device
+        seconds.append(time.perf_counter() - start)
     bandwidth = numbers.nbytes / statistics.median(seconds[3:])
     del numbers
     if gpu:
@@ -406,7 +406,7 @@ def device_figures() -> dict:
 
 
 def write(cell: Cell, folder: Path) -> dict:
-    """The files that `measure` reads: a GPTQ checkpoint of random integers, or one for llama.cpp."""
+    """Write the file that `measure` reads: a GPTQ checkpoint of random integers, or a GGUF file for llama.cpp."""
     if cell.engine != "llama.cpp":
         with quiet_loading(progress=False):
             write_quantized(cell.model, folder, BITS[cell.precision])
@@ -424,7 +424,7 @@ def write(cell: Cell, folder: Path) -> dict:
             for name, tensor in empty.items()
         ]
     kind = GGUF_KINDS[cell.precision]
-    # The embedding and the output matrix are in 16 bits in GPTQ checkpoints.
+    # GPTQ checkpoints have a 16-bit embedding and output matrix.
     write_gguf(folder / "model.gguf", cell.config, entries, kind, outside=None if kind == "f32" else "bf16")
     return {}
 
@@ -451,26 +451,26 @@ def measure(cell: Cell, folder: Path) -> dict:
 
 
 class Progress:
-    """Tells now and then how many tokens there are; once a second costs nothing that could be measured."""
+    """Reports the number of tokens at most once a second, which does not affect the measurement."""
 
     def __init__(self, label: str):
-        self.label, self.told = label, time.perf_counter()
+        self.label, self.reported = label, time.perf_counter()
 
     def __call__(self, done: int) -> None:
-        if time.perf_counter() - self.told > 1:
-            self.told = time.perf_counter()
+        if time.perf_counter() - self.reported > 1:
+            self.reported = time.perf_counter()
             tell(progress=f"{self.label}, {done} tokens")
 
 
 def peak() -> int | None:
-    """Bytes; None on the CPU where the system is not Linux."""
+    """Return the peak memory in bytes; None on a CPU without Linux."""
     if torch.cuda.is_available():
         return sum(torch.cuda.max_memory_allocated(number) for number in range(torch.cuda.device_count()))
     return resident("VmHWM") if Path("/proc/self/status").exists() else None
 
 
 def load_transformers(cell: Cell, folder: Path) -> tuple[Decoder, Callable[[], int], str]:
-    """How to decode, how many bytes of weights a token reads, and the name of the linear layers."""
+    """Return the decoder, the weight bytes that a token reads (as a function), and the class of the linear layers."""
     dtype = DTYPES.get(cell.precision)
     if cell.is_written:
         model, _ = load_model_quietly(folder)
@@ -498,12 +498,12 @@ def load_llama_cpp(cell: Cell, folder: Path) -> tuple[Decoder, Callable[[], int]
     llama = Llama(path, n_ctx=cell.context + cell.generate, n_threads=threads, n_threads_batch=threads, verbose=False)
 
     def decode(ids: list[int], tokens: int, on_token: Callable[[], None]) -> list[int]:
-        llama.reset()  # or it would remember the prompt
-        found = []
+        llama.reset()  # clears the cached prompt
+        generated = []
         for token in itertools.islice(llama.generate(ids, temp=0.0), tokens):
-            found.append(token)
+            generated.append(token)
             on_token()
-        return found
+        return generated
 
     def read() -> int:
         return sum(int(tensor.n_bytes) for tensor in GGUFReader(path).tensors if tensor.name != "token_embd.weight")

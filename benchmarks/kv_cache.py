@@ -1,18 +1,18 @@
-"""The 8-bit key/value cache beside the usual one: bytes, memory, speed and error.
+"""Compares the 8-bit key/value cache with the float cache: bytes, memory, speed and error.
 
     python benchmarks/kv_cache.py [--parts arithmetic memory bytes speed accuracy] [--plot FILE]
 
-- arithmetic: weights and cache of the 7B shape in bfloat16, in the form of the published tables.
-- memory: the peak while tokens are generated from a prompt of one token, each cell a process of its own: what CUDA
-  allocated / reserved, or on the CPU the growth of the resident set, with the weights added.
-- bytes: what a cache holds after prompts and single tokens went through a model with random weights, beside the
-  formula: what CUDA allocated, or on the CPU the memory behind all tensors that live. And whether any of it moved.
-- speed: attention of one token alone (32 heads of 128 channels), and whole decoding steps of a model. In turns,
-  medians after a warm-up. On a GPU by CUDA events; each run follows a write of 1 GiB, which empties the GPU's caches
-  and hides the launch. On the CPU by processor time of one thread.
-- accuracy: logits of the reference vectors in tests/golden beside full precision.
+- arithmetic: computed size of weights and cache of the 7B shape in bfloat16, like the published tables.
+- memory: peak while generating from a prompt of one token, each cell in a separate process: allocated / reserved by
+  CUDA or, on the CPU, growth of the resident size plus the weights.
+- bytes: size of a cache after a prompt and after further tokens in a model with random weights, compared with the
+  formula: allocated by CUDA or, on the CPU, the storage of all live tensors. Also shows whether it was reallocated.
+- speed: attention of one token (32 heads of 128 channels), and decoding steps of a model. Alternating runs, medians
+  after a warm-up. On a GPU by CUDA events, each run after a write of 1 GiB, which flushes the caches and hides the
+  launch. On the CPU by processor time of one thread.
+- accuracy: error of the logits of the reference vectors in tests/golden, compared with full precision.
 
-Without a GPU the model has 14M parameters; 7B needs 80 GB of one. Prints Markdown tables; GB are 10^9 bytes.
+Without a GPU the model has 14M parameters; 7B needs a GPU with 80 GB. Prints Markdown tables; GB are 10^9 bytes.
 """
 
 import argparse
@@ -34,7 +34,7 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 try:
     from qwen import QWenLMHeadModel
 except ModuleNotFoundError as error:
-    sys.exit(f"{error}. In the folder of the repository: pip install -e .")
+    sys.exit(f"{error}. In the repository folder, run: pip install -e .")
 
 import torch
 from memory import resident
@@ -55,13 +55,13 @@ GOLDEN = Path(__file__).resolve().parent.parent / "tests" / "golden"
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 UNIT, UNIT_BYTES = ("GB", 1e9) if GPU else ("MB", 1e6)
-CACHES = {  # what the config says for each
+CACHES = {  # config fields of each
     "float": {},
     "int8": {"use_cache_quantization": True},
     "int8, kernel": {"use_cache_quantization": True, "use_cache_kernel": True},
 }
 
-# The publication's GB on an A100-80G; None where it ran out of memory.
+# Published GB on an A100-80G; None: out of memory.
 BATCHES, LENGTHS = (1, 4, 16, 32, 64, 100), (512, 1024, 2048, 4096, 8192)
 PUBLISHED_BATCHES = {"float": (16.3, 24.1, 31.7, 48.7, None, None), "int8": (15.5, 17.2, 22.3, 30.2, 48.2, 72.4)}
 PUBLISHED_LENGTHS = {"float": (15.2, 16.3, 17.6, 19.5, 23.2), "int8": (15.0, 15.5, 15.8, 16.6, 17.6)}
@@ -71,18 +71,16 @@ def main() -> None:
     parts = {"arithmetic": arithmetic, "memory": memory, "bytes": held, "speed": speed, "accuracy": accuracy}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts))
-    parser.add_argument("--shape", choices=SHAPES, default="7B" if GPU else "small", help="of the model that is run")
+    parser.add_argument("--shape", choices=SHAPES, default="7B" if GPU else "small", help="shape of the measured model")
     parser.add_argument(
-        "--batches", nargs="*", type=int, default=BATCHES if GPU else (16, 64), help="rows, for the part memory"
+        "--batches", nargs="*", type=int, default=BATCHES if GPU else (16, 64), help="rows, for the memory part"
     )
+    parser.add_argument("--tokens", type=int, default=1024 if GPU else 192, help="tokens per row, for the memory part")
     parser.add_argument(
-        "--tokens", type=int, default=1024 if GPU else 192, help="that each row generates, for the part memory"
+        "--lengths", nargs="*", type=int, default=LENGTHS if GPU else (), help="tokens of one row, for the memory part"
     )
-    parser.add_argument(
-        "--lengths", nargs="*", type=int, default=LENGTHS if GPU else (), help="tokens of one row, for the part memory"
-    )
-    parser.add_argument("--runs", type=int, default=50 if GPU else 9, help="of which the median counts")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw the arithmetic; needs matplotlib")
+    parser.add_argument("--runs", type=int, default=50 if GPU else 9, help="repetitions; the median is reported")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="also plot the arithmetic part; needs matplotlib")
     parser.add_argument("--cell", nargs=3, metavar=("CACHE", "BATCH", "TOKENS"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.plot and importlib.util.find_spec("matplotlib") is None:
@@ -100,7 +98,7 @@ def main() -> None:
 
 
 def token_bytes(shape: str, kind: str, itemsize: int = 2) -> float:
-    """Bytes that the cache needs for a token, with `itemsize` for each float."""
+    """Return the cache bytes per token, with `itemsize` bytes per float."""
     hidden, layers, heads, *_ = SHAPES[shape]
     return 2 * layers * hidden * (itemsize if kind == "float" else 1 + 2 * itemsize / (hidden // heads))
 
@@ -125,7 +123,7 @@ def arithmetic(arguments: argparse.Namespace) -> None:
 
 def memory(arguments: argparse.Namespace) -> None:
     if not GPU and not Path("/proc/self/status").exists():
-        print("\nThe peak of the resident set is read from Linux' /proc: left out here.")
+        print("\nThe memory part needs Linux's /proc/self/status: skipped.")
         return
     shape, weights = arguments.shape, weight_bytes(arguments.shape)
     sizes = [(batch, arguments.tokens) for batch in arguments.batches] + [(1, length) for length in arguments.lengths]
@@ -153,9 +151,9 @@ def figure_or_none(figure: float | None) -> str:
 
 
 def peak_cell(shape: str, kind: str, batch: int, tokens: int) -> str:
-    """`peak` in a process of its own."""
+    """Run `peak` in a separate process."""
     command = [sys.executable, __file__, "--shape", shape, "--cell", kind, str(batch), str(tokens)]
-    # Linux' C library otherwise keeps freed memory of changing sizes.
+    # Otherwise glibc keeps freed memory of varying sizes.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode == 0:
@@ -168,11 +166,11 @@ def peak_cell(shape: str, kind: str, batch: int, tokens: int) -> str:
 
 @torch.no_grad()
 def peak(shape: str, kind: str, batch: int, tokens: int) -> list[int]:
-    """Bytes while `tokens` tokens come into the cache of each row: allocated and reserved, or resident."""
+    """Return the peak bytes while each row generates `tokens` tokens: allocated and reserved, or resident."""
     model = random_model(shape, torch.bfloat16, kind)
     ids = torch.ones(batch, 1, dtype=torch.long, device=DEVICE)
     if not GPU:
-        model.generate(ids, **exactly(4))  # what libraries load is none of the cache's
+        model.generate(ids, **exactly(4))  # loads libraries, which do not count
         before = resident("VmRSS")
     model.generate(ids, **exactly(tokens))
     if GPU:
@@ -188,39 +186,39 @@ def exactly(tokens: int) -> dict:
 def held(arguments: argparse.Namespace) -> None:
     shape = arguments.shape
     model = random_model(shape, torch.bfloat16)
-    model(torch.ones(1, 2, dtype=torch.long, device=DEVICE))  # libraries take what they need at the first call
-    print(f"\n| {shape}, rows × tokens | cache | held, bytes | formula | more than that | moved since the prompt |")
+    model(torch.ones(1, 2, dtype=torch.long, device=DEVICE))  # libraries allocate memory at the first call
+    print(f"\n| {shape}, rows × tokens | cache | size, bytes | formula | overhead | reallocated since the prompt |")
     print("|---|---|---:|---:|---:|---|")
     for batch, prompt in ((1, 1024), (4, 512), (16, 256), (1, 2048)):
         ids = torch.randint(SHAPES[shape][-1], (batch, prompt), device=DEVICE)
         for kind in ("float", "int8"):
             before = live_bytes()
-            cache, tokens, places = new_cache(model, kind), 0, []
+            cache, tokens, pointers = new_cache(model, kind), 0, []
             for new in (prompt, 1, 127):
                 model(ids[:, :new], past_key_values=cache, use_cache=True, logits_to_keep=1)
                 found = live_bytes() - before
                 tokens += new
                 formula = batch * tokens * token_bytes(shape, kind)
                 now = addresses(cache)
-                moved = "" if not places else "no" if now[: len(places)] == places else "yes"
-                places = places or now
+                moved = "" if not pointers else "no" if now[: len(pointers)] == pointers else "yes"
+                pointers = pointers or now
                 row = (kind, f"{found:,}", f"{formula:,.0f}", f"{found / formula - 1:.1%}", moved)
                 print(f"| {batch} × {tokens} | " + " | ".join(row) + " |", flush=True)
             del cache
 
 
 def live_bytes() -> int:
-    """Bytes of all tensors on the device."""
+    """Return the bytes of all tensors on the device."""
     gc.collect()
     if GPU:
         return torch.cuda.memory_allocated()
-    tensors = (thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor))
+    tensors = (object_ for object_ in gc.get_objects() if issubclass(type(object_), torch.Tensor))
     storages = (tensor.untyped_storage() for tensor in tensors if tensor.device.type == "cpu")
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def addresses(cache: Cache) -> list[int]:
-    """Where the tensors of the first layer lie, in the order in which they were made."""
+    """Return the data pointers of the first layer's tensors, in order of allocation."""
     layer = cache.layers[0]
     if isinstance(layer, QuantizedKVLayer):
         return [tensor.data_ptr() for segment in layer.states.segments for tensor in segment]
@@ -236,13 +234,13 @@ def speed(arguments: argparse.Namespace) -> None:
 
 
 def attention(runs: int) -> None:
-    """One token alone. The bytes that count are those of the cache; the copy's are counted once read, once written."""
+    """Print times of attention of one token. Bandwidth counts cache bytes; a copy counts bytes read and written."""
     copy = copy_bandwidth(runs)
-    reader = "torch" if triton_kernels(DEVICE) is None else "the Triton kernel"
-    print(f"\nBytes are read by {reader}. Copy on the device: {copy / 1e9:.0f} GB/s.\n")
+    kernel = "torch" if triton_kernels(DEVICE) is None else "the Triton kernel"
+    print(f"\nThe fused attention uses {kernel}. Bandwidth of a copy on the device: {copy / 1e9:.0f} GB/s.\n")
     print(
-        "| rows × tokens | precision | float cache, sdpa, ms | int8, dequantized, sdpa, ms | int8, from the bytes, ms "
-        "| times as fast as dequantized | as float | GB/s | of copy |"
+        "| rows × tokens | precision | float cache, sdpa, ms | int8, dequantized, sdpa, ms | int8, fused, ms "
+        "| speedup over dequantized | over float | GB/s | of copy |"
     )
     print("|---|---|" + "---:|" * 7, flush=True)
     for batch, tokens in ((1, 32768), (8, 8192), (32, 4096)) if GPU else ((1, 1024), (1, 4096), (8, 1024)):
@@ -252,7 +250,7 @@ def attention(runs: int) -> None:
             layer = QuantizedKVLayer()
             layer.update(key, value)
             found = medians(attention_ways(query, key, value, layer), runs)
-            # In pieces on a processor, whose cache they fit, and at once on a GPU.
+            # In pieces is faster on a CPU, whose cache they fit, and at once on a GPU.
             dequantized = min(found["in pieces"], found["at once"])
             read = sum(tensor.nbytes for tensor in layer.states.segments[0]) / found["bytes"]
             cells = [f"{1000 * seconds:.2f}" for seconds in (found["float"], dequantized, found["bytes"])]
@@ -263,7 +261,7 @@ def attention(runs: int) -> None:
 
 
 def copy_bandwidth(runs: int) -> float:
-    """Bytes a second, read and written."""
+    """Return the bytes read and written per second."""
     source = torch.ones(2**31 if GPU else 2**28, dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
     return 2 * source.nbytes / medians({"copy": lambda: target.copy_(source)}, runs)["copy"]
@@ -272,7 +270,7 @@ def copy_bandwidth(runs: int) -> float:
 def attention_ways(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layer: QuantizedKVLayer
 ) -> dict[str, Callable[[], torch.Tensor]]:
-    """query: (B, H, 1, D); key, value: (B, H, T, D), and the layer that holds them."""
+    """Return the variants to time. query: (B, H, 1, D); key, value: (B, H, T, D); layer: the 8-bit cache of them."""
     states, segment = layer.states, layer.states.segments[0]
     return {
         "float": lambda: scaled_dot_product_attention(query, key, value),
@@ -285,7 +283,7 @@ def attention_ways(
 
 
 def steps(shape: str, runs: int) -> None:
-    """Tokens a second of all rows together, as caches grow behind so many tokens."""
+    """Print decoded tokens per second of all rows together, at given cache lengths."""
     print(f"\n| {shape}, rows × tokens | precision | " + " | ".join(f"{kind}, tok/s" for kind in CACHES) + " |")
     print("|---|---|" + "---:|" * len(CACHES), flush=True)
     for dtype in (torch.bfloat16,) if GPU else (torch.float32, torch.bfloat16):
@@ -301,7 +299,7 @@ def steps(shape: str, runs: int) -> None:
 
 
 def step_ways(model: QWenLMHeadModel, batch: int, tokens: int) -> dict[str, Callable[[], object]]:
-    """One more token in each row, behind `tokens` random ones, with each kind of cache."""
+    """Return a decoding step of each row after `tokens` random tokens, for each kind of cache."""
     settings = model.config
     shape = (2, batch, settings.num_attention_heads, tokens, settings.kv_channels)
     ids = torch.randint(settings.vocab_size, (batch, 1), device=DEVICE)
@@ -314,24 +312,24 @@ def step_ways(model: QWenLMHeadModel, batch: int, tokens: int) -> dict[str, Call
     return ways
 
 
-def medians(ways: dict[str, Callable[[], object]], runs: int) -> dict[str, float]:
-    """Seconds of each way, in turns, after two runs that compile and warm up."""
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+def medians(functions: dict[str, Callable[[], object]], runs: int) -> dict[str, float]:
+    """Return the median seconds of each function, in alternating runs, after two warm-up runs that may compile."""
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(2 + runs):
-        for name, way in ways.items():
-            seconds[name].append(seconds_of(way))
+        for name, function in functions.items():
+            seconds[name].append(seconds_of(function))
     return {name: statistics.median(found[2:]) for name, found in seconds.items()}
 
 
-def seconds_of(way: Callable[[], object]) -> float:
+def seconds_of(function: Callable[[], object]) -> float:
     if not GPU:
         start = time.process_time()
-        way()
+        function()
         return time.process_time() - start
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     written_before().zero_()
     start.record()
-    way()
+    function()
     end.record()
     end.synchronize()
     return start.elapsed_time(end) / 1000
@@ -349,7 +347,7 @@ def accuracy(arguments: argparse.Namespace) -> None:
     case = next(case for case in json.loads((GOLDEN / "cases.json").read_text()) if case["name"] == name)
     ids = expected[f"{name}.input_ids"].long().to(DEVICE)
     exact = QWenLMHeadModel.from_pretrained(GOLDEN, fp32=True).eval().to(DEVICE)(ids).logits
-    print("\n| 8-bit cache | largest error of a logit, of the largest logit |\n|---|---:|")
+    print("\n| 8-bit cache | max logit error / max logit |\n|---|---:|")
     print(f"| reference | {relative_error(expected[f'{name}.logits'].to(DEVICE), exact):.2%} |")
     for kind in ("int8", "int8, kernel"):
         model = QWenLMHeadModel.from_pretrained(GOLDEN, fp32=True, **CACHES[kind]).eval().to(DEVICE)
@@ -374,7 +372,7 @@ def random_model(shape: str, dtype: torch.dtype, kind: str = "float") -> QWenLMH
 
 
 def new_cache(model: QWenLMHeadModel, kind: str) -> Cache:
-    """As `generate` would make it."""
+    """Create the cache that `generate` would."""
     if kind == "float":
         return model.transformer.new_cache()
     return QuantizedKVCache("use_cache_kernel" in CACHES[kind])
@@ -392,11 +390,11 @@ def plot(path: Path) -> None:
         (axes[0], "rows, 1024 tokens each", BATCHES, 1024, PUBLISHED_BATCHES),
         (axes[1], "tokens, one row", LENGTHS, 1, PUBLISHED_LENGTHS),
     )
-    for axis, label, places, each, figures in panels:
+    for axis, label, positions, tokens, figures in panels:
         for colour, kind, name in (("tab:blue", "float", "bfloat16 cache"), ("tab:orange", "int8", "int8 cache")):
-            sums = [weights + place * each * token_bytes("7B", kind) / 1e9 for place in places]
-            axis.plot(places, sums, color=colour, label=f"{name}: weights and cache")
-            known = [(place, value) for place, value in zip(places, figures[kind], strict=True) if value is not None]
+            sums = [weights + x * tokens * token_bytes("7B", kind) / 1e9 for x in positions]
+            axis.plot(positions, sums, color=colour, label=f"{name}: weights and cache")
+            known = [(x, value) for x, value in zip(positions, figures[kind], strict=True) if value is not None]
             axis.plot(*zip(*known, strict=True), "o", color=colour, fillstyle="none", label=f"{name}: published")
         axis.set(xlabel=label, xlim=(0, None), ylim=(0, None))
         axis.grid(alpha=0.3)

@@ -1,10 +1,10 @@
-"""What quantization costs in right answers.
+"""Measures the accuracy of quantized models.
 
     python -m benchmarks.quantization
 
-Scores the bundled chat model on its held-out questions: with GPTQ weights of 8 and 4 bits, made here from the
-calibration data of the bundled 4-bit checkpoint, and with the 8-bit key/value cache. Prints a Markdown table. What it
-gains in speed and memory, inference.py measures.
+Scores the bundled chat model on its held-out questions with 8-bit and 4-bit GPTQ weights, quantized here with the
+calibration data of the bundled 4-bit checkpoint, and with the 8-bit key/value cache. Prints a Markdown table.
+inference.py measures speed and memory.
 """
 
 import os
@@ -17,7 +17,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 try:
     from checkpoints.recipe.evaluate import all_cases, answer, score
 except ModuleNotFoundError as error:
-    sys.exit(f"{error}. In the folder of the repository: pip install -e . && python -m benchmarks.quantization")
+    sys.exit(f"{error}. In the repository folder, run: pip install -e . && python -m benchmarks.quantization")
 
 from qwen.checkpoint.loading import BUNDLED_CHAT, load_model_quietly, load_tokenizer
 from qwen.data.conversation_file import ConversationFile
@@ -26,8 +26,8 @@ from qwen.quiet import quiet_loading
 
 
 def main() -> None:
-    """Right answers to the held-out questions of the bundled model, and how many points that is from float32."""
-    print("| weights | key/value cache | right | asked | score | difference |")
+    """Print the correct answers to the held-out questions, and the difference to float32 in percentage points."""
+    print("| weights | key/value cache | correct | questions | score | difference |")
     print("|---|---|---:|---:|---:|---:|", flush=True)
     with tempfile.TemporaryDirectory() as work:
         int8, int4 = Path(work, "int8"), Path(work, "int4")

@@ -1,4 +1,4 @@
-"""This architecture as transformers' Qwen2, which computes the same function up to the trained length."""
+"""Converts models to transformers' Qwen2, which computes the same function up to the trained length."""
 
 import torch
 from transformers import AutoModelForCausalLM, Qwen2ForCausalLM
@@ -9,8 +9,7 @@ from qwen.export.qwen2 import qwen2_config, qwen2_tensors
 
 
 def as_qwen2(model: QWenLMHeadModel) -> Qwen2ForCausalLM:
-    """The same weights, not copied, in the other architecture. They are floats, with biases where published models
-    have them."""
+    """Return the model as Qwen2, sharing its weights: floats, with biases only where published models have them."""
     config = qwen2_config(model.config)
     tensors = {}
     for name, tensor in model.state_dict().items():
@@ -18,5 +17,5 @@ def as_qwen2(model: QWenLMHeadModel) -> Qwen2ForCausalLM:
     with torch.device("meta"):
         peer = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
     peer.load_state_dict(tensors, assign=True)
-    peer.model.rotary_emb = Qwen2RotaryEmbedding(config).to(model.device)  # its buffers are in no file
+    peer.model.rotary_emb = Qwen2RotaryEmbedding(config).to(model.device)  # buffers are not in the state dict
     return peer.eval()

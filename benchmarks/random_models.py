@@ -1,4 +1,4 @@
-"""Models of the published shapes with made-up weights, which change neither work nor memory."""
+"""Models of the published shapes with random weights, which do not change work or memory."""
 
 import functools
 import json
@@ -21,7 +21,7 @@ SHAPES = {
     "14B": (5120, 40, 40, 13696, 152064),
     "72B": (8192, 80, 64, 24576, 152064),
 }
-PERIOD = 4_194_301  # after which random weights repeat: a prime, so that no two rows of a matrix are the same
+PERIOD = 4_194_301  # of repeating random weights; a prime, so that no two rows of a matrix are equal
 
 
 def config(shape: str) -> QWenConfig:
@@ -38,7 +38,7 @@ def config(shape: str) -> QWenConfig:
 
 
 def random_model(shape: str, dtype: torch.dtype, device: str) -> QWenLMHeadModel:
-    """In eval mode, with the same weights each time."""
+    """Create a model in eval mode, with the same weights each time."""
     with torch.device(device), no_init_weights():
         model = AutoModelForCausalLM.from_config(config(shape), dtype=dtype)
     for name, parameter in model.named_parameters():
@@ -47,8 +47,7 @@ def random_model(shape: str, dtype: torch.dtype, device: str) -> QWenLMHeadModel
 
 
 def fill(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """Put weights where there are none yet: ones into norms, zeros into biases, else normal numbers that repeat. Fresh
-    ones would take minutes on a CPU."""
+    """Fill with ones (norms), zeros (biases) or repeating normal numbers: new ones would take minutes on a CPU."""
     if tensor.dim() == 1:
         return tensor.fill_(0 if name.endswith("bias") else 1)
     numbers = _numbers(tensor.dtype, tensor.device)
@@ -63,19 +62,19 @@ def _numbers(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
 
 
 def write_quantized(shape: str, folder: Path, bits: int = 4) -> None:
-    """A complete GPTQ checkpoint of random integers, with the tokenizer of the bundled one."""
+    """Write a complete GPTQ checkpoint of random integers, with the bundled tokenizer."""
     shutil.copy(BUNDLED_CHAT_INT4 / "qwen.tiktoken", folder)
     shutil.copy(BUNDLED_CHAT_INT4 / "generation_config.json", folder)
     settings = json.loads((BUNDLED_CHAT_INT4 / "config.json").read_text(encoding="utf-8"))["quantization_config"]
     settings["bits"], group, packed = bits, settings["group_size"], 32 // bits
-    zero = {4: 0x77777777, 8: 0x7F7F7F7F}[bits]  # in the middle, less the one that this layout subtracts
+    zero = {4: 0x77777777, 8: 0x7F7F7F7F}[bits]  # the middle minus 1, as this layout stores it
     with torch.device("meta"):
         empty = QWenLMHeadModel(config(shape))
     tensors = {}
     for name, parameter in empty.state_dict().items():
         layer = name.removesuffix(".weight")
         if ".h." in name and parameter.dim() == 2:
-            rows, columns = parameter.shape  # of F.linear: (outputs, inputs)
+            rows, columns = parameter.shape  # (outputs, inputs)
             words = torch.randint(-(2**31), 2**31 - 1, (columns // packed, rows), dtype=torch.int32)
             tensors[f"{layer}.qweight"] = words
             tensors[f"{layer}.qzeros"] = torch.full((columns // group, rows // packed), zero, dtype=torch.int32)

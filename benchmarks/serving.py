@@ -1,12 +1,12 @@
-"""Sixteen clients at once, beside a server that answers one request after the other.
+"""Compares serving sixteen concurrent clients with a server that answers one request at a time.
 
     python benchmarks/serving.py [-c CHECKPOINT]
 
-Starts openai_api.py twice with the bundled chat model, or another one: once as it is, once with one slot
-(--max-batch-size 1), which is how the published server worked. Both get the same greedy requests from sixteen clients,
-and each answer is compared with the one that the same request got alone. Three kinds of requests: questions that the
-bundled model answers in 4 to 48 tokens, whole and streamed, and streamed replies that are held open (the end tokens are
-banned by logit_bias) until they have 128. Medians of three rounds.
+Starts openai_api.py twice with the bundled or another chat model: with default settings, and with --max-batch-size 1,
+like the published server. Both receive the same greedy requests from sixteen clients, and each answer is compared with
+the answer to the same request sent alone. There are three kinds of requests: questions that the bundled model answers
+in 4 to 48 tokens, plain and streamed, and streamed replies of 128 tokens (logit_bias bans the end tokens). Reports
+medians of three rounds.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from typing import NamedTuple
 try:
     from qwen.checkpoint.loading import load_tokenizer
 except ModuleNotFoundError as error:
-    sys.exit(f"{error}. In the folder of the repository: pip install -e .")
+    sys.exit(f"{error}. In the repository folder, run: pip install -e .")
 
 
 SERVER = Path(__file__).resolve().parent.parent / "openai_api.py"
@@ -47,7 +47,7 @@ QUESTIONS = (
 class Answer(NamedTuple):
     text: str
     tokens: int
-    first_token: float  # seconds; of a whole answer, all of it
+    first_token: float  # seconds; total time if not streamed
 
 
 class Measurement(NamedTuple):
@@ -61,7 +61,7 @@ class Measurement(NamedTuple):
 
 @contextmanager
 def server(*arguments: str) -> Iterator[int]:
-    """A server process on a free port."""
+    """Run a server process on a free port and yield the port."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -85,9 +85,9 @@ def server(*arguments: str) -> Iterator[int]:
 
 
 def ask(port: int, request: dict) -> Answer:
-    """One request, streamed or not."""
+    """Send one request, streamed or not."""
     connection = http.client.HTTPConnection("127.0.0.1", port)
-    started, first, text, usage = time.perf_counter(), None, "", {}
+    start, first, text, usage = time.perf_counter(), None, "", {}
     connection.request("POST", "/v1/chat/completions", json.dumps(request), {"Content-Type": "application/json"})
     response = connection.getresponse()
     if "stream" in request:
@@ -97,21 +97,21 @@ def ask(port: int, request: dict) -> Answer:
                 usage = chunk["usage"] or usage
                 for choice in chunk["choices"]:
                     if content := choice["delta"].get("content"):
-                        first = first or time.perf_counter() - started
+                        first = first or time.perf_counter() - start
                         text += content
     else:
         answer = json.load(response)
         text, usage = answer["choices"][0]["message"]["content"], answer["usage"]
     connection.close()
-    return Answer(text, usage["completion_tokens"], first or time.perf_counter() - started)
+    return Answer(text, usage["completion_tokens"], first or time.perf_counter() - start)
 
 
 def ask_all(port: int, requests: list[dict]) -> Measurement:
-    """All requests, sixteen at a time."""
+    """Send all requests, sixteen at a time."""
     with ThreadPoolExecutor(CLIENTS) as clients:
-        started = time.perf_counter()
+        start = time.perf_counter()
         answers = list(clients.map(lambda request: ask(port, request), requests))
-        return Measurement(answers, time.perf_counter() - started)
+        return Measurement(answers, time.perf_counter() - start)
 
 
 def median_by_speed(measurements: list[Measurement]) -> Measurement:
@@ -120,9 +120,9 @@ def median_by_speed(measurements: list[Measurement]) -> Measurement:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-c", "--checkpoint-path", help="a chat checkpoint; the bundled one where it is not given")
+    parser.add_argument("-c", "--checkpoint-path", help="chat checkpoint (default: the bundled one)")
     parser.add_argument("--cpu-only", action="store_true")
-    parser.add_argument("--repeat", type=int, default=8, help="how often each client asks (default: %(default)s)")
+    parser.add_argument("--repeat", type=int, default=8, help="requests per client (default: %(default)s)")
     arguments = parser.parse_args()
     tokenizer = load_tokenizer(arguments.checkpoint_path)
     common = ["--max-queue", "256", *(["--cpu-only"] if arguments.cpu_only else [])]
@@ -137,17 +137,17 @@ def main() -> None:
         "128 tokens each, streamed": [request | streamed | open_end for request in asked],
     }
 
-    print("| requests | server | tok/s | ratio | first text, median | first text, 95% | answers as alone |")
+    print("| requests | server | tok/s | ratio | TTFT, median | TTFT, 95% | same answers |")
     print("|---|---|---:|---:|---:|---:|---|")
     with server(*common) as shared, server(*common, "--max-batch-size", "1") as single:
         for name, requests in kinds.items():
             alone = {json.dumps(request): ask(shared, request).text for request in requests}
             load = requests * (CLIENTS * arguments.repeat // len(requests))
-            results: dict[str, list[Measurement]] = {"one at a time": [], "sixteen at once": []}
-            for _ in range(ROUNDS):  # in turn, so that a noisy minute hits both
-                results["one at a time"].append(ask_all(single, load))
-                results["sixteen at once"].append(ask_all(shared, load))
-            base = median_by_speed(results["one at a time"]).tokens_per_second
+            results: dict[str, list[Measurement]] = {"sequential": [], "batched": []}
+            for _ in range(ROUNDS):  # alternating, so that other load on the machine affects both
+                results["sequential"].append(ask_all(single, load))
+                results["batched"].append(ask_all(shared, load))
+            base = median_by_speed(results["sequential"]).tokens_per_second
             for label, measurements in results.items():
                 chosen = median_by_speed(measurements)
                 firsts = sorted(answer.first_token for answer in chosen.answers)

@@ -1,10 +1,10 @@
-"""Throughput of QWenTokenizer against bare tiktoken, on one text, in one process.
+"""Compares the throughput of QWenTokenizer with tiktoken.
 
     python benchmarks/tokenization.py [--megabytes 10] [--runs 5] [--vocab qwen.tiktoken]
 
-The text is half source code of the standard library, half generated Chinese. The ways take turns, so that a slow moment
-of the machine falls on all of them, and each is given by its median. All of them run on one thread, so the time is that
-of the process: other work on the machine does not count.
+The text is half source code of the standard library, half generated Chinese. Methods alternate, so that other load on
+the machine affects all of them, and medians are reported. All run on one thread, so processor time is measured, which
+excludes other processes.
 """
 
 import argparse
@@ -20,19 +20,19 @@ from pathlib import Path
 try:
     from qwen.model.tokenization_qwen import QWenTokenizer
 except ModuleNotFoundError as error:
-    sys.exit(f"{error}. In the folder of the repository: pip install -e .")
+    sys.exit(f"{error}. In the repository folder, run: pip install -e .")
 
 
 def published_vocabulary() -> str:
-    """The path of the vocabulary that the PyPI package dashscope ships."""
+    """Return the path of the vocabulary in the PyPI package dashscope."""
     spec = importlib.util.find_spec("dashscope")
     if spec is None:
-        sys.exit("No vocabulary: `pip install dashscope`, or name a file with --vocab.")
+        sys.exit("No vocabulary found: `pip install dashscope`, or give a file with --vocab.")
     return str(Path(spec.origin).parent / "resources" / "qwen.tiktoken")
 
 
 def sample_text(size: int) -> str:
-    """A text of `size` bytes in UTF-8: Python sources, then sentences of random Chinese characters."""
+    """Return a text of `size` UTF-8 bytes: Python sources, then sentences of random Chinese characters."""
     code = b""
     for path in sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py")):
         if len(code) < size // 2 and "site-packages" not in path.parts:
@@ -49,13 +49,13 @@ def sample_text(size: int) -> str:
     return code + "".join(chinese)
 
 
-def interleaved(ways: dict[str, Callable[[], object]], runs: int) -> dict[str, float]:
-    """Run all ways in turn, `runs` times, and return the median CPU seconds of each."""
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+def interleaved(methods: dict[str, Callable[[], object]], runs: int) -> dict[str, float]:
+    """Run the methods alternately, `runs` times each, and return the median CPU seconds of each."""
+    seconds: dict[str, list[float]] = {name: [] for name in methods}
     for _ in range(runs):
-        for name, way in ways.items():
+        for name, method in methods.items():
             start = time.process_time()
-            way()
+            method()
             seconds[name].append(time.process_time() - start)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
@@ -63,8 +63,8 @@ def interleaved(ways: dict[str, Callable[[], object]], runs: int) -> dict[str, f
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=float, default=10, help="size of the text (default 10)")
-    parser.add_argument("--runs", type=int, default=5, help="runs of each way (default 5)")
-    parser.add_argument("--vocab", help="a tiktoken file (default: the one of dashscope)")
+    parser.add_argument("--runs", type=int, default=5, help="runs of each method (default 5)")
+    parser.add_argument("--vocab", help="tiktoken file (default: that of dashscope)")
     args = parser.parse_args()
 
     tokenizer = QWenTokenizer(args.vocab or published_vocabulary())
@@ -72,10 +72,10 @@ def main() -> None:
     text = sample_text(int(args.megabytes * 1e6))
     lines = text.splitlines(keepends=True)
     size = len(text.encode())
-    everything = set(tokenizer.special_tokens)
+    special = set(tokenizer.special_tokens)
 
     whole = {
-        "tiktoken, encode(text)": lambda: bare.encode(text, allowed_special=everything, disallowed_special=()),
+        "tiktoken, encode(text)": lambda: bare.encode(text, allowed_special=special, disallowed_special=()),
         "QWenTokenizer, encode(text)": lambda: tokenizer.encode(text),
         "QWenTokenizer, tokenizer(text)": lambda: tokenizer(text)["input_ids"],
     }
@@ -83,15 +83,15 @@ def main() -> None:
         "tiktoken, encode(line) each": lambda: [bare.encode(line, disallowed_special=()) for line in lines],
         "QWenTokenizer, tokenizer(lines)": lambda: tokenizer(lines)["input_ids"],
     }
-    expected = bare.encode(text, allowed_special=everything, disallowed_special=())
+    expected = bare.encode(text, allowed_special=special, disallowed_special=())
     if not tokenizer.encode(text) == tokenizer(text)["input_ids"] == expected:
-        sys.exit("The ids differ from tiktoken's: the times would compare different work.")
+        sys.exit("The ids differ from those of tiktoken: the times would not be comparable.")
 
     print(f"{size / 1e6:.1f} MB, {len(expected):,} tokens, {len(lines):,} lines, median of {args.runs} runs\n")
-    print("| way | MB/s | tokens/s | of bare tiktoken |")
+    print("| method | MB/s | tokens/s | relative to tiktoken |")
     print("|---|---:|---:|---:|")
-    for ways in (whole, batch):
-        seconds = interleaved(ways, args.runs)
+    for methods in (whole, batch):
+        seconds = interleaved(methods, args.runs)
         reference = next(iter(seconds.values()))
         for name, value in seconds.items():
             print(f"| {name} | {size / value / 1e6:.2f} | {len(expected) / value:,.0f} | {reference / value:.1%} |")

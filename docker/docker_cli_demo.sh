@@ -1,5 +1,5 @@
 #!/bin/sh
-# The terminal demo in a container, which is removed at the end.
+# Run the terminal demo in a container that is removed at the end.
 set -eu
 DEMO=cli
 TITLE="terminal demo"

@@ -1,5 +1,5 @@
 #!/bin/sh
-# The OpenAI-compatible server in a container, in the background.
+# Run the OpenAI-compatible server in a container in the background.
 set -eu
 DEMO=api
 TITLE="OpenAI API server"

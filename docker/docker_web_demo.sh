@@ -1,5 +1,5 @@
 #!/bin/sh
-# The browser demo in a container, in the background.
+# Run the browser demo in a container in the background.
 set -eu
 DEMO=web
 TITLE="web demo"

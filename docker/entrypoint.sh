@@ -1,8 +1,8 @@
 #!/bin/sh
-# What a container runs: `cli`, `web` or `api` with arguments for that demo, or any other command as it is.
+# Entry point of the container: runs `cli`, `web` or `api` with arguments for that demo, or any other command unchanged.
 #
-# The servers listen on every address of the container. Who reaches these is decided outside, by the ports that are
-# published; the scripts beside this one publish for the machine alone.
+# The servers listen on all addresses of the container. Published ports decide who can reach them; the docker_*.sh
+# scripts publish to this machine only.
 set -eu
 ROOT=$(dirname -- "$0")/..
 

@@ -1,9 +1,8 @@
-"""Whether the server of this container answers: exit status 0 or 1, and a line that says which.
+"""Health check of the container: exit status 0 if its server answers, otherwise 1, and a one-line message.
 
-Revolves around what runs here: a container without a server (the terminal demo, a training run) is healthy as long as
-it exists. What the server serves it does not know, and needs no credentials to ask.
+A container without a server (terminal demo, training run) is always healthy. No credentials are needed.
 
-    python docker/health.py [FOLDER]     # of processes; /proc without it
+    python docker/health.py [FOLDER]     # folder with process information (default: /proc)
 """
 
 import argparse
@@ -16,15 +15,15 @@ SECONDS = 8
 
 
 def server_port(processes: Path) -> int | None:
-    """The port of the server that runs, None where none does.
+    """Return the port of the running server, or None if no server runs.
 
     Args:
-        processes: a folder as /proc is one.
+        processes: a folder with the layout of /proc.
     """
     for file in sorted(processes.glob("[0-9]*/cmdline")):
         try:
             words = file.read_bytes().decode(errors="replace").split("\0")
-        except OSError:  # it has ended meanwhile
+        except OSError:  # the process has ended meanwhile
             continue
         if any(Path(word).name in SERVERS for word in words):
             parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -34,8 +33,8 @@ def server_port(processes: Path) -> int | None:
 
 
 def complaint(port: int) -> str | None:
-    """What is wrong with the server on a port, None if nothing is."""
-    connection = HTTPConnection("127.0.0.1", port, timeout=SECONDS)  # unlike urllib, it asks no proxy
+    """Return what is wrong with the server on a port, or None."""
+    connection = HTTPConnection("127.0.0.1", port, timeout=SECONDS)  # unlike urllib, ignores proxies
     try:
         connection.request("GET", "/health")
         status = connection.getresponse().status
@@ -43,15 +42,15 @@ def complaint(port: int) -> str | None:
         return f"The server does not answer on port {port}: {error}."
     finally:
         connection.close()
-    # The browser demo has no such page, and answers that: it is alive as well.
+    # The browser demo has no /health and answers 404, which also shows that it is alive.
     return f"The server answers with status {status}." if status >= 500 else None
 
 
 def main() -> int:
-    """Returns the exit status."""
+    """Check the server and return the exit status."""
     port = server_port(Path(sys.argv[1] if len(sys.argv) > 1 else "/proc"))
     if port is None:
-        print("There is no server in this container.")
+        print("No server runs in this container.")
         return 0
     wrong = complaint(port)
     print(wrong or f"The server answers on port {port}.")

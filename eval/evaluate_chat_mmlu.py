@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""The benchmark of qwen/evaluation/benchmarks/chat_mmlu.py: the same as `qwen eval chat_mmlu`."""
+"""Runs qwen/evaluation/benchmarks/chat_mmlu.py: the same as `qwen eval chat_mmlu`."""
 
 import sys
 
 try:
     from qwen_cli.evaluate import main
 except ModuleNotFoundError as error:
-    sys.exit(f"{error}. In the folder of the repository: pip install -e .")
+    sys.exit(f"{error}. In the repository folder, run: pip install -e .")
 
 if __name__ == "__main__":
     sys.exit(main(["chat_mmlu", *sys.argv[1:]]))

@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""The benchmark of qwen/evaluation/benchmarks/cmmlu.py: the same as `qwen eval cmmlu`."""
+"""Runs qwen/evaluation/benchmarks/cmmlu.py: the same as `qwen eval cmmlu`."""
 
 import sys
 
 try:
     from qwen_cli.evaluate import main
 except ModuleNotFoundError as error:
-    sys.exit(f"{error}. In the folder of the repository: pip install -e .")
+    sys.exit(f"{error}. In the repository folder, run: pip install -e .")
 
 if __name__ == "__main__":
     sys.exit(main(["cmmlu", *sys.argv[1:]]))

@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""The benchmark of qwen/evaluation/benchmarks/math.py: the same as `qwen eval math`."""
+"""Runs qwen/evaluation/benchmarks/math.py: the same as `qwen eval math`."""
 
 import sys
 
 try:
     from qwen_cli.evaluate import main
 except ModuleNotFoundError as error:
-    sys.exit(f"{error}. In the folder of the repository: pip install -e .")
+    sys.exit(f"{error}. In the repository folder, run: pip install -e .")
 
 if __name__ == "__main__":
     sys.exit(main(["math", *sys.argv[1:]]))

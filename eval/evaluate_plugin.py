@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""The benchmark of qwen/evaluation/benchmarks/plugin.py: the same as `qwen eval plugin`."""
+"""Runs qwen/evaluation/benchmarks/plugin.py: the same as `qwen eval plugin`."""
 
 import sys
 
 try:
     from qwen_cli.evaluate import main
 except ModuleNotFoundError as error:
-    sys.exit(f"{error}. In the folder of the repository: pip install -e .")
+    sys.exit(f"{error}. In the repository folder, run: pip install -e .")
 
 if __name__ == "__main__":
     sys.exit(main(["plugin", *sys.argv[1:]]))

@@ -1,12 +1,11 @@
 #!/usr/bin/env python
-"""New words for a vocabulary: the byte-pair merges that make each word of a list one token.
+"""Learns the byte-pair merges that make each word of a list one token.
 
     python examples/add_merges.py checkpoints/qwen-tiny-chat/qwen.tiktoken plants.tiktoken examples/words.txt
 
-Revolves around the order of merges. A word that the base vocabulary cuts into pieces becomes one token by merging the
-most frequent pair of neighbouring pieces in all words, again and again (Sennrich et al. 2016,
-https://arxiv.org/abs/1508.07909); what comes of it ranks behind all tokens that are there. What to do with it then,
-examples/vocabulary_expansion.md shows.
+The most frequent pair of neighbouring pieces in all words is merged until each word is one token (Sennrich et al. 2016,
+https://arxiv.org/abs/1508.07909). The new tokens rank after all tokens of the base vocabulary.
+examples/vocabulary_expansion.md shows how to use the result.
 """
 
 import argparse
@@ -28,13 +27,13 @@ try:
 
     from qwen.finetuning.vocabulary import merge_pieces, single_bytes
 except ModuleNotFoundError as error:
-    sys.exit(f"{error}. In the folder of the repository: pip install -e .")
+    sys.exit(f"{error}. In the repository folder, run: pip install -e .")
 
 import regex
 
 from qwen.model.tokenization_qwen import SPLIT_PATTERN, QWenTokenizer
 
-MAX_BYTES = 256  # of a word; the longest published token has 128
+MAX_BYTES = 256  # per word; the longest published token has 128
 END_OF_IDS = 2**31
 UNSPACED = regex.compile(r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]")
 
@@ -48,14 +47,14 @@ class Word(NamedTuple):
 
 
 def read_words(path: Path) -> list[Word]:
-    """The words of a list, in NFC as the tokenizer reads them. Lines that are no new word are skipped with a warning.
+    """Read a list of words in NFC, as the tokenizer does. Skip empty and duplicate lines with a warning.
 
     Raises:
         ValueError: the file cannot be read or is not UTF-8.
     """
     try:
         contents = path.read_bytes()
-        lines = contents.decode("utf-8-sig").removesuffix("\n").split("\n")  # not splitlines: U+2028 is no line's end
+        lines = contents.decode("utf-8-sig").removesuffix("\n").split("\n")  # splitlines also splits at U+2028
     except OSError as error:
         raise ValueError(f"{path}: cannot read the list of words ({error.strerror}).") from error
     except UnicodeDecodeError as error:
@@ -67,56 +66,56 @@ def read_words(path: Path) -> list[Word]:
         text, tab, frequency = line.removesuffix("\r").partition("\t")
         text = unicodedata.normalize("NFC", text)
         if not text:
-            warn(path, number, "skipped, there is no word in it.")
+            warn(path, number, "skipped: the line has no word.")
         elif text in words:
-            warn(path, number, f"{text!r} skipped, it is in line {words[text].line} already.")
+            warn(path, number, f"{text!r} skipped: duplicate of line {words[text].line}.")
         else:
             words[text] = Word(number, text, read_frequency(frequency, path, number) if tab else 1)
     return list(words.values())
 
 
 def read_frequency(text: str, path: Path, line: int) -> int:
-    """A frequency as it is written, 1 with a warning where it is none."""
+    """Parse a frequency; an invalid one counts as 1, with a warning."""
     if text.isascii() and text.isdecimal() and len(text) < 20 and int(text) > 0:
         return int(text)
-    warn(path, line, f"the frequency {text!r:.40} counts as 1, it is no whole number from 1 on.")
+    warn(path, line, f"invalid frequency {text!r:.40}, counted as 1: write a positive integer.")
     return 1
 
 
 def new_words(words: Iterable[Word], ranks: Mapping[bytes, int], path: Path) -> list[Word]:
-    """The words that can become one token and are none yet; the others are named in warnings."""
+    """Return the words that can become one new token; warn about the others."""
     found = []
     for word in words:
         token = word.text.encode()
         parts = regex.findall(SPLIT_PATTERN, word.text)
         if token in ranks:
-            warn(path, word.line, f"{word.text!r} skipped, it is a token already, with id {ranks[token]}.")
+            warn(path, word.line, f"{word.text!r} skipped: already a token (id {ranks[token]}).")
         elif len(parts) > 1:
             cut = " + ".join(map(repr, parts[:8])) + (" + …" if len(parts) > 8 else "")
-            warn(path, word.line, f"{word.text!r:.80} skipped, texts are cut into {cut} before anything is merged.")
+            warn(path, word.line, f"{word.text!r:.80} skipped: the tokenizer splits it into {cut} before merging.")
         elif len(token) > MAX_BYTES:
-            warn(path, word.line, f"{word.text!r:.40}… skipped, it has {len(token)} bytes, more than {MAX_BYTES}.")
+            warn(path, word.line, f"{word.text!r:.40}… skipped: {len(token)} bytes, the maximum is {MAX_BYTES}.")
         else:
             found.append(word)
     return found
 
 
 def learn_merges(frequencies: Mapping[bytes, int], ranks: Mapping[bytes, int]) -> list[bytes]:
-    """The tokens that make every word one token, in the order in which they have to be merged.
+    """Return the new tokens that make every word one token, in merge order.
 
-    Pairs are counted by what they would become: tiktoken merges any two neighbours that together are a token, however
-    that token was learned. Of equally frequent ones the first in byte order is taken.
+    Pairs are counted by their concatenation: tiktoken merges any two neighbours that together are a token, however
+    that token was learned. Ties are broken by byte order.
 
     Args:
-        frequencies: the words, as bytes, and how much each one counts.
-        ranks: the tokens that are there.
+        frequencies: the words, as bytes, and their frequencies.
+        ranks: the tokens of the base vocabulary.
     """
     ranks = dict(ranks)
     rank = max(ranks.values(), default=-1)
     words = [merge_pieces(single_bytes(word), ranks) for word in frequencies]
     counts = list(frequencies.values())
     weights: Counter[bytes] = Counter()
-    places: defaultdict[bytes, set[int]] = defaultdict(set)  # the words that may hold the pair
+    places: defaultdict[bytes, set[int]] = defaultdict(set)  # indices of words that may contain the pair
 
     def pairs_of(index: int) -> list[bytes]:
         return [left + right for left, right in pairwise(words[index])]
@@ -131,7 +130,7 @@ def learn_merges(frequencies: Mapping[bytes, int], ranks: Mapping[bytes, int]) -
     merges = []
     while heap:
         weight, token = heapq.heappop(heap)
-        if weights[token] != -weight or not weight:  # the count has changed since
+        if weights[token] != -weight or not weight:  # stale entry: the count has changed
             continue
         rank += 1
         ranks[token] = rank
@@ -153,78 +152,78 @@ def learn_merges(frequencies: Mapping[bytes, int], ranks: Mapping[bytes, int]) -
 
 
 def choose_ids(merges: list[bytes], base: QWenTokenizer, start: int | None) -> dict[bytes, int]:
-    """Ids for the new tokens, one after another from `start`, or from the first one above all that are taken.
+    """Assign consecutive ids to the new tokens, from `start` or, if None, from the first id after all used ones.
 
     Raises:
-        ValueError: an id is taken, or there are not so many.
+        ValueError: an id is already used or too large.
     """
     start = len(base) if start is None else start
     ids = range(start, start + len(merges))
     if taken := [index for index in base.decoder if index in ids]:
         raise ValueError(
-            f"--start-id {start}: id {min(taken)} is taken by {base.decoder[min(taken)]!r}, and {len(merges)} ids are "
-            f"needed. The first from which all are free is {len(base)}."
+            f"--start-id {start}: id {min(taken)} is taken by {base.decoder[min(taken)]!r}, and {len(merges)} "
+            f"consecutive ids are needed. Use --start-id {len(base)} or higher."
         )
     if ids.stop > END_OF_IDS:
-        raise ValueError(f"--start-id {start}: the ids would go to {ids.stop - 1}, beyond {END_OF_IDS - 1}.")
+        raise ValueError(f"--start-id {start}: the last id would be {ids.stop - 1}, the maximum is {END_OF_IDS - 1}.")
     return dict(zip(merges, ids, strict=True))
 
 
 def check_output(out: Path, *inputs: Path) -> None:
-    """Raises ValueError where the result cannot be written, before the work is done."""
+    """Raise ValueError if the result cannot be written, before the merges are learned."""
     if out.is_dir():
-        raise ValueError(f"{out} is a folder: name the file to write in it, such as {out / 'extra.tiktoken'}.")
+        raise ValueError(f"{out} is a folder. Name a file in it, for example {out / 'extra.tiktoken'}.")
     if out.exists() and not out.is_file():
-        raise ValueError(f"{out} is no regular file.")
+        raise ValueError(f"{out} is not a regular file.")
     if not out.parent.is_dir():
-        raise ValueError(f"{out} cannot be written: there is no folder {out.parent}.")
+        raise ValueError(f"Cannot write {out}: the folder {out.parent} does not exist.")
     for path in inputs:
         if out.exists() and path.exists() and out.samefile(path):
-            raise ValueError(f"{out} would overwrite what is read from {path}: name another file.")
+            raise ValueError(f"{out} would overwrite the input {path}. Name another output file.")
 
 
 def write_checked(ranks: Mapping[bytes, int], base: Path, out: Path) -> QWenTokenizer:
-    """Write a tiktoken file, all of it or nothing, and return the tokenizer of both files.
+    """Write a tiktoken file atomically and return the tokenizer of both files.
 
     Raises:
-        ValueError: it cannot be written.
+        ValueError: the file cannot be written.
     """
-    out = out.resolve()  # a link stays a link
-    unfinished = out.with_name(f".{out.name}.{os.getpid()}")
+    out = out.resolve()  # replace the target of a link, not the link
+    staged = out.with_name(f".{out.name}.{os.getpid()}")
     try:
-        unfinished.write_bytes(b"".join(b"%s %d\n" % (b64encode(token), rank) for token, rank in ranks.items()))
-        tokenizer = QWenTokenizer(base, extra_vocab_file=unfinished)
-        os.replace(unfinished, out)
+        staged.write_bytes(b"".join(b"%s %d\n" % (b64encode(token), rank) for token, rank in ranks.items()))
+        tokenizer = QWenTokenizer(base, extra_vocab_file=staged)
+        os.replace(staged, out)
     except OSError as error:
-        raise ValueError(f"{out} cannot be written ({error.strerror}).") from error
+        raise ValueError(f"Cannot write {out} ({error.strerror}).") from error
     finally:
-        unfinished.unlink(missing_ok=True)
+        staged.unlink(missing_ok=True)
     return tokenizer
 
 
 def check_words(words: Iterable[Word], tokenizer: QWenTokenizer, path: Path) -> int:
-    """How many words the finished tokenizer makes one token; the others, and those missed after a space, are named."""
+    """Count the words that are one token now. Warn about the others, and about words still split after a space."""
     single = 0
     missed: list[tuple[Word, str]] = []
     for word in words:
         index = tokenizer.mergeable_ranks[word.text.encode()]
         if (ids := tokenizer.encode(word.text)) != [index]:
-            warn(path, word.line, f"{word.text!r} is still {cut_text(tokenizer, ids)}.")
+            warn(path, word.line, f"{word.text!r} is still split into {cut_text(tokenizer, ids)}.")
             continue
         single += 1
         ids = tokenizer.encode(f" {word.text}")
         if len(ids) > 1 and index not in ids and not UNSPACED.match(word.text):
-            # the old merges come first, among them one of the space and the first letters
+            # an old merge of the space and the first letters has priority
             missed.append((word, cut_text(tokenizer, ids)))
     if missed:
         word, cut = missed[0]
-        more = f", and so are {len(missed) - 1} other words" if missed[1:] else ""
+        more = f", as are {len(missed) - 1} other words" if missed[1:] else ""
         lines = ", ".join(str(word.line) for word, _ in missed[:10]) + (", …" if missed[10:] else "")
         warn(
             path,
             lines,
-            f"after a space {word.text!r} is still {cut}{more}. For use within sentences write such words into the "
-            f"list a second time, with the space in front: {' ' + word.text!r}.",
+            f"after a space, {word.text!r} is still split into {cut}{more}. To use such words within sentences, also "
+            f"list them with a leading space: {' ' + word.text!r}.",
         )
     return single
 
@@ -238,23 +237,23 @@ def warn(path: Path, line: int | str, message: str) -> None:
 
 
 def add_merges(base_path: Path, out: Path, words_path: Path, start: int | None) -> None:
-    """Everything from the files that are read to the one that is written, and a line about it.
+    """Learn the merges, write them to `out` and print a summary.
 
     Raises:
-        ValueError: a file is missing or broken, an id is taken, or there is nothing to add.
+        ValueError: a file is missing or invalid, an id is already used, or there is nothing to add.
     """
     check_output(out, base_path, words_path)
     base = QWenTokenizer(base_path)
     words = new_words(read_words(words_path), base.mergeable_ranks, words_path)
     if not words:
-        raise ValueError(f"{words_path} has no word that could be added: {out} was not written.")
+        raise ValueError(f"{words_path}: no words to add, {out} was not written.")
     merges = learn_merges({word.text.encode(): word.frequency for word in words}, base.mergeable_ranks)
     ranks = choose_ids(merges, base, start)
     tokenizer = write_checked(ranks, base_path, out)
     single = check_words(words, tokenizer, words_path)
     first, last = ranks[merges[0]], ranks[merges[-1]]
     if first > len(base):
-        print(f"The ids {len(base)} to {first - 1} stay without a token.", file=sys.stderr)
+        print(f"Ids {len(base)} to {first - 1} have no token.", file=sys.stderr)
     print(
         f"{out}: {len(merges)} tokens with ids {first} to {last}, "
         f"{len(words)} words and {len(merges) - len(words)} pieces of them. "
@@ -263,26 +262,26 @@ def add_merges(base_path: Path, out: Path, words_path: Path, start: int | None) 
 
 
 def start_id(text: str) -> int:
-    """A whole number from 0 on, as argparse wants its types."""
+    """Parse a non-negative integer (an argparse type)."""
     if not (text.isascii() and text.isdecimal() and len(text) < 20):
-        raise argparse.ArgumentTypeError(f"must be a whole number from 0 on, not {text!r}")
+        raise argparse.ArgumentTypeError(f"must be a non-negative integer, not {text!r}")
     return int(text)
 
 
 def main() -> int:
-    """Returns the exit status: 0, 1 where nothing was written, 130 after Ctrl-C."""
+    """Return the exit status: 0, 1 if nothing was written, 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(description="Learn the merges that make each word of a list one token.")
-    parser.add_argument("base", type=Path, metavar="BASE.tiktoken", help="the vocabulary of a model, its qwen.tiktoken")
+    parser.add_argument("base", type=Path, metavar="BASE.tiktoken", help="vocabulary of the model (its qwen.tiktoken)")
     parser.add_argument(
-        "out", type=Path, metavar="OUT.tiktoken", help="where the new tokens go, and they alone: an extra_vocab_file"
+        "out", type=Path, metavar="OUT.tiktoken", help="output file with the new tokens only, an extra_vocab_file"
     )
     parser.add_argument(
         "words",
         type=Path,
         metavar="WORDS.txt",
-        help="UTF-8, in each line a word, or a word, a tab and its frequency (default 1); spaces are part of the word",
+        help="UTF-8, one word per line, optionally with a tab and a frequency (default: 1); spaces belong to the word",
     )
-    parser.add_argument("--start-id", type=start_id, metavar="N", help="the first new id (default: the first free one)")
+    parser.add_argument("--start-id", type=start_id, metavar="N", help="first new id (default: the first free id)")
     arguments = parser.parse_args()
     try:
         add_merges(arguments.base, arguments.out, arguments.words, arguments.start_id)

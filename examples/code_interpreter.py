@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""A code interpreter: the model writes Python, a sandbox runs it, the model reads what came out and goes on.
+"""Code interpreter: the model writes Python, a sandbox runs it, and the model continues from the output.
 
     python examples/code_interpreter.py "What is 1234 * 56?"
-    python examples/code_interpreter.py -c Qwen/Qwen-7B-Chat            # asks for questions, until Ctrl-D
+    python examples/code_interpreter.py -c Qwen/Qwen-7B-Chat            # interactive, Ctrl-D exits
     python examples/code_interpreter.py -c Qwen/Qwen-7B-Chat --folder data "Plot the columns of data.csv."
 
 The conversation between model and sandbox is in qwen/tools/code_interpreter.py; examples/react_demo.py does the same
-with bare text. What the sandbox protects against, and what not, stands in qwen/sandbox/__init__.py.
+with plain text. qwen/sandbox/__init__.py says what the sandbox protects against and what it does not.
 """
 
 import argparse
@@ -23,16 +23,16 @@ try:
 
     from qwen.checkpoint.loading import load_model_quietly
 except ModuleNotFoundError as error:
-    sys.exit(f"{error}. In the folder of the repository: pip install -e .")
+    sys.exit(f"{error}. In the repository folder, run: pip install -e .")
 
 from qwen.sandbox import Limits, Sandbox, SandboxUnavailable
 from qwen.sandbox.arguments import add_sandbox_arguments
-from qwen.tools.code_interpreter import MAX_STEPS, OUTPUT_BYTES, Answer, Call, Output, solve
+from qwen.tools.code_interpreter import MAX_STEPS, OUTPUT_BYTES, Answer, Call, Output, run_conversation
 
 
 def answer(model: Any, tokenizer: Any, sandbox: Sandbox, messages: list[dict]) -> str:
-    """Answer the last of the messages, printing thoughts, code and output; the messages grow by what was said."""
-    for event in solve(model, tokenizer, sandbox, messages):
+    """Answer the last message and print thoughts, code and output. The new turns are appended to `messages`."""
+    for event in run_conversation(model, tokenizer, sandbox, messages):
         match event:
             case Call(content, code):
                 print(f"{content}\n\n{_indented(code)}\n")
@@ -59,16 +59,16 @@ def _questions(given: list[str]) -> Iterator[str]:
 
 
 def main() -> int:
-    """Returns the exit status: 0, or 1 where the sandbox or the model is not to be had."""
-    parser = argparse.ArgumentParser(description="Ask a model that may run Python in a sandbox.")
-    parser.add_argument("questions", nargs="*", metavar="QUESTION", help="without one, they are read from the terminal")
+    """Return the exit status: 0, or 1 if the sandbox or the model is not available."""
+    parser = argparse.ArgumentParser(description="Ask a model that can run Python in a sandbox.")
+    parser.add_argument("questions", nargs="*", metavar="QUESTION", help="default: read from the terminal")
     add_checkpoint_argument(parser)
     add_hub_argument(parser)
     add_cpu_only_argument(parser)
     parser.add_argument(
         "--folder",
         type=Path,
-        help="where the code reads and writes files (default: a temporary one, removed at the end)",
+        help="working folder of the code (default: a temporary folder, removed at exit)",
     )
     add_sandbox_arguments(parser, seconds=30.0)
     arguments = parser.parse_args()
@@ -84,7 +84,7 @@ def main() -> int:
 def converse(arguments: argparse.Namespace, limits: Limits) -> None:
     """Answer the questions."""
     with Sandbox(arguments.folder, limits=limits, allow_weaker=arguments.allow_weaker_sandbox) as sandbox:
-        sandbox.start()  # no use in loading a model if this fails
+        sandbox.start()  # before the model is loaded, because it may fail
         for sentence in sandbox.missing:
             say(f"The sandbox is weaker than it should be. {sentence}")
         model, tokenizer = load_model_quietly(

@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""Chat and tools through the server's API, with the official openai client and with LangChain.
+"""Chat and tool calls through the server's API, with the official openai client and with LangChain.
 
     python openai_api.py &
-    python examples/function_call_examples.py                     # all of them
-    python examples/function_call_examples.py tools streaming     # these two
+    python examples/function_call_examples.py                     # all examples
+    python examples/function_call_examples.py tools streaming     # two of them
 
-Revolves around five small functions, each of them whole: take the client, ask, run the tools that the model calls, hand
-the results back, until there is an answer. They know the API only; what the prompt looks like is the server's business.
+Each of the five examples is one self-contained function: ask, run the tools that the model calls, send the results
+back, repeat until there is an answer. The server builds the prompts.
 """
 
 import argparse
@@ -22,12 +22,12 @@ try:
 except ImportError:
     sys.exit("The openai client is missing: pip install openai")
 
-MAX_ROUNDS = 5  # a model that calls tools without end is stopped
+MAX_ROUNDS = 5  # stops a model that calls tools forever
 
 # The tools
 
 
-WEATHER = {  # °C and sky; a real tool would ask a weather service
+WEATHER = {  # °C and condition; a real tool would query a weather service
     ("beijing", "北京"): (31, "sunny"),
     ("boston",): (22, "sunny"),
     ("london", "伦敦"): (14, "rainy"),
@@ -48,7 +48,7 @@ OPERATORS: dict[type, Callable[..., Any]] = {
 
 
 def get_current_weather(location: str) -> str:
-    """The weather in a place, as JSON, or that it is not known."""
+    """Return the weather in a city as JSON, or an error."""
     city = str(location).split(",")[0].strip().lower()
     for names, (temperature, condition) in WEATHER.items():
         if city in names:
@@ -57,7 +57,7 @@ def get_current_weather(location: str) -> str:
 
 
 def calculator(expression: str) -> str:
-    """The value of an expression of numbers, or what is wrong with it. Walks the syntax tree: nothing is executed."""
+    """Evaluate an arithmetic expression, or return an error. Walks the syntax tree: no code is executed."""
 
     def value(node: ast.AST) -> float:
         match node:
@@ -111,13 +111,13 @@ FUNCTIONS = [
 
 
 def run_tool(name: str, arguments: str) -> str:
-    """Run the tool that the model called. What is wrong with the call is a result too: the model can mend it."""
+    """Run the tool that the model called. Errors are returned as results, so that the model can correct its call."""
     if name not in TOOLS:
         result = f"error: there is no tool {name}, only {', '.join(TOOLS)}"
     else:
         try:
             result = TOOLS[name](**json.loads(arguments))
-        except (ArithmeticError, TypeError, ValueError) as error:  # not JSON, or not the arguments of this tool
+        except (ArithmeticError, TypeError, ValueError) as error:  # not JSON, or wrong arguments
             result = f"error: {error}"
     print(f"  {name}({arguments}) -> {result}")
     return result
@@ -127,7 +127,7 @@ def run_tool(name: str, arguments: str) -> str:
 
 
 def plain(client: openai.OpenAI, model: str) -> str:
-    """Two turns of chat, the second one streamed. The API keeps nothing: every request carries the conversation."""
+    """Two chat turns, the second one streamed. The API is stateless: every request contains the conversation."""
     messages: list[Any] = [{"role": "user", "content": "My name is Alice."}]
     reply = client.chat.completions.create(model=model, messages=messages, temperature=0)
     print(f"  {reply.choices[0].message.content}")
@@ -142,7 +142,7 @@ def plain(client: openai.OpenAI, model: str) -> str:
 
 
 def functions(client: openai.OpenAI, model: str) -> str:
-    """The old dialect of function calling: `functions`, `function_call`, role "function"; one call at a time."""
+    """Legacy function calling: `functions`, `function_call`, role "function"; one call per message."""
     messages: list[Any] = [{"role": "user", "content": "What is the weather like in Boston?"}]
     for _ in range(MAX_ROUNDS):
         reply = client.chat.completions.create(model=model, messages=messages, functions=FUNCTIONS, temperature=0)
@@ -152,15 +152,15 @@ def functions(client: openai.OpenAI, model: str) -> str:
         messages.append(message)
         result = run_tool(message.function_call.name, message.function_call.arguments)
         messages.append({"role": "function", "name": message.function_call.name, "content": result})
-    return "(no answer after so many calls)"
+    return f"(no answer after {MAX_ROUNDS} rounds)"
 
 
 def tools(client: openai.OpenAI, model: str) -> str:
-    """The dialect of today: `tools`, `tool_calls`, role "tool". An assistant message may hold several calls."""
+    """Tool calling: `tools`, `tool_calls`, role "tool". An assistant message can contain several calls."""
     messages: list[Any] = [{"role": "user", "content": "What is 1234 * 56?"}]
-    offered = [{"type": "function", "function": function} for function in FUNCTIONS]
+    definitions = [{"type": "function", "function": function} for function in FUNCTIONS]
     for _ in range(MAX_ROUNDS):
-        reply = client.chat.completions.create(model=model, messages=messages, tools=offered, temperature=0)
+        reply = client.chat.completions.create(model=model, messages=messages, tools=definitions, temperature=0)
         message = reply.choices[0].message
         if not message.tool_calls:
             return message.content or ""
@@ -168,17 +168,17 @@ def tools(client: openai.OpenAI, model: str) -> str:
         for call in message.tool_calls:
             result = run_tool(call.function.name, call.function.arguments)
             messages.append({"role": "tool", "tool_call_id": call.id, "content": result})
-    return "(no answer after so many calls)"
+    return f"(no answer after {MAX_ROUNDS} rounds)"
 
 
 def streaming(client: openai.OpenAI, model: str) -> str:
-    """Tool calls that stream: the id and the name come first, then the arguments in pieces, to be put together."""
+    """Streamed tool calls: the id and the name come first, then the arguments in pieces, which are joined."""
     messages: list[Any] = [{"role": "user", "content": "北京天气怎么样？"}]
-    offered = [{"type": "function", "function": function} for function in FUNCTIONS]
+    definitions = [{"type": "function", "function": function} for function in FUNCTIONS]
     for _ in range(MAX_ROUNDS):
         content, calls = "", {}
         with client.chat.completions.create(
-            model=model, messages=messages, tools=offered, temperature=0, stream=True
+            model=model, messages=messages, tools=definitions, temperature=0, stream=True
         ) as stream:
             for chunk in stream:
                 delta = chunk.choices[0].delta if chunk.choices else None
@@ -200,11 +200,11 @@ def streaming(client: openai.OpenAI, model: str) -> str:
         for call in calls.values():
             result = run_tool(call["name"], call["arguments"])
             messages.append({"role": "tool", "tool_call_id": call["id"], "content": result})
-    return "(no answer after so many calls)"
+    return f"(no answer after {MAX_ROUNDS} rounds)"
 
 
 def langchain(client: openai.OpenAI, model: str) -> str:
-    """The same loop with LangChain: ChatOpenAI speaks to this server as it does to OpenAI's."""
+    """The same loop with LangChain's ChatOpenAI, which works with this server as with OpenAI's."""
     try:
         from langchain_core.messages import HumanMessage, ToolMessage
         from langchain_openai import ChatOpenAI
@@ -222,25 +222,25 @@ def langchain(client: openai.OpenAI, model: str) -> str:
         for call in reply.tool_calls:
             result = run_tool(call["name"], json.dumps(call["args"], ensure_ascii=False))
             messages.append(ToolMessage(result, tool_call_id=call["id"]))
-        messages += [  # their arguments are no JSON
+        messages += [  # arguments that are not JSON
             ToolMessage(f"error: {call['error']}", tool_call_id=call["id"]) for call in reply.invalid_tool_calls
         ]
-    return "(no answer after so many calls)"
+    return f"(no answer after {MAX_ROUNDS} rounds)"
 
 
 EXAMPLES = {example.__name__: example for example in (plain, functions, tools, streaming, langchain)}
 
 
 def main() -> int:
-    """Returns the exit status: 0, or 1 where the server did not answer as it should."""
-    parser = argparse.ArgumentParser(description="Chat and tools through the server's API.")
-    parser.add_argument("examples", nargs="*", metavar="EXAMPLE", help=f"out of {', '.join(EXAMPLES)} (default: all)")
-    parser.add_argument("--base-url", default="http://localhost:8000/v1", help="where it runs (default: %(default)s)")
-    parser.add_argument("--api-key", default="none", help="as the server's --api-key (default: %(default)s)")
+    """Return the exit status: 0, or 1 if the server is unreachable or returned an error."""
+    parser = argparse.ArgumentParser(description="Chat and tool calls through the server's API.")
+    parser.add_argument("examples", nargs="*", metavar="EXAMPLE", help=f"one of {', '.join(EXAMPLES)} (default: all)")
+    parser.add_argument("--base-url", default="http://localhost:8000/v1", help="address of the API (%(default)s)")
+    parser.add_argument("--api-key", default="none", help="the server's --api-key (%(default)s)")
     arguments = parser.parse_args()
     for name in arguments.examples:
         if name not in EXAMPLES:
-            parser.error(f"there is no example {name!r}, only {', '.join(EXAMPLES)}")
+            parser.error(f"unknown example {name!r}, choose from {', '.join(EXAMPLES)}")
 
     client = openai.OpenAI(base_url=arguments.base_url, api_key=arguments.api_key)
     try:
@@ -250,16 +250,16 @@ def main() -> int:
             print("  " + EXAMPLES[name](client, model), flush=True)
     except openai.APIConnectionError:
         print(
-            f"Nobody answers at {arguments.base_url}: start the server (python openai_api.py), or name another "
-            "with --base-url (such as http://localhost:8000/v1).",
+            f"No server answers at {arguments.base_url}. Start it (python openai_api.py), or set --base-url to another "
+            "address (for example http://localhost:8000/v1).",
             file=sys.stderr,
         )
         return 1
     except openai.AuthenticationError:
-        print(f"The server at {arguments.base_url} wants another key: --api-key KEY.", file=sys.stderr)
+        print(f"The server at {arguments.base_url} rejected the API key. Set --api-key KEY.", file=sys.stderr)
         return 1
     except openai.APIError as error:
-        print(f"The server at {arguments.base_url} refuses: {error.message}", file=sys.stderr)
+        print(f"The server at {arguments.base_url} rejected the request: {error.message}", file=sys.stderr)
         return 1
     return 0
 

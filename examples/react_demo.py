@@ -1,12 +1,11 @@
 #!/usr/bin/env python
-"""The ReAct loop by hand: a model, two tools, and the text that goes back and forth between them.
+"""A ReAct loop on `model.generate`, with two tools and without a server or an agent library.
 
     python examples/react_demo.py "What time is it in Tokyo?"
     python examples/react_demo.py -c Qwen/Qwen-7B-Chat "What time is it in Tokyo, and what in London?"
 
-Revolves around one assistant turn that grows: the model thinks, names a tool and its input and is stopped at
-"Observation:"; we run the tool and write its result there; the model goes on from it, until its final answer. No server
-and no agent library takes part. How the prompt comes about, examples/react_prompt.md shows.
+The model writes a thought, a tool and its input, and is stopped at "Observation:". The tool's result is appended there,
+and the model continues the same assistant turn until its final answer. examples/react_prompt.md explains the prompt.
 """
 
 import argparse
@@ -26,15 +25,15 @@ try:
 
     from qwen.checkpoint.loading import load_model_quietly
 except ModuleNotFoundError as error:
-    sys.exit(f"{error}. In the folder of the repository: pip install -e .")
+    sys.exit(f"{error}. In the repository folder, run: pip install -e .")
 
 import torch
 
 from qwen.model.qwen_generation_utils import DEFAULT_SYSTEM, make_context
 from qwen.tools import STOP_WORD, extend_stop_words, observation_text, parse_response, tool_prompt
 
-MAX_STEPS = 5  # a model that calls tools without end is stopped
-MAX_NEW_TOKENS = 512  # a step
+MAX_STEPS = 5  # stops a model that calls tools forever
+MAX_NEW_TOKENS = 512  # per step
 
 ZONES = {
     **dict.fromkeys(("beijing", "shanghai", "北京", "上海"), "Asia/Shanghai"),
@@ -46,17 +45,17 @@ ZONES = {
 
 
 def get_current_time(city: str) -> str:
-    """The time in a city as HH:MM."""
+    """Return the time in a city (HH:MM) as JSON, or an error."""
     name = str(city).strip()
     try:
-        zone = ZoneInfo(ZONES.get(name.lower(), name))  # a model may know the names of time zones
+        zone = ZoneInfo(ZONES.get(name.lower(), name))  # the model may also pass the name of a time zone
     except (ZoneInfoNotFoundError, ValueError, OSError):
         return f"error: the time in {name} is not known here"
     return json.dumps({"time": datetime.now(zone).strftime("%H:%M")})
 
 
 def random_number(max: int) -> str:
-    """A whole number from 1 to max."""
+    """Return a random integer from 1 to `max` as JSON."""
     return json.dumps({"number": random.randint(1, int(max))})
 
 
@@ -84,21 +83,21 @@ DESCRIPTIONS = [
 
 
 def run_tool(name: str, arguments: str) -> str:
-    """What the model is told about its call: the result, or what was wrong with it, which it may then mend."""
+    """Run the tool that the model called. Errors are returned as results, so that the model can correct its call."""
     if name not in TOOLS:
         return f"error: there is no tool {name}, only {', '.join(TOOLS)}"
     try:
         return TOOLS[name](**json.loads(arguments))
-    except (ArithmeticError, TypeError, ValueError) as error:  # not JSON, or not the arguments of this tool
+    except (ArithmeticError, TypeError, ValueError) as error:  # not JSON, or wrong arguments
         return f"error: {error}"
 
 
 def next_step(model: Any, tokenizer: Any, query: str, turn: str) -> str:
-    """What the model writes next in its turn, up to "Observation:" or to the end of the turn."""
+    """Generate the next text of the turn, up to "Observation:" or to the end of the turn."""
     _, ids = make_context(tokenizer, query, system=DEFAULT_SYSTEM, reply_start=turn)
     limit = model.config.max_context_length
     if len(ids) >= limit:
-        raise ValueError(f"The conversation has {len(ids)} tokens and the model takes fewer than {limit}.")
+        raise ValueError(f"The conversation has {len(ids)} tokens, but the model takes fewer than {limit}.")
     prompt = torch.tensor([ids], device=model.device)
     output = model.generate(
         prompt,
@@ -107,13 +106,13 @@ def next_step(model: Any, tokenizer: Any, query: str, turn: str) -> str:
         eos_token_id=[tokenizer.im_end_id, tokenizer.im_start_id, tokenizer.eod_id],
         max_new_tokens=MAX_NEW_TOKENS,
         do_sample=False,
-        **dict.fromkeys(("temperature", "top_k", "top_p")),  # settings of sampling, without a meaning here
+        **dict.fromkeys(("temperature", "top_k", "top_p")),  # sampling settings, unused in greedy decoding
     )
     return tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)
 
 
 def answer(model: Any, tokenizer: Any, question: str, descriptions: list[dict], show: Callable[[str], None]) -> str:
-    """Ask, and run the tools that the model calls until it answers; `show` gets the turn in pieces, as they come."""
+    """Ask, and run the tools that the model calls until it answers. `show` receives the pieces of the turn."""
     query, turn = tool_prompt(question, descriptions), ""
     for _ in range(MAX_STEPS):
         step = next_step(model, tokenizer, query, turn)
@@ -122,7 +121,7 @@ def answer(model: Any, tokenizer: Any, question: str, descriptions: list[dict], 
             show(step)
             return reply.content
         step = step.rstrip()
-        if not step.endswith(STOP_WORD):  # the model ended its turn where the result belongs
+        if not step.endswith(STOP_WORD):  # the model ended its turn instead of writing the stop word
             step += f"\n{STOP_WORD}"
         show(step)
         observation = observation_text(run_tool(**reply.function_call))
@@ -132,8 +131,8 @@ def answer(model: Any, tokenizer: Any, question: str, descriptions: list[dict], 
 
 
 def main() -> int:
-    """Returns the exit status: 0, or 1 where the model cannot be loaded or the conversation is too long."""
-    parser = argparse.ArgumentParser(description="The ReAct loop by hand, with a clock and random numbers as tools.")
+    """Return the exit status: 0, or 1 if the model cannot be loaded or the conversation is too long."""
+    parser = argparse.ArgumentParser(description="A ReAct loop with a clock and random numbers as tools.")
     parser.add_argument("questions", nargs="*", metavar="QUESTION", default=["What time is it in Tokyo?"])
     add_checkpoint_argument(parser)
     add_hub_argument(parser)

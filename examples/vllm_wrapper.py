@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Chat through vLLM as through `model.chat`, on one GPU or on several.
+"""`model.chat` on top of vLLM, on one or several GPUs.
 
     python examples/vllm_wrapper.py -c Qwen/Qwen-7B-Chat
     python examples/vllm_wrapper.py -c Qwen/Qwen-72B-Chat --tensor-parallel-size 4
@@ -7,10 +7,9 @@
     model = vLLMWrapper("Qwen/Qwen-7B-Chat", tensor_parallel_size=1)
     response, history = model.chat(query="你好", history=None)
 
-Revolves around token ids: the library makes those of the prompt and reads those of the reply, and vLLM sees nothing
-else, so that no text in a message becomes a control token. vLLM knows these models in the format of Qwen2 only: a
-checkpoint is exported on first use. How the network is computed and shared out among GPUs is vLLM's affair, and how to
-serve a model to others is told in docs/deployment.md.
+Prompts and replies are encoded and decoded here: vLLM sees token ids only, so that no text in a message becomes a
+control token. vLLM supports these models in the Qwen2 format only, so a checkpoint is exported on first use.
+docs/deployment.md explains how to serve a model.
 """
 
 import argparse
@@ -35,14 +34,14 @@ try:
 
     from qwen import Checkpoint, CheckpointError, QWenTokenizer
 except ModuleNotFoundError as error:
-    sys.exit(f"{error}. In the folder of the repository: pip install -e .")
+    sys.exit(f"{error}. In the repository folder, run: pip install -e .")
 
 from filelock import FileLock
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
 from qwen.checkpoint.files import VOCABULARY, check_vocabulary, read_json
 from qwen.export import export_qwen2
-from qwen.export.source import open_source
+from qwen.export.source import open_checkpoint
 from qwen.model.qwen_generation_utils import (
     DEFAULT_SYSTEM,
     History,
@@ -54,9 +53,9 @@ from qwen.model.qwen_generation_utils import (
 )
 from qwen.quiet import quiet_loading
 
-MAX_WINDOW_SIZE = 6144  # where a checkpoint names none, as in make_context
+MAX_WINDOW_SIZE = 6144  # default if the checkpoint sets none, as in make_context
 
-# Settings of `generate` that vLLM has too, and its names for them.
+# Settings of `generate` → their names in vLLM.
 SETTINGS = {
     "temperature": "temperature",
     "top_k": "top_k",
@@ -70,26 +69,26 @@ SAMPLING_ONLY = ("temperature", "top_k", "top_p", "min_p")
 
 
 class vLLMWrapper:
-    """A chat model that vLLM runs, with the methods of ours. To be used from one thread.
+    """A chat model on vLLM with the methods of `QWenLMHeadModel`. Not thread-safe.
 
     Args:
-        path: a chat checkpoint, float or GPTQ, as a folder or a hub id; or a folder that export.py has written. None is
-            the bundled toy.
-        tensor_parallel_size: over how many GPUs each matrix is spread.
-        max_length: export for prompts of so many tokens, beyond the trained length (see export.py).
-        hub: where an id is fetched from, "huggingface" or "modelscope"; None is $QWEN_HUB, or the former.
+        path: a chat checkpoint (float or GPTQ) as a folder or hub id, or a folder written by export.py. None is the
+            bundled toy.
+        tensor_parallel_size: number of GPUs that each matrix is split over.
+        max_length: export for prompts of up to this many tokens, beyond the trained length (see export.py).
+        hub: hub to download from, "huggingface" or "modelscope" (default: $QWEN_HUB or "huggingface").
         engine_arguments: for vLLM's EngineArgs: gpu_memory_utilization, dtype, pipeline_parallel_size, max_model_len,
             kv_cache_dtype, ...
 
     Attributes:
-        folder: where the exported model lies.
-        tokenizer: the library's.
-        limit: tokens that a prompt and its reply may have together.
+        folder: folder of the exported model.
+        tokenizer: the checkpoint's QWenTokenizer.
+        limit: maximum number of tokens of a prompt and its reply together.
 
     Raises:
         ImportError: vLLM is not installed.
-        CheckpointError: the checkpoint is missing or incomplete, no chat model, or of another architecture.
-        ValueError: the engine refuses its arguments.
+        CheckpointError: the checkpoint is missing or incomplete, not a chat model, or of another architecture.
+        ValueError: the engine rejects its arguments.
     """
 
     def __init__(
@@ -105,8 +104,8 @@ class vLLMWrapper:
         self.folder, self.tokenizer, self._generation = prepared(path, max_length, hub)
         self._engine = start_engine(self.folder, tensor_parallel_size=tensor_parallel_size, **engine_arguments)
         self.limit = self._engine.model_config.max_model_len
-        self._numbers = itertools.count()
-        self._arrived: dict[str, deque[int | None]] = {}  # the tokens of each reply, None at its end
+        self._request_ids = itertools.count()
+        self._queues: dict[str, deque[int | None]] = {}  # unread tokens by request, None marks the end
 
     def chat(
         self,
@@ -119,19 +118,19 @@ class vLLMWrapper:
         """Answer one query.
 
         Args:
-            history: earlier turns, (query, response) each; left as it is. The newest are kept that the checkpoint's
-                window and the engine have room for.
-            system: what the model is told to be.
-            stop_words_ids: token sequences that end the reply too; the reply holds the one that ended it.
-            settings: in place of the checkpoint's: do_sample, temperature, top_k, top_p, min_p, repetition_penalty,
-                max_new_tokens, min_new_tokens, and seed.
+            history: earlier turns as (query, response); not modified. The oldest turns are dropped if they exceed the
+                checkpoint's window or the engine's limit.
+            system: the system prompt.
+            stop_words_ids: additional token sequences that end the reply; the reply includes the matched one.
+            settings: override the checkpoint's: do_sample, temperature, top_k, top_p, min_p, repetition_penalty,
+                max_new_tokens, min_new_tokens; also seed.
 
         Returns:
-            The response, and a new history that ends with this turn.
+            The response and a new history that ends with this turn.
 
         Raises:
-            ValueError: an empty query, a history of the wrong shape, a prompt longer than the engine's limit, or a
-                setting that vLLM does not have or refuses.
+            ValueError: an empty query, a history of the wrong shape, a prompt longer than the engine's limit, or an
+                unknown or invalid setting.
         """
         (response,), (history,) = self.chat_batch([query], [history], system, stop_words_ids, **settings)
         return response, history
@@ -144,20 +143,20 @@ class vLLMWrapper:
         stop_words_ids: list[list[int]] | None = None,
         **settings: Any,
     ) -> tuple[list[str], list[History]]:
-        """Answer many queries at once, each as `chat` would.
+        """Answer several queries in one batch, each as `chat` would.
 
         Args:
-            histories: one a query, None for an empty one.
+            histories: one per query; None is an empty history.
 
         Returns:
-            The responses, and the new histories, in the order of the queries.
+            The responses and the new histories, in the order of the queries.
 
         Raises:
-            ValueError: as `chat`, or lists of different lengths.
+            ValueError: as in `chat`, or lists of different lengths.
         """
         histories = [None] * len(queries) if histories is None else histories
         if isinstance(queries, str) or len(queries) != len(histories):
-            raise ValueError("chat_batch takes a list of queries and as many histories; chat takes one of each.")
+            raise ValueError("chat_batch takes a list of queries and as many histories. For a single query, call chat.")
         parameters, stop_words = self._parameters(settings, stop_words_ids)
         prompts = [
             self._prompt(query, history, system, parameters.max_tokens)
@@ -167,10 +166,10 @@ class vLLMWrapper:
         try:
             for prompt in prompts:
                 request = self._submit(prompt, parameters)
-                requests.append(request)  # at once: should the next one fail, this one is ended
+                requests.append(request)  # recorded at once: it is aborted if the next one fails
             replies = [list(self._reply(request, stop_words)) for request in requests]
         finally:
-            self._end(requests)
+            self._abort(requests)
         responses = [decode_tokens(reply, self.tokenizer) for reply in replies]
         turns = zip(queries, responses, strict=True)
         return responses, [[*map(tuple, past or []), turn] for past, turn in zip(histories, turns, strict=True)]
@@ -183,12 +182,12 @@ class vLLMWrapper:
         stop_words_ids: list[list[int]] | None = None,
         **settings: Any,
     ) -> Iterator[str]:
-        """Answer one query while it is being written: the whole reply so far, each time it has grown.
+        """Answer one query and yield the whole reply so far each time it grows.
 
-        Several may be open at a time. Closing the iterator, or dropping it, ends the computation.
+        Several streams may be open at a time. Closing or dropping the iterator aborts the request.
 
         Raises:
-            ValueError: as `chat`, at the call and not at the first piece.
+            ValueError: as in `chat`, raised by the call and not by the first `next`.
         """
         parameters, stop_words = self._parameters(settings, stop_words_ids)
         return self._stream(self._prompt(query, history, system, parameters.max_tokens), parameters, stop_words)
@@ -198,32 +197,32 @@ class vLLMWrapper:
         try:
             yield from reply_so_far(self._reply(request, stop_words), self.tokenizer)
         finally:
-            self._end([request])
+            self._abort([request])
 
     def _prompt(self, query: Any, history: Any, system: str, max_new_tokens: int | None) -> list[int]:
         if not isinstance(query, str) or not query.strip():
-            raise ValueError(f"The query must be text and not empty, not {query!r}.")
-        _, alone = make_context(self.tokenizer, query, system=system)
-        if len(alone) >= self.limit:
+            raise ValueError(f"The query must be a non-empty string, not {query!r}.")
+        _, shortest = make_context(self.tokenizer, query, system=system)
+        if len(shortest) >= self.limit:
             raise ValueError(
-                f"The prompt has {len(alone)} tokens and the engine takes fewer than {self.limit}: shorten it, or "
-                "export for longer ones with max_length=…"
+                f"The prompt has {len(shortest)} tokens, but the engine takes fewer than {self.limit}. Shorten it, or "
+                "export for longer prompts with max_length=…"
             )
-        # The original reads beyond its trained length, the engine ends there: older turns go to make room for a reply.
+        # The engine stops at its limit, where `model.chat` would go on: drop old turns to leave room for the reply.
         reply = self.limit if max_new_tokens is None else max_new_tokens
         window = self._generation.get("max_window_size") or MAX_WINDOW_SIZE
-        window = min(window, self.limit - len(alone) - min(reply, self.limit // 4))
+        window = min(window, self.limit - len(shortest) - min(reply, self.limit // 4))
         return make_context(self.tokenizer, query, history, system, window)[1]
 
     def _parameters(self, settings: dict[str, Any], stop_words_ids: Any) -> tuple[Any, list[list[int]]]:
-        """vLLM's parameters for a reply, and the stop words that it does not know: those of several tokens."""
+        """Return vLLM's sampling parameters, and the multi-token stop words, which vLLM does not support."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        known = {*SETTINGS, "do_sample"}
-        if unknown := sorted(settings.keys() - known - {"seed"}):
-            raise ValueError(f"There is no setting {unknown[0]} here. There are {', '.join(sorted(known))} and seed.")
-        settings = {name: self._generation.get(name) for name in known} | settings
+        supported = {*SETTINGS, "do_sample"}
+        if unknown := sorted(settings.keys() - supported - {"seed"}):
+            raise ValueError(f"Unknown setting {unknown[0]}. Use {', '.join(sorted(supported))} or seed.")
+        settings = {name: self._generation.get(name) for name in supported} | settings
         if not settings["do_sample"]:
             settings |= dict.fromkeys(SAMPLING_ONLY) | {"temperature": 0}
         chosen = {SETTINGS.get(name, name): value for name, value in settings.items() if value is not None}
@@ -239,23 +238,23 @@ class vLLMWrapper:
                 detokenize=False,
                 output_kind=RequestOutputKind.DELTA,
             )
-        except Exception as error:  # vLLM has a class of its own for it
-            raise ValueError(f"vLLM refuses these settings: {error}") from error
+        except Exception as error:  # vLLM raises its own exception classes
+            raise ValueError(f"vLLM rejected the settings: {error}") from error
         return parameters, [words for words in stop_words_ids if len(words) > 1]
 
     def _submit(self, prompt: list[int], parameters: Any) -> str:
-        request = str(next(self._numbers))
+        request = str(next(self._request_ids))
         self._engine.add_request(request, {"prompt_token_ids": prompt}, parameters)
-        self._arrived[request] = deque()
+        self._queues[request] = deque()
         return request
 
     def _reply(self, request: str, stop_words: list[list[int]]) -> Iterator[int]:
-        """The tokens of a reply as they come."""
-        arrived, reply = self._arrived[request], []
+        """Yield the tokens of a reply, up to a stop word."""
+        queue, reply = self._queues[request], []
         while True:
-            while not arrived:
+            while not queue:
                 self._step()
-            token = arrived.popleft()
+            token = queue.popleft()
             if token is None:
                 return
             reply.append(token)
@@ -264,100 +263,100 @@ class vLLMWrapper:
                 return
 
     def _step(self) -> None:
-        """Let all replies that are being written grow, whoever reads them."""
+        """Run one engine step and queue the new tokens of all requests."""
         for output in self._engine.step():
-            if (arrived := self._arrived.get(output.request_id)) is not None:
-                arrived.extend(output.outputs[0].token_ids)
+            if (queue := self._queues.get(output.request_id)) is not None:
+                queue.extend(output.outputs[0].token_ids)
                 if output.finished:
-                    arrived.append(None)
+                    queue.append(None)
 
-    def _end(self, requests: Iterable[str]) -> None:
-        """Forget replies, and compute no more of them."""
+    def _abort(self, requests: Iterable[str]) -> None:
+        """Abort requests and drop their unread tokens."""
         for request in requests:
-            del self._arrived[request]
-            with contextlib.suppress(Exception):  # an engine that has died, or heard Ctrl-C first, has nothing to stop
-                self._engine.abort_request([request])  # nothing to one that is done
+            del self._queues[request]
+            with contextlib.suppress(Exception):  # the engine may be dead, or stopped by Ctrl-C
+                self._engine.abort_request([request])  # no-op for a finished request
 
 
 def check_vllm() -> None:
-    """Raise ImportError where there is no vLLM, before anything is exported for it."""
+    """Raise ImportError if vLLM is not installed, before anything is exported."""
     if importlib.util.find_spec("vllm") is None:
         raise ImportError("vLLM is not installed: `pip install vllm`.")
 
 
 def start_engine(folder: Path, **engine_arguments: Any) -> Any:
-    """vLLM's engine for an exported model.
+    """Start vLLM's engine for an exported model.
 
     Raises:
-        ValueError: it does not start with these arguments; what vLLM has logged before says more.
+        ValueError: the engine does not start; vLLM's log has the details.
     """
     from vllm import EngineArgs, LLMEngine
 
-    # Text is ours: vLLM sees token ids only.
+    # vLLM receives token ids only.
     arguments = {"model": str(folder), "skip_tokenizer_init": True, "disable_log_stats": True} | engine_arguments
     try:
         return LLMEngine.from_engine_args(EngineArgs(**arguments))
     except (RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"vLLM does not start: {error}") from error
+        raise ValueError(f"vLLM failed to start: {error}") from error
 
 
 def prepared(
     path: str | os.PathLike | None, max_length: int | None, hub: str | None = None
 ) -> tuple[Path, QWenTokenizer, dict[str, Any]]:
-    """An exported model: its folder, and the tokenizer and the generation config of its checkpoint.
+    """Export a checkpoint if necessary. Return its exported folder, tokenizer and generation config.
 
     Raises:
-        CheckpointError: it is not to be had, or no chat model.
+        CheckpointError: the checkpoint is missing or invalid, or not a chat model.
     """
     if path is not None and is_exported(folder := Path(path).expanduser()):
         if max_length is not None:
             raise CheckpointError(
-                f"{folder} is exported already: max_length is chosen there, `export.py --max-length`."
+                f"{folder} is already exported. Set its length when exporting: `export.py --max-length`."
             )
         return exported_before(folder)
     with quiet_loading(progress=path is not None):
-        Checkpoint.open(path, hub=hub).require_chat()  # before the weights are fetched
-        source, tokenizer = open_source(path, hub)
+        Checkpoint.open(path, hub=hub).require_chat()  # before the weights are downloaded
+        source, tokenizer = open_checkpoint(path, hub)
         return exported(source.name, source.folder, max_length), tokenizer, source.generation_settings
 
 
 def is_exported(folder: Path) -> bool:
-    """Whether this folder holds a model in the format of Qwen2."""
+    """Return whether the folder contains a model in the Qwen2 format."""
     config = folder / CONFIG_NAME
     return config.is_file() and read_json(config, folder).get("model_type") == "qwen2"
 
 
 def exported_before(folder: Path) -> tuple[Path, QWenTokenizer, dict[str, Any]]:
-    """What `prepared` returns, for a folder of export.py's."""
+    """Return the values of `prepared` for a folder written by export.py."""
     check_vocabulary(folder)
     if not (folder / "chat_template.jinja").is_file():
-        raise CheckpointError(f"{folder} is no chat model of this family. Export a chat checkpoint, or name it here.")
+        raise CheckpointError(f"{folder} is not a chat model of this family. Export a chat checkpoint or pass one.")
     generation = folder / GENERATION_CONFIG_NAME
     tokenizer = QWenTokenizer(str(folder / VOCABULARY))
     return folder, tokenizer, read_json(generation, folder) if generation.is_file() else {}
 
 
 def exported(name: str, checkpoint: Path, max_length: int | None) -> Path:
-    """The folder in the cache with this checkpoint in the format of Qwen2, made if need be.
+    """Export a checkpoint to the cache, unless it is there already, and return the folder.
 
     Args:
-        name: of the checkpoint, as people know it.
-        checkpoint: the folder that its files lie in.
+        name: folder or hub id of the checkpoint, for messages and the folder's name.
+        checkpoint: the folder with its files.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qwen" / "export"
     folder = cache / f"{Path(name).resolve().name}-{identity(checkpoint, max_length)}"
     cache.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_name(f"{folder.name}.lock")):  # another process may be at it: then wait for it
+    with FileLock(folder.with_name(f"{folder.name}.lock")):  # wait for another process that exports it
         if not is_exported(folder):
-            shutil.rmtree(folder, ignore_errors=True)  # what a killed process has left
-            print(f"Exporting {name} for vLLM, once: to {folder}", file=sys.stderr, flush=True)
+            shutil.rmtree(folder, ignore_errors=True)  # left over from a killed process
+            print(f"Exporting {name} for vLLM (first use only) to {folder}", file=sys.stderr, flush=True)
             for remark in export_qwen2(checkpoint, folder, max_length=max_length, progress=sys.stderr.isatty()):
                 print(remark, file=sys.stderr, flush=True)
     return folder
 
 
 def identity(checkpoint: Path, max_length: int | None) -> str:
-    """Another one for another checkpoint, or if a file of this one has changed."""
+    """Hash the path, files and max_length: a different or changed checkpoint has another identity."""
     files = sorted(
         path for path in checkpoint.iterdir() if path.suffix in (".json", ".tiktoken", ".safetensors", ".bin")
     )
@@ -366,7 +365,7 @@ def identity(checkpoint: Path, max_length: int | None) -> str:
 
 
 def conversation(model: vLLMWrapper, system: str, settings: dict[str, Any]) -> None:
-    """Answer line after line of standard input."""
+    """Answer standard input line by line."""
     history: History = []
     while True:
         try:
@@ -388,16 +387,16 @@ def conversation(model: vLLMWrapper, system: str, settings: dict[str, Any]) -> N
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Chat with a first-generation Qwen model that vLLM runs. Ctrl-D or Ctrl-C leaves."
+        description="Chat with a first-generation Qwen model on vLLM. Ctrl-D or Ctrl-C exits."
     )
-    add_checkpoint_argument(parser, "the small bundled model; a folder that export.py has written will do as well")
+    add_checkpoint_argument(parser, "the bundled toy; a folder written by export.py also works")
     add_hub_argument(parser)
     parser.add_argument("--system", metavar="TEXT", default=DEFAULT_SYSTEM, help="system prompt (default: %(default)r)")
     add_seed_argument(parser)
     parser.add_argument(
-        "--max-length", type=int, metavar="N", help="export for prompts of N tokens, beyond the trained length"
+        "--max-length", type=int, metavar="N", help="export for prompts of up to N tokens, beyond the trained length"
     )
-    engine = parser.add_argument_group("of vLLM, which has its own defaults")
+    engine = parser.add_argument_group("vLLM options (defaults: vLLM's)")
     for name, kind in (
         ("tensor-parallel-size", int),
         ("pipeline-parallel-size", int),
@@ -410,7 +409,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Returns the exit status: 0, 1 where no conversation could begin, 130 after Ctrl-C."""
+    """Return the exit status: 0, 1 if the conversation could not start, 130 after Ctrl-C."""
     arguments = vars(parse())
     name, system, seed = arguments.pop("checkpoint_path"), arguments.pop("system"), arguments.pop("seed")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")

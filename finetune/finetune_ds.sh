@@ -1,5 +1,5 @@
 #!/bin/sh
-# All weights, split among all processes (DeepSpeed ZeRO 3).
+# All weights, sharded over all processes (DeepSpeed ZeRO 3).
 set -eu
 MODEL=checkpoints/qwen-tiny-chat
 MANY=yes

@@ -1,7 +1,7 @@
-"""torchrun as the environment says: `python launch.py SCRIPT [arguments of SCRIPT]`, with a process on every GPU.
+"""Runs torchrun with settings from the environment: `python launch.py SCRIPT [arguments]`, with a process per GPU.
 
-GPUS_PER_NODE, NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT have the meaning of torchrun's arguments. A process that
-fails has said why: there is no traceback of torchrun's beside it, and the exit status is that process's own.
+GPUS_PER_NODE, NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT have the meaning of torchrun's arguments. A failed process
+prints its own error, so torchrun's traceback is suppressed. The exit status is that of the process.
 """
 
 import logging
@@ -17,13 +17,13 @@ from torch.distributed.run import parse_args, run
 
 
 def main(argv: list[str]) -> int:
-    """The exit status: that of the first process that failed, 128 + N where signal N ended it, 0 without any."""
+    """Return the exit status: that of the first failed process, 128 + N if signal N ended it, 0 if none failed."""
     try:
         gpus = torch.accelerator.device_count()
         processes = number("GPUS_PER_NODE", gpus or 2, least=1)
         if gpus and processes > gpus:
             raise ValueError(
-                f"GPUS_PER_NODE is {processes}, but this machine has {gpus}: a process needs one of its own."
+                f"GPUS_PER_NODE is {processes}, but this machine has {gpus} GPUs: each process needs its own."
             )
         settings = {
             "nproc_per_node": processes,
@@ -38,7 +38,7 @@ def main(argv: list[str]) -> int:
         say(str(error))
         return 2
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    if "LOGLEVEL" not in os.environ:  # torchrun's; what it logs of failures and signals, people have seen
+    if "LOGLEVEL" not in os.environ:  # torchrun's; its logs of failures and signals repeat what was printed
         logging.disable(logging.ERROR)
     try:
         run(parse_args([*(f"--{name}={value}" for name, value in settings.items()), *argv]))
@@ -53,7 +53,7 @@ def main(argv: list[str]) -> int:
         return 128 + interrupt.sigval
     except DistNetworkError as error:
         say(
-            f"The processes cannot meet at {settings['master_addr']}:{settings['master_port']}. Where another run uses "
+            f"The processes cannot connect at {settings['master_addr']}:{settings['master_port']}. If another run uses "
             f"the port, set MASTER_PORT to a free one. ({str(error).splitlines()[0]})"
         )
         return 1
@@ -61,10 +61,10 @@ def main(argv: list[str]) -> int:
 
 
 def number(name: str, default: int, least: int = 0) -> int:
-    """A whole number from the environment.
+    """Read a whole number from the environment.
 
     Raises:
-        ValueError: it is not one, or less than `least`.
+        ValueError: the value is not a whole number, or is below `least`.
     """
     text = os.environ.get(name) or str(default)
     if not text.isdecimal() or int(text) < least:

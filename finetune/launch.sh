@@ -1,8 +1,8 @@
-# What the scripts beside this one share; they source it (any POSIX shell).
+# Shared by the scripts in this folder, which source it (any POSIX shell).
 #
-# In:  MODEL, the default model; MANY, "yes" for a process on every GPU (two processes where there is none).
-# Out: MODEL, DATA, OUTPUT as the person wants them; "$@", every other argument, for finetune.py, where it wins over the
-#      script's settings; launch, which starts finetune.py with the arguments that it is given and does not return.
+# In:  MODEL, the default model; MANY, "yes" for a process on every GPU (two processes without a GPU).
+# Out: MODEL, DATA, OUTPUT as given by the user; "$@", all other arguments, which go to finetune.py and override the
+#      script's settings; launch, a function that starts finetune.py with its arguments and does not return.
 
 ROOT=$(CDPATH="" cd -- "$(dirname -- "$0")/.." && pwd)
 MODEL=$ROOT/$MODEL
@@ -13,17 +13,17 @@ usage() {
     cat <<TEXT
 Usage: bash $0 [-m MODEL] [-d DATA] [-o OUTPUT] [any argument of finetune.py]
 
-  -m, --model    a folder or a hub id ($MODEL); with --hub modelscope, an id of ModelScope
-  -d, --data     conversations to learn, a JSON file ($DATA)
-  -o, --output   the folder that the result is written to ($OUTPUT)
+  -m, --model    folder or hub id (default: $MODEL); with --hub modelscope, an id of ModelScope
+  -d, --data     conversations to train on, a JSON file (default: $DATA)
+  -o, --output   folder for the result (default: $OUTPUT)
 
-'python finetune.py --help-all' lists the other arguments. The environment may name the interpreter (PYTHON), the processes
-of a machine (GPUS_PER_NODE; every GPU without it), and for several machines NNODES, NODE_RANK, MASTER_ADDR and
-MASTER_PORT (6001).
+'python finetune.py --help-all' lists the other arguments. Environment variables: PYTHON (interpreter), GPUS_PER_NODE
+(processes per machine, default: all GPUs), and for several machines NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT
+(default: 6001).
 TEXT
 }
 
-# Takes its own arguments out of "$@": each is moved to the end, or dropped, until all have been seen.
+# Remove our own arguments from "$@": each argument is dropped or moved to the end, until all have been seen.
 left=$#
 while [ "$left" -gt 0 ]; do
     case $1 in
@@ -56,7 +56,7 @@ while [ "$left" -gt 0 ]; do
     esac
 done
 
-# The interpreter of an active environment, else of the one that make makes.
+# The interpreter of the active environment, else of the .venv that make creates.
 if [ -z "${PYTHON:-}" ]; then
     PYTHON=python
     if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && [ -x "$ROOT/.venv/bin/python" ]; then

@@ -6,7 +6,7 @@ import sys
 try:
     from qwen_cli.merge import main
 except ModuleNotFoundError as error:
-    sys.exit(f"{error}. In the folder of the repository: pip install -e .")
+    sys.exit(f"{error}. In the repository folder, run: pip install -e .")
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,7 +1,7 @@
 """First-generation Qwen models on transformers 5.
 
-Importing this package registers its classes with transformers' Auto classes, so that every published checkpoint loads
-with this code, whatever code lies beside its weights. It changes nothing else in the process.
+Importing this package registers its classes with transformers' Auto classes, so that published checkpoints load with
+this code instead of the code beside their weights. The import has no other side effects.
 """
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
@@ -19,11 +19,11 @@ from .model.tokenization_qwen import QWenTokenizer
 AutoConfig.register(QWenConfig.model_type, QWenConfig)
 AutoModel.register(QWenConfig, QWenModel)
 AutoModelForCausalLM.register(QWenConfig, QWenLMHeadModel)
-# Registered by its name, which published checkpoints give, and not by QWenConfig: for a registered config class,
-# AutoTokenizer would run the tokenizer code beside the weights where trust_remote_code is set.
+# Registered by class name, which published checkpoints contain, instead of by QWenConfig: for a registered config
+# class, AutoTokenizer would run the tokenizer code beside the weights if trust_remote_code is set.
 AutoTokenizer.register(QWenTokenizer, slow_tokenizer_class=QWenTokenizer)
 
-# Saved checkpoints take the code along, so that they load where this package is not installed.
+# Saved checkpoints include the model code, so that they load where this package is not installed.
 QWenConfig.register_for_auto_class()
 QWenModel.register_for_auto_class("AutoModel")
 QWenLMHeadModel.register_for_auto_class("AutoModelForCausalLM")

@@ -1,10 +1,8 @@
-"""Recognises errors that libraries raise without a class of their own, by their sentences.
+"""Recognises library errors by their message if they have no exception class of their own.
 
-Where a library has a class, it is used. Each docstring quotes the sentence, and names the library and the version that
-it was seen in; tests/packaging/test_library_errors.py provokes the real errors.
-
-Two places keep a sentence of their own: qwen/model, which travels without this file, and qwen/sandbox/worker.py, which
-imports nothing of the package.
+Each docstring quotes the message, the library and the version that raised it. tests/packaging/test_library_errors.py
+provokes the real errors. Two places match messages themselves: qwen/model, which is copied into checkpoints without
+this file, and qwen/sandbox/worker.py, which does not import the package.
 """
 
 import torch
@@ -23,7 +21,7 @@ __all__ = [
 
 
 def is_main_memory_full(error: BaseException) -> bool:
-    """Whether there was no main memory left.
+    """Whether main memory is exhausted.
 
     Python and numpy raise MemoryError, torch a RuntimeError:
     "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate …
@@ -33,11 +31,10 @@ def is_main_memory_full(error: BaseException) -> bool:
 
 
 def is_gpu_memory_full(error: BaseException) -> bool:
-    """Whether there was no memory left on an accelerator.
+    """Whether the memory of an accelerator is exhausted.
 
-    torch raises torch.OutOfMemoryError where its own allocator fails. Libraries that allocate beside it do not, and
-    their errors come as RuntimeError: "CUDA error: out of memory" (torch 2.13, of CUDA's own calls), "Triton Error
-    [CUDA]: out of memory" (Triton 3.7).
+    torch raises torch.OutOfMemoryError if its own allocator fails. Other allocations raise RuntimeError:
+    "CUDA error: out of memory" (torch 2.13, from CUDA calls), "Triton Error [CUDA]: out of memory" (Triton 3.7).
     """
     return isinstance(error, torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and "out of memory" in str(error).lower()
@@ -45,23 +42,23 @@ def is_gpu_memory_full(error: BaseException) -> bool:
 
 
 def is_memory_full(error: BaseException) -> bool:
-    """Whether there was no memory left, of either kind."""
+    """Whether main memory or the memory of an accelerator is exhausted."""
     return is_main_memory_full(error) or is_gpu_memory_full(error)
 
 
 def is_shape_mismatch(error: BaseException) -> bool:
-    """Whether tensors of a file have other shapes than the network.
+    """Whether tensors in a file have different shapes than the model.
 
     "You set `ignore_mismatched_sizes` to `False`, thus raising an error. For details look at the above report!"
     (transformers 5.17 to 5.24); "Error(s) in loading state_dict for …: size mismatch for …: copying a param with shape
-    … from checkpoint, the shape in current model is …" (torch 2.13, where transformers leaves loading to it).
+    … from checkpoint, the shape in current model is …" (torch 2.13, if transformers delegates loading to it).
     """
     text = str(error)
     return isinstance(error, RuntimeError) and ("mismatched" in text or "size mismatch" in text)
 
 
 def is_nan_in_gptq(error: BaseException) -> bool:
-    """Whether GPTQ met NaN in a matrix.
+    """Whether GPTQ found NaN in a weight matrix.
 
     "Quantization: Failed due to `NaN` loss for `…`, please try increasing calibration data samples or enable
     fallback=True" (gptqmodel 7.6), a ValueError.

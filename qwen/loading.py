@@ -1,4 +1,4 @@
-"""Alias of `qwen.checkpoint.loading`, the very module: documents and programs import it by this path."""
+"""Alias of `qwen.checkpoint.loading` (the same module object), for programs that import this path."""
 
 import sys
 

@@ -1,7 +1,7 @@
 """Silences messages of other libraries that the user of a script cannot act on.
 
-Nothing is changed by importing this module; scripts call its functions. What is said while transformers is imported is
-kept back by qwen_cli.console. TRANSFORMERS_VERBOSITY in the environment shows everything.
+Scripts call these functions; importing the module changes nothing. qwen_cli.console silences messages during the import
+of transformers. If TRANSFORMERS_VERBOSITY is set, nothing is silenced.
 """
 
 import contextlib
@@ -13,30 +13,30 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 
-# What is said while training, in every process and some of it at every step: the beginnings of warnings,
+# Prefixes of warnings during training, which appear in every process and partly at every step.
 _WARNINGS = (
-    r"`torch\.distributed\.\w+` is deprecated",  # DeepSpeed's and accelerate's calls
-    r"`is_gradient_checkpointing` is deprecated",  # peft's
-    r"You passed `quantization_config`",  # it names the kernel
-    r"Setting `save_embedding_layers` to `True`",  # peft's, where the vocabulary has grown
-    r"Could not find a config file in",  # peft asks the hub whether it has grown
+    r"`torch\.distributed\.\w+` is deprecated",  # calls by DeepSpeed and accelerate
+    r"`is_gradient_checkpointing` is deprecated",  # from peft
+    r"You passed `quantization_config`",  # to choose the kernel
+    r"Setting `save_embedding_layers` to `True`",  # from peft, if the vocabulary was extended
+    r"Could not find a config file in",  # peft checks on the hub whether the vocabulary was extended
 )
-# and of log records.
+# Parts of log records during training, by logger.
 _RECORDS = {
     "transformers.modeling_utils": "`loss_type=",
     "transformers.trainer": "The model is already on multiple devices",
     "transformers.trainer_utils": "mtime may not be reliable",
-    "accelerate.accelerator": "Gradient accumulation steps mismatch",  # the Trainer's own 1 and DeepSpeed's
+    "accelerate.accelerator": "Gradient accumulation steps mismatch",  # Trainer passes 1, DeepSpeed its own value
 }
 
 
 @contextlib.contextmanager
 def quiet_loading(progress: bool = True) -> Iterator[None]:
-    """Keep back what the libraries say while they load and save models: those for quantized checkpoints, which peft
-    imports as well, greet on standard output, where only replies belong.
+    """Silence libraries while they load and save models. Those for quantized checkpoints, which peft also imports,
+    print on standard output, which is reserved for replies.
 
     Args:
-        progress: bars where a person sees them.
+        progress: show progress bars on a terminal.
     """
     from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging as transformers_logging
@@ -55,40 +55,40 @@ def quiet_loading(progress: bool = True) -> Iterator[None]:
 
 
 def quiet_training(main: bool) -> None:
-    """Keep back chatter that is known to be harmless, for good, and the progress bars of all processes but one.
+    """Permanently silence harmless messages during training, and the progress bars of all processes except one.
 
-    To be called before peft and deepspeed are imported.
+    Call this before peft and deepspeed are imported.
 
     Args:
-        main: whether this is the process whose progress is shown.
+        main: whether this process shows progress bars.
     """
     if "TRANSFORMERS_VERBOSITY" in os.environ:
         return
     import torch
     from transformers.utils import logging as transformers_logging
 
-    for beginning in _WARNINGS:
-        warnings.filterwarnings("ignore", beginning)
-    for name, beginning in _RECORDS.items():
-        logging.getLogger(name).addFilter(_without(beginning))
-    logging.getLogger("accelerate").setLevel(logging.WARNING)  # it tells of every file where a library set root to INFO
+    for prefix in _WARNINGS:
+        warnings.filterwarnings("ignore", prefix)
+    for name, text in _RECORDS.items():
+        logging.getLogger(name).addFilter(_exclude(text))
+    logging.getLogger("accelerate").setLevel(logging.WARNING)  # logs every file if a library sets the root to INFO
     quiet_gptqmodel()
     if not torch.accelerator.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, which accelerate imports, warns that it found none
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, imported by accelerate, warns of none
     if not main or not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
 
 
 def quiet_gptqmodel() -> None:
-    """Keep back GPTQModel's log, for good. To be called before it is imported, when it greets on standard output."""
+    """Permanently silence GPTQModel's log. Call this before it is imported, when it prints on standard output."""
     os.environ.setdefault("GPTQMODEL_DISABLE_GIL_WARNING", "1")
-    if importlib.util.find_spec("logbar"):  # its logger, which sets itself to INFO when it is first asked for
+    if importlib.util.find_spec("logbar"):  # its logger, which sets itself to INFO on first use
         with contextlib.redirect_stdout(io.StringIO()):
             from logbar import LogBar
 
             LogBar.shared().setLevel(logging.ERROR)
 
 
-def _without(text: str) -> Callable[[logging.LogRecord], bool]:
-    """A filter that keeps back the records with this text."""
+def _exclude(text: str) -> Callable[[logging.LogRecord], bool]:
+    """Return a log filter that drops records containing `text`."""
     return lambda record: text not in str(record.msg)

@@ -1,4 +1,4 @@
-"""Alias of `qwen.model.qwen_generation_utils`, the very module: published code and documents import it by this path."""
+"""Alias of `qwen.model.qwen_generation_utils` (the same module object), for published code that imports this path."""
 
 import sys
 

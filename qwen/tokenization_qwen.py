@@ -1,4 +1,4 @@
-"""Alias of `qwen.model.tokenization_qwen`, the very module: published code and documents import it by this path."""
+"""Alias of `qwen.model.tokenization_qwen` (the same module object), for published code that imports this path."""
 
 import sys
 

@@ -1,5 +1,5 @@
-"""The command line: `qwen chat`, `qwen serve` and the others, which the scripts in the root call as well.
+"""The command line: `qwen chat`, `qwen serve` and so on. The scripts in the repository root call the same functions.
 
-Importing anything of `qwen` takes seconds of processor time. So the modules here import only the standard library when
-they are imported themselves, and `--help` answers at once; they import `qwen` when they have something to do.
+Importing `qwen` takes seconds. To keep `--help` fast, modules of this package import only the standard library at the
+top level, and import `qwen` inside the functions that need it.
 """

@@ -9,21 +9,21 @@ from pathlib import Path
 
 from .console import say
 
-# The command, its module in this package, and what it does.
+# Command name: (module in this package, description).
 COMMANDS = {
     "chat": ("chat", "chat with a model in the terminal"),
     "web": ("web", "chat with a model in the browser"),
-    "serve": ("serve", "serve a model over HTTP, in the dialect of OpenAI's API"),
+    "serve": ("serve", "serve a model over HTTP with an OpenAI-compatible API"),
     "finetune": ("finetune", "fine-tune a model on conversations: all weights, LoRA or Q-LoRA"),
     "quantize": ("quantize", "quantize a model to 4 or 8 bits (GPTQ)"),
     "merge": ("merge", "merge a LoRA adapter into its base model"),
-    "export": ("export", "write a model in a format that other engines read"),
+    "export": ("export", "export a model for other inference engines"),
     "eval": ("evaluate", "evaluate a model on a benchmark"),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Carry out a command; returns the exit status."""
+    """Run a command and return its exit status."""
     name, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in ("-h", "--help"):
         print(usage())
@@ -34,16 +34,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"Did you mean `qwen {near[0]}`?" if near else "`qwen --help` lists all."
-        say(f"There is no {'option' if name.startswith('-') else 'command'} {name}. {hint}")
+        say(f"Unknown {'option' if name.startswith('-') else 'command'} {name}. {hint}")
         return 2
     try:
         return importlib.import_module(f"qwen_cli.{COMMANDS[name][0]}").main(rest, prog=f"qwen {name}")
-    except KeyboardInterrupt:  # before the command could deal with it
+    except KeyboardInterrupt:  # before the command installed its own handler
         return 130
 
 
 def usage() -> str:
-    """The text of `qwen --help`."""
+    """Return the text of `qwen --help`."""
     width = max(map(len, COMMANDS))
     lines = [f"  {name:{width}}  {what}" for name, (_, what) in COMMANDS.items()]
     return "\n".join(
@@ -54,13 +54,13 @@ def usage() -> str:
             "",
             *lines,
             "",
-            "`qwen COMMAND --help` lists the arguments of a command, `qwen --version` prints the version.",
+            "`qwen COMMAND --help` lists the arguments of a command. `qwen --version` prints the version.",
         ]
     )
 
 
 def version() -> str:
-    """The version of this package, read from qwen/_version.py: importing `qwen` takes seconds."""
+    """Read the version from qwen/_version.py, without importing `qwen`, which takes seconds."""
     text = Path(__file__).resolve().parents[1].joinpath("qwen", "_version.py").read_text(encoding="utf-8")
     (found,) = re.findall(r'__version__ = "(.+)"', text)
     return found

@@ -1,4 +1,4 @@
-"""Arguments that several commands share, and the types of their values."""
+"""Command-line arguments shared by several commands, and their value types."""
 
 import argparse
 import re
@@ -11,7 +11,7 @@ BUNDLED_NOTE = (
     "Qwen/Qwen-72B-Chat, or a folder."
 )
 HUBS = ("huggingface", "modelscope")
-# The scripts that do what the commands do. People who run them in a clone read their names in messages.
+# Scripts that run the same code as the commands. Messages name the script when it was started from a clone.
 SCRIPTS = {
     "chat": "cli_demo.py",
     "web": "web_demo.py",
@@ -24,23 +24,23 @@ SCRIPTS = {
 
 
 def make_parser(description: str, prog: str | None, **settings: Any) -> argparse.ArgumentParser:
-    """A parser that keeps the line breaks of its description.
+    """Create a parser that keeps the line breaks of its description.
 
     Args:
-        description: with commands as `qwen` has them; a script shows them as its own users type them.
-        prog: "qwen export" in the command; None in a script.
-        settings: of ArgumentParser.
+        description: names commands as `qwen COMMAND`; for a script they are replaced with `python SCRIPT`.
+        prog: "qwen export" for the command; None for a script.
+        settings: further arguments of ArgumentParser.
     """
     return argparse.ArgumentParser(
         prog=prog,
-        description=as_typed(description, prog),
+        description=with_script_names(description, prog),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         **settings,
     )
 
 
-def as_typed(text: str, prog: str | None) -> str:
-    """A text whose commands are written as the person types them: `qwen export` or `python export.py`."""
+def with_script_names(text: str, prog: str | None) -> str:
+    """Replace `qwen export` with `python export.py`, and so on, if `prog` is None (the user runs a script)."""
     if prog is not None:
         return text
     text = re.sub(r"\bqwen eval (needle|long_context)\b", r"python eval/\1.py", text)
@@ -49,7 +49,7 @@ def as_typed(text: str, prog: str | None) -> str:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """`-c`, `--hub`, `--cpu-only` and `--int8-cache`: which model runs, and how."""
+    """Add `-c`, `--hub`, `--cpu-only` and `--int8-cache`."""
     add_checkpoint_argument(parser)
     add_hub_argument(parser)
     add_cpu_only_argument(parser)
@@ -59,105 +59,105 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_checkpoint_argument(parser: argparse.ArgumentParser, default: str = "the small bundled model") -> None:
-    """`-c/--checkpoint-path`; `default` says what is taken without it."""
+    """Add `-c/--checkpoint-path`; the help names `default` as the default."""
     parser.add_argument(
         "-c",
         "--checkpoint-path",
         metavar="NAME",
-        help=f"a folder, or a hub id such as Qwen/Qwen-7B-Chat (default: {default})",
+        help=f"a folder or a hub id, for example Qwen/Qwen-7B-Chat (default: {default})",
     )
 
 
 def add_hub_argument(parser: argparse.ArgumentParser) -> None:
-    """`--hub`."""
+    """Add `--hub`."""
     parser.add_argument("--hub", choices=HUBS, help="hub to download from (default: $QWEN_HUB or huggingface)")
 
 
 def add_cpu_only_argument(parser: argparse.ArgumentParser) -> None:
-    """`--cpu-only`."""
+    """Add `--cpu-only`."""
     parser.add_argument("--cpu-only", action="store_true", help="run on the CPU even if there is a GPU")
 
 
 def add_seed_argument(parser: argparse.ArgumentParser) -> None:
-    """`-s/--seed`."""
+    """Add `-s/--seed`."""
     parser.add_argument("-s", "--seed", type=seed, default=1234, help="random seed (default: %(default)s)")
 
 
 def add_address_arguments(parser: argparse.ArgumentParser, least_port: int = 1) -> None:
-    """`--server-name` and `--server-port`; with `least_port` 0 the system may choose the port."""
+    """Add `--server-name` and `--server-port`; `least_port=0` allows port 0, where the system chooses a free port."""
     parser.add_argument(
         "--server-name",
         default="127.0.0.1",
         metavar="HOST",
-        help="address to serve on; 0.0.0.0 lets other machines in (default: %(default)s)",
+        help="address to listen on; 0.0.0.0 lets other machines in (default: %(default)s)",
     )
     parser.add_argument(
         "--server-port",
         type=whole(least_port, 65535),
         default=8000,
         metavar="PORT",
-        help=f"port to serve on{'' if least_port else ', 0 for any'} (default: %(default)s)",
+        help=f"port to listen on{'' if least_port else ', 0 for any free port'} (default: %(default)s)",
     )
 
 
 def add_batch_argument(parser: argparse.ArgumentParser) -> None:
-    """`--max-batch-size`, of the engine."""
+    """Add `--max-batch-size` of the serving engine."""
     parser.add_argument(
         "--max-batch-size",
         type=whole(1),
         default=16,
         metavar="N",
-        help="maximum number of replies that are generated at once; further ones wait (default: %(default)s)",
+        help="maximum number of replies that are generated concurrently; others wait (default: %(default)s)",
     )
 
 
 def add_overwrite_argument(parser: argparse.ArgumentParser) -> None:
-    """`--overwrite`, of commands that write a model."""
-    parser.add_argument("--overwrite", action="store_true", help="replace the model that OUT holds already")
+    """Add `--overwrite` for commands that write a model."""
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing model in OUT")
 
 
 def whole(least: int, most: int | None = None) -> Callable[[str], int]:
-    """The type of an argument that is a whole number from `least` to `most`."""
+    """Return an argument type for whole numbers from `least` to `most`."""
 
     def parse(text: str) -> int:
         if text.isascii() and text.isdecimal() and least <= int(text) <= (int(text) if most is None else most):
             return int(text)
-        upper = "on" if most is None else f"to {most}"
-        raise argparse.ArgumentTypeError(f"a whole number from {least} {upper} is needed, not {text!r}")
+        allowed = f"of at least {least}" if most is None else f"from {least} to {most}"
+        raise argparse.ArgumentTypeError(f"must be a whole number {allowed}, not {text!r}")
 
     return parse
 
 
 def seconds(text: str) -> float:
-    """The type of an argument that is a duration."""
+    """Argument type for a duration in seconds."""
     try:
         if 0 <= (value := float(text)) < float("inf"):
-            return min(value, threading.TIMEOUT_MAX)  # nothing waits longer
+            return min(value, threading.TIMEOUT_MAX)  # the longest possible wait
     except ValueError:
         pass
-    raise argparse.ArgumentTypeError(f"a number of seconds from 0 on is needed, not {text!r}")
+    raise argparse.ArgumentTypeError(f"must be a non-negative number of seconds, not {text!r}")
 
 
 def seed(text: str) -> int:
-    """The type of an argument that is a seed, as torch.manual_seed takes it."""
+    """Argument type for a random seed, in the range of torch.manual_seed."""
     try:
         if 0 <= (value := int(text)) < 2**64:
             return value
     except ValueError:
         pass
-    raise argparse.ArgumentTypeError(f"A seed is a whole number from 0 to 2**64 - 1, not {text!r}.")
+    raise argparse.ArgumentTypeError(f"The seed must be a whole number from 0 to 2**64 - 1, not {text!r}.")
 
 
 def user_and_password(text: str) -> tuple[str, str]:
-    """The type of an argument that is USER:PASS; the password may contain further colons."""
+    """Argument type for USER:PASS; the password may contain further colons."""
     user, _, password = text.partition(":")
     if user and password:
         return user, password
-    raise argparse.ArgumentTypeError("It is written USER:PASS, and neither may be empty.")
+    raise argparse.ArgumentTypeError("must be USER:PASS, and neither part may be empty")
 
 
 def file_size(text: str) -> str:
-    """The type of an argument that is a size as transformers reads it: a number and a unit."""
+    """Argument type for a file size in the syntax of transformers: a number and a unit."""
     if not re.fullmatch(r"\d+(\.\d+)?\s*[KMGT]B", text.strip(), re.IGNORECASE):
-        raise argparse.ArgumentTypeError(f"{text!r} is no size: write a number and KB, MB, GB or TB, such as 2GB")
+        raise argparse.ArgumentTypeError(f"invalid size {text!r}: write a number and KB, MB, GB or TB, for example 2GB")
     return text.strip()

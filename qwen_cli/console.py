@@ -1,4 +1,4 @@
-"""What all commands share at the terminal: messages, errors as sentences, quiet libraries."""
+"""Terminal output shared by all commands: messages, error reporting, quiet libraries."""
 
 import argparse
 import contextlib
@@ -8,25 +8,25 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from .arguments import as_typed
+from .arguments import with_script_names
 
 NOTHING_WRITTEN = "\nStopped. Nothing was written."
 
 
 def say(text: str) -> None:
-    """Print something for the person at the terminal, beside the results on standard output."""
+    """Print a message to standard error; standard output is for results."""
     print(text, file=sys.stderr, flush=True)
 
 
 def say_starting() -> None:
-    """Tell a person that something happens while the libraries are imported, which takes seconds."""
+    """Print "Starting ..." on a terminal, because importing the libraries takes seconds."""
     if sys.stderr.isatty():
         say("Starting ...")
 
 
 @dataclass
 class Ending:
-    """How a command ended."""
+    """Result of a command, set when `explain_errors` exits."""
 
     status: int = 0  # the exit status
 
@@ -36,22 +36,22 @@ def explain_errors(
     *,
     install: str = "",
     stopped: str = "Stopped.",
-    complain: Callable[[str], None] = say,
+    print_error: Callable[[str], None] = say,
     note: Callable[[str], None] = say,
     errors: tuple[type[Exception], ...] = (OSError, ValueError),
     prog: str | None = None,
 ) -> Iterator[Ending]:
-    """Inside, errors that a person can act on become sentences and exit status 1, and Ctrl-C exit status 130.
+    """Turn errors that users can act on into a message and exit status 1, and Ctrl-C into exit status 130.
 
-    What needs the library is imported inside, so that Ctrl-C and missing packages are handled then as well.
+    Import the library inside this context, so that Ctrl-C and missing packages during the import are handled, too.
 
     Args:
-        install: what to do where a package is missing, see `how_to_install`.
-        stopped: said after Ctrl-C.
-        complain: prints an error.
+        install: instructions for a missing package, see `how_to_install`.
+        stopped: message after Ctrl-C.
+        print_error: prints an error.
         note: prints `stopped`.
-        errors: whose texts are sentences for people; the library's own are among them, such as CheckpointError.
-        prog: "qwen export" in the command; None in a script, whose users read other names in the texts.
+        errors: exceptions whose text is the message; the defaults cover those of the library, like CheckpointError.
+        prog: "qwen export" for the command; None for a script, see `with_script_names`.
     """
     quiet_imports()
     ending = Ending()
@@ -62,46 +62,46 @@ def explain_errors(
         note(stopped)
     except errors as error:
         ending.status = 1
-        complain(as_typed(str(error), prog))
+        print_error(with_script_names(str(error), prog))
     except ImportError as error:
         ending.status = 1
-        complain(f"{error}. {install}")
+        print_error(f"{error}. {install}")
     except MemoryError as error:
         ending.status = 1
-        complain(str(error) or "The main memory is full.")
+        print_error(str(error) or "The main memory is full.")
 
 
 def how_to_install(extra: str | None, make: str | None = None) -> str:
-    """How to install what a command needs.
+    """Return instructions to install the packages that a command needs.
 
     Args:
-        extra: of pyproject.toml; None where the plain package is enough.
-        make: the target that installs it and runs the command, if there is one.
+        extra: an extra of pyproject.toml; None for the package without extras.
+        make: the make target that installs the packages and runs the command, if any.
     """
     what = f"'.[{extra}]'" if extra else "."
-    advice = f"In the folder of the repository: pip install -e {what} -c constraints.txt"
+    advice = f"In the repository folder, run: pip install -e {what} -c constraints.txt"
     return f"{advice}." if make is None else f"{advice}, or start with `make {make}`."
 
 
 def quiet_imports() -> None:
-    """Keep back what is said when transformers is imported. To be called before that.
+    """Silence warnings that are logged while transformers is imported. Call it before that import.
 
-    Where GPTQModel is installed, transformers imports torchao at once, which complains that it has no libraries for
-    this GPU, and makes torch warn of its own calls.
+    With GPTQModel installed, transformers imports torchao, which warns about missing libraries for this GPU and
+    triggers deprecation warnings in torch.
     """
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def load(arguments: argparse.Namespace, *, chat: bool = False) -> tuple[Any, Any]:
-    """The model and the tokenizer that `add_model_arguments` let a person choose, loaded quietly.
+    """Load the model and the tokenizer selected by the options of `add_model_arguments`, without log output.
 
     Args:
-        chat: refuse a base model before its weights are loaded.
+        chat: reject a base model before its weights are loaded.
 
     Raises:
         OSError: the checkpoint is missing, incomplete or of another architecture.
-        ValueError: the options contradict one another.
+        ValueError: the options contradict each other.
     """
     from qwen.checkpoint.loading import load_model_quietly
 

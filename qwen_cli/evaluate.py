@@ -1,7 +1,7 @@
 """Evaluate a checkpoint on a benchmark.
 
-The benchmarks are the modules of qwen/evaluation/benchmarks. They are listed without importing them: what is said about
-each one is the first line of its docstring.
+The benchmarks are the modules of qwen/evaluation/benchmarks. They are listed without being imported: the description of
+each is the first line of its docstring.
 """
 
 import argparse
@@ -24,14 +24,14 @@ from .arguments import (
 )
 from .console import explain_errors, how_to_install, say
 
-if TYPE_CHECKING:  # it takes seconds to import
+if TYPE_CHECKING:  # takes seconds to import
     from qwen.evaluation.task import Task
 
 INSTALL = how_to_install("eval", "evaluate")
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
-    """Run the benchmark that the first argument names; returns the exit status. Without a name, list all."""
+    """Run the benchmark named by the first argument, or list all without one. Returns the exit status."""
     name, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     known = benchmarks()
     if name in ("-h", "--help"):
@@ -39,14 +39,14 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         return 0
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
-        say(f"There is no benchmark {name}. " + (f"Did you mean {near[0]}?" if near else "`qwen eval` lists all."))
+        say(f"Unknown benchmark {name}. " + (f"Did you mean {near[0]}?" if near else "`qwen eval` lists all."))
         return 2
     return run(lambda: task_of(name), rest, prog and f"{prog} {name}")
 
 
 def benchmarks() -> dict[str, str]:
-    """The name of every benchmark, and a line about it."""
-    package = importlib.util.find_spec("qwen")  # finds without importing
+    """Return the name and the one-line description of every benchmark."""
+    package = importlib.util.find_spec("qwen")  # does not import it
     folders = [] if package is None else package.submodule_search_locations or []
     files = sorted(file for folder in folders for file in Path(folder, "evaluation", "benchmarks").glob("[!_]*.py"))
     docs = {file.stem: ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "" for file in files}
@@ -54,7 +54,7 @@ def benchmarks() -> dict[str, str]:
 
 
 def usage(known: dict[str, str]) -> str:
-    """The text of `qwen eval --help`."""
+    """Return the text of `qwen eval --help`."""
     width = max(map(len, known), default=0)
     return "\n".join(
         [
@@ -64,14 +64,14 @@ def usage(known: dict[str, str]) -> str:
             "",
             *(f"  {name:{width}}  {line}" for name, line in known.items()),
             "",
-            "`qwen eval BENCHMARK --help` lists the arguments of one, after the seconds that the libraries take.",
-            "eval/EVALUATION.md tells where the data come from.",
+            "`qwen eval BENCHMARK --help` lists the arguments of a benchmark; importing the libraries takes seconds.",
+            "eval/EVALUATION.md says where to get the data.",
         ]
     )
 
 
 def task_of(name: str) -> "type[Task]":
-    """The class of a benchmark."""
+    """Import a benchmark and return its class."""
     from qwen.evaluation.task import Task
 
     module = importlib.import_module(f"qwen.evaluation.benchmarks.{name}")
@@ -81,13 +81,13 @@ def task_of(name: str) -> "type[Task]":
 
 
 def run(find_task: "Callable[[], type[Task]]", argv: Sequence[str], prog: str | None) -> int:
-    """Evaluate and print the table; returns the exit status.
+    """Run a benchmark, print its table and return the exit status.
 
     Args:
         find_task: imports and returns the class of the benchmark.
         argv: the command line.
     """
-    stopped = "Stopped. The same command goes on from here."
+    stopped = "Stopped. Run the same command to resume."
     with explain_errors(install=INSTALL, stopped=stopped, prog=prog) as ending:
         task_class = find_task()
         import torch
@@ -105,12 +105,12 @@ def run(find_task: "Callable[[], type[Task]]", argv: Sequence[str], prog: str | 
             raise OSError(str(error)) from error
         except torch.OutOfMemoryError as error:
             what = str(error).splitlines()[0]
-            raise MemoryError(f"{what}\nThe same command with a smaller --batch-size goes on from here.") from error
+            raise MemoryError(f"{what}\nRun the same command with a smaller --batch-size to resume.") from error
     return ending.status
 
 
 def add_arguments(parser: argparse.ArgumentParser, task_class: "type[Task]") -> None:
-    """The arguments that all benchmarks take, and those of this one."""
+    """Add the arguments common to all benchmarks, and those of this one."""
     add_checkpoint_argument(parser, f"the bundled toy, qwen-tiny-{'chat' if task_class.chat else 'base'}")
     add_hub_argument(parser)
     add_seed_argument(parser)
@@ -119,24 +119,24 @@ def add_arguments(parser: argparse.ArgumentParser, task_class: "type[Task]") -> 
         "--sample-output-file",
         type=Path,
         metavar="OUT.jsonl",
-        help=f"a record a question; the summary goes beside it (default: output_eval/{task_class.name}_MODEL.jsonl, "
-        "with what else is chosen in the name)",
+        help="file with one record per question; the summary is written beside it (default: "
+        f"output_eval/{task_class.name}_MODEL.jsonl, with other options in the name)",
     )
-    parser.add_argument("--overwrite", action="store_true", help="start anew where there are results already")
+    parser.add_argument("--overwrite", action="store_true", help="discard existing results and start over")
     parser.add_argument(
         "--batch-size",
         type=whole(1),
         default=task_class.batch_size,
         metavar="N",
-        help="questions at a time (default: %(default)s)",
+        help="questions per batch (default: %(default)s)",
     )
     parser.add_argument(
         "--max-seq-len",
         type=whole(1),
         default=task_class.max_seq_len,
         metavar="N",
-        help="longest prompt in tokens; worked examples that do not fit are left out "
-        f"(default: {task_class.max_seq_len or 'what the model is offered for'})",
+        help="maximum prompt length in tokens; worked examples that do not fit are left out "
+        f"(default: {task_class.max_seq_len or 'the maximum length of the model'})",
     )
     parser.add_argument("--limit", type=whole(1), metavar="N", help="only the first N questions of each group")
     add_cpu_only_argument(parser)

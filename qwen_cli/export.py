@@ -1,10 +1,10 @@
-"""Write a first-generation Qwen checkpoint in a format that other engines read.
+"""Export a first-generation Qwen checkpoint for other inference engines.
 
-    qwen export -c Qwen/Qwen-7B-Chat -o qwen-7b-chat            # Qwen2's: vLLM, SGLang, transformers alone, ...
+    qwen export -c Qwen/Qwen-7B-Chat -o qwen-7b-chat            # Qwen2: vLLM, SGLang, plain transformers, ...
     qwen export -c Qwen/Qwen-7B-Chat -o qwen-7b-chat.gguf       # GGUF: llama.cpp, Ollama, ...
 
-The name decides: what ends in .gguf is one file, anything else is a folder. Quantized checkpoints stay so in a folder
-and are unpacked for GGUF. docs/deployment.md tells how to serve the result.
+The output name selects the format: a file for names that end in .gguf, otherwise a folder. Quantized weights stay
+quantized in a folder and are dequantized for GGUF. docs/deployment.md explains how to serve the result.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from .console import NOTHING_WRITTEN, explain_errors, how_to_install, say, say_s
 
 
 def parse_arguments(argv: Sequence[str] | None, prog: str | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = make_parser(__doc__, prog, allow_abbrev=False)
     add_checkpoint_argument(parser)
     parser.add_argument(
@@ -25,32 +25,32 @@ def parse_arguments(argv: Sequence[str] | None, prog: str | None) -> argparse.Na
         "--out-path",
         default="output_qwen2",
         metavar="OUT",
-        help="a folder, or a file that ends in .gguf (default: %(default)s)",
+        help="output folder, or output file that ends in .gguf (default: %(default)s)",
     )
     parser.add_argument(
-        "--type", metavar="TYPE", help="of the weights in GGUF: f32, f16 (the default), bf16, q8_0 or q4_0"
+        "--type", metavar="TYPE", help="type of the weights in GGUF: f32, f16 (the default), bf16, q8_0 or q4_0"
     )
     parser.add_argument(
         "--max-length",
         type=int,
         metavar="N",
-        help="stretch the rotary embedding for prompts of N tokens, where that is beyond the trained length",
+        help="stretch the rotary embedding for prompts of N tokens, if N exceeds the trained length",
     )
     add_hub_argument(parser)
     add_overwrite_argument(parser)
     arguments = parser.parse_args(argv)
     if arguments.type is not None and not is_gguf(arguments.out_path):
-        parser.error("--type is for GGUF: name a file that ends in .gguf, or leave it out to keep the weights' type")
+        parser.error("--type is for GGUF: name a file that ends in .gguf, or omit --type to keep the weights' type")
     return arguments
 
 
 def is_gguf(out: str) -> bool:
-    """Whether a path names a GGUF file."""
+    """Return whether a path names a GGUF file."""
     return Path(out).suffix.lower() == ".gguf"
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
-    """Returns the exit status: 0 with an exported model, 1 without one, 130 after Ctrl-C."""
+    """Export a model. Returns the exit status: 0 on success, 1 on error, 130 after Ctrl-C."""
     arguments = parse_arguments(argv, prog)
     say_starting()
     with explain_errors(install=how_to_install("export", "export"), stopped=NOTHING_WRITTEN, prog=prog) as ending:
@@ -63,12 +63,12 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 
 
 def run(arguments: argparse.Namespace) -> list[str]:
-    """Export; returns remarks on the result."""
-    from qwen.checkpoint.staging import end_like_ctrl_c
+    """Export a model and return remarks about the result."""
+    from qwen.checkpoint.staging import handle_signals_as_ctrl_c
     from qwen.export import export_gguf, export_qwen2
     from qwen.quiet import quiet_loading
 
-    end_like_ctrl_c()
+    handle_signals_as_ctrl_c()
     how = {
         "max_length": arguments.max_length,
         "hub": arguments.hub,

@@ -4,33 +4,33 @@
 
 Takes every argument of transformers' TrainingArguments; --help lists the common ones, --help-all lists all of them.
 Runs in one process, under torchrun, with DeepSpeed (--deepspeed CONFIG.json) and with FSDP (--fsdp full_shard); the
-scripts in finetune/ do that with the published settings.
+scripts in finetune/ use the published settings.
 """
 
 import os
 import sys
 from collections.abc import Sequence
 
-from .arguments import as_typed, make_parser
+from .arguments import make_parser, with_script_names
 from .console import explain_errors, how_to_install, say, say_starting
 from .finetune_options import add_options
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
-    """Returns the exit status: 0 after training, 1 where it failed, 2 for wrong arguments, 130 after Ctrl-C."""
+    """Train. Returns the exit status: 0 on success, 1 on error, 2 for invalid arguments, 130 after Ctrl-C."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if {"-h", "--help"} & set(argv):
         print_help(prog)
         return 0
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait leave the cores to others
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads free their cores
     first = os.environ.get("RANK", "0") == "0"
     if first:
         say_starting()
     with explain_errors(
         install=how_to_install("finetune", "finetune"),
-        stopped="\nStopped.",  # by a second Ctrl-C, or before training: during it, the first one saves a checkpoint
+        stopped="\nStopped.",  # after a second Ctrl-C, or before training: during it, the first one saves a checkpoint
         note=say if first else lambda text: None,
-        errors=(),  # `run` tells those that are for people; others need their traceback
+        errors=(),  # `run` prints the expected errors; others need their traceback
     ) as ending:
         if "--help-all" in argv:
             print_help_of_all(prog)
@@ -43,10 +43,10 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 
 
 def print_help(prog: str | None) -> None:
-    """Print the help of the common arguments, at once."""
+    """Print the help of the common arguments, without slow imports."""
     parser = make_parser(__doc__, prog, usage="%(prog)s --data_path FILE [arguments]", add_help=False)
     parser.add_argument("-h", "--help", action="store_true", help="show the common arguments")
-    parser.add_argument("--help-all", action="store_true", help="show all arguments, which takes seconds")
+    parser.add_argument("--help-all", action="store_true", help="show all arguments (takes seconds)")
     add_options(parser)
     parser.print_help()
 
@@ -61,8 +61,8 @@ def print_help_of_all(prog: str | None) -> None:
 
 
 def run(argv: list[str], prog: str | None) -> int:
-    """Train; returns the exit status."""
-    from qwen.finetuning.distributed import ProcessFailed, barrier, is_main_process, let_main_process_speak
+    """Train with the given arguments and return the exit status."""
+    from qwen.finetuning.distributed import ProcessFailed, barrier, delay_exit_on_workers, is_main_process
     from qwen.quiet import quiet_training
 
     quiet_training(main=is_main_process())
@@ -73,8 +73,8 @@ def run(argv: list[str], prog: str | None) -> int:
             say(text)
 
     def fail(error: Exception, status: int) -> int:
-        tell(as_typed(str(error), prog))
-        let_main_process_speak()
+        tell(with_script_names(str(error), prog))
+        delay_exit_on_workers()
         return status
 
     try:
@@ -94,18 +94,18 @@ def run(argv: list[str], prog: str | None) -> int:
         outcome = finetune(arguments)
     except ArgumentError as error:
         return fail(error, 2)
-    # SafetensorError is a full disk's; CheckpointError an OSError.
+    # SafetensorError is raised for a full disk; CheckpointError is an OSError.
     except (OSError, SafetensorError, DataFileError, MalformedSample, ProcessFailed) as error:
         return fail(error, 1)
     barrier()
     if outcome.interrupted:
-        tell(f"Stopped. The same command with --resume_from_checkpoint True goes on from {outcome.output_dir}.")
+        tell(f"Stopped. Add --resume_from_checkpoint True to the same command to continue from {outcome.output_dir}.")
         return 130
     if "eval_loss" in outcome.metrics:
         tell(
-            "On {eval_data_path}: loss {eval_loss:.4f} nats a token, perplexity {eval_perplexity:.2f}.".format(
+            "On {eval_data_path}: loss {eval_loss:.4f} nats per token, perplexity {eval_perplexity:.2f}.".format(
                 eval_data_path=arguments.data.eval_data_path, **outcome.metrics
             )
         )
-    tell(as_typed(f"Done: {outcome.output_dir}\nTalk to it: qwen chat -c {outcome.output_dir}", prog))
+    tell(with_script_names(f"Done: {outcome.output_dir}\nTalk to it: qwen chat -c {outcome.output_dir}", prog))
     return 0

@@ -1,10 +1,10 @@
-"""Merge a LoRA adapter into its base model: a folder that loads without peft and without the base.
+"""Merge a LoRA adapter into its base model. The result loads without peft and without the base.
 
     qwen merge output_qwen merged_qwen
     qwen chat -c merged_qwen
 
-The weights have the precision of the base unless --dtype names another. An adapter that was trained on a quantized
-model (Q-LoRA) cannot be merged into it: use it as it is, or name the float model with --base, which approximates it.
+The weights have the precision of the base unless --dtype names another. An adapter trained on a quantized model
+(Q-LoRA) cannot be merged into it: use it as it is, or name the float model with --base, which is an approximation.
 """
 
 import argparse
@@ -18,12 +18,12 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def parse_arguments(argv: Sequence[str] | None, prog: str | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = make_parser(__doc__, prog, allow_abbrev=False)
-    parser.add_argument("adapter", metavar="ADAPTER", help="the folder that training with --use_lora wrote")
-    parser.add_argument("out", metavar="OUT", help="the folder that the model is written to")
+    parser.add_argument("adapter", metavar="ADAPTER", help="folder written by training with --use_lora")
+    parser.add_argument("out", metavar="OUT", help="folder for the merged model")
     parser.add_argument(
-        "--base", metavar="MODEL", help="folder or hub id to merge into, where the recorded one is not it"
+        "--base", metavar="MODEL", help="folder or hub id to merge into (default: the base recorded in the adapter)"
     )
     add_hub_argument(parser)
     parser.add_argument(
@@ -41,25 +41,25 @@ def parse_arguments(argv: Sequence[str] | None, prog: str | None) -> argparse.Na
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
-    """Returns the exit status: 0 with a merged model, 1 without one, 130 after Ctrl-C."""
+    """Merge an adapter. Returns the exit status: 0 on success, 1 on error, 130 after Ctrl-C."""
     arguments = parse_arguments(argv, prog)
     with explain_errors(install=how_to_install("peft"), stopped=NOTHING_WRITTEN, prog=prog) as ending:
         run(arguments)
     if not ending.status:
-        with contextlib.suppress(KeyboardInterrupt):  # it comes too late
+        with contextlib.suppress(KeyboardInterrupt):  # too late to stop anything
             report(arguments)
     return ending.status
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Merge."""
+    """Merge with the given arguments."""
     import torch
 
-    from qwen.checkpoint.staging import end_like_ctrl_c
+    from qwen.checkpoint.staging import handle_signals_as_ctrl_c
     from qwen.finetuning.merging import merge
     from qwen.quiet import quiet_loading
 
-    end_like_ctrl_c()
+    handle_signals_as_ctrl_c()
     with quiet_loading():
         merge(
             arguments.adapter,
@@ -73,12 +73,12 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def report(arguments: argparse.Namespace) -> None:
-    """Print where the model is, and what to know about it."""
+    """Print the folder of the model, and a note if it is an approximation."""
     from qwen.finetuning.merging import is_approximate
 
     if is_approximate(arguments.adapter, arguments.hub):
         say(
-            "An approximation: the adapter was trained on quantized weights. Try whether the model still does what it "
-            "learned."
+            "The model is an approximation: the adapter was trained on quantized weights. Test whether it still does "
+            "what it learned."
         )
     print(arguments.out)

@@ -3,8 +3,8 @@
     qwen quantize --model_name_or_path merged_qwen --data_path data.json --out_path merged_qwen_int4
     qwen chat -c merged_qwen_int4
 
-The data is that of fine-tuning. Without a model and data, the bundled toy is quantized with conversations of its own.
-The folder that is written is complete, and loads as every published -Int4 or -Int8 checkpoint does.
+The data has the format of fine-tuning data. Without a model and data, the bundled toy is quantized with its own
+conversations. The result is complete, and loads like the published -Int4 and -Int8 checkpoints.
 """
 
 import argparse
@@ -13,45 +13,41 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .arguments import add_hub_argument, add_overwrite_argument, as_typed, make_parser
+from .arguments import add_hub_argument, add_overwrite_argument, make_parser, with_script_names
 from .console import NOTHING_WRITTEN, explain_errors, how_to_install, say, say_starting
 
 if TYPE_CHECKING:  # it takes seconds to import
     from qwen import Checkpoint
-    from qwen.quantization import Outcome
+    from qwen.quantization import QuantizeResult
 
 
 def parse_arguments(argv: Sequence[str] | None, prog: str | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = make_parser(__doc__, prog, allow_abbrev=False)
 
     def option(name: str, **settings) -> None:
-        """An option that may be written with - or _ between its words."""
+        """Add an option that accepts both - and _ between its words."""
         parser.add_argument(
             *dict.fromkeys((name, "--" + name[2:].replace("_", "-"), "--" + name[2:].replace("-", "_"))), **settings
         )
 
-    option(
-        "--model_name_or_path", metavar="MODEL", help="a folder or a hub id of a float model (default: the bundled toy)"
-    )
+    option("--model_name_or_path", metavar="MODEL", help="folder or hub id of a float model (default: the bundled toy)")
     add_hub_argument(parser)
     option("--data_path", metavar="FILE", help="conversations to calibrate with: a JSON list, or JSON Lines")
-    option("--out_path", metavar="OUT", help="the folder to write (default: output_qwen_int4 or output_qwen_int8)")
+    option("--out_path", metavar="OUT", help="folder to write (default: output_qwen_int4 or output_qwen_int8)")
     option(
-        "--max_len", type=int, default=8192, metavar="N", help="longest conversation in tokens (default: %(default)s)"
+        "--max_len",
+        type=int,
+        default=8192,
+        metavar="N",
+        help="maximum length of a conversation in tokens (default: %(default)s)",
     )
-    option("--bits", type=int, default=4, choices=(4, 8), help="bits of a weight (default: %(default)s)")
+    option("--bits", type=int, default=4, choices=(4, 8), help="bits per weight (default: %(default)s)")
     option("--group-size", type=int, default=128, metavar="N", help="weights that share a scale (default: %(default)s)")
     option(
         "--samples", type=int, default=128, metavar="N", help="maximum number of conversations (default: %(default)s)"
     )
-    option(
-        "--seed",
-        type=int,
-        default=1234,
-        metavar="N",
-        help="chooses the conversations where there are more (default: %(default)s)",
-    )
+    option("--seed", type=int, default=1234, metavar="N", help="random seed of the sampling (default: %(default)s)")
     option(
         "--max-shard-size", default="2GB", metavar="SIZE", help="maximum size of a weight file (default: %(default)s)"
     )
@@ -60,8 +56,8 @@ def parse_arguments(argv: Sequence[str] | None, prog: str | None) -> argparse.Na
     arguments = parser.parse_args(argv)
     if arguments.model_name_or_path is not None and arguments.data_path is None:
         parser.error(
-            "--data_path is missing: name conversations such as the model will be used for, its fine-tuning data or a "
-            "part of it"
+            "--data_path is missing: name conversations like those that the model will be used for, its fine-tuning "
+            "data or a part of it"
         )
     for name, least in (("max_len", 16), ("samples", 1)):
         if getattr(arguments, name) < least:
@@ -72,34 +68,34 @@ def parse_arguments(argv: Sequence[str] | None, prog: str | None) -> argparse.Na
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
-    """Returns the exit status: 0 with a quantized model, 1 without one, 130 after Ctrl-C."""
+    """Quantize a model. Returns the exit status: 0 on success, 1 on error, 130 after Ctrl-C."""
     arguments = parse_arguments(argv, prog)
     say_starting()
     with explain_errors(install=how_to_install("gptq", "quantize"), stopped=NOTHING_WRITTEN, prog=prog) as ending:
         outcome = run(arguments)
     if not ending.status:
-        with contextlib.suppress(KeyboardInterrupt):  # it comes too late
+        with contextlib.suppress(KeyboardInterrupt):  # too late to stop anything
             report(outcome, arguments.out_path, prog)
     return ending.status
 
 
-def run(arguments: argparse.Namespace) -> "Outcome":
-    """Quantize, and say with what."""
+def run(arguments: argparse.Namespace) -> "QuantizeResult":
+    """Quantize, and print the calibration data used."""
     from qwen import Checkpoint
-    from qwen.checkpoint.staging import end_like_ctrl_c
+    from qwen.checkpoint.staging import handle_signals_as_ctrl_c
     from qwen.quantization import check, quantize
     from qwen.quiet import quiet_loading
 
-    end_like_ctrl_c()
+    handle_signals_as_ctrl_c()
     source, out = Checkpoint(arguments.model_name_or_path, hub=arguments.hub), Path(arguments.out_path)
-    how = {
+    settings = {
         "bits": arguments.bits,
         "group_size": arguments.group_size,
         "max_shard_size": arguments.max_shard_size,
         "overwrite": arguments.overwrite,
     }
     with quiet_loading(progress=arguments.model_name_or_path is not None):
-        config = check(source, out, **how)
+        config = check(source, out, **settings)
         samples, found = conversations(arguments, source)
         tokens = sum(map(len, samples))
         say(
@@ -109,26 +105,26 @@ def run(arguments: argparse.Namespace) -> "Outcome":
         if cut := sum(len(ids) == arguments.max_len for ids in samples):
             say(f"{cut} of them fill or exceed --max_len {arguments.max_len}: their ends are cut off.")
         if tokens < (widest := max(config.hidden_size, config.intermediate_size // 2)):
-            say(f"That is little: matrices have up to {widest:,} inputs. The more tokens above that, the better.")
-        return quantize(source, out, samples, **how, cpu_only=arguments.cpu_only, progress=True)
+            say(f"That is little: matrices have up to {widest:,} inputs. Use more than that, the more the better.")
+        return quantize(source, out, samples, **settings, cpu_only=arguments.cpu_only, progress=True)
 
 
-def report(outcome: "Outcome", out: str, prog: str | None) -> None:
+def report(outcome: "QuantizeResult", out: str, prog: str | None) -> None:
     """Print the losses and what to do next."""
     from qwen import Checkpoint
-    from qwen.quantization import gigabytes
+    from qwen.quantization import format_bytes
 
     say(f"{'matrix':14}{'mean loss':>12}{'worst':>12}  in layer")
     for kind, loss in outcome.losses.items():
         say(f"{kind:14}{loss.mean:12.3g}{loss.worst:12.3g}  {loss.worst_layer + 1}")
-    before, after = gigabytes(outcome.bytes_before), gigabytes(outcome.bytes_after)
-    say(f"Done in {outcome.seconds:.0f} s: {out}, {after} of weights, which are {before} in 16 bits.")
+    before, after = format_bytes(outcome.bytes_before), format_bytes(outcome.bytes_after)
+    say(f"Done in {outcome.seconds:.0f} s: {out}, {after} of weights ({before} in 16 bits).")
     if Checkpoint(outcome.folder).is_chat:
-        say(as_typed(f"Talk to it: qwen chat -c {out}", prog))
+        say(with_script_names(f"Talk to it: qwen chat -c {out}", prog))
 
 
 def conversations(arguments: argparse.Namespace, source: "Checkpoint") -> tuple[list[list[int]], int]:
-    """Token ids of the conversations that calibrate, and how many there are to choose from."""
+    """Return the token ids of the calibration samples, and the number of all conversations."""
     from qwen.data.conversation_file import ConversationFile
     from qwen.quantization import calibration_samples
 

@@ -24,28 +24,28 @@ BUNDLED = "qwen-tiny-chat"
 
 
 def parse_arguments(argv: Sequence[str] | None, prog: str | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = make_parser(__doc__, prog)
     add_model_arguments(parser)
     add_address_arguments(parser)
-    parser.add_argument("--inbrowser", action="store_true", help="open the page in the browser of this machine")
+    parser.add_argument("--inbrowser", action="store_true", help="open the page in the browser on this machine")
     parser.add_argument(
         "--share",
         action="store_true",
-        help="also make the page public for a week, through a tunnel of gradio.live; whoever has the link can use it",
+        help="also make the page public for a week, through a tunnel of gradio.live; anyone with the link can use it",
     )
     parser.add_argument(
-        "--auth", metavar="USER:PASS", type=user_and_password, help="ask for this user name and password"
+        "--auth", metavar="USER:PASS", type=user_and_password, help="require this user name and password"
     )
     add_batch_argument(parser)
     return parser.parse_args(argv)
 
 
 def check_address(host: str, port: int) -> None:
-    """Find out before the model is loaded, which can take minutes, whether the page can be served here.
+    """Check that the page can be served on this address, before loading the model, which can take minutes.
 
     Raises:
-        OSError: the port is taken, or the address is not one of this machine.
+        OSError: the port is in use, or the address does not exist on this machine.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
@@ -53,7 +53,7 @@ def check_address(host: str, port: int) -> None:
     except OSError as error:
         reason = (error.strerror or str(error)).partition(" (")[0]
         raise OSError(
-            f"Nothing can be served on {host}, port {port}: {reason}. Name another with --server-port or --server-name."
+            f"Cannot serve on {host}, port {port}: {reason}. Choose another with --server-port or --server-name."
         ) from error
 
 
@@ -74,7 +74,7 @@ def serve(model: Any, tokenizer: Any, arguments: argparse.Namespace) -> None:
             share=arguments.share,
             auth=arguments.auth,
         )
-        say(f"Open {page.local_url} in a browser. Ctrl-C ends.")
+        say(f"Open {page.local_url} in a browser. Ctrl-C stops.")
         threading.Event().wait()
     finally:
         engine.close(timeout=0)
@@ -83,23 +83,23 @@ def serve(model: Any, tokenizer: Any, arguments: argparse.Namespace) -> None:
 
 
 def stop(*_: Any) -> None:
-    """Ends like Ctrl-C, and only once: more signals must not interrupt the cleaning up."""
+    """Raise KeyboardInterrupt, and ignore further signals so that they do not interrupt the cleanup."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
-    """Returns the exit status: 0 after serving, 1 where that could not begin, 130 when stopped before it began."""
+    """Serve the page. Returns the exit status: 0 after serving, 1 if it could not start, 130 if stopped before."""
     arguments = parse_arguments(argv, prog)
-    for number in (signal.SIGINT, signal.SIGTERM):  # the latter from service managers and `docker stop`
+    for number in (signal.SIGINT, signal.SIGTERM):  # SIGTERM from service managers and `docker stop`
         signal.signal(number, stop)
     say(f"Loading {arguments.checkpoint_path} ..." if arguments.checkpoint_path else BUNDLED_NOTE)
-    # Threads of torch that wait for each other spin by default, and take the processor from those that serve the page.
+    # By default, waiting torch threads spin and take processor time from the threads that serve the page.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     with explain_errors(install=how_to_install("web", "web"), stopped="Stopped while loading.", prog=prog) as ending:
         check_address(arguments.server_name, arguments.server_port)
-        importlib.import_module("gradio")  # a missing library should be known before gigabytes are loaded
+        importlib.import_module("gradio")  # report a missing library before loading gigabytes
 
         model, tokenizer = load(arguments, chat=True)
         try:

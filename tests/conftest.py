@@ -1,4 +1,4 @@
-"""What several test files share: where things are, a checkpoint that is made in a second, a Python without all this."""
+"""Shared fixtures: checkpoints, tokenizers, and a Python without this repository; markers and order of the tests."""
 
 import base64
 import importlib.util
@@ -14,48 +14,48 @@ from tests.support import GOLDEN_FOLDER, ROOT, processes
 from tests.support.processes import Elsewhere
 from tests.support.server_process import server, start_server  # noqa: F401  fixtures
 
-# A shell starts a background job with SIGINT ignored. Its children inherit that, and Python then installs no handler:
-# the tests of Ctrl-C would wait for an end that does not come.
+# A shell starts background jobs with SIGINT ignored. Children inherit that, and Python then installs no handler: the
+# Ctrl-C tests would hang.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-# Nothing is downloaded in a test; without this, a forgotten hub id waits for the network instead of failing.
+# Tests download nothing; without this, a hub id left in a test waits for the network instead of failing.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# What somebody has set for their own models is not for these.
+# Ignore the settings of the user who runs the tests.
 for name in [name for name in os.environ if name.startswith(("QWEN_", "MODELSCOPE_"))]:
     del os.environ[name]
-# The models here are too small to be shared between threads, which would only wait for each other.
+# The models are too small to benefit from several threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 MERGES = (b"he", b"ll", b"llo", b"hello", b" t", b"th", b" th", b" the", b"in", b"ing")
 
-# Whoever takes one of these starts a process, or has a browser.
+# Markers of the tests that use these fixtures, which start a process or a browser.
 MARKERS = {
     "browser": "browser",
     **dict.fromkeys(("server", "start_server", "elsewhere", "chat_elsewhere"), "process"),
 }
 
-# What takes longest comes first: at the end, no worker waits for another.
+# Slowest first, so that no worker waits for another at the end.
 FIRST = ("training", "browser", "docs", "process", "slow")
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    """Mark a test by what it takes."""
+    """Mark a test according to its fixtures."""
     for fixture, marker in MARKERS.items():
         if fixture in getattr(item, "fixturenames", ()):
             item.add_marker(marker)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Let quick tests start no processes."""
+    """Forbid tests without a marker to start processes."""
     processes.allowed = any(marker.name in FIRST for marker in item.iter_markers())
 
 
-@pytest.hookimpl(trylast=True)  # after the order has been drawn
+@pytest.hookimpl(trylast=True)  # after the order has been randomized
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Sort the files of tests by their markers."""
+    """Sort test files by their markers, slowest first."""
     rank: dict[Path, int] = {}
     for item in items:
-        places = [FIRST.index(marker.name) for marker in item.iter_markers() if marker.name in FIRST]
-        rank[item.path] = min([*places, rank.get(item.path, len(FIRST))])
+        ranks = [FIRST.index(marker.name) for marker in item.iter_markers() if marker.name in FIRST]
+        rank[item.path] = min([*ranks, rank.get(item.path, len(FIRST))])
     items.sort(key=lambda item: rank[item.path])
 
 
@@ -69,7 +69,7 @@ def golden() -> Path:
 
 @pytest.fixture(scope="session")
 def real_vocab_file() -> Path:
-    """The published vocabulary of 151,643 ranks, which the wheel of dashscope carries."""
+    """The published vocabulary of 151,643 ranks, from the dashscope wheel."""
     spec = importlib.util.find_spec("dashscope")  # finds without importing, which takes a second
     assert spec is not None, "the wheel of dashscope is missing: pip install dashscope==2.0.2"
     assert spec.origin, "the wheel of dashscope is missing: pip install dashscope==2.0.2"
@@ -106,9 +106,9 @@ def _bundled(name: str) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_chat_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a random 2-layer chat model (width 64, trained length 64) that babbles printable ASCII without end.
+    """Folder with a random 2-layer chat model (width 64, trained length 64) that generates printable ASCII without end.
 
-    Only printable tokens can win (the rows of the others in lm_head are zero), so every reply has exactly
+    Only printable tokens are chosen (the lm_head rows of all others are zero), so every reply has exactly
     max_new_tokens tokens and the terminal tests can rely on its length.
     """
     import torch
@@ -159,7 +159,7 @@ def tiny_chat_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Elsewhere]:
-    """Runs code where transformers is and this repository is not."""
+    """Runs code in a Python that has transformers but not this repository."""
     python = Elsewhere(tmp_path_factory.mktemp("elsewhere"))
     yield python
     python.end()
@@ -176,5 +176,5 @@ CHAT = """
 
 @pytest.fixture(scope="session")
 def chat_elsewhere(elsewhere: Elsewhere) -> Callable[[Path, str], str]:
-    """What the model in a folder answers where this repository is not."""
+    """Function (folder, question) → reply of the model in that folder, without this repository."""
     return lambda folder, question: elsewhere(CHAT, folder, question)[-1]

@@ -1,8 +1,8 @@
-"""GPTQ weights in a model: how to recognise them, which kernel multiplies with them, and what such a model cannot do.
+"""GPTQ weights: detection, kernel choice, and checks before training and saving.
 
-The layers themselves are GPTQModel's, and transformers' quantizer puts them in place. This file adds what these leave
-open: it chooses the kernel for each device, accepts the biases of zeros in published files, and refuses to train or
-save weights that were repacked for a kernel.
+The layers are GPTQModel's, inserted by transformers' quantizer. This file chooses the kernel for each device, accepts
+the all-zero biases of published files, and raises an error when weights that were repacked for a kernel are trained or
+saved.
 """
 
 import copy
@@ -18,14 +18,14 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 TRAINING_KERNELS = ("gptq_torch", "gptq_triton")
-"""Kernels that pass right gradients whatever was computed before. Others that claim to, stop after a first answer."""
+"""Kernels whose gradients are always correct. Other trainable kernels lose gradients after an eval forward."""
 
 PARTS = (".qweight", ".qzeros", ".scales", ".g_idx")
-"""What a linear layer is stored as."""
+"""Suffixes of the tensors that store a quantized linear layer."""
 
 
 def is_gptq(config: PreTrainedConfig) -> bool:
-    """Whether the weights of the checkpoint are quantized with GPTQ, as the published Int4 and Int8 ones are."""
+    """Return whether the weights are quantized with GPTQ, as in the published Int4 and Int8 checkpoints."""
     quantization = getattr(config, "quantization_config", None)
     if not isinstance(quantization, dict):
         quantization = vars(quantization) if quantization is not None else {}
@@ -33,12 +33,12 @@ def is_gptq(config: PreTrainedConfig) -> bool:
 
 
 def choose_kernel(quantization: dict[str, Any], dtype: torch.dtype | str, device: torch.device) -> str:
-    """The `backend` of GPTQModel that multiplies with GPTQ weights of this kind fastest, on this device.
+    """Return GPTQModel's fastest `backend` for these GPTQ weights on this device.
 
-    Its automatic choice on an accelerator, and on the CPU for what the kernel of 4 bits there takes. On NVIDIA's GPUs
-    that choice compiles itself with nvcc at the first load; without nvcc it fails, and Triton's kernel is taken. All
-    else on the CPU is computed in 8 bits with one scale a row, which is fast in bfloat16 alone, and in other precisions
-    unpacked in every pass, which is slow and exact.
+    On accelerators, and on the CPU for layouts that its 4-bit kernel supports, GPTQModel chooses. On NVIDIA GPUs its
+    choice is compiled with nvcc at the first load; without nvcc that fails, so the Triton kernel is used. Other weights
+    on the CPU are computed in 8 bits with one scale per row in bfloat16, which is fast, and unpacked in every forward
+    in other precisions, which is slow but exact.
 
     Args:
         quantization: `quantization_config` of config.json.
@@ -46,8 +46,8 @@ def choose_kernel(quantization: dict[str, Any], dtype: torch.dtype | str, device
     bits, group_size = quantization.get("bits"), quantization.get("group_size", 128)
     if device.type == "cuda" and torch.version.hip is None and bits in (2, 4, 8) and not _has_nvcc():
         logger.warning(
-            "The fastest kernels for GPTQ weights are compiled with nvcc, which is not found: Triton's are used. With "
-            "the CUDA toolkit installed (or CUDA_HOME set to it) the first load takes minutes, and answers are faster."
+            "nvcc, which compiles the fastest kernels for GPTQ weights, was not found: Triton's are used. For faster "
+            "replies install the CUDA toolkit (or set CUDA_HOME to it); the first load then takes minutes."
         )
         return "gptq_triton"
     if device.type != "cpu" or (bits == 4 and group_size in (32, 64, 128)):
@@ -65,13 +65,13 @@ def _has_nvcc() -> bool:
 def with_kernel(
     config: PreTrainedConfig, asked: Any, dtype: torch.dtype | str, device: torch.device
 ) -> tuple[PreTrainedConfig, Any]:
-    """The two configurations that transformers merges, both naming the kernel to load for.
+    """Set the kernel in both configurations that transformers merges, and return them.
 
-    What a file says of kernels is of the machine that wrote it and does not count.
+    A kernel named in the checkpoint was chosen on the machine that wrote it, so it is ignored.
 
     Args:
         config: of a checkpoint, quantized or not.
-        asked: the caller's `quantization_config`; its `backend` wins unless it leaves the choice open.
+        asked: the caller's `quantization_config`; its `backend` takes precedence unless it is "auto".
     """
     if not is_gptq(config):
         return config, asked
@@ -87,7 +87,7 @@ def with_kernel(
 
 
 class GPTQMixin:
-    """Loading, training and saving of a PreTrainedModel whose weights may be quantized with GPTQ."""
+    """Adapts loading, training and saving of a PreTrainedModel whose weights may be quantized with GPTQ."""
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
@@ -95,23 +95,23 @@ class GPTQMixin:
         loaded = super().from_pretrained(*args, **kwargs)
         for module in (loaded[0] if isinstance(loaded, tuple) else loaded).modules():
             if hasattr(module, "int8_weight_nk") and not hasattr(module, "qweight"):
-                module.qweight = module.int8_weight_nk  # peft asks for it, to put adapters on the same device
+                module.qweight = module.int8_weight_nk  # peft reads it to put adapters on the same device
         return loaded
 
     def train(self, mode: bool = True) -> "GPTQMixin":
         """As in torch.
 
         Raises:
-            RuntimeError: gradients would not come through the kernel of the quantized weights.
+            RuntimeError: the kernel of the quantized weights does not pass gradients.
         """
         if mode and is_gptq(self.config):
             for module in self.modules():
                 kernel = getattr(module, "backend", None)
                 if hasattr(module, "SUPPORTS_TRAINING") and kernel not in TRAINING_KERNELS:
                     raise RuntimeError(
-                        f"No gradients pass through the kernel that these weights were loaded for "
-                        f"({type(module).__name__}), which is there to answer fast. To train adapters on them, load "
-                        f"them with from_pretrained(..., quantization_config=GPTQConfig(bits={module.bits}, "
+                        f"These weights were loaded for a fast inference kernel ({type(module).__name__}) that does "
+                        f"not pass gradients. To train adapters on them, load them with "
+                        f"from_pretrained(..., quantization_config=GPTQConfig(bits={module.bits}, "
                         f'backend="torch")). Other arguments of GPTQConfig, such as use_exllama, do not change the '
                         "kernel."
                     )
@@ -121,14 +121,14 @@ class GPTQMixin:
         """As in transformers.
 
         Raises:
-            ValueError: the weights were read from a quantized checkpoint and repacked for a kernel, which no file
-                format knows.
+            ValueError: the weights come from a quantized checkpoint and were repacked for a kernel; no file format
+                stores that layout.
         """
         repacked = is_gptq(self.config) and getattr(getattr(self, "hf_quantizer", None), "pre_quantized", False)
         if repacked and not getattr(self, "_hf_peft_config_loaded", False):
             raise ValueError(
                 "This model cannot be saved: its GPTQ weights were repacked for the kernel that computes with them. "
-                f"Copy {self.config.name_or_path} instead, they have not changed. An adapter is saved without them."
+                f"Copy {self.config.name_or_path} instead; its weights are the same. Adapters can be saved."
             )
         super().save_pretrained(save_directory, *args, **kwargs)
 
@@ -136,11 +136,11 @@ class GPTQMixin:
     def _load_pretrained_model(
         model: PreTrainedModel, state_dict: Any, checkpoint_files: list[str] | None, *args: Any, **kwargs: Any
     ) -> Any:
-        """As in transformers, but biases of zeros that the network has no place for are not reported as unexpected:
-        published GPTQ files have one for every layer.
+        """As in transformers, but all-zero biases without a parameter are not reported as unexpected: published GPTQ
+        files have one for every layer.
 
         Raises:
-            OSError: the tensors are not those of GPTQ weights for this network; it would compute with random ones.
+            OSError: the tensors do not match the GPTQ layers of this network, which would compute with random ones.
         """
         loaded = PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs)
         names = loaded[0]
@@ -148,19 +148,19 @@ class GPTQMixin:
         if is_gptq(model.config):
             if missing := sorted(name for name in names.missing_keys if name.endswith(PARTS)):
                 raise OSError(
-                    f"{len(missing)} tensors of its GPTQ weights are in none of the weight files, for example "
-                    f"{missing[0]}: the checkpoint is incomplete. Download it again as a whole."
+                    f"The weight files lack {len(missing)} GPTQ tensors, for example {missing[0]}: the "
+                    "checkpoint is incomplete. Download all of it again."
                 )
             if biases := sorted(name for name in names.unexpected_keys if name.endswith(".bias")):
                 raise OSError(
-                    f"Its weight files have {len(biases)} biases that its config.json rules out and that are not zero, "
-                    f'for example {biases[0]}. Set "no_bias": false there.'
+                    f"The weight files have {len(biases)} biases that are not zero and that config.json rules out, "
+                    f'for example {biases[0]}. Set "no_bias": false in config.json.'
                 )
         return loaded
 
 
 def zero_biases(names: set[str], files: list[str]) -> set[str]:
-    """Those of the tensors that are biases of nothing but zeros, in safetensors files."""
+    """Return the names of biases that are all zeros in the safetensors files."""
     found = set()
     if biases := {name for name in names if name.endswith(".bias")}:
         for path in files:

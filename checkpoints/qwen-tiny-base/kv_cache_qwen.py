@@ -1,10 +1,10 @@
-"""The 8-bit key/value cache, and what the model remembers of the prompts in a cache of any kind.
+"""The 8-bit key/value cache, and the prompt state that the model attaches to caches of any kind.
 
-Keys and values are stored as unsigned bytes with one scale and one zero point per token and head: (1 + 4/D) bytes a
-channel where those are 16-bit. A layer grows by segments, so that nothing held is ever copied, and attention over it
-either dequantizes it or, with `use_cache_kernel`, reads the bytes.
+Keys and values are stored as unsigned bytes with one scale and one zero point per token and head: (1 + 4/D) bytes per
+channel if those are 16-bit. A layer grows by segments, so its contents are never copied. Attention dequantizes the
+layer or, with `use_cache_kernel`, reads the bytes.
 
-Shapes: B batch, H heads, T tokens held, S new tokens, D head size.
+Shapes: B batch, H heads, T cached tokens, S new tokens, D head size.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 TILE = 64  # tokens that the kernel reads at once; segments hold whole tiles
-# Vectors of D channels that are converted at once: floats that stay in a CPU's cache, and on a GPU (256 MB of them at
-# D = 128) few enough beside the rest.
+# Number of vectors of D channels converted at once: their floats fit in a CPU's cache, and on a GPU take little memory
+# (256 MB at D = 128).
 PIECE, GPU_PIECE = 2**13, 2**19
 Segment = tuple[torch.Tensor, ...]  # of keys, then of values: bytes (B, H, n, D), scale and zero point (B, H, n, 1)
 
 
 @dataclass
 class PromptState:
-    """What the model remembers of the prompts in a cache, besides their keys and values. Copied with the cache.
+    """State of the prompts in a cache besides their keys and values. Copied with the cache.
 
     Args:
-        alpha: (B), the α of dynamic NTK that the keys of each row were rotated with; None before there are any.
-        lengths: (B), tokens of each whole prompt, for a first forward that does not see the prompts as they are: it
-            gets a part of them, or padding, or drafted tokens behind them. That forward takes them away.
-        rows: tokens of each row, where the rows are of different lengths and all begin at index 0.
+        alpha: (B), the α of dynamic NTK that the keys of each row were rotated with; None for an empty cache.
+        lengths: (B), full prompt lengths for a first forward whose input is not the exact prompts, but a chunk of them,
+            padded rows, or prompts followed by draft tokens. That forward resets it to None.
+        rows: length of each row, if the rows differ in length and all start at index 0.
     """
 
     alpha: torch.Tensor | None = None
@@ -46,7 +46,7 @@ class PromptState:
 
 
 def prompt_state(cache: Cache) -> PromptState:
-    """The `PromptState` of a cache, to read and to change. This function alone attaches it."""
+    """Return the mutable `PromptState` of a cache, and attach one if it has none."""
     if not hasattr(cache, "qwen_prompt_state"):
         cache.qwen_prompt_state = PromptState()
     return cache.qwen_prompt_state
@@ -62,16 +62,16 @@ def quantize_cache_v(
 
     Args:
         x: (B, H, S, D).
-        bits: 8; named for the callers that pass it.
+        bits: must be 8; accepted for existing callers.
 
     Returns:
         q (B, H, S, D) uint8; scale and zero point (B, H, S, 1), of x's dtype.
 
     Raises:
-        ValueError: another number of bits.
+        ValueError: `bits` is not 8.
     """
     if bits != 8:
-        raise ValueError(f"quantize_cache_v stores 8 bits, not {bits}: pass bits=8.")
+        raise ValueError(f"quantize_cache_v supports only 8 bits, not {bits}: pass bits=8.")
     low, high = x.amin(dim=(-2, -1), keepdim=True), x.amax(dim=(-2, -1), keepdim=True)
     scale = (high - low) / (qmax - qmin)
     zero = qmin - low / scale
@@ -88,9 +88,9 @@ def dequantize_cache_torch(q: torch.Tensor, scale: torch.Tensor, zero: torch.Ten
 def quantize_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Quantize with one scale per token and head. x: (B, H, S, D) → q uint8 (B, H, S, D), scale, zero (B, H, S, 1).
 
-    Rounds to nearest with the zero point as it is stored, so that a 16-bit one costs no accuracy, and leaves one of the
-    255 steps unused, so that a scale that was rounded down cuts nothing off. The range always holds 0, so the zero
-    point lies in [0, 255] and a constant row needs no special case.
+    Rounds to nearest using the stored zero point, so a 16-bit one costs no accuracy. Leaves one of the 255 steps
+    unused, so a scale that was rounded down clips nothing. The range always includes 0, so the zero point is in
+    [0, 255] and a constant row needs no special case.
     """
     x32 = x.float()
     low, high = x32.amin(-1, keepdim=True).clamp(max=0), x32.amax(-1, keepdim=True).clamp(min=0)
@@ -101,7 +101,7 @@ def quantize_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.
 
 
 def piece_of(x: torch.Tensor) -> int:
-    """How many tokens of (B, H, T, …) to convert at once."""
+    """Return how many tokens of (B, H, T, …) to convert at once."""
     return max(1, (PIECE if x.device.type == "cpu" else GPU_PIECE) // (x.shape[0] * x.shape[1]))
 
 
@@ -114,13 +114,13 @@ class Kernels(NamedTuple):
     def decode(
         self, query: torch.Tensor, states: QuantizedStates, mask: torch.Tensor | None, scaling: float
     ) -> torch.Tensor:
-        """As `decode_in_torch`, for one new token."""
+        """Same as `decode_in_torch`, for one new token."""
         return self.decode_tiles(query, states.tiles, TILE, states.length, states.scale_dtype, mask, scaling)
 
 
 @functools.cache
 def triton_kernels(device_type: str) -> Kernels | None:
-    """The Triton kernels, where they run: on CUDA and ROCm, and on the CPU under Triton's interpreter."""
+    """Return the Triton kernels, or None where they do not run: they need CUDA, ROCm or Triton's interpreter."""
     if device_type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return None
     try:
@@ -130,44 +130,44 @@ def triton_kernels(device_type: str) -> Kernels | None:
             check_driver()
     except (ImportError, AssertionError, OSError, RuntimeError, subprocess.SubprocessError) as error:
         logger.warning(
-            f"use_cache_kernel=True falls back on torch, since Triton does not run here: {error}. It comes with torch "
-            "on Linux; what is missing is often a C compiler or Python's headers (`apt install gcc python3-dev`)."
+            f"use_cache_kernel=True falls back to torch because Triton does not run here: {error}. It comes with torch "
+            "on Linux; often a C compiler or Python's headers are missing (`apt install gcc python3-dev`)."
         )
         return None
     return Kernels(append_tokens, decode_attention)
 
 
 class QuantizedStates:
-    """Keys and values of a layer as they are stored, for attention that reads bytes.
+    """Quantized keys and values of a layer, for attention that reads bytes.
 
     Args:
-        segments: their tensors may have room behind the last token. All but the last hold whole tiles, and a scale
-            lies as its bytes do: its strides are theirs divided by D.
+        segments: their tensors may have unused room after the last token. All but the last hold whole tiles. The
+            strides of a scale must be those of its bytes divided by D.
     """
 
     def __init__(self, segments: Sequence[Segment] = (), length: int = 0):
         self.segments, self.length = segments, length
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_tiles": None}  # the tensors of a copy lie elsewhere
+        return vars(self) | {"_tiles": None}  # a copy has other tensor addresses
 
     @property
     def segments(self) -> tuple[Segment, ...]:
-        """The tensors, in the order of their tokens. A tuple, so that they change by assignment alone."""
+        """The segments in token order. A tuple, so that they only change by assignment, which resets `tiles`."""
         return self._segments
 
     @segments.setter
     def segments(self, segments: Sequence[Segment]) -> None:
         self._segments = tuple(segments)
-        self._tiles: torch.Tensor | None = None  # made when it is asked for
+        self._tiles: torch.Tensor | None = None  # built on first use
 
     @property
     def scale_dtype(self) -> torch.dtype:
-        """Of scales and zero points."""
+        """Dtype of scales and zero points."""
         return self.segments[0][1].dtype
 
     def parts(self) -> Iterator[Segment]:
-        """All tokens, in pieces of a size that is quickly converted."""
+        """Yield all tokens in pieces of `piece_of` tokens."""
         left = self.length
         for segment in self.segments:
             held = min(left, segment[0].shape[2])
@@ -194,17 +194,17 @@ class QuantizedStates:
 
     @property
     def tiles(self) -> torch.Tensor:
-        """Where each tile of tokens lies, for the kernel: (tiles, 9) int64. Six addresses, in the order of a segment,
-        and the strides of B, H and T in vectors of D channels."""
+        """Tile table of the kernel, (tiles, 9) int64: per tile, six addresses in the order of a segment, then the
+        strides of B, H and T in vectors of D channels."""
         if self._tiles is None:
             rows = []
             for segment in self.segments:
                 strides = segment[1].stride()[:3]
                 for start in range(0, segment[0].shape[2], TILE):
-                    places = (
+                    addresses = (
                         tensor.data_ptr() + start * tensor.stride(2) * tensor.element_size() for tensor in segment
                     )
-                    rows.append([*places, *strides])
+                    rows.append([*addresses, *strides])
             self._tiles = torch.tensor(rows, dtype=torch.int64, device=self.segments[0][0].device)
         return self._tiles
 
@@ -218,7 +218,7 @@ def quantized_attention(
     scaling: float,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of one new token over bytes, as one of transformers' attention functions.
+    """Attention of one new token over bytes, with the signature of transformers' attention functions.
 
     Args:
         query: (B, H, 1, D).
@@ -226,7 +226,7 @@ def quantized_attention(
         attention_mask: (B, T) or (B, 1, 1, T), true for tokens, or additive.
 
     Returns:
-        (B, 1, H, D), and no weights.
+        (B, 1, H, D), and None instead of weights.
     """
     if attention_mask is not None and attention_mask.dim() == 2:
         attention_mask = attention_mask[:, None, None].bool()
@@ -240,11 +240,11 @@ def quantized_attention(
 def decode_in_torch(
     query: torch.Tensor, states: QuantizedStates, mask: torch.Tensor | None, scaling: float
 ) -> torch.Tensor:
-    """Scale and zero point are taken out of the sums over channels and over tokens, so that bytes are only converted:
+    """Attention over bytes in torch. Scale and zero point are factored out of the sums, so bytes are only converted:
 
         q · k_t = scale_t (q · bytes_t − zero_t Σ q),   Σ p_t v_t = Σ (p_t scale_t) bytes_t − Σ p_t scale_t zero_t
 
-    In float32, as the first difference is one of large numbers.
+    Computed in float32, because the first difference is between large numbers.
 
     Args:
         query: (B, H, S, D).
@@ -278,10 +278,10 @@ class QuantizedKVLayer(DynamicLayer):
     """Keys and values of one layer in 8 bits.
 
     Args:
-        fused: have single tokens attend to the bytes: `update` then returns `QuantizedStates` in place of tensors.
+        fused: let single tokens attend to the bytes: `update` then returns `QuantizedStates` instead of tensors.
     """
 
-    GROWTH = 128  # tokens; the least that is added when a layer is full, else an eighth of what it holds
+    GROWTH = 128  # minimum number of tokens added when a layer is full; otherwise an eighth of its length
 
     def __init__(self, fused: bool = False, **kwargs: Any):
         super().__init__()
@@ -295,12 +295,12 @@ class QuantizedKVLayer(DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor] | tuple[QuantizedStates, QuantizedStates]:
-        """Append (B, H, S, D) keys and values; returns all of them: (B, H, T, D), dequantized where they are past."""
+        """Append (B, H, S, D) keys and values; return all of them, (B, H, T, D), dequantized unless all are new."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         empty = self.states.length == 0
         self._append(key_states, value_states)
-        if empty:  # nothing to read back: the prompt attends to itself in full precision
+        if empty:  # the prompt attends to itself in full precision
             return key_states, value_states
         if self.fused and key_states.shape[2] == 1:
             return self.states, self.states
@@ -320,8 +320,8 @@ class QuantizedKVLayer(DynamicLayer):
                     place.copy_(tensor)
 
     def reserve(self, like: torch.Tensor) -> Iterator[tuple[Segment, slice]]:
-        """Room for as many tokens as (B, H, S, D) `like` has: parts of segments, new ones where the last is full, and
-        which of the tokens go there. Counts them as held."""
+        """Reserve room for the S tokens of `like` (B, H, S, D), in new segments once the last is full. Yields parts of
+        segments, each with the slice of the tokens to write there, and adds their number to the length."""
         batch, heads, tokens, channels = like.shape
         done = 0
         while done < tokens:
@@ -330,7 +330,7 @@ class QuantizedKVLayer(DynamicLayer):
                 growth = max(self.GROWTH, self.states.length // 8) if self.states.segments else 0
                 room = -(-max(tokens - done, growth) // TILE) * TILE
                 half = ((channels, torch.uint8), (1, self.dtype), (1, self.dtype))
-                with torch.inference_mode(False):  # a prompt encoded there may be gone on from elsewhere
+                with torch.inference_mode(False):  # the cache may be used outside of inference mode later
                     new = tuple(
                         torch.empty(batch, heads, room, width, dtype=dtype, device=like.device)
                         for width, dtype in (*half, *half)
@@ -354,15 +354,15 @@ class QuantizedKVLayer(DynamicLayer):
 
     def reset(self) -> None:
         self.states = QuantizedStates()
-        self.is_initialized = False  # transformers before 5.19 would clear `keys` and `values`, of which there are none
+        self.is_initialized = False  # transformers before 5.19 would clear `keys` and `values`, which are unused here
         super().reset()
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Drop the last tokens; `tokens_to_remove` is negative, as transformers counts it."""
+        """Remove the last tokens; `tokens_to_remove` is negative, as in transformers."""
         if tokens_to_remove > 0:
-            raise ValueError(f"crop takes minus the number of tokens to remove, not {tokens_to_remove}.")
+            raise ValueError(f"crop takes minus the number of tokens to remove (0 or less), not {tokens_to_remove}.")
         states = self.states
-        # An int, for transformers 5.17 hands over a tensor, and a length that is one is a static cache's.
+        # transformers 5.17 passes a tensor, and a length that is a tensor would mean a static cache.
         states.length = max(0, states.length + int(tokens_to_remove))
         while states.segments and sum(segment[0].shape[2] for segment in states.segments[:-1]) >= states.length:
             states.segments = states.segments[:-1]
@@ -383,7 +383,7 @@ class QuantizedKVLayer(DynamicLayer):
         self._replace(lambda tensor: tensor[indices])
 
     def _replace(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        # One segment after the other, so that little is held twice.
+        # One segment at a time, to limit peak memory.
         for index in range(len(self.states.segments)):
             segments = list(self.states.segments)
             segments[index] = tuple(change(tensor) for tensor in segments[index])
@@ -391,12 +391,12 @@ class QuantizedKVLayer(DynamicLayer):
 
 
 class QuantizedKVCache(Cache):
-    """A cache of `QuantizedKVLayer`s: half the memory of a 16-bit cache, for `use_cache_quantization=True`.
+    """Cache of `QuantizedKVLayer`s for `use_cache_quantization=True`: half the memory of a 16-bit cache.
 
-    Indexed and iterated over, it gives layers in the published layout, which `from_legacy_cache` takes back.
+    Indexing and iteration return layers in the published layout, which `from_legacy_cache` accepts.
 
     Args:
-        fused: decode from the bytes, for `use_cache_kernel=True`: with the Triton kernel where it runs, else in torch.
+        fused: decode from the bytes (`use_cache_kernel=True`), with the Triton kernel where it runs, else in torch.
     """
 
     def __init__(self, fused: bool = False):
@@ -410,11 +410,11 @@ class QuantizedKVCache(Cache):
 
     @classmethod
     def from_legacy_cache(cls, layers: Sequence[tuple[Segment, Segment]], fused: bool = False) -> QuantizedKVCache:
-        """A cache that goes on from layers in the published layout.
+        """Build a cache from layers in the published layout.
 
         Args:
-            layers: for each ((q_key, key_scale, key_zero_point), (q_value, value_scale, value_zero_point)), bytes
-                (B, H, T, D), the others (B, H, T, 1).
+            layers: one ((q_key, key_scale, key_zero_point), (q_value, value_scale, value_zero_point)) per layer; bytes
+                (B, H, T, D), scales and zero points (B, H, T, 1).
         """
         cache = cls(fused)
         for key, value in layers:
@@ -428,10 +428,10 @@ class QuantizedKVCache(Cache):
 
 
 def cache_of_tuples(layers: Sequence[tuple], fused: bool = False) -> Cache:
-    """What was `past_key_values` up to transformers 4.35: a tuple for each layer, as tensors or in 8 bits.
+    """Build a cache from the tuples that `past_key_values` was up to transformers 4.35, one per layer.
 
     Args:
-        layers: (key, value), each (B, H, T, D); or the published layout of the 8-bit cache.
+        layers: (key, value) per layer, each (B, H, T, D); or the published layout of the 8-bit cache.
         fused: as for `QuantizedKVCache`.
     """
     if isinstance(layers[0][0], torch.Tensor):

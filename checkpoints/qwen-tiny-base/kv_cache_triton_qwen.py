@@ -1,15 +1,15 @@
-"""Triton kernels for the 8-bit key/value cache: new tokens are quantized into it, and one token attends to its bytes.
+"""Triton kernels for the 8-bit key/value cache: quantize new tokens into it, and attend from one token to its bytes.
 
-Triton compiles them where they run, for CUDA and ROCm, and brings what it needs but for the C compiler with which it
-builds its launcher once. `kv_cache_qwen` imports this file when a model that decodes with `use_cache_kernel=True`
-comes to its first token; the same arithmetic in torch stands there, for machines where this does not run. The cache
-hands its tensors over as addresses and strides, so that this file needs none of its classes.
+Triton compiles them on first use, for CUDA and ROCm; it needs a C compiler to build its launcher once. `kv_cache_qwen`
+imports this file when a model with `use_cache_kernel=True` decodes its first token, and has the same arithmetic in
+torch for machines where Triton does not run. The cache passes its tensors as addresses and strides, so this file needs
+none of its classes.
 
 Decoding follows flash-decoding (Dao et al. 2023, https://pytorch.org/blog/flash-decoding/): the tokens of each row and
 head are split over programs, each of which keeps a running softmax (Milakov and Gimelshein 2018,
-https://arxiv.org/abs/1805.02867, algorithm 3), and a second kernel adds up their shares.
+https://arxiv.org/abs/1805.02867, algorithm 3), and a second kernel adds up their results.
 
-Shapes: B batch, H heads, T tokens held, S new tokens, D head size.
+Shapes: B batch, H heads, T cached tokens, S new tokens, D head size.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from collections.abc import Sequence
 
 import torch
 
-try:  # optional: a plain import would make it a requirement of every checkpoint that carries this file
+try:  # optional; as a plain import, transformers would require it for every checkpoint with this file
     import triton
     import triton.language as tl
 except ImportError as error:
-    raise ImportError(f"{error}; `pip install triton` brings it on Linux") from error
+    raise ImportError(f"{error}; on Linux, install it with `pip install triton`") from error
 
-PROGRAMS = 8  # for each multiprocessor: enough for their loads to overlap
-MOST_SPLITS = 128  # of a row and head: what the second kernel adds up at once
+PROGRAMS = 8  # per multiprocessor: enough for their loads to overlap
+MOST_SPLITS = 128  # per row and head; the second kernel adds them up at once
 LOG2_E = tl.constexpr(math.log2(math.e))
 
 
@@ -35,11 +35,11 @@ def _quantize_rows(
     source, source_b, source_h, source_s, q, scale, zero, slot_b, slot_h, slot_s,
     b, h, s, first, inside, tiny, D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """`quantize_tokens` of kv_cache_qwen for tokens s (BLOCK_S) of row b and head h, written `first` further on."""
+    """`quantize_tokens` of kv_cache_qwen for tokens s (BLOCK_S) of row b and head h, written at offset `first`."""
     d = tl.arange(0, BLOCK_D)
     mask = inside[:, None] & (d < D)[None, :]
     place = source + b * source_b + h * source_h + s[:, None] * source_s + d[None, :]
-    x = tl.load(place, mask=mask, other=0.0).to(tl.float32)  # zeros belong to the range anyway
+    x = tl.load(place, mask=mask, other=0.0).to(tl.float32)  # the range includes 0 anyway
     low, high = tl.minimum(tl.min(x, 1), 0.0), tl.maximum(tl.max(x, 1), 0.0)
     stored_scale = tl.maximum((high - low) / 254.0, tiny).to(scale.dtype.element_ty)
     step = stored_scale.to(tl.float32)
@@ -59,7 +59,7 @@ def append_kernel(
     starts, heads, tokens, tiny,
     RAGGED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (B · H, blocks of tokens, 2 for keys and values)."""
+    """Quantize keys and values into a slot. Grid: (B · H, blocks of tokens, 2 for keys and values)."""
     b, h = (tl.program_id(0) // heads).to(tl.int64), tl.program_id(0) % heads
     s = tl.program_id(1).to(tl.int64) * BLOCK_S + tl.arange(0, BLOCK_S)
     inside = s < tokens
@@ -95,17 +95,17 @@ def decode_kernel(
     MASK: tl.constexpr, SCALE: tl.constexpr, ALIGNED: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """One row and head over `tiles_each` tiles of tokens. Grid: (B · H, splits).
+    """Attention of one row and head over `tiles_each` tiles of tokens. Grid: (B · H, splits).
 
-    Writes, for each split, the weighted sum of the values (B · H, splits, D), the highest score in powers of two and
-    the sum of the weights (B · H, splits). Each of the TILE lanes runs a softmax of its own; they are joined at the
-    end, so that the loop needs no exchange between warps.
+    Writes, for each split, the weighted sum of the values (B · H, splits, D), the highest score (base 2) and the sum of
+    the weights (B · H, splits). Each of the TILE lanes keeps its own softmax; they are merged at the end, so that the
+    loop needs no communication between warps.
     """
     b, h = (tl.program_id(0) // heads).to(tl.int64), (tl.program_id(0) % heads).to(tl.int64)
     lane, d = tl.arange(0, TILE), tl.arange(0, BLOCK_D)
     q = tl.load(query + b * query_b + h * query_h + d, mask=d < D, other=0.0).to(tl.float32) * scaling
     q_sum = tl.sum(q)
-    top = tl.full((TILE,), -1e30, tl.float32)  # finite: a lane that sees no token must not make NaN of its difference
+    top = tl.full((TILE,), -1e30, tl.float32)  # finite, so that a lane without tokens gets no NaN from inf - inf
     weight_sum = tl.zeros((TILE,), tl.float32)
     offset_sum = tl.zeros((TILE,), tl.float32)
     value_sum = tl.zeros((TILE, BLOCK_D), tl.float32)
@@ -123,10 +123,10 @@ def decode_kernel(
         key = tl.load(tl.multiple_of(key_at, (1, ALIGNED)), mask=bytes_inside, other=0)
         value = tl.load(tl.multiple_of(value_at, (1, ALIGNED)), mask=bytes_inside, other=0)
         key_scale, key_zero, value_scale, value_zero = scales
-        # Too narrow for the asynchronous copies that `num_stages` makes of the other loads, so one tile ahead by hand.
+        # Scales are too narrow for the asynchronous copies of `num_stages`, so they are loaded one tile ahead by hand.
         scales = _load_scales(tiles, tl.minimum(tile + 1, last - 1), b, h, lane, length, SCALE, TILE)
 
-        # Scale and zero point are taken out of the sums, as in decode_in_torch.
+        # Scale and zero point are factored out of the sums, as in decode_in_torch.
         score = tl.sum(key.to(tl.float32) * q[None, :], 1) - key_zero * q_sum
         score = score * key_scale
         if MASK == "boolean":
@@ -156,7 +156,7 @@ def combine_kernel(
     shares, highest, total, output, splits,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """Adds up the splits of one row and head: (B · H, splits, D) → (B · H, D). Grid: (B · H,)."""
+    """Add up the splits of one row and head: (B · H, splits, D) → (B · H, D). Grid: (B · H,)."""
     split, d = tl.arange(0, BLOCK_SPLITS), tl.arange(0, BLOCK_D)
     row = tl.program_id(0).to(tl.int64)
     at, inside = row * splits + split, split < splits
@@ -169,23 +169,23 @@ def combine_kernel(
 
 
 def check_driver() -> None:
-    """Have Triton find the GPU and build what it launches kernels with.
+    """Make Triton find the GPU and build its kernel launcher.
 
     Raises:
         RuntimeError, AssertionError, OSError, subprocess.SubprocessError: there is no GPU, or no C compiler.
     """
-    # The driver is made when it is first asked for; in Triton 3.3 when something of it is.
+    # Triton creates the driver on first access; Triton 3.3, on access to one of its attributes.
     _ = triton.runtime.driver.active.get_current_target
 
 
 def append_tokens(
     key: torch.Tensor, value: torch.Tensor, slot: Sequence[torch.Tensor], starts: torch.Tensor | None = None
 ) -> None:
-    """Quantize (B, H, S, D) keys and values as `quantize_tokens` does, into the slot.
+    """Quantize (B, H, S, D) keys and values into the slot, as `quantize_tokens` does.
 
     Args:
         slot: bytes, scale and zero point of keys, then of values: six tensors (B, H, n, D or 1), n at least S.
-        starts: (B), where in the slot each row goes; None for its beginning.
+        starts: (B), index in the slot where each row starts; None for 0.
     """
     batch, heads, tokens, channels = key.shape
     block = min(16, triton.next_power_of_2(tokens))
@@ -207,15 +207,15 @@ def decode_attention(
     mask: torch.Tensor | None,
     scaling: float,
 ) -> torch.Tensor:
-    """Attention of one token over the bytes.
+    """Attention of one token over the bytes of the cache.
 
     Args:
         query: (B, H, 1, D).
-        tiles: (tiles, 9) int64, where each tile lies: the addresses of bytes, scale and zero point of its keys, then of
-            its values, and the strides of B, H and T in vectors of D channels.
-        tile: tokens of a tile, a power of two.
+        tiles: (tiles, 9) int64, per tile: the addresses of bytes, scale and zero point of its keys, then of its values,
+            and the strides of B, H and T in vectors of D channels.
+        tile: tokens per tile, a power of two.
         length: T.
-        scale_dtype: of scales and zero points.
+        scale_dtype: dtype of scales and zero points.
         mask: broadcasts to (B, H, 1, T); true for tokens, or additive; None for all.
 
     Returns:
@@ -250,8 +250,8 @@ def decode_attention(
 
 
 def splits_for(rows: int, tiles: int, device: torch.device) -> int:
-    """Over how many programs to spread the tiles of each of `rows` rows and heads, so that the GPU is filled."""
-    if device.type != "cuda":  # the interpreter; two show that shares add up
+    """Return how many programs to split the tiles of each of `rows` rows and heads over, so that the GPU is filled."""
+    if device.type != "cuda":  # the interpreter; two splits test the second kernel
         return min(2, tiles)
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     return min(tiles, MOST_SPLITS, max(1, triton.cdiv(PROGRAMS * processors, rows)))

@@ -1,6 +1,6 @@
 """`from_pretrained` of the Qwen models.
 
-It takes the switches of `QWenConfig` as keyword arguments, and chooses precision, attention and GPTQ kernel for the
+It accepts the fields of `QWenConfig` as keyword arguments, and chooses precision, attention and GPTQ kernel for the
 device that the model is loaded to.
 """
 
@@ -27,10 +27,10 @@ class LoadingMixin:
         config: QWenConfig | str | os.PathLike | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As in transformers, and it takes the switches of `QWenConfig` as keyword arguments.
+        """transformers' `from_pretrained`, which also accepts the fields of `QWenConfig` as keyword arguments.
 
-        Where no dtype is named it follows the flags (`bf16=True` …) and the device, not the stored weights; see
-        `choose_dtype`.
+        Without a dtype, the precision depends on the flags (`bf16=True` …) and the device, not on the stored weights;
+        see `choose_dtype`.
 
         Raises:
             ValueError: two arguments contradict each other.
@@ -40,23 +40,23 @@ class LoadingMixin:
         torch_dtype = kwargs.pop("torch_dtype", None)
         dtype = kwargs.pop("dtype", torch_dtype)
         kwargs.pop("resume_download", None)
-        # transformers merges it with what the file says, as long as the config does not swallow it.
+        # transformers merges it with that of the file, but only if QWenConfig does not consume it.
         quantization_config = kwargs.pop("quantization_config", None)
         if isinstance(config, PreTrainedConfig):
             config = config.overridden(kwargs)
             fields = {field.name for field in dataclasses.fields(QWenConfig)}
             kwargs = {name: value for name, value in kwargs.items() if name not in fields}
         else:
-            hub = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-            hub = {name: kwargs[name] for name in hub if name in kwargs}
+            names = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+            hub_kwargs = {name: kwargs[name] for name in names if name in kwargs}
             named = {} if dtype is None else {"dtype": dtype}
             config, kwargs = QWenConfig.from_pretrained(
                 config or pretrained_model_name_or_path, return_unused_kwargs=True, **kwargs, **named
             )
-            kwargs |= hub
+            kwargs |= hub_kwargs
 
         device_map = kwargs.get("device_map")
-        # Where none is named, transformers loads GPTQ weights for the CPU.
+        # Without a device_map, transformers loads GPTQ weights on the CPU.
         device = target_device("cpu" if device_map is None and is_gptq(config) else device_map)
         flagged = any(getattr(config, name) for name in PRECISIONS)
         if dtype is None or (dtype == "auto" and (flagged or is_gptq(config))):
@@ -80,8 +80,8 @@ class LoadingMixin:
 
 
 def is_damaged_weight_file(error: BaseException) -> bool:
-    """Whether a .bin file of weights is cut off.
+    """Return whether the error comes from a truncated .bin weight file.
 
-    "PytorchStreamReader failed reading zip archive: failed finding central directory …" (torch 2.13), a RuntimeError.
+    torch 2.13: RuntimeError "PytorchStreamReader failed reading zip archive: failed finding central directory …".
     """
     return isinstance(error, RuntimeError) and "PytorchStreamReader" in str(error)

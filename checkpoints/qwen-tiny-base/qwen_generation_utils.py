@@ -1,7 +1,7 @@
 """Prompts and replies as token ids: ChatML, stop words, decoding.
 
-People import this file bare, `from qwen_generation_utils import make_context`, with a checkpoint folder on the path.
-Therefore it imports no sibling; `chat_qwen.py`, which holds the `chat` methods of the model, imports this one.
+Users import this file on its own from a checkpoint folder on the path (`from qwen_generation_utils import
+make_context`), so it must not import siblings. `chat_qwen.py`, with the `chat` methods of the model, imports it.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ History = list[tuple[str, str]]
 DEFAULT_SYSTEM = "You are a helpful assistant."
 RAW_STOP_WORD = "Human:"
 MOVED = ("Abandoned", "ChatMixin", "TokenQueue", "check_stop_words", "mask_of_left_padding", "reply_so_far")
-"""Names that were here and are in `chat_qwen.py`."""
+"""Names that moved to `chat_qwen.py`."""
 
 
 def __getattr__(name: str) -> Any:
-    """The names that moved, for code that imports them from here. A bare import has no sibling to take them from."""
+    """Resolve moved names for old imports. Without a package there is no sibling to import them from."""
     if name in MOVED and __package__:
         return getattr(importlib.import_module(f"{__package__}.chat_qwen"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -36,17 +36,17 @@ def make_context(
     chat_format: str = "chatml",
     reply_start: str = "",
 ) -> tuple[str, list[int]]:
-    """The prompt of a chat, as text and as token ids.
+    """Build the prompt of a chat as text and as token ids.
 
     The newest turns of the history are kept while the system message and the kept turns are shorter than
     `max_window_size` tokens; the query does not count. Control tokens inside a message are encoded as plain text, so
-    that nobody ends their turn early. With chat_format "raw" the prompt is the query as it is.
+    that a message cannot end its own turn. With chat_format "raw" the prompt is the unchanged query.
 
     Args:
-        reply_start: what the assistant has already said in answer to the query, which the model is to go on from.
+        reply_start: beginning of the assistant's reply, which the model continues.
 
     Raises:
-        ValueError: an unknown chat format, a message that is not text, or a history of the wrong shape.
+        ValueError: unknown chat format, a message that is not text, or a history of the wrong shape.
     """
     if chat_format == "raw":
         return query + reply_start, tokenizer.encode(query + reply_start)
@@ -80,10 +80,10 @@ def make_context(
 
 
 def get_stop_words_ids(chat_format: str, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """The sequences that end a reply: the control tokens of ChatML, or what ends a base model's text.
+    """Return the token sequences that end a reply: ChatML control tokens, or "Human:" and end of text for "raw".
 
     Raises:
-        ValueError: an unknown chat format.
+        ValueError: unknown chat format.
     """
     if chat_format == "chatml":
         return [[tokenizer.im_end_id], [tokenizer.im_start_id]]
@@ -102,17 +102,17 @@ def decode_tokens(
     return_end_reason: bool = False,
     errors: str = "replace",
 ) -> str | tuple[str, str]:
-    """The reply inside a generated row: without the prompt, up to whatever ended it, trimmed.
+    """Decode the reply in a generated row: without the prompt, up to the token that ended it, stripped.
 
     Args:
         tokens: prompt and reply, (S).
-        raw_text_len: accepted for the callers that pass it; the cut is made by tokens, which holds for any text.
-        context_length: how many of the tokens are the prompt.
-        verbose: print the reply before it is trimmed and why it ended.
+        raw_text_len: unused; accepted for existing callers. The prompt is cut off by tokens, which is exact.
+        context_length: number of prompt tokens.
+        verbose: print the unstripped reply and why it ended.
         return_end_reason: also return why it ended: "Gen '<|im_end|>'", or "Gen length N" with N tokens in the row.
 
     Raises:
-        ValueError: an unknown chat format.
+        ValueError: unknown chat format.
     """
     tokens = tokens.tolist() if isinstance(tokens, torch.Tensor) else list(tokens)
     ends = {tokenizer.eod_id}
@@ -125,7 +125,7 @@ def decode_tokens(
         if token in ends:
             reply, end_reason = reply[:position], f"Gen {tokenizer.decode([token])!r}"
             break
-    # A matrix has more rows than the tokenizer has tokens, and sampling may hit one of the others.
+    # The embedding has more rows than the tokenizer has tokens, and sampling may choose one of them.
     text = tokenizer.decode([token for token in reply if token < len(tokenizer)], errors=errors)
     if verbose:
         print(f"\nRaw reply: {text}\nEnd reason: {end_reason}")
@@ -136,30 +136,30 @@ def decode_tokens(
 
 
 def check_history(history: Any) -> Sequence[Sequence[str]]:
-    """The history, if it has the shape of one.
+    """Return the history, [] for None, after checking its shape.
 
     Raises:
-        ValueError: not a list of pairs of texts.
+        ValueError: it is not a list of pairs of texts.
     """
     if history is None:
         return []
     if not isinstance(history, list | tuple) or not all(isinstance(t, list | tuple) and len(t) == 2 for t in history):
         raise ValueError(
-            "history is a list of (query, response) pairs, such as the one that chat returns, or None; "
+            "history must be a list of (query, response) pairs, such as the one that chat returns, or None, "
             f"not {str(history)[:200]!r}."
         )
     for turn in history:
         if not all(isinstance(text, str) for text in turn):
-            raise ValueError(f"A turn of the history holds two texts, (query, response), not {turn!r}.")
+            raise ValueError(f"A turn of the history must be two texts, (query, response), not {turn!r}.")
     return history
 
 
 def unknown_format(chat_format: str) -> ValueError:
-    return ValueError(f'chat_format is "chatml" for chat models or "raw" for base models, not {chat_format!r}.')
+    return ValueError(f'chat_format must be "chatml" for chat models or "raw" for base models, not {chat_format!r}.')
 
 
 class StopWordsLogitsProcessor(LogitsProcessor):
-    """Once a row ends with one of the sequences, its next token is the end of the text."""
+    """Forces the next token of a row to be eos once the row ends with one of the sequences."""
 
     def __init__(self, stop_words_ids: Sequence[Sequence[int]], eos_token_id: int):
         self.stop_words_ids = [torch.tensor(words) for words in stop_words_ids]

@@ -1,20 +1,19 @@
-"""Position arithmetic of Qwen: rotary embedding, dynamic NTK and LogN.
+"""Position encoding of Qwen in float32: rotary embedding, dynamic NTK and LogN.
 
-Functions of tensors and numbers, in float32. The network calls `rotary_tables` once in a forward and `rotate` in every
-layer.
+The network calls `rotary_tables` once per forward and `rotate` in every layer.
 
 Shapes: B batch, S new tokens, H heads, D head size, R rotary channels of D.
 """
 
 import torch
 
-MAX_DOUBLINGS = 24  # of the trained length: more than anyone will ask for
+MAX_DOUBLINGS = 24  # of the trained length; beyond any realistic context
 
 
 def ntk_alpha(lengths: torch.Tensor, seq_length: int) -> torch.Tensor:
     """α of dynamic NTK for prompts of `lengths` tokens: max(1, 2^⌈log2(n / seq_length) + 1⌉ − 1).
 
-    Counts how often the trained length must double to hold n instead of taking a logarithm: exact in integers.
+    Counts the doublings of the trained length until it holds n, which is exact in integers, unlike a logarithm.
 
     Args:
         lengths: (B), tokens of each prompt without padding.
@@ -39,7 +38,7 @@ def rotary_tables(
         alpha: (B), or None for 1.
 
     Returns:
-        Two of (B, 1, S, R), float32, in the halves layout: channel i turns with channel i + R/2.
+        Two of (B, 1, S, R), float32, in the halves layout: channel i is rotated with channel i + R/2.
     """
     exponents = torch.arange(0, rotary_dim, 2, device=position_ids.device).float() / rotary_dim
     if alpha is None:
@@ -52,7 +51,7 @@ def rotary_tables(
 
 
 def logn_scale(position_ids: torch.Tensor, seq_length: int) -> torch.Tensor:
-    """LogN attention: max(1, log(p + 1) / log(seq_length)) for the query at position p (https://kexue.fm/archives/8823).
+    """LogN attention: max(1, log(p + 1) / log(seq_length)) for queries at position p (https://kexue.fm/archives/8823).
 
     Returns:
         (B, 1, S, 1), float32.
@@ -62,9 +61,9 @@ def logn_scale(position_ids: torch.Tensor, seq_length: int) -> torch.Tensor:
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn the first R channels of every head, in float32. x: (B, H, S, D)."""
+    """Rotate the first R channels of every head, in float32. x: (B, H, S, D)."""
     rotary_dim = cos.shape[-1]
-    turned, rest = x[..., :rotary_dim].float(), x[..., rotary_dim:]
-    first, second = turned.chunk(2, dim=-1)
-    turned = turned * cos + torch.cat((-second, first), dim=-1) * sin
-    return torch.cat((turned, rest.float()), dim=-1) if rest.shape[-1] else turned
+    rotated, rest = x[..., :rotary_dim].float(), x[..., rotary_dim:]
+    first, second = rotated.chunk(2, dim=-1)
+    rotated = rotated * cos + torch.cat((-second, first), dim=-1) * sin
+    return torch.cat((rotated, rest.float()), dim=-1) if rest.shape[-1] else rotated

@@ -1,10 +1,8 @@
-"""The tokenizer: byte-level BPE by tiktoken behind the tokenizer interface of transformers.
+"""Tokenizer: byte-level BPE by tiktoken with the tokenizer interface of transformers.
 
 Encodes and decodes with a tiktoken Encoding, which is built from two tables: `mergeable_ranks` (bytes to id) and
 `special_tokens` (control token to id). Regular tokens are `bytes`, since a token may end inside a character; control
 tokens are `str`. The layout of a conversation is in `CHAT_TEMPLATE`.
-
-The file is copied into every checkpoint, so it imports installed packages only.
 """
 
 import codecs
@@ -39,7 +37,7 @@ ENDOFTEXT = "<|endoftext|>"
 IM_START = "<|im_start|>"
 IM_END = "<|im_end|>"
 CONTROL_TOKENS = (ENDOFTEXT, IM_START, IM_END, *(f"<|extra_{i}|>" for i in range(205)))
-CONTROL_PREFIX = "<|"  # of every control token: a text without it holds none
+CONTROL_PREFIX = "<|"  # of every control token; a text without it contains none
 
 CHAT_TEMPLATE = """\
 {%- if tools %}
@@ -56,12 +54,12 @@ CHAT_TEMPLATE = """\
 {%- endif %}
 """
 
-# The pattern's `\s+(?!\S)` remembers one step of backtracking for each character of a run of whitespace, and the regex
-# engine gives up at about a million of them. Such runs end before a newline or at the last one, so the characters here
-# are the pattern's \s without newlines (Python's \s also has \x1c-\x1f).
+# The pattern's `\s+(?!\S)` stores one backtracking step for each character of a whitespace run, and the regex engine
+# gives up at about a million steps. Such runs end before a newline or at the last one, so the characters here are the
+# pattern's \s without newlines (Python's \s also has \x1c-\x1f).
 LONG_WHITESPACE = re.compile(r"[^\S\r\n\x1c-\x1f]{65536,}")
 
-# Where many combining marks in a row may be: they are no word characters.
+# Runs that may contain many combining marks, which are not word characters.
 LONG_MARKS = re.compile(r"(?<!\W)\W{256,}")
 
 
@@ -69,18 +67,18 @@ class QWenTokenizer(PreTrainedTokenizer):
     """Tokenizer of the first-generation Qwen models.
 
     Control tokens take the first free ids after the contiguous ranks of the vocabulary file (151643 to 151850 with the
-    published one) and stay there when the file holds further ranks behind them. A text is NFC-normalised and then
+    published one) and stay there when the file has further ranks after them. A text is NFC-normalised and then
     encoded; the written form of a control token in it becomes the control token unless `allowed_special` says
-    otherwise. Surrogates, which UTF-8 cannot carry, are read as the character of their pair or as U+FFFD.
+    otherwise. Surrogates, which UTF-8 cannot encode, become the character of their pair or U+FFFD.
 
     `apply_chat_template` renders ChatML to one text and then encodes that, so a control token written inside a message
-    becomes a control token. For messages from strangers pass `sanitize_control_tokens=True`, or build the prompt with
+    becomes a control token. For untrusted messages pass `sanitize_control_tokens=True`, or build the prompt with
     `make_context`, which encodes contents as plain text.
 
     Args:
         vocab_file: path of `qwen.tiktoken`, lines of `base64(token) rank`.
-        errors: what decoding does about bytes that are not UTF-8, as in `bytes.decode`.
-        extra_vocab_file: path of a second file in the same form, whose tokens are added under their own ids. Tokens
+        errors: how to decode bytes that are not UTF-8, as in `bytes.decode`.
+        extra_vocab_file: path of a second file in the same format, whose tokens are added under their own ids. Tokens
             and ids that are already there are skipped with a warning.
         **kwargs: as in PreTrainedTokenizer. Special-token arguments (`pad_token=...`) take known control tokens only.
 
@@ -92,8 +90,8 @@ class QWenTokenizer(PreTrainedTokenizer):
         eod_id, im_start_id, im_end_id: ids of `<|endoftext|>`, `<|im_start|>`, `<|im_end|>`.
 
     Raises:
-        ValueError: a vocabulary file is missing or broken, or a special-token argument is no control token.
-        LookupError: `errors` names no error handler.
+        ValueError: a vocabulary file is missing or broken, or a special-token argument is not a control token.
+        LookupError: `errors` is not a registered error handler.
     """
 
     vocab_files_names = VOCAB_FILES_NAMES
@@ -121,8 +119,8 @@ class QWenTokenizer(PreTrainedTokenizer):
         self.special_tokens = {token: i for i, token in enumerate(CONTROL_TOKENS, start=first)}
         if taken := used.intersection(self.special_tokens.values()):
             raise ValueError(
-                f"{vocab_file}: rank {min(taken)} lies where the control tokens go, {first} to "
-                f"{first + len(CONTROL_TOKENS) - 1}, the first ids without a token. If ranks are missing before it, "
+                f"{vocab_file}: rank {min(taken)} is in the range of the control tokens, {first} to "
+                f"{first + len(CONTROL_TOKENS) - 1}, starting at the first free id. If ranks before it are missing, "
                 "download the file again; added tokens need ranks above the control tokens."
             )
         if extra_vocab_file is not None:
@@ -157,7 +155,7 @@ class QWenTokenizer(PreTrainedTokenizer):
 
     @property
     def vocab_size(self) -> int:
-        """The highest id plus one, control tokens included: the rows that an embedding needs."""
+        """The highest id plus one, including control tokens: the number of rows that an embedding needs."""
         return self.tokenizer.n_vocab
 
     def get_vocab(self) -> dict[bytes | str, int]:
@@ -166,7 +164,7 @@ class QWenTokenizer(PreTrainedTokenizer):
 
     @property
     def all_special_tokens(self) -> list[str]:
-        """All control tokens, whether or not they serve as eos, pad and the like."""
+        """All control tokens, whether or not they are used as eos, pad etc."""
         return list(self.special_tokens)
 
     def _add_ranks(self, path: str | os.PathLike) -> None:
@@ -223,7 +221,7 @@ class QWenTokenizer(PreTrainedTokenizer):
         """Give known control tokens a role (`{"pad_token": "<|extra_0|>"}`) and return 0, the number of new tokens.
 
         Raises:
-            ValueError: a token is no control token.
+            ValueError: a token is not a control token.
         """
         for value in special_tokens_dict.values():
             self._check_control_tokens(value if isinstance(value, (list, tuple)) else [value])
@@ -260,7 +258,7 @@ class QWenTokenizer(PreTrainedTokenizer):
             disallowed_special: texts that must not occur; "all" stands for every control token that is not allowed.
 
         Raises:
-            ValueError: the text holds a disallowed one.
+            ValueError: the text contains a disallowed one.
         """
         ids = self._encode_text(text, allowed_special, disallowed_special, kwargs.get("split_special_tokens"))
         return [self.decoder[i] for i in ids]
@@ -272,7 +270,7 @@ class QWenTokenizer(PreTrainedTokenizer):
 
     @functools.wraps(PreTrainedTokenizer.apply_chat_template)
     def apply_chat_template(self, *args: Any, **kwargs: Any) -> Any:
-        # Before 5.20, transformers hands the argument to the template, which ignores it.
+        # Before 5.20, transformers passes the argument to the template, which ignores it.
         if kwargs.get("sanitize_control_tokens") and not _SANITIZES:
             raise ValueError(
                 "sanitize_control_tokens=True needs transformers 5.20 or newer: install that, or build the prompt with "
@@ -283,7 +281,7 @@ class QWenTokenizer(PreTrainedTokenizer):
     def _encode_plus(self, text: Any, text_pair: Any = None, **kwargs: Any) -> BatchEncoding:
         is_plain_text = isinstance(text, str) and text_pair is None
         if not is_plain_text or kwargs.get("is_split_into_words") or kwargs.get("sanitize_control_tokens"):
-            return super()._encode_plus(text, text_pair, **kwargs)  # which comes back here for each text of a batch
+            return super()._encode_plus(text, text_pair, **kwargs)  # which calls this method for each text
         # Straight from text to ids: the base class would go through a list of tokens.
         ids = self._encode_text(
             text,
@@ -322,13 +320,13 @@ class QWenTokenizer(PreTrainedTokenizer):
                     "token) or leave it out there (to encode it as plain text)."
                 )
         try:
-            # not encode_ordinary: that one panics where encode raises
+            # not encode_ordinary, which panics where encode raises
             return self.tokenizer.encode(text, allowed_special=allowed, disallowed_special=())
         except ValueError:  # the regex engine gave up, see LONG_WHITESPACE
             return self._encode_long_whitespace(text, allowed)
 
     def _encode_long_whitespace(self, text: str, allowed: Collection[str]) -> list[int]:
-        """Encode as ever, but cut the long runs of whitespace out before the split pattern meets them."""
+        """Encode as usual, but cut out long whitespace runs before applying the split pattern."""
         whitespace = tiktoken.Encoding(
             "whitespace", pat_str=r"\s+", mergeable_ranks=self.mergeable_ranks, special_tokens={}
         )
@@ -350,7 +348,7 @@ class QWenTokenizer(PreTrainedTokenizer):
         return ids
 
     def _get_padding_truncation_strategies(self, padding: Any = False, **kwargs: Any) -> tuple:
-        # the base class advises adding a token, which this vocabulary cannot do
+        # the base class suggests adding a token, which this vocabulary does not support
         if padding not in (False, "do_not_pad") and self.pad_token is None:
             raise ValueError(
                 "Cannot pad: there is no padding token. Load the tokenizer with pad_token='<|extra_0|>', or set "
@@ -404,7 +402,7 @@ class QWenTokenizer(PreTrainedTokenizer):
 
     # ---- ids to text ----
 
-    if TYPE_CHECKING:  # transformers has no overloads, so that one text might be a list of them
+    if TYPE_CHECKING:  # transformers has no overloads, so the type would be str | list[str]
 
         @overload
         def decode(self, token_ids: int | Sequence[int], skip_special_tokens: bool = ..., **kwargs: Any) -> str: ...
@@ -438,7 +436,7 @@ class QWenTokenizer(PreTrainedTokenizer):
         except (KeyError, OverflowError):
             self.convert_ids_to_tokens(ids)  # raises and names the id
             raise
-        # Only on request: byte-level tokens carry their spaces, and old checkpoints were saved with the switch on.
+        # Only on request: byte-level tokens include their spaces, and old checkpoints were saved with this option on.
         return self.clean_up_tokenization(text) if clean_up_tokenization_spaces else text
 
 
@@ -452,7 +450,7 @@ def _load_ranks(path: str | os.PathLike) -> dict[bytes, int]:
     """Read a tiktoken file: lines of `base64(token) rank`, in any order, to `{token: rank}`.
 
     Raises:
-        ValueError: the file cannot be read or is broken. Not OSError: from_pretrained would hide the message.
+        ValueError: the file cannot be read or is broken. Not OSError, whose message from_pretrained would hide.
     """
     advice = "The file is broken or not completely downloaded: download it again."
     try:
@@ -493,12 +491,12 @@ def _check_single_bytes(ranks: dict[bytes, int], path: str | os.PathLike) -> Non
     if missing:
         raise ValueError(
             f"{path} lacks {len(missing)} of the 256 single bytes, the first is 0x{missing[0]:02x}. Texts with that "
-            "byte could not be encoded: the file is incomplete or of another kind, download it again."
+            "byte could not be encoded. The file is incomplete or of another kind: download it again."
         )
 
 
 def _normalize(text: str) -> str:
-    """NFC in linear time. `unicodedata` orders combining marks by insertion: 40,000 unordered ones take it 10 s."""
+    """NFC in linear time; `unicodedata` sorts combining marks by insertion (10 s for 40,000 unordered ones)."""
     if unicodedata.is_normalized("NFC", text):
         return text
     return unicodedata.normalize("NFC", LONG_MARKS.sub(_order_marks, text))

@@ -1,6 +1,6 @@
-"""The configuration of a Qwen model: its shape, and the switches that `from_pretrained` takes.
+"""Configuration of a Qwen model: its shape and the options of `from_pretrained`.
 
-Both dialects of published `config.json` files become the same object.
+Both published formats of `config.json` load into the same class.
 """
 
 import copy
@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 
 from .loading_options_qwen import PRECISIONS, check_arguments
 
-# The very first release called the same things by other names.
+# Field names of the very first release and their current names.
 FIRST_RELEASE_NAMES = {
     "n_embd": "hidden_size",
     "n_layer": "num_hidden_layers",
@@ -27,11 +27,11 @@ FIRST_RELEASE_NAMES = {
 
 @strict
 class QWenConfig(PreTrainedConfig):
-    """Shape and switches of a first-generation Qwen model.
+    """Shape and options of a first-generation Qwen model.
 
-    The defaults are the published ones. Three have none in the class, because they depend on the file: `seq_length`
-    falls back to `max_position_embeddings`; `use_dynamic_ntk`, `use_logn_attn` and `layer_norm_epsilon` are true, true
-    and 1e-6, or false, false and 1e-5 in a file of the very first release (the one with `n_embd`).
+    The defaults are the published ones. Four depend on the file and are None in the class: `seq_length` defaults to
+    `max_position_embeddings`; `use_dynamic_ntk`, `use_logn_attn` and `layer_norm_epsilon` to true, true and 1e-6, or
+    to false, false and 1e-5 in a file of the very first release (the one with `n_embd`).
 
     Args:
         vocab_size: rows of the embedding and of the output matrix; at least the tokenizer's length.
@@ -39,22 +39,22 @@ class QWenConfig(PreTrainedConfig):
         intermediate_size: twice the width of the MLP.
         kv_channels: D, the size of one attention head; also readable as `head_dim`.
         seq_length: trained length in tokens; dynamic NTK and LogN act beyond it.
-        max_position_embeddings: the longest sequence the model is offered for, in tokens.
-        rotary_pct: share of the channels of a head that RoPE turns.
+        max_position_embeddings: longest supported sequence in tokens.
+        rotary_pct: fraction of the channels of a head that RoPE rotates.
         rotary_emb_base: base of the RoPE frequencies.
         use_dynamic_ntk: enlarge the RoPE base for prompts longer than `seq_length` (inference only).
         use_logn_attn: scale queries beyond `seq_length` by the logarithm of their position (inference only).
-        use_window_attn: let each layer look back a limited distance, lower layers a smaller one (inference only).
-        window_sizes: that distance for each layer, in tokens. None: from half of `seq_length` in the lowest layer to
-            four times `seq_length`, as far as the models are said to reach, in the uppermost.
-        no_bias: no bias in the linear layers; `c_attn` has one whatever this says.
-        bf16, fp16, fp32: the precision to load in, at most one of them.
+        use_window_attn: limit how far back each layer attends; lower layers have smaller windows (inference only).
+        window_sizes: window of each layer in tokens. None: grows from half of `seq_length` in the lowest layer to four
+            times `seq_length`, the longest context claimed for the models, in the highest.
+        no_bias: no bias in the linear layers except `c_attn`, which always has one.
+        bf16, fp16, fp32: precision to load in; at most one may be true.
         use_flash_attn: "auto", True or False.
         use_cache_quantization: keep the key/value cache in 8 bits.
-        use_cache_kernel: decode from the 8-bit cache with a fused kernel where there is one.
+        use_cache_kernel: decode from the 8-bit cache with a fused kernel where one is available.
 
     Raises:
-        ValueError: the numbers do not make a network, or the switches contradict one another.
+        ValueError: the numbers do not describe a valid network, or options contradict one another.
     """
 
     model_type = "qwen"
@@ -105,7 +105,7 @@ class QWenConfig(PreTrainedConfig):
             for name, today in FIRST_RELEASE_NAMES.items():
                 if name in kwargs:
                     setattr(self, today, kwargs.pop(name))
-            # In this dialect vocab_size is the tokenizer's length, and the matrices have more rows.
+            # In this format vocab_size is the tokenizer's length; the matrices have padded_vocab_size rows.
             self.vocab_size = kwargs.pop("padded_vocab_size", self.vocab_size)
         if self.use_dynamic_ntk is None:
             self.use_dynamic_ntk = not first_release
@@ -120,27 +120,27 @@ class QWenConfig(PreTrainedConfig):
 
     @property
     def rotary_dim(self) -> int:
-        """R: how many channels of a head RoPE turns."""
+        """R: number of channels of a head that RoPE rotates."""
         return int(self.rotary_pct * self.kv_channels)
 
     @property
     def max_context_length(self) -> int:
-        """The longest sequence that the model is offered for, in tokens: prompt and reply together."""
+        """Longest supported sequence in tokens, prompt and reply together."""
         return max(self.max_position_embeddings, self.seq_length)
 
     @property
     def windows(self) -> list[int]:
-        """How many tokens each layer sees with `use_window_attn`, the new one among them."""
+        """Number of tokens that each layer sees with `use_window_attn`, including the new one."""
         if self.window_sizes is not None:
             return list(self.window_sizes)
         low, high, steps = self.seq_length / 2, 4 * self.seq_length, max(1, self.num_hidden_layers - 1)
         return [round(low + (high - low) * layer / steps) for layer in range(self.num_hidden_layers)]
 
     def check(self) -> None:
-        """Refuse values that make no network; the types were checked when they were set.
+        """Check that the values describe a valid network; types were checked when they were set.
 
         Raises:
-            ValueError: names the field of config.json that cannot be right.
+            ValueError: a field is invalid; the message names it.
         """
         positive = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
         for name in (*positive, "kv_channels", "max_position_embeddings"):
@@ -157,7 +157,7 @@ class QWenConfig(PreTrainedConfig):
             if getattr(self, name) <= 0:
                 raise ValueError(f"config: {name} must be above 0, not {getattr(self, name)}.")
         if self.seq_length < 2:
-            raise ValueError(f"config: seq_length is the trained length in tokens, at least 2, not {self.seq_length}.")
+            raise ValueError(f"config: seq_length (trained length in tokens) must be 2 or more, not {self.seq_length}.")
         if self.window_sizes is not None and (
             len(self.window_sizes) != self.num_hidden_layers or min(self.window_sizes) < 1
         ):
@@ -166,16 +166,16 @@ class QWenConfig(PreTrainedConfig):
                 f"layers, not {self.window_sizes}."
             )
         if self.use_flash_attn not in ("auto", True, False):
-            raise ValueError(f'config: use_flash_attn is "auto", true or false, not {self.use_flash_attn!r}.')
+            raise ValueError(f'config: use_flash_attn must be "auto", true or false, not {self.use_flash_attn!r}.')
         flags = [name for name in PRECISIONS if getattr(self, name)]
         if len(flags) > 1:
             raise ValueError(f"config: {' and '.join(flags)} are both true; set one of bf16, fp16, fp32, or none.")
 
     def overridden(self, arguments: dict[str, Any]) -> "QWenConfig":
-        """A copy with the fields that `arguments` names, as `from_dict` would set them; other names are left alone.
+        """Return a copy with the fields in `arguments` set as `from_dict` would; other names are ignored.
 
         Raises:
-            ValueError: a value is of the wrong type or makes no network.
+            ValueError: a value has the wrong type or is invalid.
         """
         fields = {field.name for field in dataclasses.fields(self)}
         changes = {name: value for name, value in arguments.items() if name in fields}
@@ -192,22 +192,22 @@ class QWenConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As in transformers; what the caller names wins over what the file says.
+        """transformers' `from_dict`; keyword arguments take precedence over the file.
 
         Returns:
-            The config; with return_unused_kwargs=True a tuple of it and the arguments that it has no field for.
+            The config; with return_unused_kwargs=True a tuple of the config and the arguments that are not fields.
 
         Raises:
             ValueError: two arguments contradict each other.
         """
-        kwargs.pop("resume_download", None)  # the published examples pass it; downloads always resume today
+        kwargs.pop("resume_download", None)  # the published examples pass it; downloads now always resume
         check_arguments(kwargs)
         asked = any(name in kwargs for name in (*PRECISIONS, "dtype", "torch_dtype"))
-        # The published quantized files flag the precision of the GPU kernels of their day.
+        # Published quantized checkpoints set the precision of the GPU kernels of their time; ignore it.
         if asked or config_dict.get("quantization_config"):
             config_dict = {name: value for name, value in config_dict.items() if name not in PRECISIONS}
         for name in ("dtype", "torch_dtype"):
-            if kwargs.get(name) == "auto":  # what the file says; transformers would keep the word as the dtype
+            if kwargs.get(name) == "auto":  # use the file's; transformers would store the string as the dtype
                 kwargs.pop(name)
         try:
             result = super().from_dict(config_dict, **kwargs)
@@ -216,7 +216,7 @@ class QWenConfig(PreTrainedConfig):
                 f"config.json: {' '.join(str(error).split())} Correct that field, or download the file again."
             ) from error
         config = result[0] if isinstance(result, tuple) else result
-        config.check()  # the arguments were set after its own check
+        config.check()  # transformers sets the arguments after __post_init__
         if kwargs.get("window_sizes") and not config.use_window_attn:
             raise ValueError("window_sizes=[…] without use_window_attn=True would do nothing: pass both.")
         if kwargs.get("use_cache_kernel") and not config.use_cache_quantization:

@@ -1,4 +1,4 @@
-"""Arguments of `from_pretrained`: check that they agree, and choose device, precision and attention from them."""
+"""Checks the arguments of `from_pretrained` and chooses device, precision and attention from them."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.utils import is_flash_attn_2_available, logging
 
-from .gptq_qwen import choose_kernel as choose_kernel  # for those who import it from here
+from .gptq_qwen import choose_kernel as choose_kernel  # re-exported for old imports
 from .gptq_qwen import is_gptq
 
 logger = logging.get_logger(__name__)
@@ -15,10 +15,10 @@ PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float
 
 
 def check_arguments(kwargs: dict[str, Any]) -> None:
-    """Refuse arguments of `from_pretrained` that contradict one another.
+    """Check that the arguments of `from_pretrained` do not contradict one another.
 
     Raises:
-        ValueError: says which two, and what to pass.
+        ValueError: two of them do; the message says which and what to pass.
     """
     if kwargs.get("dtype") is not None and kwargs.get("torch_dtype", kwargs["dtype"]) != kwargs["dtype"]:
         raise ValueError(f"dtype={kwargs['dtype']} and torch_dtype={kwargs['torch_dtype']} contradict each other.")
@@ -42,8 +42,8 @@ def check_arguments(kwargs: dict[str, Any]) -> None:
     wants_flash = flash is True or "flash" in str(attention)
     if wants_flash and (kwargs.get("fp32") or dtype is torch.float32):
         raise ValueError(
-            "Flash attention and float32 contradict each other: it computes in half precision, so pass bf16=True or "
-            "fp16=True, or leave flash attention out."
+            "Flash attention computes in half precision, not in float32: pass bf16=True or fp16=True, or leave flash "
+            "attention out."
         )
 
 
@@ -60,7 +60,7 @@ def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
 
 
 def target_device(device_map: Any) -> torch.device:
-    """Where `from_pretrained(device_map=…)` will compute: the accelerator if there is one and it is not ruled out."""
+    """Return the device `from_pretrained(device_map=…)` computes on: the accelerator if available and not excluded."""
     places = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
     if all(str(place) in ("cpu", "disk", "meta") for place in places) or not torch.accelerator.is_available():
         return torch.device("cpu")
@@ -68,11 +68,11 @@ def target_device(device_map: Any) -> torch.device:
 
 
 def choose_dtype(config: PreTrainedConfig, device: torch.device) -> torch.dtype | str:
-    """The precision to load in when the caller names no dtype.
+    """Choose the precision to load in when the caller passes no dtype.
 
-    The flag that is set; else bfloat16 on a GPU that computes in it, float16 on one that does not, and float32 on the
-    CPU, whatever the weights are stored in. What surrounds quantized weights stays as it is stored, and beside GPTQ
-    weights on the CPU is bfloat16, the only precision that the kernels there are fast in.
+    A precision flag takes precedence. Otherwise bfloat16 on GPUs that support it, float16 on other GPUs and float32 on
+    the CPU, independent of the stored dtype. The unquantized tensors of a quantized checkpoint keep their stored dtype,
+    except with GPTQ on the CPU: bfloat16 is the only precision with fast kernels there.
     """
     for name, dtype in PRECISIONS.items():
         if getattr(config, name):
@@ -89,14 +89,13 @@ def choose_dtype(config: PreTrainedConfig, device: torch.device) -> torch.dtype 
 def choose_attention(
     config: PreTrainedConfig, dtype: torch.dtype | str, device: torch.device, requested: str | None = None
 ) -> str:
-    """The name for transformers' attention interface that `use_flash_attn` means here.
+    """Choose the attention implementation of transformers for `use_flash_attn`.
 
-    Flash attention works on a GPU in half precision and beside a cache in 16 bits; asked for elsewhere it is switched
-    off with a warning that says why.
+    Flash attention needs a GPU, half precision and a 16-bit cache. If it is requested without them, it is switched off
+    with a warning that gives the reason.
 
     Args:
-        requested: `attn_implementation`, where the caller names one; it stands unless it is flash attention together
-            with the 8-bit cache.
+        requested: the caller's `attn_implementation`; kept unless it is flash attention together with the 8-bit cache.
     """
     flash_requested = requested is not None and "flash" in requested
     if requested is not None and not (flash_requested and config.use_cache_quantization):

@@ -1,7 +1,7 @@
-"""Text of the base stage: what every Python installation has, and the generated conversations as plain text.
+"""Training text of the base stage: Python's standard library, and generated conversations as plain text.
 
-The standard library's sources are split by a fixed hash of the file's name: a twentieth is held out, `held_out_text`
-returns it for measurements of perplexity.
+A fixed hash of the file name holds out 5% of the standard library's files. `held_out_text` returns them, to measure
+perplexity.
 """
 
 from __future__ import annotations
@@ -33,9 +33,7 @@ _SKIPPED = {
 
 
 def standard_library() -> Iterator[tuple[str, str]]:
-    """(name, text) of the running Python's sources and licence, sorted by name;
-    tables of characters and tests left out.
-    """
+    """Yields (name, text) of the running Python's sources and licence, sorted by name, without tests and encodings."""
     root = Path(sysconfig.get_paths()["stdlib"])
     for path in sorted([*root.rglob("*.py"), *root.glob("LICENSE*"), *root.parent.glob("LICENSE*")]):
         name = path.relative_to(root.parent).as_posix()
@@ -50,12 +48,12 @@ def is_held_out(name: str) -> bool:
 
 
 def held_out_text() -> str:
-    """The files that training never sees, one after another."""
+    """Returns the held-out files, joined."""
     return "\n\n".join(text for name, text in standard_library() if is_held_out(name))
 
 
 def documents(seed: int = 0, generated: float = 0.45, size: int = 16_000_000) -> list[str]:
-    """About `size` characters of documents in random order, of which a share of characters is generated."""
+    """Returns about `size` characters of documents in random order. `generated` is the share of generated text."""
     rng = random.Random(seed)
     sources = [text for name, text in standard_library() if not is_held_out(name)]
     rng.shuffle(sources)
@@ -76,17 +74,17 @@ def documents(seed: int = 0, generated: float = 0.45, size: int = 16_000_000) ->
 
 
 def dialogue(sample: dict) -> str:
-    """A conversation as plain text: questions and answers, a line each."""
+    """Returns a conversation as plain text, one line per question or answer."""
     return "\n".join(turn["value"] for turn in sample["conversations"]) + "\n"
 
 
 def sums(rng: random.Random) -> str:
-    """A page of worked arithmetic, held-out facts excepted."""
+    """Returns 5 to 30 lines of worked arithmetic, without held-out facts."""
     return "\n".join(worked(fact(rng)) for _ in range(rng.randint(5, 30))) + "\n"
 
 
 def sentences(rng: random.Random) -> str:
-    """Lines about people in both languages, and word pairs of the two."""
+    """Returns sentences about people in both languages, and translated word pairs."""
     lines = []
     for _ in range(rng.randint(5, 20)):
         kind = rng.choice(list(KINDS))

@@ -1,8 +1,8 @@
-"""Writes the data files beside the toys, from the repository root: `python -m checkpoints.recipe.data_files`.
+"""Writes the toys' data files. Run in the repository root: `python -m checkpoints.recipe.data_files`.
 
-`qwen-tiny-chat/calibration.json` has the conversations that GPTQ is calibrated with, in the format of fine-tuning data.
-`qwen-tiny-base/held_out.txt` is a text for measurements of perplexity: the first files of `corpus.held_out_text`, whose
-licence goes beside it.
+`qwen-tiny-chat/calibration.json` contains the calibration conversations of GPTQ, in the format of fine-tuning data.
+`qwen-tiny-base/held_out.txt` is a text for measurements of perplexity: the first files of `corpus.held_out_text`. Their
+licence is written to the same folder.
 """
 
 from __future__ import annotations
@@ -23,28 +23,28 @@ HELD_OUT_LICENSE = BUNDLED_BASE / "held_out.LICENSE.txt"
 
 SEED = 4
 CONVERSATIONS = 128
-CHARACTERS = 205_000  # a little more than 65,536 tokens, which the documented table reads
+CHARACTERS = 205_000  # slightly more than the 65,536 tokens of the documented table
 
 
 def calibration() -> list[dict]:
-    """The first generated conversations, each with as many turns as fit into the trained length."""
+    """Returns the first generated conversations, each cut to the trained length."""
     tokenizer, found = load_tokenizer(BUNDLED_CHAT), []
     for sample in conversations(SEED):
         if cut := cut_to_fit(sample, tokenizer, SEQ_LENGTH["chat"]):
             found.append({"system": cut["system"], "conversations": cut["conversations"]})
         if len(found) == CONVERSATIONS:
             return found
-    raise AssertionError("the stream of conversations has no end")
+    raise AssertionError("unreachable: the stream of conversations is endless")
 
 
 def calibration_json() -> str:
-    """A JSON list with a conversation a line."""
+    """Returns the calibration data as a JSON list with one conversation per line."""
     lines = ",\n".join(json.dumps(sample, ensure_ascii=False) for sample in calibration())
     return f"[\n{lines}\n]\n"
 
 
 def held_out_excerpt() -> str:
-    """Whole lines from the beginning of the held-out text. The text is that of the Python that runs this."""
+    """Returns the first lines of the held-out text of the running Python."""
     text = held_out_text()
     return text[: text.index("\n", CHARACTERS) + 1]
 

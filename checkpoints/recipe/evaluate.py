@@ -1,8 +1,7 @@
 """Scores a chat checkpoint on held-out questions: `python -m checkpoints.recipe.evaluate checkpoints/qwen-tiny-chat`.
 
-Greedy decoding in batches, exact rules. Every reply must end by itself; one that runs into the limit is wrong
-whatever it says. Categories draw on what training leaves out: facts of arithmetic, names, words, phrasings, whole
-families of tools.
+Replies are decoded greedily in batches and scored by exact rules. A reply that reaches the token limit is wrong. The
+questions use what training holds out: arithmetic facts, names, words, phrasings and whole families of tools.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ MAX_NEW_TOKENS = 160
 
 @dataclass
 class Case:
-    """One scored reply: what precedes it, and the rule. `started` is an assistant turn to go on with."""
+    """A scored reply: its prompt and its rule. `started` is the beginning of an assistant turn to continue."""
 
     category: str
     query: str
@@ -60,7 +59,7 @@ def last_number(text: str) -> int | None:
 
 
 def talk_cases() -> list[Case]:
-    """Hand-written questions: the answer holds a key phrase and is in the language of the question."""
+    """Hand-written questions: the answer contains a key phrase and is in the language of the question."""
 
     def rule(reply: str, keys: list[str], chinese: bool) -> bool:
         return any(key in reply.lower() for key in keys) and is_chinese(reply) == chinese
@@ -77,7 +76,7 @@ def talk_cases() -> list[Case]:
 
 
 def arithmetic_cases(rng: random.Random, count: int = 60) -> list[Case]:
-    """Held-out facts: `count` for each of + - × by one digit, half as many for ÷ and for two digits by two."""
+    """Held-out facts: `count` each for +, - and × by one digit, half of that for ÷ and × by two digits."""
     cases = []
     for title, op, number, fits in (
         ("addition", "+", count, lambda f: True),
@@ -96,7 +95,7 @@ def arithmetic_cases(rng: random.Random, count: int = 60) -> list[Case]:
 
 
 def _filler(rng: random.Random, lang: str) -> tuple[str, str]:
-    """An exchange between telling and asking."""
+    """Returns an unrelated exchange, placed between telling and asking."""
     if rng.random() < 0.5:
         f = Fact(rng.randint(10, 99), "+", rng.randint(10, 99))
         return (
@@ -129,7 +128,7 @@ def memory_cases(rng: random.Random) -> list[Case]:
             key = "not told" if lang == "en" else "没有告诉"
             history = [_filler(rng, lang)] if rng.random() < 0.5 else []
             cases.append(Case("memory: never told", question, lambda r, k=key: k in r, history=history))
-    for _ in range(20):  # two facts in two turns, the first asked for
+    for _ in range(20):  # two facts in two turns, then a question about the first
         lang = rng.choice(("en", "zh"))
         first, second = rng.sample(["name", "colour", "city", "age", "code"], 2)
         values = {kind: VALUES[kind](rng, lang, True) for kind in (first, second)}
@@ -164,7 +163,7 @@ _ASKED = {
 
 
 def system_cases(rng: random.Random) -> list[Case]:
-    """Each system prompt with three questions; one that sets a language is asked in the other."""
+    """Each system prompt with three questions. If it sets a language, the questions are in the other one."""
     cases = []
     for system, kind, expected in SYSTEMS:
         topic = "name" if kind == "name" else "style"
@@ -182,7 +181,7 @@ def _obeys(reply: str, kind: str, wanted: str) -> bool:
 
 
 def tool_cases(rng: random.Random, count: int = 60) -> list[Case]:
-    """Choice and arguments, with trained, invented and wholly unseen families; no tool needed; the use of a result."""
+    """Choice and arguments of tools from trained, invented and unseen families; no tool needed; use of a result."""
     cases = []
     for title in ("choice", "unseen tools"):
         for _ in range(count):
@@ -234,7 +233,7 @@ def all_cases(seed: int = 20) -> list[Case]:
 
 @torch.inference_mode()
 def answer(cases: list[Case], model: QWenLMHeadModel, tokenizer: QWenTokenizer, batch_size: int = 48) -> None:
-    """Fills in `reply` and `ended`. Cases with the same prompt are answered once."""
+    """Sets `reply` and `ended` of all cases. Cases with the same prompt are answered once."""
     prompts: dict[tuple[int, ...], list[Case]] = {}
     for case in cases:
         _, ids = make_context(tokenizer, case.query, case.history, system=case.system, max_window_size=6144)
@@ -262,9 +261,10 @@ def answer(cases: list[Case], model: QWenLMHeadModel, tokenizer: QWenTokenizer, 
 
 
 def score(cases: list[Case]) -> dict[str, tuple[int, int]]:
-    """(right, asked) by category, and for the groups in front of the colons; "overall" counts every category but the
-    duplicates
-    of tool names alone."""
+    """Returns (right, asked) by category, by the group before the colon, and overall.
+
+    The groups and "overall" do not count "name alone", which scores the same replies again.
+    """
     table: dict[str, list[int]] = {}
     for case in cases:
         right = case.ended and case.right(case.reply)
@@ -291,7 +291,7 @@ def load(folder: Path) -> tuple[QWenLMHeadModel, QWenTokenizer]:
 
 
 def load_snapshot(path: Path, vocabulary: Path) -> tuple[QWenLMHeadModel, QWenTokenizer]:
-    """A model in training, rounded to bf16 as it would be published."""
+    """Loads a training snapshot, rounded to bf16 like a published model."""
     from .train import config
 
     model = QWenLMHeadModel(config("chat"))
@@ -303,9 +303,9 @@ def load_snapshot(path: Path, vocabulary: Path) -> tuple[QWenLMHeadModel, QWenTo
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="folder of a checkpoint, or a training snapshot (.pt)")
-    parser.add_argument("--json", type=Path, help="where to write the scores")
-    parser.add_argument("--only", default="", help="categories that begin with this")
-    parser.add_argument("--every", type=int, default=1, help="take every n-th question only")
+    parser.add_argument("--json", type=Path, help="file to write the scores to")
+    parser.add_argument("--only", default="", help="prefix of the categories to run")
+    parser.add_argument("--every", type=int, default=1, help="ask every n-th question only")
     parser.add_argument("--show", action="store_true", help="print the wrong answers")
     arguments = parser.parse_args()
     if arguments.checkpoint.suffix == ".pt":

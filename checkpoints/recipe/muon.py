@@ -1,8 +1,7 @@
-"""The Muon optimizer in float32 and in batches: torch.optim.Muon computes in bfloat16, which CPUs without matrix
-units do slowly.
+"""Batched Muon optimizer in float32. torch.optim.Muon uses bfloat16, which is slow on CPUs without matrix units.
 
-The momentum of a matrix is replaced by the nearest orthogonal one, found by Newton-Schulz iteration, and scaled so
-that its entries are as large as AdamW's updates are: one learning rate serves both optimizers.
+The update of a matrix is the orthogonal matrix nearest to its momentum, computed by Newton-Schulz iteration and scaled
+to the magnitude of AdamW's updates, so that both optimizers can share a learning rate.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ _COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic iteration: fast rath
 
 
 def orthogonalised(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """Matrices (N, rows, columns), rows <= columns, with all singular values brought near 1."""
+    """Brings the singular values of matrices (N, rows, columns), rows <= columns, close to 1."""
     a, b, c = _COEFFICIENTS
     x = matrices / (matrices.flatten(1).norm(dim=1)[:, None, None] + 1e-7)
     for _ in range(steps):
@@ -23,7 +22,7 @@ def orthogonalised(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon for 2-D matrices. A fused projection (its rows a multiple of its columns) counts as several square ones."""
+    """Muon for 2-D matrices. A fused projection with rows == 3 * columns is treated as three square matrices."""
 
     def __init__(self, parameters, lr: float, weight_decay: float = 0.0, momentum: float = 0.95):
         super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})

@@ -1,7 +1,7 @@
 """Writes a trained model to a checkpoint folder: bf16 weights, configuration, vocabulary, code.
 
-The code is that of `qwen/model`, as `save_pretrained` writes it beside every model. After a change there, this command
-writes it to the bundled folders again, in seconds and without touching the weights:
+The code is a copy of `qwen/model`, as written by `save_pretrained`. After a change there, this command updates the
+copies in the bundled folders in seconds, without changing the weights:
 
     python -m checkpoints.recipe.publish
 """
@@ -16,16 +16,16 @@ import torch
 from transformers.dynamic_module_utils import custom_object_save
 
 import qwen
-from qwen.checkpoint.files import let_others_read
+from qwen.checkpoint.files import apply_umask
 from qwen.checkpoint.loading import BUNDLED_BASE, BUNDLED_CHAT, BUNDLED_CHAT_INT4
 
 
 def publish(model: qwen.QWenLMHeadModel, tokenizer: qwen.QWenTokenizer, folder: Path, stage: str) -> None:
-    """Writes `folder`. The model in memory stays as it is, in float32."""
+    """Writes `folder`. The model in memory is not modified."""
     folder.mkdir(parents=True, exist_ok=True)
     rounded = copy.deepcopy(model).to(torch.bfloat16).eval()
     rounded.save_pretrained(folder)
-    let_others_read(folder)
+    apply_umask(folder)
     tokenizer.save_vocabulary(str(folder))
     _json(folder / "tokenizer_config.json", {"model_max_length": 8192, "tokenizer_class": "QWenTokenizer"})
     write_code(folder)
@@ -33,11 +33,11 @@ def publish(model: qwen.QWenLMHeadModel, tokenizer: qwen.QWenTokenizer, folder: 
 
 
 def write_code(folder: Path) -> None:
-    """Writes the modules of the three classes and of all that they import, and names the classes in `auto_map`.
+    """Writes the modules of the three classes and their imports, and the classes' names in `auto_map`.
 
-    With it `from_pretrained(folder, trust_remote_code=True)` works where this package is not installed.
+    `from_pretrained(folder, trust_remote_code=True)` then works without this package.
     """
-    for path in folder.glob("*.py"):  # some may have gone from qwen/model
+    for path in folder.glob("*.py"):  # some may have been removed from qwen/model
         path.unlink()
     config = qwen.QWenConfig.from_pretrained(folder)
     with torch.device("meta"):
@@ -46,13 +46,13 @@ def write_code(folder: Path) -> None:
     for name, objects in (("config.json", (config, model)), ("tokenizer_config.json", (tokenizer,))):
         content = json.loads((folder / name).read_text(encoding="utf-8"))
         content["auto_map"] = {}
-        for written in objects:
-            custom_object_save(written, folder, config=content)
+        for item in objects:
+            custom_object_save(item, folder, config=content)
         _json(folder / name, dict(sorted(content.items())))
 
 
 def generation_config(tokenizer: qwen.QWenTokenizer, stage: str) -> dict:
-    """In the style of the published files; cooler sampling, for a toy strays sooner."""
+    """Returns a generation config like the published ones, with a lower top_p, because a toy makes more errors."""
     end = tokenizer.eod_id
     return {
         "chat_format": "chatml" if stage == "chat" else "raw",

@@ -1,6 +1,6 @@
 """Quantizes the bundled chat model to 4 bits: `python -m checkpoints.recipe.quantize`, from the repository root.
 
-`qwen.quantization` does it, for this model as for any other. The tokenizer's files are those of the float model.
+`qwen.quantization` quantizes it like any other model. The tokenizer's files are copied from the float model.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from .train import SEQ_LENGTH
 
 
 def quantize_bundled(source: Path, target: Path, samples: list[list[int]]) -> None:
-    """Writes `target`: the bundled model `source` in 4 bits."""
+    """Quantizes the bundled model `source` to 4 bits and writes it to `target`."""
     quantize(source, target, samples, overwrite=True, cpu_only=True, progress=True)
-    (target / "chat_template.jinja").unlink()  # the tokenizer's code has it as well
+    (target / "chat_template.jinja").unlink()  # also in the tokenizer's code
     for name in ("qwen.tiktoken", "tokenizer_config.json"):
         shutil.copyfile(source / name, target / name)
 

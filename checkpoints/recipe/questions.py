@@ -1,7 +1,7 @@
-"""The evaluation's hand-written questions: phrasings that training never sees, and what a right answer must hold.
+"""Hand-written questions of the evaluation, which are not in the training data, and what a right answer contains.
 
-`HELD_QUESTIONS` is what the generators leave out. Arithmetic, memory and tools take held-out facts, names and words
-besides.
+The generators leave out the questions in `HELD_QUESTIONS`. Arithmetic, memory and tools also use held-out facts, names
+and words.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ from .conversations.speech import normalised
 from .phrases import phrases
 
 _QUESTIONS = phrases("questions")
-# category → [question, key that a right answer holds (lower case), another such key, ...]
+# category → [question, keyword of a right answer (lower case), alternative keyword, ...]
 TALK: dict[str, list[list[str]]] = _QUESTIONS["talk"]
 # operation → language → phrases around {a} and {b}
 SUMS: dict[str, dict[str, list[str]]] = _QUESTIONS["sums"]
-# kind of fact → language → (telling, asking); {v} is a held-out value
+# kind of fact → language → (statement, question); {v} is a held-out value
 FACTS: dict[str, dict[str, list[list[str]]]] = _QUESTIONS["facts"]
 NEVER_TOLD: dict[str, list[str]] = _QUESTIONS["never_told"]
-# (system prompt, rule, what the rule expects); {v} is a held-out name or word
+# (system prompt, rule, expected value of the rule); {v} is a held-out name or word
 SYSTEMS: list[list[str]] = _QUESTIONS["systems"]["all"]
 
 HELD_QUESTIONS = frozenset(

@@ -1,7 +1,7 @@
-"""Trains the bundled checkpoint: `python -m checkpoints.recipe.train base`, then `… chat`, from the repository root.
+"""Trains the bundled checkpoint: `python -m checkpoints.recipe.train base`, then `… chat`, in the repository root.
 
-A plain PyTorch loop in float32: Muon for the hidden matrices, AdamW for the rest, a constant learning rate that falls
-linearly over the second half. Progress is kept in `checkpoints/.work`: the same command goes on after an interruption.
+A plain PyTorch loop in float32: Muon for the hidden matrices, AdamW for the rest, a constant learning rate with linear
+decay over the last 58%. Progress is saved in `checkpoints/.work`; the same command resumes after an interruption.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ WORK = HERE / ".work"
 FOLDERS = {"base": HERE / "qwen-tiny-base", "chat": HERE / "qwen-tiny-chat"}
 SEQ_LENGTH = {"base": 256, "chat": 1024}
 BATCH_TOKENS = {"base": 6144, "chat": 4096}
-Batch = tuple[torch.Tensor, torch.Tensor]  # input_ids, labels: (B, S), labels as the model sees them, not shifted
+Batch = tuple[torch.Tensor, torch.Tensor]  # input_ids, labels: (B, S), labels not shifted
 
 
 def config(stage: str, vocab_size: int = 3584, **shape) -> QWenConfig:
-    """The toy's shape: every width a multiple of 128, so that GPTQ's groups fit."""
+    """Returns the toy's configuration. Every width is a multiple of 128, the group size of GPTQ."""
     published = {
         "vocab_size": vocab_size,
         "hidden_size": 256,
@@ -58,10 +58,9 @@ def config(stage: str, vocab_size: int = 3584, **shape) -> QWenConfig:
 
 
 def loss_of(model: QWenLMHeadModel, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Mean loss of the next tokens. The head sees the learned positions only, which saves the prompts' share of its
-    work.
+    """Returns the mean next-token loss. The head is applied to learned positions only, which saves work on prompts.
 
-    Padding stands on the right, where causal attention never looks from a learned position: no mask is needed.
+    Padding is on the right, so causal attention never reads it at a learned position and no mask is needed.
     """
     hidden = model.transformer(input_ids=input_ids, use_cache=False).last_hidden_state[:, :-1]  # (B, S - 1, C)
     targets = labels[:, 1:]
@@ -86,12 +85,12 @@ def optimizers(model: torch.nn.Module, rate: float) -> list[torch.optim.Optimize
 
 
 def schedule(progress: float, warmup: float = 0.01, decay: float = 0.58) -> float:
-    """The learning rate's factor at a share of the training: a short rise, a plateau, a linear fall."""
+    """Returns the learning rate factor at `progress` (0 to 1): short warmup, plateau, linear decay."""
     return min(1.0, (progress + 1e-3) / warmup, max(0.01, (1 - progress) / decay))
 
 
 def base_batches(tokenizer: QWenTokenizer, seed: int, length: int = SEQ_LENGTH["base"]) -> Iterator[Batch]:
-    """Windows of the corpus in random order, over and over; every token is learned."""
+    """Yields windows of the corpus in random order, for endless epochs; every token is learned."""
     ids: list[int] = []
     for text in documents(seed):
         ids += [*tokenizer.encode(text, allowed_special=set()), tokenizer.eod_id]
@@ -105,7 +104,7 @@ def base_batches(tokenizer: QWenTokenizer, seed: int, length: int = SEQ_LENGTH["
 
 
 def cut_to_fit(sample: dict, tokenizer: QWenTokenizer, length: int) -> dict | None:
-    """The conversation with as many turns as fit into `length` tokens; None where not even the first pair does."""
+    """Returns the conversation with as many turns as fit into `length` tokens, None if the first pair does not fit."""
     turns = sample["conversations"]
     while turns:
         encoded = encode_conversation(turns, tokenizer, length + 1, system_message=sample["system"])
@@ -116,9 +115,9 @@ def cut_to_fit(sample: dict, tokenizer: QWenTokenizer, length: int) -> dict | No
 
 
 def encode_sample(sample: dict, tokenizer: QWenTokenizer, length: int) -> dict[str, list[int]] | None:
-    """A conversation's ids and labels; what tools returned and turns without their instruction are not learned.
+    """Returns the ids and labels of a conversation. Tool results and turns before the tool prompt are not learned.
 
-    Cut to as many turns as fit into `length` tokens; None where not even the first pair does.
+    The conversation is cut to as many turns as fit into `length` tokens; None if the first pair does not fit.
     """
     cut = cut_to_fit(sample, tokenizer, length)
     if cut is None:
@@ -142,7 +141,7 @@ def encode_sample(sample: dict, tokenizer: QWenTokenizer, length: int) -> dict[s
 
 
 def chat_batches(tokenizer: QWenTokenizer, seed: int, chunk: int = 0, tools: float = 0.25) -> Iterator[Batch]:
-    """Fresh conversations without end, in batches of similar lengths and random order."""
+    """Yields endless new conversations, in batches of similar length and in random order."""
     while True:
         stream = conversations(seed * 100_003 + chunk, tools)
         encoded = (encode_sample(sample, tokenizer, SEQ_LENGTH["chat"]) for sample in islice(stream, 1500))
@@ -160,7 +159,7 @@ def chat_batches(tokenizer: QWenTokenizer, seed: int, chunk: int = 0, tools: flo
 
 
 class ChatStream(IterableDataset):
-    """`chat_batches` for a worker process, so that conversations are made while the model computes."""
+    """`chat_batches` for a worker process, so that conversations are generated while the model computes."""
 
     def __init__(self, *arguments):
         self.arguments = arguments
@@ -170,7 +169,7 @@ class ChatStream(IterableDataset):
 
 
 def train(stage: str, tokens: int, minutes: float, rate: float, seed: int, tools: float) -> None:
-    """Trains a stage on `tokens` tokens, or on fewer if `minutes` are over first: the decay then comes in time."""
+    """Trains a stage for `tokens` tokens or `minutes`, whichever ends first; the decay is scheduled for the earlier."""
     torch.manual_seed(seed)
     vocabulary = FOLDERS["base"] / "qwen.tiktoken"
     if not vocabulary.exists():
@@ -187,10 +186,10 @@ def train(stage: str, tokens: int, minutes: float, rate: float, seed: int, tools
         model.load_state_dict(state["model"])
         for optimizer, saved in zip(optimizer_list, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-            for group in optimizer.param_groups:  # a rate given anew counts
+            for group in optimizer.param_groups:  # --rate overrides the saved rate
                 group["peak"] = rate if isinstance(optimizer, Muon) else 0.6 * rate
         done, spent, steps = state["tokens"], state["seconds"], state["steps"]
-        print(f"going on at {done / 1e6:.2f}M tokens", flush=True)
+        print(f"resuming at {done / 1e6:.2f}M tokens", flush=True)
     elif stage == "chat":
         base = QWenLMHeadModel.from_pretrained(FOLDERS["base"], dtype=torch.float32)
         model.load_state_dict(base.state_dict())
@@ -243,7 +242,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=("base", "chat"))
     parser.add_argument("--tokens", type=float, help="tokens to train on (base 4.5e6, chat 18e6)")
-    parser.add_argument("--minutes", type=float, help="time after which training ends, decayed (base 15, chat 84)")
+    parser.add_argument("--minutes", type=float, help="time limit, at the end of the decay (base 15, chat 84)")
     parser.add_argument("--rate", type=float, help="peak learning rate (base 4e-3, chat 3e-3)")
     parser.add_argument("--tools", type=float, default=0.25, help="share of conversations with tools")
     parser.add_argument("--seed", type=int, default=1234)

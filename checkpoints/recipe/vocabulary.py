@@ -1,6 +1,6 @@
-"""The bundled checkpoint's vocabulary: byte-level BPE learned on the recipe's own text, written as `qwen.tiktoken`.
+"""Learns the toys' vocabulary: byte-level BPE on the recipe's own text, written as `qwen.tiktoken`.
 
-Ranks 0 to 255 are the bytes in order; every further rank is a merge, in the order in which it was learned.
+Ranks 0 to 255 are the bytes in order, followed by the merges in the order in which they were learned.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ RANKS = 3376  # 3376 ranks + 208 control tokens = 3584 rows
 PATTERN = "|".join(
     (
         "(?i:'s|'t|'re|'ve|'m|'ll|'d)",  # English endings
-        r"[^\r\n\p{L}\p{N}]?\p{L}+",  # words, with the sign in front
+        r"[^\r\n\p{L}\p{N}]?\p{L}+",  # words, with a preceding sign
         r"\p{N}",  # digits one by one
         r" ?[^\s\p{L}\p{N}]+[\r\n]*",  # other signs
         r"\s*[\r\n]+|\s+(?!\S)|\s+",  # white space
@@ -29,9 +29,7 @@ PATTERN = "|".join(
 
 
 def bytes_of_characters() -> dict[str, int]:
-    """ByteLevel's printable stand-ins for bytes: printable ones stand for themselves,
-    the rest from code point 256 on.
-    """
+    """Returns ByteLevel's characters → bytes: printable bytes are themselves, the others start at code point 256."""
     plain = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     table = {chr(byte): byte for byte in plain}
     table.update({chr(256 + index): byte for index, byte in enumerate(b for b in range(256) if b not in plain)})
@@ -39,7 +37,7 @@ def bytes_of_characters() -> dict[str, int]:
 
 
 def learn(texts: list[str], ranks: int = RANKS) -> tuple[list[bytes], Tokenizer]:
-    """The tokens by rank, and the `tokenizers` tokenizer they were learned with."""
+    """Returns the tokens by rank, and the `tokenizers` tokenizer that learned them."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -63,7 +61,7 @@ def write(tokens: list[bytes], path: Path) -> None:
 
 
 def verify(tokens: list[bytes], tokenizer: Tokenizer, texts: list[str]) -> None:
-    """Raises ValueError where tiktoken's merging by rank and tokenizers' merging by order disagree."""
+    """Raises ValueError if tiktoken's merging by rank and tokenizers' merging by order disagree."""
     encoding = tiktoken.Encoding(
         "qwen-tiny", pat_str=PATTERN, mergeable_ranks={t: r for r, t in enumerate(tokens)}, special_tokens={}
     )
@@ -73,13 +71,11 @@ def verify(tokens: list[bytes], tokenizer: Tokenizer, texts: list[str]) -> None:
         theirs = [bytes(table[c] for c in token) for token in tokenizer.encode(text).tokens]
         if ours != theirs:
             where = next(i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b)
-            raise ValueError(f"The two tokenizers cut {b''.join(ours[where : where + 4])!r} differently.")
+            raise ValueError(f"tiktoken and tokenizers split {b''.join(ours[where : where + 4])!r} differently.")
 
 
 def build(path: Path, seed: int = 0) -> None:
-    """Learns the vocabulary on a sample of both stages' text and writes it. Chat text counts more:
-    users meet the chat model.
-    """
+    """Learns the vocabulary on a sample of both stages' text and writes it. Chat text, which users see, counts more."""
     chats = [dialogue(sample) for sample in islice(conversations(seed + 7, tools=0.25), 9000)]
     texts = documents(seed, generated=0.15, size=5_000_000) + chats
     tokens, tokenizer = learn(texts)
@@ -87,7 +83,7 @@ def build(path: Path, seed: int = 0) -> None:
     write(tokens, path)
     length = sum(map(len, chats[:1000]))
     count = sum(len(e.ids) for e in tokenizer.encode_batch(chats[:1000]))
-    print(f"{len(tokens)} ranks written to {path}; chat text: {length / count:.2f} characters a token")
+    print(f"{len(tokens)} ranks written to {path}; chat text: {length / count:.2f} characters per token")
 
 
 if __name__ == "__main__":

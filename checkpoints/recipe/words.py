@@ -1,8 +1,7 @@
-"""Word pools: the names, places and things that fill the slots of the generated conversations.
+"""Word pools: names, places and things for the slots of the generated conversations.
 
-A tenth of every open pool (names, cities, ...) is held out by a fixed hash: training never draws those words, the
-evaluation draws only from them. Invented words are mixed in, so that a slot is learned as "copy what stands there",
-not as a list.
+A fixed hash holds out a tenth of every open pool (names, cities, ...): training never draws these words, the evaluation
+draws only these. Invented words are mixed in, so that the model learns to copy a slot instead of memorizing a list.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ CITIES, COLOURS, ANIMALS, FOODS, JOBS, HOBBIES, LANGUAGES, COUNTRIES, SEASONS, M
 
 
 def pick(rng: random.Random, pool, held: bool = False):
-    """A random item of a pool: of its training part, or of its held-out part (the whole pool where that is empty)."""
+    """Returns a random item of the training or held-out part of a pool (of the whole pool if that part is empty)."""
     return rng.choice(_part(tuple(pool), held))
 
 
@@ -54,12 +53,12 @@ def chinese_name(rng: random.Random, held: bool = False) -> str:
 
 
 def name(rng: random.Random, lang: str, held: bool = False) -> str:
-    """A person's name; Chinese speakers use an English one now and then."""
+    """Returns a person's name; 15% of the names in Chinese conversations are English."""
     return chinese_name(rng, held) if lang == "zh" and rng.random() < 0.85 else english_name(rng, held)
 
 
 def city(rng: random.Random, lang: str, held: bool = False) -> str:
-    """A city in the language of the talk; sometimes an invented one."""
+    """Returns a city in `lang`; some English ones are invented."""
     if rng.random() < 0.15 and lang == "en":
         return invented(rng, held).capitalize()
     english = pick(rng, CITIES, held)
@@ -67,6 +66,6 @@ def city(rng: random.Random, lang: str, held: bool = False) -> str:
 
 
 def pair(rng: random.Random, pool: dict[str, str], lang: str, held: bool = False) -> str:
-    """An entry of an English → Chinese pool, in the language asked for."""
+    """Returns an entry of an English → Chinese pool in `lang`."""
     english = pick(rng, pool, held)
     return pool[english] if lang == "zh" else english

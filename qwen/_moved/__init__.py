@@ -1,7 +1,7 @@
-"""Aliases of modules that have moved: an old path leads to the very module, and warns. They go with the next release.
+"""Aliases of moved modules: importing an old path warns and returns the new module. Removed in the next release.
 
-Each file beside this one has the name of an old module and replaces itself by the new one. `qwen` and its packages
-search this folder after their own (`__path__`), so no import hook is needed.
+Each file here has the name of an old module and replaces itself by the new one. `qwen` and its packages search this
+folder after their own (`__path__`), so no import hook is needed.
 """
 
 import importlib
@@ -56,7 +56,7 @@ MOVED: dict[str, str] = {
 
 
 def old_paths(package: str) -> str:
-    """The folder of aliases for the submodules of a package, to append to its `__path__`."""
+    """Return the folder of aliases for a package's submodules, to append to its `__path__`."""
     return str(Path(__file__).parent.joinpath(*package.split(".")[1:]))
 
 
@@ -67,11 +67,9 @@ def redirect(old: str) -> None:
         old: `__name__` of the file that calls this.
     """
     new = MOVED[old]
-    warnings.warn(
-        f"{old} has moved: import {new}. The old path goes with the next release.", FutureWarning, stacklevel=3
-    )
+    warnings.warn(f"{old} has moved: import {new}. The next release removes the old path.", FutureWarning, stacklevel=3)
     for name, target in MOVED.items():
         if name == old or name.startswith(f"{old}."):
             module = sys.modules[name] = importlib.import_module(target)
-            if name != old:  # of the module itself, the import system does so
+            if name != old:  # the import system does this for the module itself
                 setattr(sys.modules[old], name.rpartition(".")[2], module)

@@ -8,9 +8,9 @@ redirect(__name__)
 
 
 def check_config(path: Path, name: str | Path) -> None:
-    """Raise CheckpointError unless the config.json at `path` is a first-generation Qwen's that can be loaded here."""
+    """Raise CheckpointError unless the config.json at `path` is of a first-generation Qwen that can be loaded here."""
     check_architecture(read_json(path, name), name)
 
 
-# A name that went with the move; the module itself does not have it.
+# A name that exists only under the old path.
 sys.modules[__name__].__dict__["check_config"] = check_config

@@ -12,30 +12,32 @@ redirect(__name__)
 
 def add_hub_argument(parser: argparse.ArgumentParser) -> None:
     """Add --hub; pass its value on as `hub=` of `load_model` or `Checkpoint.open`."""
-    parser.add_argument("--hub", choices=HUBS, help="hub to download from (default: $QWEN_HUB, or huggingface)")
+    parser.add_argument("--hub", choices=HUBS, help="hub to download from (default: $QWEN_HUB or huggingface)")
 
 
 def use(hub: str | None) -> None:
-    """Once set the hub of the whole process.
+    """Accept None only. Earlier versions set the hub of the process here.
 
     Raises:
-        ValueError: a hub is named; it is an argument now.
+        ValueError: `hub` is not None; it is now an argument of other functions.
     """
     if hub is not None:
-        raise ValueError(f"use({hub!r}) is gone: pass hub={hub!r} to load_model or Checkpoint.open, or set QWEN_HUB.")
+        raise ValueError(
+            f"use({hub!r}) was removed: pass hub={hub!r} to load_model or Checkpoint.open, or set QWEN_HUB."
+        )
 
 
-def config_file(name: str, **where: Any) -> Path:
-    """Fetch config.json alone."""
-    return find(name, HubOptions(**where)).config()
+def config_file(name: str, **hub_kwargs: Any) -> Path:
+    """Download only config.json."""
+    return find(name, HubOptions(**hub_kwargs)).config()
 
 
-def source(name: str, *, weights: bool = False, **where: Any) -> tuple[str, dict[str, Any]]:
-    """The first argument of from_pretrained and its keyword arguments."""
-    return find(name, HubOptions(**where)).source(weights=weights)
+def source(name: str, *, weights: bool = False, **hub_kwargs: Any) -> tuple[str, dict[str, Any]]:
+    """Return the first argument of from_pretrained and its keyword arguments."""
+    return find(name, HubOptions(**hub_kwargs)).source(weights=weights)
 
 
-# Names that went with the move; the module itself does not have them.
+# Names that exist only under the old path.
 for _name, _value in {
     "add_hub_argument": add_hub_argument,
     "config_file": config_file,

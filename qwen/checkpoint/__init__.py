@@ -1,1 +1,1 @@
-"""From a name to a loaded checkpoint: hubs, folders of weights, LoRA adapters, and folders that are written whole."""
+"""Checkpoints: download, validation and loading, LoRA adapters, and safe writing of model folders."""

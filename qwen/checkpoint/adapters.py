@@ -1,7 +1,6 @@
-"""Validates LoRA adapters and puts them on a loaded model.
+"""Validates LoRA adapters and loads them onto a base model.
 
-An adapter's folder names its base model and holds tensors; both are compared with the model that it is put on. peft
-does the work, and is imported where it is used, since most checkpoints need none.
+peft is imported where it is used, since most checkpoints do not need it.
 """
 
 import importlib.util
@@ -11,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .._renamed import old_names
 from ..model.modeling_qwen import QWenLMHeadModel
-from .files import CheckpointError, is_complete, is_lfs_pointer, listing, pointer_text, read_json
+from .files import CheckpointError, is_complete, is_lfs_pointer, join_names, lfs_pointer_message, read_json
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -27,92 +27,96 @@ def is_adapter(folder: Path) -> bool:
 
 
 def check_adapter(folder: Path, config: dict[str, Any] | None = None) -> None:
-    """Raise CheckpointError unless the folder holds a complete LoRA adapter, as far as can be seen quickly.
+    """Raise CheckpointError unless the folder holds a complete LoRA adapter. Tensors are not read.
 
     Args:
-        config: the content of adapter_config.json; None reads it.
+        folder: the adapter.
+        config: content of adapter_config.json; None reads it.
     """
     kind = (read_json(folder / ADAPTER_CONFIG, folder) if config is None else config).get("peft_type")
     if kind != "LORA":
         raise CheckpointError(
-            f"{folder} holds an adapter of the kind {kind!r}. Only LoRA adapters are put on a model here; peft itself "
-            "may know what to do with it: `peft.AutoPeftModelForCausalLM.from_pretrained`."
+            f"{folder} holds an adapter of type {kind!r}. Only LoRA adapters are supported here; peft itself may "
+            "support it: `peft.AutoPeftModelForCausalLM.from_pretrained`."
         )
     weights = next((folder / name for name in ADAPTER_WEIGHTS if (folder / name).is_file()), None)
     if weights is None:
         raise CheckpointError(
-            f"{folder} has an {ADAPTER_CONFIG} but no {' or '.join(ADAPTER_WEIGHTS)}: the training did not get to the "
-            "end, or the folder was not copied as a whole. A checkpoint-N folder inside it may be complete."
+            f"{folder} has an {ADAPTER_CONFIG} but no {' or '.join(ADAPTER_WEIGHTS)}: the training did not finish, or "
+            "the folder was not copied completely. A checkpoint-N folder inside it may be complete."
         )
     if is_lfs_pointer(weights):
-        raise CheckpointError(pointer_text(folder, [weights.name]))
+        raise CheckpointError(lfs_pointer_message(folder, [weights.name]))
     if not is_complete(weights):
         raise CheckpointError(
-            f"{weights} is cut off or damaged. Copy it again from where it was trained, or use a checkpoint-N folder "
+            f"{weights} is cut off or damaged. Copy it again from the training machine, or use a checkpoint-N folder "
             "of that training."
         )
     if importlib.util.find_spec("peft") is None:
-        raise CheckpointError(f"{folder} holds an adapter (LoRA), which needs one more package: `pip install peft`.")
+        raise CheckpointError(f"{folder} holds an adapter (LoRA), which needs another package: `pip install peft`.")
 
 
 def recorded_base(folder: Path, config: dict[str, Any] | None = None) -> tuple[str, str | None]:
-    """The name of the model that the adapter was trained on, and its revision on the hub, None for the newest.
+    """Return the name of the model that the adapter was trained on, and its hub revision (None: the latest).
 
     Args:
-        config: the content of adapter_config.json; None reads it.
+        folder: the adapter.
+        config: content of adapter_config.json; None reads it.
 
     Raises:
-        CheckpointError: adapter_config.json is damaged or names none.
+        CheckpointError: adapter_config.json is damaged or does not name a model.
     """
     config = read_json(folder / ADAPTER_CONFIG, folder) if config is None else config
     name = config.get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
         raise CheckpointError(
-            f"{folder / ADAPTER_CONFIG} does not say which model the adapter was trained on. Write its folder or hub "
-            "id there, as base_model_name_or_path."
+            f"{folder / ADAPTER_CONFIG} does not name the model that the adapter was trained on. Set "
+            "base_model_name_or_path there to its folder or hub id."
         )
     return name, config.get("revision")
 
 
-def with_adapter(model: QWenLMHeadModel, folder: Path, tokens: int) -> QWenLMHeadModel:
-    """The model as the adapter makes it: merged into its weights, in float32 sums that are rounded once; or beside
-    them where they are packed integers.
+def load_adapter(model: QWenLMHeadModel, folder: Path, tokens: int) -> QWenLMHeadModel:
+    """Load an adapter for inference. It is merged into float weights in float32 and rounded once; for quantized
+    weights, its layers are kept separate.
 
     Args:
-        model: what the adapter was trained on, in any precision; it is changed and should not be used any more.
-        folder: one that `check_adapter` passes.
-        tokens: the length of the adapter's tokenizer. Where the model has fewer rows, its embedding and its output
-            matrix grow to it.
+        model: the adapter's base model, in any precision. It is modified in place and must not be used afterwards.
+        folder: an adapter that passes `check_adapter`.
+        tokens: length of the adapter's tokenizer. If the model has fewer rows, its embedding and output matrix are
+            resized to it.
 
     Raises:
-        CheckpointError: the adapter's tensors are not those that belong on this model, or parts of the model lie
-            outside the devices that compute.
+        CheckpointError: the adapter's tensors do not match the model, or parts of the model are offloaded.
     """
     places = {str(place) for place in getattr(model, "hf_device_map", {}).values()}
     if "disk" in places or (len(places) > 1 and "cpu" in places):
         raise CheckpointError(
-            f"{model.name_or_path} is larger than the memory that it may fill, and an adapter cannot be put on what "
-            f"was left outside. Merge it once, `qwen merge {folder} OUT`, and load OUT."
+            f"{model.name_or_path} does not fit into the memory it may use, and an adapter cannot be loaded onto "
+            f"offloaded layers. Merge it once, `qwen merge {folder} OUT`, and load OUT."
         )
     grown = tokens > model.config.vocab_size
     if grown:
         model.resize_token_embeddings(tokens, mean_resizing=False)
-    adapted = put_on(model, folder, grown=grown)
+    adapted = attach_adapter(model, folder, grown=grown)
     if getattr(model.config, "quantization_config", None) is not None:
-        return model  # which has the adapter's layers in it by now
+        return model  # contains the adapter's layers
     return adapted.merge_and_unload().requires_grad_(True)
 
 
-def put_on(model: QWenLMHeadModel, folder: Path, *, trainable: bool = False, grown: bool = False) -> "PeftModel":
-    """The model with the adapter's layers in it.
+def attach_adapter(
+    model: QWenLMHeadModel, folder: Path, *, trainable: bool = False, grown: bool = False
+) -> "PeftModel":
+    """Add the adapter's layers to the model.
 
     Args:
-        folder: one that `check_adapter` passes.
-        trainable: to go on training the adapter; else everything is frozen.
-        grown: the embedding and the output matrix have new rows, which must be among the adapter's tensors.
+        model: the adapter's base model; modified in place.
+        folder: an adapter that passes `check_adapter`.
+        trainable: make the adapter trainable; otherwise all parameters are frozen.
+        grown: the embedding and output matrix have new rows, so the adapter must contain both.
 
     Raises:
-        CheckpointError: the adapter's tensors are not those that belong on this model.
+        CheckpointError: the adapter's tensors do not match the model.
     """
     import peft
 
@@ -128,22 +132,25 @@ def put_on(model: QWenLMHeadModel, folder: Path, *, trainable: bool = False, gro
         raise
     except (LookupError, TypeError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
         raise CheckpointError(
-            f"The adapter in {folder} does not fit {model.name_or_path}. It belongs on the model that it was trained "
-            f"on, and its files belong together. ({' '.join(str(error).split())[:500]})"
+            f"The adapter in {folder} does not fit {model.name_or_path}. Use the model that it was trained on, and "
+            f"keep the files of one adapter together. ({' '.join(str(error).split())[:500]})"
         ) from error
     return adapted
 
 
 def _check_names(found: set[str], adapted: Any, grown: bool) -> None:
-    """Raise ValueError unless the tensors of the file are those of the adapter, which peft would leave as they began.
+    """Raise ValueError unless `found` are the adapter's tensor names. peft would leave missing ones at initial values.
 
-    The embedding and the output matrix may be among them, and must be where they have grown: their new rows are random.
+    The embedding and the output matrix may be among them. If `grown`, they must be: their new rows are random.
     """
     from peft import get_peft_model_state_dict
 
     embeddings_too = set(get_peft_model_state_dict(adapted, save_embedding_layers=True))
     needed = embeddings_too if grown else set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
     if missing := sorted(needed - found):
-        raise ValueError(f"Missing from its file: {listing(missing, 3)}.")
+        raise ValueError(f"Missing from its file: {join_names(missing, 3)}.")
     if unknown := sorted(found - embeddings_too):
-        raise ValueError(f"In its file, but not in the model: {listing(unknown, 3)}.")
+        raise ValueError(f"In its file, but not in the model: {join_names(unknown, 3)}.")
+
+
+__getattr__ = old_names(__name__, {"put_on": "attach_adapter", "with_adapter": "load_adapter"})

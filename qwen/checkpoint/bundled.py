@@ -1,4 +1,4 @@
-"""The toy checkpoints that come with the repository. An installed package has none of them."""
+"""Paths of the toy checkpoints in the repository. They are not part of the installed package."""
 
 from pathlib import Path
 

@@ -1,8 +1,7 @@
-"""From a name to a loaded model: one opened `Checkpoint`, which reads each of its small files once.
+"""Opens and loads checkpoints.
 
-The files are checked before transformers sees them, because transformers reports a half-downloaded folder as a JSON or
-a header error. The model code of this package is used whatever code lies beside the weights, so nothing from a
-checkpoint is executed and no `trust_remote_code` is needed.
+Files are checked before transformers reads them, because transformers reports an incomplete folder as a JSON or header
+error. Code in a checkpoint folder is never executed: this package's model code is used, without `trust_remote_code`.
 """
 
 import copy
@@ -19,7 +18,7 @@ from ..model.configuration_qwen import QWenConfig
 from ..model.modeling_qwen import QWenLMHeadModel
 from ..model.tokenization_qwen import QWenTokenizer
 from . import bundled
-from .adapters import ADAPTER_CONFIG, check_adapter, is_adapter, recorded_base, with_adapter
+from .adapters import ADAPTER_CONFIG, check_adapter, is_adapter, load_adapter, recorded_base
 from .files import (
     VOCABULARY,
     CheckpointError,
@@ -38,22 +37,22 @@ from .weights import Weights
 class Checkpoint:
     """A first-generation Qwen checkpoint: a folder, a hub id, or the folder of a LoRA adapter.
 
-    Small files are read when they are asked for, once; weights only by `load` and `weights`. `open` also checks that
-    the checkpoint is complete.
+    Small files are read on first use, once; weights are read only by `load` and `weights`. `open` also checks that the
+    checkpoint is complete.
 
     Args:
-        name_or_path: a folder, or a hub id such as "Qwen/Qwen-7B-Chat"; None is the bundled chat model.
-        base: for an adapter, the model to put it on: a folder or a hub id. None is the one that it was trained on.
+        name_or_path: a folder, or a hub id, e.g. "Qwen/Qwen-7B-Chat"; None is the bundled chat model.
+        base: for an adapter, the folder or hub id of its base model. None is the model that it was trained on.
         hub: "huggingface" or "modelscope"; None is $QWEN_HUB, or the Hugging Face Hub.
-        revision, subfolder, cache_dir, token, local_files_only, force_download: where files come from, as of
+        revision, subfolder, cache_dir, token, local_files_only, force_download: download options of
             `from_pretrained`.
 
     Attributes:
-        name: the name as text: ~ expanded, published ids in their published spelling.
+        name: the name as a string, with ~ expanded and published ids in canonical spelling.
 
     Raises:
-        CheckpointError: the name is neither a folder nor a hub id; or, by any member, a file of the checkpoint is
-            missing, damaged or out of reach.
+        CheckpointError: the name is neither a folder nor a hub id. Any member raises it if a file is missing, damaged
+            or cannot be downloaded.
     """
 
     def __init__(
@@ -73,7 +72,7 @@ class Checkpoint:
         self._options = HubOptions(hub, revision, subfolder, cache_dir, token, local_files_only, force_download)
         self._files: Files = find(self.name, self._options)
         if base is not None and not self.is_adapter:
-            raise CheckpointError(f"{self.name} is not the folder of a LoRA adapter: leave `base` out.")
+            raise CheckpointError(f"{self.name} is not the folder of a LoRA adapter: omit `base`.")
         self._named_base = base
         self._vocabulary_checked = False
 
@@ -91,11 +90,11 @@ class Checkpoint:
         local_files_only: bool = False,
         force_download: bool = False,
     ) -> "Checkpoint":
-        """Find a checkpoint and check it, as far as can be seen quickly. See the class for the arguments.
+        """Open a checkpoint and check it without reading weights. See the class for the arguments.
 
         Raises:
-            CheckpointError: it is missing, incomplete, of another architecture, or out of reach; says what to do.
-            ValueError: the numbers in config.json make no network.
+            CheckpointError: it is missing, incomplete, of another architecture, or cannot be downloaded.
+            ValueError: values in config.json are invalid.
         """
         checkpoint = cls(
             name_or_path,
@@ -114,11 +113,11 @@ class Checkpoint:
     def check(self) -> None:
         """Raise CheckpointError unless this is a complete first-generation Qwen checkpoint.
 
-        Reads config.json, the index and the headers of local weight files, never the weights. Of a hub id only
-        config.json is fetched.
+        Reads config.json, the index and the headers of local weight files, never the weights. For a hub id, only
+        config.json is downloaded.
         """
         if self.is_adapter:
-            _ = self.base  # checks both
+            _ = self.base  # checks the adapter and its base
             return
         _ = self.config
         if isinstance(self._files, LocalFiles):
@@ -138,22 +137,19 @@ class Checkpoint:
 
     @functools.cached_property
     def base(self) -> "Checkpoint | None":
-        """Of an adapter, the checked checkpoint that it goes on; else None."""
+        """The base model of an adapter, checked; None for other checkpoints."""
         if not self.is_adapter:
             return None
         folder = self._files.folder()
         check_adapter(folder, self.adapter_config)
-        # The revision and the subfolder are those of the adapter.
+        # These options describe the adapter, not its base.
         options = vars(self._options) | {"revision": None, "subfolder": None}
         if self._named_base is not None:
             name = self._named_base
             advice = "Name the whole model that the adapter was trained on."
         else:
             name, options["revision"] = recorded_base(folder, self.adapter_config)
-            advice = (
-                f"If it lies elsewhere now, write its folder or hub id as base_model_name_or_path into "
-                f"{folder / ADAPTER_CONFIG}."
-            )
+            advice = f"If it moved, set base_model_name_or_path in {folder / ADAPTER_CONFIG} to its folder or hub id."
         try:
             base = Checkpoint(name, **options)
             if base.is_adapter:
@@ -166,17 +162,17 @@ class Checkpoint:
         return base
 
     def find(self, name: str) -> Path | None:
-        """A small file by its name, fetched if need be; None where the checkpoint has none."""
+        """Return the path of a small file, downloading it if needed; None if the checkpoint does not have it."""
         return self._files.find(name)
 
     @property
     def folder(self) -> Path:
-        """The local folder that holds the small files and the weights, which are fetched if need be."""
+        """The local folder with the small files and the weights, downloaded if needed."""
         return self._files.folder()
 
     @functools.cached_property
     def config_json(self) -> dict[str, Any]:
-        """The content of config.json; of an adapter, that of its base."""
+        """The content of config.json; for an adapter, that of its base."""
         if self.base is not None:
             return self.base.config_json
         content = read_json(self._files.config(), self.name)
@@ -185,21 +181,21 @@ class Checkpoint:
 
     @functools.cached_property
     def config(self) -> QWenConfig:
-        """The config as config.json gives it; of an adapter, that of its base.
+        """The config in config.json; for an adapter, that of its base.
 
         Raises:
-            ValueError: the numbers in it make no network.
+            ValueError: values in config.json are invalid.
         """
         return QWenConfig.from_dict(copy.deepcopy(self.config_json))
 
     @functools.cached_property
     def generation_settings(self) -> dict[str, Any]:
-        """The content of generation_config.json, empty where there is none; an adapter without one has its base's."""
+        """The content of generation_config.json; if missing, that of the base for an adapter, else an empty dict."""
         try:
             path = self._files.find(GENERATION_CONFIG_NAME)
         except CheckpointError:
             raise
-        except OSError:  # the Hugging Face Hub is out of reach, and it is not in the cache
+        except OSError:  # the Hugging Face Hub cannot be reached, and the file is not cached
             path = None
         if path is None:
             return {} if self.base is None else self.base.generation_settings
@@ -207,12 +203,12 @@ class Checkpoint:
 
     @property
     def generation_config(self) -> GenerationConfig:
-        """The generation config that the checkpoint ships, transformers' defaults where it ships none."""
+        """The checkpoint's generation config, or transformers' defaults if it has none."""
         return GenerationConfig.from_dict(copy.deepcopy(self.generation_settings))
 
     @property
     def chat_format(self) -> str | None:
-        """The prompt format: "chatml" for a chat model, "raw" for a base model; None where no file names one."""
+        """The prompt format: "chatml" for a chat model, "raw" for a base model; None if no file specifies it."""
         return self.generation_settings.get("chat_format")
 
     @property
@@ -222,28 +218,28 @@ class Checkpoint:
 
     @property
     def is_quantized(self) -> bool:
-        """Whether the weights are quantized, as those of the published Int4 and Int8 checkpoints are."""
+        """Whether the weights are quantized, as in the published Int4 and Int8 checkpoints."""
         return getattr(self.config, "quantization_config", None) is not None
 
     def require_chat(self) -> "Checkpoint":
-        """This checkpoint.
+        """Return this checkpoint.
 
         Raises:
             CheckpointError: it is not a chat model.
         """
         if not self.is_chat:
             raise CheckpointError(
-                f'{self.name} is no chat model: its chat_format is {self.chat_format!r}, not "chatml". Name a chat '
-                "checkpoint such as Qwen/Qwen-7B-Chat. If it is one, its generation_config.json is missing: put it "
-                "beside the weights."
+                f'{self.name} is not a chat model: its chat_format is {self.chat_format!r}, not "chatml". Name a chat '
+                "checkpoint, e.g. Qwen/Qwen-7B-Chat. If it is one, its generation_config.json is missing: put it into "
+                "the folder of the weights."
             )
         return self
 
     def tokenizer(self, **from_pretrained_kwargs: Any) -> QWenTokenizer:
-        """A new tokenizer; an adapter without a vocabulary has that of its base.
+        """Load the tokenizer; for an adapter without a vocabulary, that of its base.
 
         Args:
-            from_pretrained_kwargs: for `QWenTokenizer.from_pretrained`, such as extra_vocab_file="plants.tiktoken".
+            from_pretrained_kwargs: for `QWenTokenizer.from_pretrained`, e.g. extra_vocab_file="plants.tiktoken".
         """
         if self.base is not None and self._files.find(VOCABULARY) is None:
             return self.base.tokenizer(**from_pretrained_kwargs)
@@ -258,62 +254,62 @@ class Checkpoint:
     def load(
         self, *, cpu_only: bool = False, int8_cache: bool = False, **from_pretrained_kwargs: Any
     ) -> tuple[QWenLMHeadModel, QWenTokenizer]:
-        """The model, ready to generate, and its tokenizer.
+        """Load the model, ready to generate, and its tokenizer.
 
-        An adapter is merged into the weights of its base, or put beside them where they are quantized. Its tokenizer
-        and generation config count, and where it has none, those of the base.
+        An adapter is merged into the weights of its base, or kept separate if they are quantized. The adapter's own
+        tokenizer and generation config take precedence over those of the base.
 
         Args:
-            cpu_only: keep the model off any accelerator.
-            int8_cache: keep the key/value cache in 8 bits and decode from those; False leaves it to config.json.
-            from_pretrained_kwargs: for `QWenLMHeadModel.from_pretrained`, such as bf16=True.
+            cpu_only: do not use an accelerator.
+            int8_cache: keep the key/value cache in 8 bits and decode directly from it; False uses config.json.
+            from_pretrained_kwargs: for `QWenLMHeadModel.from_pretrained`, e.g. bf16=True.
 
         Returns:
-            The model in eval mode, its generation_config as the checkpoint sets it, and the tokenizer.
+            The model in eval mode, with the checkpoint's generation_config, and the tokenizer.
 
         Raises:
-            CheckpointError: also where the adapter does not fit the base.
-            ValueError: the keyword arguments contradict one another (e.g. bf16=True with fp16=True).
+            CheckpointError: the checkpoint cannot be loaded, or the adapter does not fit its base.
+            ValueError: keyword arguments contradict each other (e.g. bf16=True with fp16=True).
         """
         kwargs = dict(from_pretrained_kwargs)
-        kwargs.pop("trust_remote_code", None)  # accepted as in the published examples, but not needed
+        kwargs.pop("trust_remote_code", None)  # in the published examples, but not needed
         kwargs.setdefault("device_map", "cpu" if cpu_only else "auto")
         if int8_cache:
             kwargs |= {"use_cache_quantization": True, "use_cache_kernel": True}
-        tokenizer = self.tokenizer()  # first, as it fails in a second where the weights take minutes
+        tokenizer = self.tokenizer()  # first, because it fails within a second, while weights take minutes
         if self.base is None:
             return self.load_without_adapter(**kwargs), tokenizer
         folder = self._files.folder()
-        model = with_adapter(self.load_without_adapter(**kwargs), folder, len(tokenizer))
+        model = load_adapter(self.load_without_adapter(**kwargs), folder, len(tokenizer))
         if (folder / GENERATION_CONFIG_NAME).is_file():
             model.generation_config = self.generation_config
         model.name_or_path = str(folder)
         return model.eval(), tokenizer
 
     def weights(self) -> Weights:
-        """The tensors by name, each read when it is asked for; fetched first if need be."""
+        """Return a mapping of tensors that are read on access. Weights are downloaded first if needed."""
         return Weights(self.folder)
 
     def load_without_adapter(self, **from_pretrained_kwargs: Any) -> QWenLMHeadModel:
-        """Load the model alone, in eval mode; of an adapter the base it is for.
+        """Load only the model, in eval mode; for an adapter, its base model.
 
         Args:
             from_pretrained_kwargs: for `QWenLMHeadModel.from_pretrained`.
 
         Raises:
-            CheckpointError: files are missing, damaged or do not belong together.
+            CheckpointError: files are missing, damaged or inconsistent.
         """
         if self.base is not None:
             return self.base.load_without_adapter(**from_pretrained_kwargs)
         if self.is_quantized:
-            check_gptq_installed(self.name)  # before gigabytes are fetched
+            check_gptq_installed(self.name)  # before weights are downloaded
         place, keywords = self._files.source(weights=True)
         if not isinstance(self._files, LocalFiles) and os.path.isdir(place):
             check_weights(Path(place))  # the download may have been cut off
         kwargs = dict(from_pretrained_kwargs)
         config = kwargs.pop("config", None)
         if config is None:
-            # transformers merges this one with that of the file, as long as the config does not swallow it.
+            # from_dict would consume these, but from_pretrained needs them; it merges quantization_config itself.
             kept = {name: kwargs.pop(name) for name in ("quantization_config",) if name in kwargs}
             kept |= {name: kwargs[name] for name in ("dtype", "torch_dtype", "attn_implementation") if name in kwargs}
             config, kwargs = QWenConfig.from_dict(copy.deepcopy(self.config_json), return_unused_kwargs=True, **kwargs)
@@ -328,18 +324,18 @@ class Checkpoint:
             if not is_shape_mismatch(error):
                 raise
             raise CheckpointError(
-                f"The weights in {self.name} do not have the shapes that its {CONFIG_NAME} gives: the two come from "
-                f"different models. Download the checkpoint again as a whole. ({first_line(error)})"
+                f"The weights in {self.name} do not have the shapes given in its {CONFIG_NAME}: the two come from "
+                f"different models. Download the whole checkpoint again. ({first_line(error)})"
             ) from error
         except OSError as error:
             raise CheckpointError(f"{self.name} could not be loaded. {error}") from error
         if missing := sorted(report["missing_keys"]):
             raise CheckpointError(
-                f"{len(missing)} tensors are in none of the weight files of {self.name}, for example {missing[0]}: the "
-                f"checkpoint is incomplete, or its {CONFIG_NAME} belongs to another model. Download it again as a "
-                "whole."
+                f"{len(missing)} tensors are missing from the weight files of {self.name}, for example {missing[0]}: "
+                f"the checkpoint is incomplete, or its {CONFIG_NAME} belongs to another model. Download the whole "
+                "checkpoint again."
             )
-        model.name_or_path = self.name  # what an adapter records, and a server answers to
+        model.name_or_path = self.name  # adapters record it as their base, and the server uses it as the model name
         return model.eval()
 
     def _check_vocabulary(self, folder: Path) -> None:
@@ -349,18 +345,20 @@ class Checkpoint:
 
 
 def resolve(name_or_path: str | os.PathLike | None) -> str:
-    """The name as text, with ~ for the home folder understood and published ids as they are written; None is the
-    bundled chat model.
+    """Return the name as a string, with ~ expanded and published ids in canonical spelling.
+
+    Args:
+        name_or_path: a folder or a hub id; None is the bundled chat model.
 
     Raises:
-        CheckpointError: the bundled model is not there.
+        CheckpointError: the bundled model is missing.
     """
     name = os.path.expanduser(os.fspath(bundled.BUNDLED_CHAT if name_or_path is None else name_or_path))
     if os.path.exists(name):
         return name
     if name_or_path is None or Path(name).parent == bundled.CHECKPOINTS:
         raise CheckpointError(
-            f"The bundled model is not here ({name}): it comes with the repository, not with the installed package. "
-            "Name another one: a folder, or a hub id such as Qwen/Qwen-1_8B-Chat."
+            f"The bundled model was not found ({name}): it comes with the repository, not with the installed package. "
+            "Name another model: a folder, or a hub id, e.g. Qwen/Qwen-1_8B-Chat."
         )
     return published_spelling(name)

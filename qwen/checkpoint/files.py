@@ -1,7 +1,6 @@
-"""Validates a local checkpoint folder: completeness of its files, and the architecture.
+"""Validates a local checkpoint folder: file completeness and architecture.
 
-Finds what interrupted downloads, clones and copies leave behind, and says what to do about it. Reads names, sizes and
-headers, never weights.
+Detects the results of interrupted downloads, clones and copies. Reads names, sizes and headers, never weights.
 """
 
 import importlib.util
@@ -11,6 +10,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+from .._renamed import old_names
 from ..model.configuration_qwen import QWenConfig
 
 SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -20,15 +20,15 @@ LFS_POINTER = b"version https://git-lfs"
 
 
 class CheckpointError(OSError):
-    """A checkpoint cannot be loaded. The text is for people: what is wrong, where, and what to do."""
+    """A checkpoint cannot be loaded. The message says what is wrong, where, and what to do."""
 
 
 def check_architecture(config: dict[str, Any], name: str | Path) -> None:
     """Raise CheckpointError unless this is the config.json of a first-generation Qwen that can be loaded here.
 
     Args:
-        config: the content of the file.
-        name: the checkpoint, as errors call it.
+        config: content of the file.
+        name: name of the checkpoint in error messages.
     """
     model_type = config.get("model_type")
     if model_type == QWenConfig.model_type:
@@ -37,15 +37,15 @@ def check_architecture(config: dict[str, Any], name: str | Path) -> None:
         return
     if model_type is None:
         raise CheckpointError(
-            f"config.json of {name} names no model_type, so it is not known which model this is. If it is a "
-            'first-generation Qwen, add `"model_type": "qwen"`.'
+            f"config.json of {name} has no model_type, so the architecture is unknown. If it is a first-generation "
+            'Qwen, add `"model_type": "qwen"`.'
         )
     newer = str(model_type).startswith("qwen")
     raise CheckpointError(
         f"{name} is a model of type {model_type!r}, "
         + ("a newer Qwen" if newer else "another architecture")
-        + ' than the first-generation Qwen (type "qwen") that this code is for. '
-        "transformers loads it by itself: AutoModelForCausalLM.from_pretrained."
+        + ' than the first-generation Qwen (type "qwen") that this code supports. '
+        "Load it with transformers: AutoModelForCausalLM.from_pretrained."
     )
 
 
@@ -54,6 +54,7 @@ def check_quantization(quantization: Any, name: str | Path) -> None:
 
     Args:
         quantization: `quantization_config` of config.json.
+        name: name of the checkpoint in error messages.
     """
     known = {
         "quant_method": ("gptq",),
@@ -61,30 +62,30 @@ def check_quantization(quantization: Any, name: str | Path) -> None:
         "group_size": (-1, 16, 32, 64, 128, 256, 512, 1024),
         "checkpoint_format": ("gptq", "gptq_v2"),
     }
-    usual = {"group_size": 128, "checkpoint_format": "gptq"}  # where the file names none
-    found = usual | quantization if isinstance(quantization, dict) else {}
+    defaults = {"group_size": 128, "checkpoint_format": "gptq"}
+    found = defaults | quantization if isinstance(quantization, dict) else {}
     for field, values in known.items():
         if type(found.get(field)) not in (int, str) or found[field] not in values:
             raise CheckpointError(
-                f"quantization_config in config.json of {name} cannot be used: {field} is {found.get(field)!r} and "
-                f"should be {' or '.join(map(json.dumps, values))}. Mend it, or take the same model in another form."
+                f"quantization_config in config.json of {name} is not supported: {field} is {found.get(field)!r}, but "
+                f"must be {' or '.join(map(json.dumps, values))}. Fix it or use another variant of the model."
             )
 
 
 def check_gptq_installed(name: str | Path) -> None:
-    """Raise CheckpointError unless there is what runs quantized weights."""
+    """Raise CheckpointError unless the packages for quantized weights are installed."""
     if importlib.util.find_spec("gptqmodel") is None:
         raise CheckpointError(
             f"{name} is quantized (GPTQ), which needs two more packages: `pip install gptqmodel optimum`. "
-            "Or take the same model without -Int4 or -Int8."
+            "Or use the model without -Int4 or -Int8."
         )
 
 
 def weight_files(folder: Path) -> list[str]:
-    """The names of the files of weights that a folder has or should have, in transformers' order of preference.
+    """Return the names of the weight files of a folder, present or missing, in transformers' order of preference.
 
     Raises:
-        CheckpointError: there are none, or an index does not name them.
+        CheckpointError: there are no weights, or an index does not list them.
     """
     for single, index in ((SAFETENSORS, SAFETENSORS_INDEX), (BIN, BIN_INDEX)):
         if (folder / single).is_file():
@@ -94,38 +95,38 @@ def weight_files(folder: Path) -> list[str]:
     others = sorted(path.name for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".pt", ".gguf"))
     raise CheckpointError(
         f"{folder} has no weights: neither {SAFETENSORS} nor {BIN} nor the index of a sharded checkpoint. "
-        + (f"It does have {listing(others)}, which are not looked for under such names. " if others else "")
+        + (f"It does have {join_names(others)}, but files with such names are not loaded. " if others else "")
         + download_advice(folder)
     )
 
 
 def shards_of(folder: Path, index: str) -> list[str]:
-    """The files that an index names, all of them beside it.
+    """Return the names of the weight files that an index lists.
 
     Raises:
-        CheckpointError: it does not name files there.
+        CheckpointError: it lists none, or files outside `folder`.
     """
     weight_map = read_json(folder / index, folder).get("weight_map")
     names = list(weight_map.values()) if isinstance(weight_map, dict) else []
     if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
-        raise CheckpointError(f"{folder / index} does not name files of weights beside it. {download_advice(folder)}")
+        raise CheckpointError(f"{folder / index} does not list weight files in its folder. {download_advice(folder)}")
     return sorted(set(names))
 
 
 def check_weights(folder: Path) -> None:
-    """Raise CheckpointError where weights are missing: all, a shard, what a git-lfs pointer stands for, or the end."""
+    """Raise CheckpointError if weight files or shards are missing, are git-lfs pointers, or are cut off."""
     shards = weight_files(folder)
     if missing := [shard for shard in shards if not (folder / shard).is_file()]:
         raise CheckpointError(
             f"{folder} is half downloaded: {len(missing)} of its {len(shards)} weight files are missing "
-            f"({listing(missing)}). {download_advice(folder)}"
+            f"({join_names(missing)}). {download_advice(folder)}"
         )
     if pointers := [shard for shard in shards if is_lfs_pointer(folder / shard)]:
-        raise CheckpointError(pointer_text(folder, pointers))
+        raise CheckpointError(lfs_pointer_message(folder, pointers))
     if broken := [shard for shard in shards if not is_complete(folder / shard)]:
         raise CheckpointError(
-            f"{folder} is half downloaded: {listing(broken)} {'is' if len(broken) == 1 else 'are'} cut off or damaged. "
-            f"Delete {'it' if len(broken) == 1 else 'them'} and download again. {download_advice(folder)}"
+            f"{folder} is half downloaded: {join_names(broken)} {'is' if len(broken) == 1 else 'are'} cut off or "
+            f"damaged. Delete {'it' if len(broken) == 1 else 'them'} and download again. {download_advice(folder)}"
         )
 
 
@@ -138,19 +139,19 @@ def check_vocabulary(folder: Path) -> None:
             "made from, or download it from any published one of the same family."
         )
     if is_lfs_pointer(vocabulary):
-        raise CheckpointError(pointer_text(folder, [VOCABULARY]))
+        raise CheckpointError(lfs_pointer_message(folder, [VOCABULARY]))
 
 
 def is_lfs_pointer(path: Path) -> bool:
-    """Whether git left a note in the file's place, as it does where git-lfs is not installed."""
+    """Whether the file is a git-lfs pointer, which git leaves in place of the file if git-lfs is not installed."""
     with path.open("rb") as file:
         return file.read(len(LFS_POINTER)) == LFS_POINTER
 
 
 def is_complete(path: Path) -> bool:
-    """Whether a weight file is as long as its own directory of tensors says."""
+    """Whether the size of a weight file matches its header or archive directory."""
     if path.suffix != ".safetensors":
-        # A .bin file is a zip archive with its directory at the end; torch < 1.6 wrote bare pickles: let them through.
+        # A .bin file is a zip archive with its directory at the end. torch < 1.6 wrote bare pickles: accept them.
         with path.open("rb") as file:
             return file.read(2) not in (b"PK", b"") or zipfile.is_zipfile(path)
     # https://github.com/huggingface/safetensors#format: 8 bytes N (little endian), N bytes of JSON, the tensors.
@@ -168,51 +169,57 @@ def is_complete(path: Path) -> bool:
 
 
 def read_json(path: Path, name: str | Path) -> dict[str, Any]:
-    """The object in a JSON file of the checkpoint `name`.
+    """Read a JSON object from a file of the checkpoint `name`.
 
     Raises:
-        CheckpointError: it is a git-lfs pointer, no JSON, or no object.
+        CheckpointError: the file is a git-lfs pointer, invalid JSON, or not an object.
     """
     data = path.read_bytes()
     if data.startswith(LFS_POINTER):
-        raise CheckpointError(pointer_text(path.parent, [path.name]))
+        raise CheckpointError(lfs_pointer_message(path.parent, [path.name]))
     try:
         content = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(
-            f"{path.name} of {name} is not valid JSON ({first_line(error)}). Mend it, or download it again."
+            f"{path.name} of {name} is not valid JSON ({first_line(error)}). Fix it or download it again."
         ) from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path.name} of {name} is not a JSON object. Mend it, or download it again.")
+        raise CheckpointError(f"{path.name} of {name} is not a JSON object. Fix it or download it again.")
     return content
 
 
-def pointer_text(folder: Path, files: list[str]) -> str:
-    """What to do about git-lfs pointers."""
+def lfs_pointer_message(folder: Path, files: list[str]) -> str:
+    """Return the error message for git-lfs pointers."""
     return (
-        f"{folder} was cloned without its large files: {listing(files)} {'is a' if len(files) == 1 else 'are'} git-lfs "
-        f"{'pointer' if len(files) == 1 else 'pointers'}. Run `git lfs install` and `git lfs pull` in that folder."
+        f"{folder} was cloned without its large files: {join_names(files)} "
+        f"{'is a git-lfs pointer' if len(files) == 1 else 'are git-lfs pointers'}. "
+        "Run `git lfs install` and `git lfs pull` in that folder."
     )
 
 
 def download_advice(folder: Path) -> str:
-    """How to complete a folder."""
-    return f"To fetch what is missing: `hf download Qwen/MODEL --local-dir {folder}`."
+    """Return the advice for an incomplete folder."""
+    return f"To download the missing files: `hf download Qwen/MODEL --local-dir {folder}`."
 
 
-def listing(names: list[str], most: int = 5) -> str:
-    """Some names, in the length of a sentence."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+def join_names(names: list[str], limit: int = 5) -> str:
+    """Join names with commas, and shorten the list to `limit` names."""
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
 def first_line(error: BaseException) -> str:
-    """What a library's error says first; the rest is for its developers."""
+    """Return the first line of an error message."""
     return str(error).strip().partition("\n")[0]
 
 
-def let_others_read(folder: Path) -> None:
-    """Give weight files the permissions of a new file: safetensors writes them for their owner alone."""
+def apply_umask(folder: Path) -> None:
+    """Apply the umask to weight files: safetensors makes them readable by their owner only."""
     mask = os.umask(0)
     os.umask(mask)
     for weights in folder.glob("*.safetensors"):
         weights.chmod(0o666 & ~mask)
+
+
+__getattr__ = old_names(
+    __name__, {"let_others_read": "apply_umask", "listing": "join_names", "pointer_text": "lfs_pointer_message"}
+)

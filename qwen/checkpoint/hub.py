@@ -1,4 +1,4 @@
-"""Hubs: the options that say where files come from, names of published models, and what `Files` of a hub can do."""
+"""Hub options, ids of published models, and the `Files` interface that each hub implements."""
 
 import difflib
 import os
@@ -23,13 +23,13 @@ PUBLISHED = tuple(
 
 @dataclass(frozen=True)
 class HubOptions:
-    """Where the files of a hub id come from. The names, but for `hub`, are those of `from_pretrained`.
+    """Download options. All except `hub` are keyword arguments of `from_pretrained`.
 
     Args:
         hub: one of HUBS; None is $QWEN_HUB, or the Hugging Face Hub.
 
     Raises:
-        CheckpointError: there is no such hub.
+        CheckpointError: `hub` is not one of HUBS.
     """
 
     hub: str | None = None
@@ -46,48 +46,48 @@ class HubOptions:
 
     @classmethod
     def pop_from(cls, kwargs: dict[str, Any]) -> "HubOptions":
-        """Take the options out of keyword arguments; others stay in `kwargs`."""
+        """Remove the options from `kwargs` and return them; other keyword arguments stay."""
         return cls(**{field.name: kwargs.pop(field.name) for field in fields(cls) if field.name in kwargs})
 
     def keywords(self) -> dict[str, Any]:
-        """The keyword arguments of `from_pretrained`: what differs from its defaults."""
+        """Return the options that differ from the defaults, as keyword arguments of `from_pretrained`."""
         given = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "hub"}
         return {name: value for name, value in given.items() if value != getattr(HubOptions, name)}
 
 
 class Files(Protocol):
-    """The files of one checkpoint, wherever they are."""
+    """The files of one checkpoint, local or on a hub."""
 
     def find(self, name: str) -> Path | None:
-        """A small file, fetched if need be; None if the checkpoint has none of that name."""
+        """Return the path of a small file, downloading it if needed; None if the checkpoint does not have it."""
         ...
 
     def config(self) -> Path:
-        """config.json. Fetched alone, so that a wrong name costs no gigabytes.
+        """Return the path of config.json. It is downloaded alone, so that a wrong name costs no large download.
 
         Raises:
-            CheckpointError: there is none, or it cannot be fetched; says why and what to do.
+            CheckpointError: the file is missing or cannot be downloaded.
         """
         ...
 
     def source(self, *, weights: bool = False) -> tuple[str, dict[str, Any]]:
-        """The first argument of `from_pretrained` and its keyword arguments.
+        """Return the first argument of `from_pretrained` and its keyword arguments.
 
         Args:
-            weights: fetch them as well, unless `from_pretrained` does.
+            weights: also download the weights, unless `from_pretrained` does so.
         """
         ...
 
     def folder(self) -> Path:
-        """The local folder that holds the small files and the weights, which are fetched if need be."""
+        """Return the local folder with the small files and the weights, downloading them if needed."""
         ...
 
 
 def default_hub() -> str:
-    """The hub that $QWEN_HUB names, or the Hugging Face Hub.
+    """Return the hub set by $QWEN_HUB; by default, the Hugging Face Hub.
 
     Raises:
-        CheckpointError: the variable names another.
+        CheckpointError: the variable is not one of HUBS.
     """
     hub = os.environ.get(VARIABLE) or HUBS[0]
     if hub not in HUBS:
@@ -96,25 +96,25 @@ def default_hub() -> str:
 
 
 def published_spelling(name: str) -> str:
-    """A published id as it was published, however its letters are written; any other name as it is.
+    """Return the canonical spelling of a published id, ignoring case; other names are returned unchanged.
 
-    ModelScope takes them in capitals or not, and texts about it have qwen/Qwen-7B-Chat and QWen/qwen-7b-chat.
+    ModelScope ignores case, and its documentation uses qwen/Qwen-7B-Chat and QWen/qwen-7b-chat.
     """
     return next((known for known in PUBLISHED if known.lower() == name.lower()), name)
 
 
-def no_such_model(name: str, hub: str, advice: str) -> str:
-    """The text of an error: the hub has no model of that name."""
-    near = difflib.get_close_matches(published_spelling(name), PUBLISHED, n=1, cutoff=0.75)
-    examples = "Published are, for example, Qwen/Qwen-1_8B-Chat and Qwen/Qwen-7B."
-    return f"{name!r} is neither a folder here nor a model on {hub} ({advice}). " + (
-        f"Did you mean {near[0]}?" if near and near[0] != name else examples
+def model_not_found_message(name: str, hub: str, advice: str) -> str:
+    """Return the error message for a model that the hub does not have."""
+    matches = difflib.get_close_matches(published_spelling(name), PUBLISHED, n=1, cutoff=0.75)
+    examples = "Published models are, for example, Qwen/Qwen-1_8B-Chat and Qwen/Qwen-7B."
+    return f"{name!r} is neither a local folder nor a model on {hub} ({advice}). " + (
+        f"Did you mean {matches[0]}?" if matches and matches[0] != name else examples
     )
 
 
-def out_of_reach(name: str, hub: str, advice: str) -> str:
-    """The text of an error: the hub does not answer."""
+def hub_unreachable_message(name: str, hub: str, advice: str) -> str:
+    """Return the error message for a hub that cannot be reached."""
     return (
-        f"There is no folder {name!r} here, and {hub} cannot be reached to look for a model of that name. Check the "
+        f"There is no local folder {name!r}, and {hub} cannot be reached to find a model with that name. Check the "
         f"connection and proxy ({advice}), or download the model elsewhere and name its folder."
     )

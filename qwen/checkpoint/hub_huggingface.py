@@ -1,4 +1,4 @@
-"""Downloads checkpoints from the Hugging Face Hub, with errors that say what to do."""
+"""Downloads checkpoints from the Hugging Face Hub, with actionable errors."""
 
 from pathlib import Path
 from typing import Any
@@ -7,11 +7,11 @@ from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 from transformers.utils.hub import get_checkpoint_shard_files
 
 from .files import BIN, BIN_INDEX, SAFETENSORS, SAFETENSORS_INDEX, CheckpointError, first_line
-from .hub import HubOptions, no_such_model, out_of_reach
+from .hub import HubOptions, hub_unreachable_message, model_not_found_message
 
 
 class HuggingFaceFiles:
-    """A checkpoint on the Hugging Face Hub, where `from_pretrained` fetches what it needs by itself."""
+    """A checkpoint on the Hugging Face Hub. `from_pretrained` downloads its files itself."""
 
     def __init__(self, name: str, options: HubOptions):
         self._name, self._keywords = name, options.keywords()
@@ -22,7 +22,7 @@ class HuggingFaceFiles:
 
         try:
             return Path(hf_hub_download(self._name, name, **self._keywords))
-        except EntryNotFoundError:  # or the hub is out of reach, and the cache has none
+        except EntryNotFoundError:  # also raised if the hub cannot be reached and the file is not cached
             return None
 
     def config(self) -> Path:
@@ -37,8 +37,10 @@ class HuggingFaceFiles:
         )
 
         name, hub = self._name, "the Hugging Face hub"
-        unreachable = out_of_reach(name, hub, "or set HF_ENDPOINT to a mirror, or take ModelScope: QWEN_HUB=modelscope")
-        # The order matters: the later classes are parents of some of the earlier ones.
+        unreachable = hub_unreachable_message(
+            name, hub, "or set HF_ENDPOINT to a mirror, or use ModelScope: QWEN_HUB=modelscope"
+        )
+        # Order matters: some of the later classes are base classes of earlier ones.
         try:
             return Path(hf_hub_download(name, CONFIG_NAME, **self._keywords))
         except LocalEntryNotFoundError as error:
@@ -48,13 +50,13 @@ class HuggingFaceFiles:
                 f"Access to {name} must be granted: log in with `hf auth login` or set HF_TOKEN."
             ) from error
         except RepositoryNotFoundError as error:
-            raise CheckpointError(no_such_model(name, hub, "a private one needs HF_TOKEN")) from error
+            raise CheckpointError(model_not_found_message(name, hub, "a private one needs HF_TOKEN")) from error
         except RevisionNotFoundError as error:
             raise CheckpointError(f"{name} has no revision {self._keywords.get('revision')!r} on {hub}.") from error
         except EntryNotFoundError as error:
             raise CheckpointError(
-                f"{name} is on {hub} but has no config.json: it is no model. If it is an adapter (LoRA), "
-                f"fetch it with `hf download {name} --local-dir FOLDER` and name that folder."
+                f"{name} is on {hub} but has no config.json: it is not a model. If it is an adapter (LoRA), "
+                f"download it with `hf download {name} --local-dir FOLDER` and name that folder."
             ) from error
         except HfHubHTTPError as error:
             raise CheckpointError(f"The Hugging Face hub refused {name}: {first_line(error)}") from error
@@ -65,7 +67,7 @@ class HuggingFaceFiles:
         return self._name, self._keywords
 
     def folder(self) -> Path:
-        """As in `Files`; of two formats of weights, the one that transformers prefers."""
+        """See `Files`. If there are two weight formats, the one that transformers prefers is downloaded."""
         self.find(GENERATION_CONFIG_NAME)
         for single, index in ((SAFETENSORS, SAFETENSORS_INDEX), (BIN, BIN_INDEX)):
             if found := self.find(single):
@@ -74,6 +76,6 @@ class HuggingFaceFiles:
                 get_checkpoint_shard_files(self._name, str(found), **self._keywords)
                 return found.parent
         raise CheckpointError(
-            f"{self._name} has no weights on the hub, or they are out of reach and not in the cache: neither "
+            f"{self._name} has no weights on the hub, or the hub cannot be reached and they are not cached: neither "
             f"{SAFETENSORS} nor {BIN} nor an index of either."
         )

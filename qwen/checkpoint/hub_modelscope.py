@@ -1,4 +1,4 @@
-"""Downloads checkpoints from ModelScope, with errors that say what to do."""
+"""Downloads checkpoints from ModelScope, with actionable errors."""
 
 import contextlib
 import fnmatch
@@ -13,22 +13,22 @@ from transformers.utils import CONFIG_NAME
 from transformers.utils.logging import is_progress_bar_enabled
 
 from .files import CheckpointError, first_line
-from .hub import HubOptions, no_such_model, out_of_reach
+from .hub import HubOptions, hub_unreachable_message, model_not_found_message
 
 if TYPE_CHECKING:
     from modelscope_hub import FileInfo
 
-_SMALL = ("*.json", "*.tiktoken")  # all of a model but its weights and its code, which is not used
+_SMALL = ("*.json", "*.tiktoken")  # all files of a model except weights, and code, which is not used
 
 
 class ModelScopeFiles:
-    """A checkpoint on ModelScope; its files come into the cache of ModelScope's client.
+    """A checkpoint on ModelScope, downloaded into the cache of ModelScope's client.
 
-    Files that are there are compared with the hub's checksums and only fetched if they differ, so that there is no need
-    to force it. Where the hub is out of reach, what is there has to do. The hub is asked for its list of files once.
+    Cached files are compared with the hub's checksums and downloaded only if they differ, so `force_download` is
+    ignored. If the hub cannot be reached, the cached files are used. The list of files is requested once.
 
     Raises:
-        CheckpointError: by all methods: the files cannot be fetched; says why and what to do.
+        CheckpointError: by all methods, if files cannot be downloaded.
     """
 
     def __init__(self, name: str, options: HubOptions):
@@ -36,36 +36,36 @@ class ModelScopeFiles:
             from modelscope_hub import HubApi
         except ImportError as error:
             raise CheckpointError(
-                f"Fetching {name} from ModelScope needs a package that is missing: `pip install -U modelscope`."
+                f"Downloading {name} from ModelScope needs a missing package: `pip install -U modelscope`."
             ) from error
-        if "MODELSCOPE_LOG_LEVEL" not in os.environ:  # what it logs, errors are made of here
+        if "MODELSCOPE_LOG_LEVEL" not in os.environ:  # CheckpointError reports what the client logs
             logging.getLogger("modelscope_hub").setLevel(logging.CRITICAL)
         self._api: HubApi = HubApi(token=options.token if isinstance(options.token, str) else None)
-        # "main" is the name of the default on the other hub.
+        # "main" is the default revision of the Hugging Face Hub.
         self._revision = None if options.revision == "main" else options.revision
-        self._place: dict[str, Any] = {"revision": self._revision, "cache_dir": options.cache_dir}
-        self._inside = (options.subfolder or "").strip("/")
+        self._download_kwargs: dict[str, Any] = {"revision": self._revision, "cache_dir": options.cache_dir}
+        self._subfolder = (options.subfolder or "").strip("/")
         self._local_only = options.local_files_only
         self._name = self._cached_spelling(name)
 
     def find(self, name: str) -> Path | None:
-        path = self._small_files / self._inside / name
+        path = self._small_files / self._subfolder / name
         return path if path.is_file() else None
 
     def config(self) -> Path:
-        path = self._fetch(CONFIG_NAME) / self._inside / CONFIG_NAME
+        path = self._fetch(CONFIG_NAME) / self._subfolder / CONFIG_NAME
         if not path.is_file():
             raise CheckpointError(
-                f"{self._name} is on ModelScope but has no config.json: it is no model. If it is an adapter (LoRA), "
-                f"fetch it with `modelscope download --model {self._name} --local_dir FOLDER` and name that folder."
+                f"{self._name} is on ModelScope but has no config.json: it is not a model. If it is an adapter (LoRA), "
+                f"download it with `modelscope download --model {self._name} --local_dir FOLDER` and name that folder."
             )
         return path
 
     def source(self, *, weights: bool = False) -> tuple[str, dict[str, Any]]:
-        return str(self.folder() if weights else self._small_files / self._inside), {}
+        return str(self.folder() if weights else self._small_files / self._subfolder), {}
 
     def folder(self) -> Path:
-        return self._with_weights / self._inside
+        return self._with_weights / self._subfolder
 
     @functools.cached_property
     def _small_files(self) -> Path:
@@ -76,52 +76,53 @@ class ModelScopeFiles:
         return self._fetch(*_SMALL, weights=True)
 
     def _fetch(self, *patterns: str, weights: bool = False) -> Path:
-        """The folder in the cache with the files that match, as far as the hub has such files."""
+        """Download the files that match a pattern, if there are any; return their folder in the cache."""
         from modelscope_hub import CacheNotFound, FileDownloadError
 
         if self._files is None:
             with contextlib.suppress(CacheNotFound):
-                folder = self._api.download_repo(self._name, "model", local_files_only=True, **self._place)
-                if (folder / self._inside / CONFIG_NAME).is_file():
+                folder = self._api.download_repo(self._name, "model", local_files_only=True, **self._download_kwargs)
+                if (folder / self._subfolder / CONFIG_NAME).is_file():
                     return folder
-            raise CheckpointError(out_of_reach(self._name, "ModelScope", "MODELSCOPE_ENDPOINT names another address"))
-        beside = {
-            os.path.basename(file.path): file for file in self._files if os.path.dirname(file.path) == self._inside
+            raise CheckpointError(
+                hub_unreachable_message(self._name, "ModelScope", "MODELSCOPE_ENDPOINT sets another address")
+            )
+        available = {
+            os.path.basename(file.path): file for file in self._files if os.path.dirname(file.path) == self._subfolder
         }
         if weights:
-            # Many models have them in both formats; transformers prefers the first.
-            patterns = (*patterns, "*.safetensors" if fnmatch.filter(beside, "*.safetensors") else "*.bin")
+            # Many models have both formats; transformers prefers safetensors.
+            patterns = (*patterns, "*.safetensors" if fnmatch.filter(available, "*.safetensors") else "*.bin")
         wanted = [
             {"Path": file.path, "Size": file.size or None, "Sha256": file.sha256}
-            for base, file in beside.items()
-            if any(fnmatch.fnmatch(base, pattern) for pattern in patterns)
+            for name, file in available.items()
+            if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
         ]
-        # The client always draws its bars, on standard error.
+        # The client always shows progress bars on standard error.
         shown = weights and is_progress_bar_enabled()
         try:
             with contextlib.nullcontext() if shown else contextlib.redirect_stderr(io.StringIO()):
-                return self._api.download_repo(self._name, "model", file_list=wanted, **self._place)
+                return self._api.download_repo(self._name, "model", file_list=wanted, **self._download_kwargs)
         except FileDownloadError as error:
             file, reason = next(iter(error.failed_files.items()))
             raise CheckpointError(
-                f"{len(error.failed_files)} of {error.total} files of {self._name} could not be fetched from "
-                f"ModelScope. The same command goes on from where it stopped. ({file}: {first_line(reason)})"
+                f"{len(error.failed_files)} of {error.total} files of {self._name} could not be downloaded from "
+                f"ModelScope. Run the same command again to resume. ({file}: {first_line(reason)})"
             ) from error
 
     def _cached_spelling(self, name: str) -> str:
-        """An id as it was written when it was downloaded: the hub takes Qwen/ and qwen/, but its cache has a folder
-        for each."""
+        """Return the spelling of an id that is cached: the hub accepts Qwen/ and qwen/, but caches them separately."""
         from modelscope_hub import CacheNotFound
 
         for spelling in (name, name.replace("Qwen/", "qwen/", 1)):
             with contextlib.suppress(CacheNotFound):
-                self._api.download_repo(spelling, "model", local_files_only=True, **self._place)
+                self._api.download_repo(spelling, "model", local_files_only=True, **self._download_kwargs)
                 return spelling
         return name
 
     @functools.cached_property
     def _files(self) -> "list[FileInfo] | None":
-        """What the hub has of the model; None where it is out of reach or not to be asked."""
+        """The files that the hub lists; None if it cannot be reached, or with `local_files_only`."""
         from modelscope_hub import AuthenticationError, HubError, NotExistError, PermissionDeniedError
 
         if self._local_only:
@@ -130,25 +131,25 @@ class ModelScopeFiles:
             listed = self._api.list_repo_files(self._name, "model", revision=self._revision)
             return [file for file in listed if not file.is_dir]
         except NotExistError as error:
-            raise CheckpointError(self._missing()) from error
+            raise CheckpointError(self._not_found_message()) from error
         except (AuthenticationError, PermissionDeniedError) as error:
             raise CheckpointError(
                 f"Access to {self._name} must be granted: log in with `modelscope login` or set MODELSCOPE_API_TOKEN."
             ) from error
         except HubError as error:
-            if error.retryable:  # no connection, or a server that is out of order
+            if error.retryable:  # no connection, or a server error
                 return None
             raise CheckpointError(f"ModelScope refused {self._name}: {first_line(error)}") from error
 
-    def _missing(self) -> str:
-        """What is missing, a model or a revision: a listing of files is refused in the same way for both."""
+    def _not_found_message(self) -> str:
+        """Describe what is missing, the model or the revision: the hub gives the same error for both."""
         from modelscope_hub import HubError
 
         try:
-            known = [found["Revision"] for found in self._api.list_repo_revisions(self._name, "model")]
+            revisions = [found["Revision"] for found in self._api.list_repo_revisions(self._name, "model")]
         except HubError:
-            return no_such_model(self._name, "ModelScope", "a private one needs MODELSCOPE_API_TOKEN")
+            return model_not_found_message(self._name, "ModelScope", "a private one needs MODELSCOPE_API_TOKEN")
         return (
             f"{self._name} has no revision {self._revision or 'master'!r} on ModelScope. It has "
-            f"{', '.join(known) or 'none'}."
+            f"{', '.join(revisions) or 'none'}."
         )

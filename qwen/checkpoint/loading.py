@@ -1,4 +1,4 @@
-"""Functions for a `Checkpoint` that is opened for one purpose: `load_model`, and what programs have called before."""
+"""Shortcuts for `Checkpoint`: `load_model`, and functions of earlier versions."""
 
 import copy
 import os
@@ -14,7 +14,7 @@ from .checkpoint import Checkpoint, resolve
 from .files import CheckpointError
 from .hub import HUB_ID, PUBLISHED, HubOptions
 
-# The keyword arguments of from_pretrained that say where files come from.
+# Download options of from_pretrained.
 HUB_KWARGS = tuple(field.name for field in fields(HubOptions) if field.name != "hub")
 
 __all__ = [
@@ -46,21 +46,21 @@ def load_model(
     base: str | os.PathLike | None = None,
     **options: Any,
 ) -> tuple[QWenLMHeadModel, QWenTokenizer]:
-    """Load a first-generation Qwen checkpoint, ready to generate: the short way of `Checkpoint.open(…).load(…)`.
+    """Load a first-generation Qwen checkpoint, ready to generate. Shortcut for `Checkpoint.open(…).load(…)`.
 
     Args:
-        name_or_path: a folder, or a hub id such as "Qwen/Qwen-7B-Chat"; None is the bundled chat model.
+        name_or_path: a folder, or a hub id, e.g. "Qwen/Qwen-7B-Chat"; None is the bundled chat model.
         cpu_only, int8_cache: see `Checkpoint.load`.
-        base: for an adapter, the model to put it on instead of the one that it was trained on.
-        options: of `Checkpoint.open`, such as hub="modelscope" or revision="v1.0.5"; all others are for
+        base: for an adapter, the base model to use instead of the one that it was trained on.
+        options: options of `Checkpoint.open`, e.g. hub="modelscope" or revision="v1.0.5"; all others are passed to
             `QWenLMHeadModel.from_pretrained`, e.g. bf16=True, use_cache_quantization=True.
 
     Returns:
-        The model in eval mode, its generation_config as the checkpoint sets it, and the tokenizer.
+        The model in eval mode, with the checkpoint's generation_config, and the tokenizer.
 
     Raises:
-        CheckpointError: the checkpoint is missing, incomplete, of another architecture, or out of reach.
-        ValueError: the keyword arguments contradict one another (e.g. bf16=True with fp16=True).
+        CheckpointError: the checkpoint is missing, incomplete, of another architecture, or cannot be downloaded.
+        ValueError: keyword arguments contradict each other (e.g. bf16=True with fp16=True).
     """
     checkpoint = Checkpoint.open(name_or_path, base=base, **vars(HubOptions.pop_from(options)))
     return checkpoint.load(cpu_only=cpu_only, int8_cache=int8_cache, **options)
@@ -69,7 +69,7 @@ def load_model(
 def load_with_adapter(
     adapter: str | os.PathLike, base: str | os.PathLike | None = None, **options: Any
 ) -> tuple[QWenLMHeadModel, QWenTokenizer]:
-    """`load_model` for the folder of a LoRA adapter, on its own base model (None) or another."""
+    """`load_model` for the folder of a LoRA adapter; `base` replaces the model that it was trained on."""
     return load_model(adapter, base=base, **options)
 
 
@@ -80,13 +80,13 @@ def load_model_quietly(
     base: str | os.PathLike | None = None,
     **options: Any,
 ) -> tuple[QWenLMHeadModel, QWenTokenizer]:
-    """`load_model` for a script with a person in front of it: no chatter of the libraries, and a progress bar where it
-    is seen and loading takes long.
+    """`load_model` for interactive scripts: without messages of libraries, and with a progress bar on a terminal.
 
     Args:
-        chat: refuse a base model before its weights are loaded.
+        name_or_path: see `load_model`. No progress bar is shown for None, the bundled model.
+        chat: reject a base model before its weights are loaded.
         base: see `Checkpoint`.
-        options: of `load_model`.
+        options: see `load_model`.
     """
     with quiet_loading(progress=name_or_path is not None):
         checkpoint = Checkpoint.open(name_or_path, base=base, **vars(HubOptions.pop_from(options)))
@@ -96,35 +96,36 @@ def load_model_quietly(
 
 
 def check_chat(name_or_path: str | os.PathLike | None, **hub_options: Any) -> None:
-    """Raise CheckpointError unless this is a complete checkpoint, as far as can be seen quickly, of a chat model."""
+    """Raise CheckpointError unless this is a complete checkpoint of a chat model. Weights are not read."""
     Checkpoint.open(name_or_path, **hub_options).require_chat()
 
 
 def check_checkpoint(name_or_path: str | os.PathLike, **hub_options: Any) -> None:
-    """Raise CheckpointError unless this is a complete checkpoint, as far as can be seen quickly."""
+    """Raise CheckpointError unless this is a complete checkpoint. Weights are not read."""
     Checkpoint.open(name_or_path, **hub_options)
 
 
 def chat_format(name_or_path: str | os.PathLike | None, **hub_options: Any) -> str | None:
-    """`Checkpoint.chat_format`, of a checkpoint that is not checked."""
+    """Return `Checkpoint.chat_format` without checking the checkpoint."""
     return Checkpoint(name_or_path, **hub_options).chat_format
 
 
 def load_config(name_or_path: str | os.PathLike | None = None, **options: Any) -> QWenConfig:
-    """`Checkpoint.config`, of a checkpoint that need not be complete.
+    """Return `Checkpoint.config`. The checkpoint may be incomplete.
 
     Args:
-        options: of `Checkpoint`, such as hub="modelscope"; all others are switches of `QWenConfig`.
+        options: options of `Checkpoint`, e.g. hub="modelscope"; all others are passed to `QWenConfig`.
     """
     checkpoint = Checkpoint(name_or_path, **vars(HubOptions.pop_from(options)))
     return QWenConfig.from_dict(copy.deepcopy(checkpoint.config_json), **options)
 
 
 def load_tokenizer(name_or_path: str | os.PathLike | None = None, **options: Any) -> QWenTokenizer:
-    """`Checkpoint.tokenizer`, of a checkpoint that need not be complete.
+    """Return `Checkpoint.tokenizer`. The checkpoint may be incomplete.
 
     Args:
-        options: of `Checkpoint`, such as hub="modelscope"; all others are for `QWenTokenizer.from_pretrained`.
+        options: options of `Checkpoint`, e.g. hub="modelscope"; all others are passed to
+            `QWenTokenizer.from_pretrained`.
     """
     options.pop("trust_remote_code", None)
     return Checkpoint(name_or_path, **vars(HubOptions.pop_from(options))).tokenizer(**options)

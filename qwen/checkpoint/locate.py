@@ -6,33 +6,33 @@ from typing import Any
 
 from transformers.utils import CONFIG_NAME
 
-from .files import CheckpointError, download_advice, listing
+from .files import CheckpointError, download_advice, join_names
 from .hub import HUB_ID, PUBLISHED, Files, HubOptions, default_hub
 from .hub_huggingface import HuggingFaceFiles
 from .hub_modelscope import ModelScopeFiles
 
 
 def find(name: str, options: HubOptions) -> Files:
-    """The files of a checkpoint by its name: a folder, or a hub id.
+    """Return the files of a checkpoint by its name: a folder or a hub id.
 
     Raises:
-        CheckpointError: it can be neither, or there is no such hub.
+        CheckpointError: `name` is neither a folder nor a hub id, or $QWEN_HUB is invalid.
     """
     path = Path(name)
     if name and path.is_dir():
         return LocalFiles(path / (options.subfolder or ""), name)
     if path.is_file():
-        raise CheckpointError(f"{name} is a file. Name the folder that it lies in (with config.json and the weights).")
+        raise CheckpointError(f"{name} is a file. Name the folder that contains it (with config.json and the weights).")
     if HUB_ID.fullmatch(name):
-        if name not in PUBLISHED and (beside := sorted(file.parent.name for file in path.parent.glob("*/config.json"))):
-            raise CheckpointError(f"There is no folder {name!r}; {path.parent} holds {listing(beside)}.")
+        if name not in PUBLISHED and (found := sorted(file.parent.name for file in path.parent.glob("*/config.json"))):
+            raise CheckpointError(f"There is no folder {name!r}; {path.parent} holds {join_names(found)}.")
         if (options.hub or default_hub()) == "huggingface":
             return HuggingFaceFiles(name, options)
         return ModelScopeFiles(name, options)
-    near = difflib.get_close_matches(f"Qwen/{path.name}", PUBLISHED, n=1, cutoff=0.75)
+    matches = difflib.get_close_matches(f"Qwen/{path.name}", PUBLISHED, n=1, cutoff=0.75)
     raise CheckpointError(
         f"There is no folder {name!r}, and it is not a hub id (OWNER/NAME) either. "
-        + (f"Did you mean {near[0]}?" if near else "Check the path, or name a model such as Qwen/Qwen-7B-Chat.")
+        + (f"Did you mean {matches[0]}?" if matches else "Check the path, or name a model, e.g. Qwen/Qwen-7B-Chat.")
     )
 
 
@@ -40,8 +40,8 @@ class LocalFiles:
     """A checkpoint in a local folder.
 
     Args:
-        path: the folder, the subfolder included.
-        name: as the user gave it.
+        path: the folder, including the subfolder.
+        name: the name given by the user.
     """
 
     def __init__(self, path: Path, name: str):
@@ -53,7 +53,7 @@ class LocalFiles:
     def config(self) -> Path:
         if not self.path.is_dir():
             raise CheckpointError(
-                f"{self.path} does not exist. Leave `subfolder` out, or name one that {self._name} has."
+                f"{self.path} does not exist. Omit `subfolder`, or name an existing subfolder of {self._name}."
             )
         if not (self.path / CONFIG_NAME).is_file():
             raise CheckpointError(

@@ -1,7 +1,4 @@
-"""The weights of a checkpoint, one tensor at a time.
-
-Knows the two ways in which they are stored, and not what they mean.
-"""
+"""Reads the weights of a checkpoint one tensor at a time, from safetensors or .bin files."""
 
 import pickle
 import zipfile
@@ -15,12 +12,12 @@ from .files import CheckpointError, first_line, weight_files
 
 
 class Weights(Mapping[str, torch.Tensor]):
-    """Tensors by name, in the order of the files that they lie in; each is read when it is asked for.
+    """Mapping from names to tensors, in file order. Tensors are read on access.
 
-    One file is open at a time, so reading in order costs no more memory than what is kept.
+    One file is open at a time, so reading in order uses no memory beyond the tensors that the caller keeps.
 
     Args:
-        folder: a checkpoint that `check_weights` passes.
+        folder: a checkpoint that passes `check_weights`.
 
     Raises:
         CheckpointError: a file cannot be read.
@@ -30,15 +27,15 @@ class Weights(Mapping[str, torch.Tensor]):
         self._folder = folder
         self._opened: tuple[str, Mapping[str, torch.Tensor]] | None = None
         self.files = weight_files(folder)
-        """Names of the files of weights."""
+        """Names of the weight files."""
         self._file_of = {name: file for file in self.files for name in self._open(file)}
 
     def file_of(self, name: str) -> str:
-        """The one of `files` that a tensor lies in."""
+        """Return the one of `files` that contains the tensor."""
         return self._file_of[name]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of a tensor, which is not read for it."""
+        """Return the shape of a tensor without reading it."""
         file = self._open(self._file_of[name])
         return file.shape(name) if isinstance(file, _Safetensors) else tuple(file[name].shape)
 
@@ -53,14 +50,14 @@ class Weights(Mapping[str, torch.Tensor]):
 
     def _open(self, file: str) -> Mapping[str, torch.Tensor]:
         if self._opened is None or self._opened[0] != file:
-            self._opened = None  # the one before goes first
-            self._opened = file, _opened(self._folder / file)
+            self._opened = None  # close the previous file first
+            self._opened = file, _open_file(self._folder / file)
         return self._opened[1]
 
 
 class _Safetensors(Mapping[str, torch.Tensor]):
     def __init__(self, path: Path):
-        # "pread" copies what is read; pages of a mapped file would stay in memory beside it.
+        # "pread" copies tensors; with mmap, the pages of the file would stay in memory as well.
         self._file = safe_open(path, framework="pt", backend="pread")
         self._names = list(self._file.keys())
 
@@ -77,16 +74,16 @@ class _Safetensors(Mapping[str, torch.Tensor]):
         return len(self._names)
 
 
-def _opened(path: Path) -> Mapping[str, torch.Tensor]:
+def _open_file(path: Path) -> Mapping[str, torch.Tensor]:
     try:
         if path.suffix == ".safetensors":
             return _Safetensors(path)
-        # Files of torch before 1.6 are no archives and cannot be mapped.
+        # Files of torch < 1.6 are not zip archives and cannot be mapped.
         tensors = torch.load(path, mmap=zipfile.is_zipfile(path), weights_only=True, map_location="cpu")
         return {name: tensor for name, tensor in tensors.items() if isinstance(tensor, torch.Tensor)}
     except (AttributeError, EOFError, pickle.UnpicklingError) as error:
         raise CheckpointError(
-            f"{path} holds something else than tensors by name, and is not read: take the weights from where they were "
+            f"{path} does not hold a dict of tensors and is not loaded: download the weights from where they were "
             "published."
         ) from error
     except (SafetensorError, RuntimeError, ValueError, OSError) as error:

@@ -1,1 +1,1 @@
-"""From files of conversations to batches of token ids and labels."""
+"""Reads files of conversations and makes batches of token ids and labels from them."""

@@ -1,7 +1,6 @@
-"""Files of conversations to samples.
+"""Reads samples from a JSON or JSON Lines file that may be larger than memory, and reports errors with their position.
 
-Revolves around one file, a JSON list or JSON Lines, which may be larger than memory: where each sample begins and ends,
-and what is wrong with it. What a sample is stands in `samples`; tokens are not known here.
+The format of a sample is defined in `samples`.
 """
 
 import codecs
@@ -17,32 +16,32 @@ from tqdm import tqdm
 
 from .samples import MalformedSample, check_sample
 
-_CHUNK = 1 << 18  # bytes read at a time; a window that stays in the processor's cache is read twice as fast
+_CHUNK = 1 << 18  # bytes per read; a window that fits into the processor's cache is twice as fast
 _BLANK = re.compile(r"[ \t\r\n]*")
-PROGRESS_DELAY = 2  # seconds; what is done sooner needs no progress bar
+PROGRESS_DELAY = 2  # seconds before a progress bar is shown
 
 
 class DataFileError(ValueError):
-    """A file of conversations that cannot be used as a whole; the text says what is wrong, where, and what to do."""
+    """A file of conversations cannot be used. The message says what is wrong, where, and what to do."""
 
 
 class ConversationFile(Sequence[dict]):
-    """The samples of a file, read from it one by one when they are asked for.
+    """The samples of a file, read on access.
 
-    The file holds a JSON list of samples or JSON Lines, in UTF-8. It is read through once, at construction, to check
-    every sample and to note where it begins and ends: 16 bytes of memory a sample, however long the samples are.
-    Whatever Python's json reads is taken for JSON, NaN included.
+    The file is a JSON list of samples or JSON Lines, in UTF-8. It is read once at construction, to check all samples
+    and to index where they begin and end: 16 bytes of memory per sample of any length. JSON is what Python's json
+    accepts, including NaN.
 
-    Nothing is kept open, so that data loader workers, forked or spawned, can share it; each access opens the file and
-    makes sure that it is still the same (by size and time).
+    The file is not kept open, so that forked and spawned data loader workers can share the object. Each access opens
+    the file and checks by size and modification time that it is unchanged.
 
     Args:
         path: the file.
-        progress: show a progress bar on standard error where reading takes seconds.
+        progress: show a progress bar on standard error if reading takes seconds.
 
     Raises:
-        DataFileError: the file is missing, empty, no JSON, no list; on access: it was changed.
-        MalformedSample: a sample is not as it should be.
+        DataFileError: the file is missing, empty, not JSON or not a list; on access: it was changed.
+        MalformedSample: a sample is invalid.
     """
 
     def __init__(self, path: str | os.PathLike, progress: bool = False):
@@ -76,26 +75,26 @@ class ConversationFile(Sequence[dict]):
     def __getitem__(self, index: slice) -> list[dict]: ...
 
     def __getitem__(self, index: int | slice) -> dict | list[dict]:
-        places = range(len(self))[index]
-        if isinstance(places, range):
-            return [self[place] for place in places]
-        start, end = self._starts[places], self._ends[places]
+        resolved = range(len(self))[index]
+        if isinstance(resolved, range):
+            return [self[i] for i in resolved]
+        start, end = self._starts[resolved], self._ends[resolved]
         with self._open() as file:
             self._require_unchanged(file)
             file.seek(start)
             try:
                 return json.loads(file.read(end - start))
-            except ValueError:  # written to in this very moment
-                raise self._changed() from None
+            except ValueError:  # changed since the check above
+                raise self._changed_error() from None
 
     def _open(self) -> BinaryIO:
         try:
-            if self.path.is_file():  # opening a pipe would wait for someone to write to it
+            if self.path.is_file():  # opening a pipe would block until a process writes to it
                 return open(self.path, "rb")
             if self.path.is_dir():
                 what = "is a folder: name the file in it that holds the conversations."
             elif self.path.exists():
-                what = "is no regular file: write the conversations to a file first, they are not read in one go."
+                what = "is not a regular file: write the conversations to a file first; it is read more than once."
             else:
                 what = "does not exist: check the path."
         except OSError as error:
@@ -108,33 +107,34 @@ class ConversationFile(Sequence[dict]):
         except MalformedSample as error:
             if len(self) == 0 and isinstance(sample, dict) and (key := _key_of_samples(sample)) is not None:
                 raise DataFileError(
-                    f"{self.path} holds an object with the samples under {key!r}: write that list alone to the file."
+                    f"{self.path} holds an object with the samples under {key!r}: write only that list to the file."
                 ) from None
             line, _ = _position(file, start)
             raise MalformedSample(f"{self.path}, line {line}: {error}") from None
 
     def _require_unchanged(self, file: BinaryIO) -> None:
         if _version(file) != self._version:
-            raise self._changed()
+            raise self._changed_error()
 
-    def _changed(self) -> DataFileError:
-        return DataFileError(f"{self.path} has changed since it was first read: leave it as it is, and start again.")
+    def _changed_error(self) -> DataFileError:
+        return DataFileError(f"{self.path} has changed since it was first read: start again and do not change it.")
 
 
 class _JsonReader:
-    """The values of a JSON list or of JSON Lines, with the bytes where each begins and ends: (start, end, value).
+    """Iterates over the values of a JSON list or JSON Lines file: (start, end, value), with offsets in bytes.
 
-    Sees the text through a window that slides on by `_CHUNK` bytes and grows only where a value is longer.
+    Decodes the text in a sliding window, which advances by `_CHUNK` bytes and grows only for longer values.
 
-    Raises DataFileError.
+    Raises:
+        DataFileError: the file is not UTF-8, not JSON, or neither a list nor JSON Lines.
     """
 
     def __init__(self, file: BinaryIO, path: Path):
         self.file, self.path = file, path
         self.decoder = json.JSONDecoder()
-        self.rest = b""  # the beginning of a character whose end has not been read
-        self.window, self.at = "", 0  # what was read, and where in it the text begins that was not used
-        self.offset = 0  # of window[at] in the file, in bytes
+        self.partial = b""  # start of a character whose end has not been read yet
+        self.window, self.pos = "", 0  # decoded text, and the position of the first unused character
+        self.offset = 0  # of window[pos] in the file, in bytes
         opening = file.read(4)
         if opening.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in opening:
             raise DataFileError(f"{path} is not UTF-8 (it looks like UTF-16 or binary data): save it as JSON in UTF-8.")
@@ -148,11 +148,11 @@ class _JsonReader:
         if not opening:
             raise DataFileError(f"{self.path} is empty: it should be {form}.")
         if opening not in "[{":
-            raise self._mistake(f"this is not JSON: the file should be {form}")
+            raise self._error(f"this is not JSON: the file should be {form}")
         if opening == "{":
             while opening:
                 if opening != "{":
-                    raise self._mistake("this is no sample: in JSON Lines samples {…} follow one another, and no more")
+                    raise self._error("this is not a sample: JSON Lines may contain only samples {…}, without commas")
                 yield self._value()
                 opening = self._peek()
             return
@@ -164,65 +164,64 @@ class _JsonReader:
             yield self._value()
             following = self._peek()
             if not following:
-                raise self._mistake('the file ends before the list does: it was cut off, or a "]" is missing')
+                raise self._error('the file ends before the list does: it was cut off, or a "]" is missing')
             if following not in ",]":
-                raise self._mistake('"," or "]" should follow a sample')
+                raise self._error('"," or "]" should follow a sample')
             self._skip_character()
             if following == "]":
                 break
             if self._peek() == "]":
-                raise self._mistake('a "," stands before the end of the list: remove it')
+                raise self._error('there is a "," before the end of the list: remove it')
         if self._peek():
-            raise self._mistake("text follows the end of the list: remove it, or make it one list")
+            raise self._error("text follows the end of the list: remove it, or merge it into the list")
 
     def _value(self) -> tuple[int, int, Any]:
         start = self.offset
         while True:
             try:
-                value, end = self.decoder.raw_decode(self.window, self.at)
+                value, end = self.decoder.raw_decode(self.window, self.pos)
             except json.JSONDecodeError as error:
-                # The end of the window looks like this too: within a word such as -Infinity or an escape, or anywhere
-                # behind the beginning of a string.
+                # The window may end within a string, within a word like -Infinity, or within an escape: read more.
                 near_end = error.msg.startswith("Unterminated string") or error.pos > len(self.window) - 16
-                if near_end and self._read_on():
+                if near_end and self._read_more():
                     continue
                 self._advance(error.pos)
                 what = f"this is not JSON ({error.msg.removesuffix(' starting at').removesuffix(' at')})"
-                if error.msg.startswith("Unterminated string") or self.at == len(self.window):
-                    what = f"the file ends within a sample, it was cut off or something is not closed: {what}"
+                if error.msg.startswith("Unterminated string") or self.pos == len(self.window):
+                    what = f"the file ends within a sample, it was cut off or a quote or bracket is missing: {what}"
             except RecursionError:
                 what = "this is not a sample: brackets are nested too deeply"
-            except ValueError as error:  # a number of thousands of digits
+            except ValueError as error:  # a number with thousands of digits
                 what = f"this is not a sample: {error}"
             else:
-                if end == len(self.window) and self._read_on():
+                if end == len(self.window) and self._read_more():
                     continue
                 self._advance(end)
                 return start, self.offset, value
-            raise self._mistake(what, start) from None
+            raise self._error(what, start) from None
 
     def _peek(self) -> str:
-        """The next character that is not white space, or "" at the end of the file."""
+        """Return the next character that is not white space, or "" at the end of the file."""
         while True:
-            blank = _BLANK.match(self.window, self.at)
-            self._advance(blank.end() if blank else self.at)
-            if self.at < len(self.window):
-                return self.window[self.at]
-            if not self._read_on():
+            blank = _BLANK.match(self.window, self.pos)
+            self._advance(blank.end() if blank else self.pos)
+            if self.pos < len(self.window):
+                return self.window[self.pos]
+            if not self._read_more():
                 return ""
 
     def _skip_character(self) -> None:
-        self._advance(self.at + 1)
+        self._advance(self.pos + 1)
 
-    def _advance(self, at: int) -> None:
-        self.offset += len(self.window[self.at : at].encode())
-        self.at = at
+    def _advance(self, pos: int) -> None:
+        self.offset += len(self.window[self.pos : pos].encode())
+        self.pos = pos
 
-    def _read_on(self) -> bool:
-        """Slides the window on; False, and nothing changes, at the end of the file."""
-        # As much again as is kept, so that a long value is not parsed anew for every chunk of it.
-        chunk = self.file.read(max(_CHUNK, len(self.window) - self.at))
-        data = self.rest + chunk
+    def _read_more(self) -> bool:
+        """Advance the window. At the end of the file, return False and change nothing."""
+        # Double the unused text, so that a long value is not parsed again for each of its chunks.
+        chunk = self.file.read(max(_CHUNK, len(self.window) - self.pos))
+        data = self.partial + chunk
         if not data:
             return False
         try:
@@ -233,20 +232,20 @@ class _JsonReader:
                 f"{self.path}, line {line}, column {column}: the byte 0x{data[error.start]:02x} is not UTF-8. Save the "
                 "file as JSON in UTF-8; unpack it, if it is compressed."
             ) from None
-        self.rest = data[used:]
-        self.window, self.at = self.window[self.at :] + text, 0
+        self.partial = data[used:]
+        self.window, self.pos = self.window[self.pos :] + text, 0
         return True
 
-    def _mistake(self, what: str, start: int | None = None) -> DataFileError:
-        """What is wrong at the place that was reached, in the sample that begins at `start`."""
-        while len(self.window) - self.at < 30 and self._read_on():  # enough to recognize the place by
+    def _error(self, what: str, start: int | None = None) -> DataFileError:
+        """Return an error for the current position, in the sample that begins at byte `start`."""
+        while len(self.window) - self.pos < 30 and self._read_more():  # enough text to quote
             pass
-        here = self.window[self.at : self.at + 30]
-        seen = f"here: {here!r}" if here else "here the file ends"
+        here = self.window[self.pos : self.pos + 30]
+        context = f"here: {here!r}" if here else "here: end of file"
         line, column = _position(self.file, self.offset)
         if start is not None:
-            seen += f"; the sample begins on line {_position(self.file, start)[0]}"
-        return DataFileError(f"{self.path}, line {line}, column {column}: {what} ({seen}).")
+            context += f"; the sample begins on line {_position(self.file, start)[0]}"
+        return DataFileError(f"{self.path}, line {line}, column {column}: {what} ({context}).")
 
 
 def _version(file: BinaryIO) -> tuple[int, int]:
@@ -255,15 +254,15 @@ def _version(file: BinaryIO) -> tuple[int, int]:
 
 
 def _key_of_samples(value: dict) -> str | None:
-    """The key of an object under which samples stand."""
-    for key, held in value.items():
-        if isinstance(held, list) and held and isinstance(held[0], dict) and "conversations" in held[0]:
+    """Return the key of an object whose value is a list of samples, if there is one."""
+    for key, items in value.items():
+        if isinstance(items, list) and items and isinstance(items[0], dict) and "conversations" in items[0]:
             return key
     return None
 
 
 def _position(file: BinaryIO, offset: int) -> tuple[int, int]:
-    """Line and column, in characters, of a byte of the file, both from 1."""
+    """Return the line and column of a byte offset, both from 1; columns count characters."""
     decoder = codecs.getincrementaldecoder("utf-8-sig")(errors="replace")
     line = column = 1
     file.seek(0)

@@ -1,8 +1,6 @@
-"""Samples to data sets and batches.
+"""Datasets for training: encoded samples (`SupervisedDataset`), packed rows (`PackedDataset`), batches (`Collator`).
 
-Revolves around what the trainer asks for: samples become ids and labels (`SupervisedDataset`), several of those a row
-(`PackedDataset`), and rows a batch (`Collator`). How one sample is encoded stands in `samples`; models and trainers
-are not known here.
+The encoding of a sample is defined in `samples`.
 """
 
 from array import array
@@ -23,20 +21,19 @@ from .samples import encode_sample, pack_samples, pad_samples
 
 
 class SupervisedDataset(Dataset):
-    """Samples as ids and labels: `[i]` is `encode_sample` of sample i.
+    """Dataset of ids and labels: item i is `encode_sample` of sample i.
 
     Args:
-        samples: `{"id": …, "conversations": […]}` each: a list or a ConversationFile.
+        samples: a list or a ConversationFile of `{"id": …, "conversations": […]}`.
         tokenizer: a QWenTokenizer.
-        max_length: tokens of a sample at most, what is behind is cut off.
-        system_message: for samples without their own.
-        lazy: encode a sample each time it is asked for, which needs no memory, instead of all of them now, into 8 bytes
-            a token.
-        progress: show a progress bar on standard error where it takes seconds.
+        max_length: maximum number of tokens per sample; longer samples are truncated.
+        system_message: system message of samples without one.
+        lazy: encode samples on access, without using memory. Otherwise all are encoded now, in 8 bytes per token.
+        progress: show a progress bar on standard error if encoding takes seconds.
 
     Raises:
         ValueError: there are no samples, or `max_length` is below 1.
-        MalformedSample: a sample is not as it should be; where `lazy`, when it is asked for.
+        MalformedSample: a sample is invalid; if `lazy`, raised on access.
     """
 
     def __init__(
@@ -58,10 +55,10 @@ class SupervisedDataset(Dataset):
         self.lazy = lazy
         self.progress = progress
         if lazy:
-            self._encode(0)  # arguments that cannot work show now, not in a worker
+            self._encode(0)  # report invalid arguments now, not in a worker
             return
         self.lengths = array("i")
-        self._input_ids, self._labels = array("i"), array("i")  # of all samples, one behind another
+        self._input_ids, self._labels = array("i"), array("i")  # of all samples, concatenated
         for index in self._indices("Encoding"):
             encoded = self._encode(index)
             self._input_ids.extend(encoded["input_ids"])
@@ -82,7 +79,7 @@ class SupervisedDataset(Dataset):
 
     @cached_property
     def lengths(self) -> "array[int]":
-        """Tokens of each sample; where `lazy`, counted in a pass over all of them when first asked for."""
+        """Number of tokens of each sample; if `lazy`, counted on first access by encoding all samples."""
         return array("i", (len(self._encode(index)["input_ids"]) for index in self._indices("Counting tokens")))
 
     def _encode(self, index: int) -> dict[str, list[int]]:
@@ -93,20 +90,21 @@ class SupervisedDataset(Dataset):
 
 
 class PackedDataset(Dataset):
-    """Encoded samples in rows of at most `max_length` tokens: `[i]` is the list of those in row i.
+    """Dataset of packed rows of at most `max_length` tokens: item i is the list of encoded samples in row i.
 
-    Every sample is in one row, whole. Rows are filled by best fit decreasing (Ding et al. 2024,
-    https://arxiv.org/abs/2404.10830): the longest sample first, each into the row with the least space
-    that suffices. The same lengths always make the same rows.
+    Samples are not split. Rows are filled by best fit decreasing (Ding et al. 2024,
+    https://arxiv.org/abs/2404.10830): the longest sample first, each into the row with the least sufficient space.
+    Packing is deterministic.
 
-    Raises ValueError where a sample is longer than `max_length`.
+    Raises:
+        ValueError: a sample is longer than `max_length`.
     """
 
     def __init__(self, dataset: SupervisedDataset, max_length: int):
         lengths = dataset.lengths
         if max(lengths) > max_length:
             raise ValueError(
-                f"A sample has {max(lengths)} tokens, which is more than a row of {max_length}: encode samples with "
+                f"A sample has {max(lengths)} tokens, more than a row of {max_length}: encode samples with "
                 f"max_length={max_length} or less."
             )
         self.dataset = dataset
@@ -125,14 +123,20 @@ class PackedDataset(Dataset):
 
 
 def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> "array[int]":
-    """The number of the row, from 0, that each item of `lengths` goes to, so that no row exceeds `capacity`.
+    """Assign items to rows of at most `capacity`, by best fit decreasing.
 
-    Lengths are from 1 to `capacity`. O(n log n): rows are kept by the space they have left, and there are no more
-    different spaces than `capacity` + 1.
+    O(n log n): rows are grouped by their remaining space, which has at most `capacity` + 1 values.
+
+    Args:
+        lengths: length of each item, from 1 to `capacity`.
+        capacity: maximum sum of lengths in a row.
+
+    Returns:
+        The row of each item, from 0.
     """
     row_of = array("q", bytes(8 * len(lengths)))
-    rows_with: dict[int, list[int]] = {}  # space → rows that have it left
-    spaces: list[int] = []  # the keys of rows_with, ascending
+    rows_with: dict[int, list[int]] = {}  # remaining space → rows
+    spaces: list[int] = []  # keys of rows_with, ascending
     count = 0
     for item in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
         length = lengths[item]
@@ -146,18 +150,18 @@ def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> "array[int]":
             if not rows_with[space]:
                 del rows_with[space], spaces[place]
         row_of[item] = row
-        left = space - length
-        if left not in rows_with:
-            rows_with[left] = []
-            insort(spaces, left)
-        rows_with[left].append(row)
+        remaining = space - length
+        if remaining not in rows_with:
+            rows_with[remaining] = []
+            insort(spaces, remaining)
+        rows_with[remaining].append(row)
     return row_of
 
 
 @dataclass(frozen=True)
 class Collator:
-    """A batch of items to tensors: those of a SupervisedDataset padded with `pad_id` on the right (`pad_samples`), all
-    samples of PackedDataset's in a single row, whatever the batch size is (`pack_samples`)."""
+    """Collates items into tensors. Items of SupervisedDataset are padded on the right with `pad_id` (`pad_samples`);
+    items of PackedDataset are concatenated into a single row for any batch size (`pack_samples`)."""
 
     pad_id: int
 

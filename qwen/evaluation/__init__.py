@@ -1,1 +1,1 @@
-"""What the benchmarks in `benchmarks/` share: data files, prompts, scoring, and the run that writes results."""
+"""Evaluation: the benchmarks in `benchmarks/` and their shared data readers, prompts, scoring and harness."""

@@ -1,7 +1,7 @@
-"""A chat model as an agent of smolagents: which tool does it call first?
+"""Runs a chat model as a smolagents agent to see which tool it calls first.
 
-Revolves around `FirstCallAgent`, which hands smolagents a model and tools that do nothing. No code of the model is run.
-Knows no benchmark. smolagents is needed only here, and imported where it is.
+`FirstCallAgent` gives smolagents a model and tools that do nothing. No model-written code is run. smolagents is an
+optional dependency, so it is imported inside the functions.
 """
 
 import json
@@ -14,23 +14,25 @@ from .task import Case
 
 
 class FirstCallAgent:
-    """Asks a `ToolCallingAgent` and stops it after its first step.
+    """Runs a `ToolCallingAgent` and stops it after its first step.
 
-    smolagents writes its instructions as the system message; the tools are put as these models learned them, in the
-    ReAct format.
+    smolagents puts its instructions into the system message. The tools are described in the ReAct format, on which
+    these models were trained.
     """
 
     def __init__(self, lm: LanguageModel, max_new_tokens: int):
         self.lm, self.max_new_tokens = lm, max_new_tokens
 
     def ask(self, query: str, tools: list[dict]) -> tuple[str, dict[str, str] | None]:
-        """The model's reply, and the call in it: {"tool", "arguments": JSON, or what else was written}.
+        """Return the model's reply and the tool call in it: {"tool", "arguments"}, or None without a call.
+
+        The arguments are the text that the model wrote, usually JSON.
 
         Args:
-            tools: `{"name", "description", "parameters"}`, as `check_tools` allows.
+            tools: `{"name", "description", "parameters"}`, checked by `check_tools`.
 
         Raises:
-            Exception: what the model raised.
+            Exception: any error of the model.
         """
         from smolagents import ActionStep, AgentGenerationError, LogLevel, ToolCallingAgent
 
@@ -38,7 +40,7 @@ class FirstCallAgent:
         agent = ToolCallingAgent(tools=[_stub(tool) for tool in tools], model=model, verbosity_level=LogLevel.OFF)
         try:
             for event in agent.run(query, stream=True, max_steps=1):
-                # Without a reply the model has failed: the step comes first, and what was raised behind it.
+                # If the model failed there is no reply: smolagents yields the step first, then raises the error.
                 if isinstance(event, ActionStep) and model.reply is not None:
                     break
         except AgentGenerationError as error:
@@ -47,22 +49,22 @@ class FirstCallAgent:
 
 
 def check_tools(tools: list, where: str) -> None:
-    """Raise DataError unless smolagents takes each of these tools; `where` is how the text begins."""
+    """Raise DataError unless smolagents accepts each tool; `where` starts the message."""
     for number, tool in enumerate(tools):
         check_fields(tool, {"name": str, "description": str, "parameters": dict}, f"{where}, tools[{number}]")
         try:
             _stub(tool)
         except ImportError as error:
             raise DataError("Agents need smolagents, which is not installed: pip install smolagents.") from error
-        except Exception as error:  # smolagents raises whatever comes to hand, assertions as well
-            raise DataError(f"{where}, tools[{number}]: smolagents does not take it. {error}") from error
+        except Exception as error:  # smolagents raises many types, AssertionError among them
+            raise DataError(f"{where}, tools[{number}]: smolagents rejects this tool: {error}") from error
     names = ["final_answer", *(tool["name"] for tool in tools)]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise DataError(f"{where}: two tools have the name {twice[0]!r} (smolagents itself has a final_answer).")
+    if duplicates := [name for name in names if names.count(name) > 1]:
+        raise DataError(f"{where}: two tools are named {duplicates[0]!r} (smolagents itself defines final_answer).")
 
 
 def _stub(tool: dict) -> Any:
-    """A tool that does nothing."""
+    """Return a tool that does nothing."""
     from smolagents import Tool
 
     schema = tool["parameters"]
@@ -76,14 +78,14 @@ def _stub(tool: dict) -> Any:
         "description": tool["description"],
         "inputs": inputs,
         "output_type": "string",
-        "skip_forward_signature_validation": True,  # which would want a parameter in the code for each input
+        "skip_forward_signature_validation": True,  # else each input must be a parameter of `forward`
         "forward": lambda self, **arguments: "",
     }
     return type("Stub", (Tool,), attributes)()
 
 
 def _model(lm: LanguageModel, max_new_tokens: int) -> Any:
-    """What smolagents asks for the next step. It keeps the last reply, and the call in it."""
+    """Return the model that smolagents calls at each step. It keeps its last reply and the tool call in it."""
     from smolagents.models import (
         ChatMessage,
         ChatMessageToolCall,
@@ -98,11 +100,11 @@ def _model(lm: LanguageModel, max_new_tokens: int) -> Any:
         call: dict[str, str] | None = None
 
         def generate(self, messages: list, *, tools_to_call_from: list, **_: Any) -> ChatMessage:
-            # These models answer in words and know no tool for that.
+            # These models write the final answer as text, not as a tool call.
             functions = [get_tool_json_schema(tool) for tool in tools_to_call_from if tool.name != "final_answer"]
             sent = [{"role": message.role.value, "content": message.content} for message in messages]
             query, _history, system = parse_messages(sent, functions)
-            assert query is not None  # the conversation ends with what the user says
+            assert query is not None  # the conversation ends with a user message
             case = Case(name="agent", prompt=query, gold=None)
             self.reply = lm.reply([case], max_new_tokens=max_new_tokens, stop=(f"\n{STOP_WORD}",), system=system)[0]
             reply = parse_response(self.reply)

@@ -1,7 +1,7 @@
-"""Multiple choice for chat models: which letter does the reply choose?
+"""Base class of multiple-choice benchmarks for chat models.
 
-Revolves around one user turn, the question with its options, perhaps behind worked examples. The wording is for the
-benchmarks in eval/, reading the reply for letters.py.
+Each prompt is one user turn: the question with its options, optionally after worked examples. The benchmarks define the
+wording; letters.py reads the chosen letter from the reply.
 """
 
 import argparse
@@ -20,13 +20,13 @@ MAX_NEW_TOKENS = 512
 
 
 class ChatChoice(Task):
-    """A benchmark of many subjects, whose questions are asked one by one."""
+    """A multiple-choice benchmark with many subjects, asked of a chat model."""
 
     chat = True
     subject_set: ClassVar[SubjectSet]
     split: ClassVar[str]
-    answer_mark: ClassVar[str]
-    """Stands behind a worked example, in front of its letter: "Answer: "."""
+    answer_prefix: ClassVar[str]
+    """Text between a worked example and its letter, e.g. "Answer: "."""
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
@@ -35,12 +35,12 @@ class ChatChoice(Task):
         parser.add_argument(
             "--use-fewshot",
             action="store_true",
-            help=f"put the first {SHOTS} questions of the dev split in front, each with its letter",
+            help=f"prepend the first {SHOTS} questions of the dev split as worked examples",
         )
 
     @abstractmethod
     def prompt(self, question: dict[str, str]) -> str:
-        """What the user says: a question with its options."""
+        """Return the user message: a question with its options."""
 
     def cases(self) -> list[Case]:
         folder, wanted = self.arguments.eval_data_path, self.arguments.subjects
@@ -51,7 +51,7 @@ class ChatChoice(Task):
             shots = tuple(map(self.worked, worked.get(subject, [])[:SHOTS]))
             if self.arguments.use_fewshot and len(shots) < SHOTS:
                 path = folder / self.subject_set.files.format(split="dev", subject=subject)
-                raise DataError(f"{path} holds {len(shots)} questions: {SHOTS} worked examples are needed.")
+                raise DataError(f"{path} has {len(shots)} questions: {SHOTS} worked examples are needed.")
             cases += [
                 Case(
                     name=f"{subject}/{question.get('id', number)}",
@@ -66,8 +66,8 @@ class ChatChoice(Task):
         return cases
 
     def worked(self, question: dict[str, str]) -> str:
-        """A question with its answer."""
-        return f"{self.prompt(question).rstrip()}\n{self.answer_mark}{question['answer']}\n\n"
+        """Return a question with its answer."""
+        return f"{self.prompt(question).rstrip()}\n{self.answer_prefix}{question['answer']}\n\n"
 
     def answer(self, lm: LanguageModel, cases: Sequence[Case]) -> list[dict[str, Any]]:
         return [{"reply": reply} for reply in lm.reply(cases, max_new_tokens=MAX_NEW_TOKENS)]

@@ -1,11 +1,10 @@
-"""Python that a model wrote → a program → whether it passes its tests, which run in the sandbox and nowhere else.
+"""Runs model-written Python against tests, always in the sandbox.
 
-Revolves around `verdicts`: each program gets a process of its own, some run side by side. `ProgramTask` is what the
-benchmarks have in common that are scored this way; what they ask and which tests they have, it refuses to know.
+`verdicts` runs each program in a process of its own, several in parallel. `ProgramTask` is the base class of benchmarks
+that are scored this way.
 
-A program that ends the process, prints what it likes, or puts something in place of the built-in functions does not
-pass by that. One that hands back objects which equal everything does: the tests live in its process, as in the
-benchmarks' own harnesses.
+A program cannot pass by exiting, printing or replacing built-in functions. It can pass by returning objects that
+compare equal to everything: the tests run in its process, as in the benchmarks' own harnesses.
 """
 
 import argparse
@@ -28,95 +27,97 @@ from .task import Case, Task, add_file_argument
 
 HUMANEVAL_FIELDS = dict.fromkeys(("task_id", "prompt", "entry_point", "test"), str)
 STOP = ("\n\n", "\ndef ")  # ends the completion of a function
-SECONDS = 10.0  # for a program to be defined, and again for its tests
-_SIDE_BY_SIDE = 4  # sandboxes, at most one for each processor
-_MEMORY = 1 << 30  # bytes of address space for each
-_MESSAGE = 200  # characters of an error that are kept
-_CODE = re.compile(r"(async )?def |class |import |from \S+ import |@")  # begins a line at the outermost level
-_INSIDE = re.compile(rf"\s|#|[)\]}}]|[A-Z_]+ = |{_CODE.pattern}")
-# A program is imported, not started: what stands under `if __name__ == "__main__":` is none of the tests' business.
+SECONDS = 10.0  # time limit for defining a program, and again for its tests
+_MAX_SANDBOXES = 4  # in parallel, at most one per processor
+_MEMORY_BYTES = 1 << 30  # address space of each sandbox
+_MESSAGE_CHARS = 200  # maximum length of an error that is recorded
+_CODE_START = re.compile(r"(async )?def |class |import |from \S+ import |@")  # starts a top-level line of code
+_CODE_LINE = re.compile(rf"\s|#|[)\]}}]|[A-Z_]+ = |{_CODE_START.pattern}")
+# Programs run as an imported module, so that code under `if __name__ == "__main__":` is skipped.
 _AS_MODULE = "import sys\nsys.modules['program'] = sys.modules[__name__]\n__name__ = 'program'\ndel sys"
 
 
 class Program(NamedTuple):
-    """Code, and statements that raise an exception unless it does what it should."""
+    """Code, and test statements that raise an exception if it is wrong."""
 
     code: str
     tests: str
 
 
 class Verdict(NamedTuple):
-    """What came of a program: "passed", "failed" (an assertion), "error" or "timed out", and the exception."""
+    """Outcome of a program: "passed", "failed" (an assertion), "error" or "timed out", and the error message."""
 
     status: str
     message: str
 
 
 def cut_completion(text: str) -> str:
-    """A function's body out of what a model writes on and on: up to a blank line or the next function."""
+    """Cut a completion to the body of one function: up to a blank line or the next function."""
     return re.split(r"\n\n|^def ", text, maxsplit=1, flags=re.MULTILINE)[0]
 
 
-def code_of_reply(reply: str, function: str) -> str:
-    """The Python in a chat model's reply: the fenced block that defines the function, else the first one, else from the
-    first line of Python on, without the sentences around it; "" where there is none.
+def extract_program(reply: str, function: str) -> str:
+    """Return the Python code in a chat model's reply, or "" if there is none.
+
+    This is the fenced block that defines the function, else the first block, else the unfenced code without the
+    sentences around it.
     """
     blocks = [textwrap.dedent(block) for block in FENCED.findall(reply)]
     if blocks:
         return next((block for block in blocks if defines(block, function)), blocks[0])
     lines = reply.splitlines(keepends=True)
-    code = itertools.dropwhile(lambda line: not _CODE.match(line), lines)
-    return "".join(itertools.takewhile(_INSIDE.match, code))
+    code = itertools.dropwhile(lambda line: not _CODE_START.match(line), lines)
+    return "".join(itertools.takewhile(_CODE_LINE.match, code))
 
 
 def defines(code: str, function: str) -> bool:
-    """Whether the code has a function of this name at the outermost level."""
+    """Whether the code has a top-level function of this name."""
     return re.search(rf"^(async )?def {re.escape(function)}\s*\(", code, re.MULTILINE) is not None
 
 
 def verdicts(programs: Sequence[Program], *, seconds: float, allow_weaker: bool = False) -> list[Verdict]:
-    """Run programs, some at a time, each in a process of its own.
+    """Run programs, several in parallel, each in a process of its own.
 
     Args:
-        seconds: what defining it and testing it may take, each.
-        allow_weaker: run them also where the sandbox cannot be a whole one.
+        seconds: time limit for defining a program, and again for its tests.
+        allow_weaker: also run them where the sandbox lacks some of its protections.
 
     Raises:
-        SandboxUnavailable: the sandbox does not start here.
+        SandboxUnavailable: the sandbox cannot start on this machine.
     """
-    limits = Limits(wall_seconds=seconds, cpu_seconds=2 * int(seconds) + 1, memory_bytes=_MEMORY)
+    limits = Limits(wall_seconds=seconds, cpu_seconds=2 * int(seconds) + 1, memory_bytes=_MEMORY_BYTES)
 
     def run(program: Program) -> Verdict:
         with Sandbox(limits=limits, allow_weaker=allow_weaker) as sandbox:
             return _verdict(program, sandbox)
 
-    with ThreadPoolExecutor(min(_SIDE_BY_SIDE, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(_MAX_SANDBOXES, os.cpu_count() or 1)) as pool:
         return list(pool.map(run, programs))
 
 
 def _verdict(program: Program, sandbox: Sandbox) -> Verdict:
-    # What the tests end in is not known before they begin: neither a print nor a replaced `exec` leads to it.
+    # The tests end in a random token, which neither a print nor a replaced `exec` can produce.
     passed = secrets.token_hex()
-    sandbox.start()  # which takes time that is not the program's
+    sandbox.start()  # outside the time limit
     for cell in (_AS_MODULE, program.code, f"{program.tests}\npassed = {passed!r}\npassed"):
-        begun = time.monotonic()
+        started = time.monotonic()
         output, status = sandbox.run(cell)
-        if status == "interrupted" or time.monotonic() - begun > sandbox.limits.wall_seconds:
+        if status == "interrupted" or time.monotonic() - started > sandbox.limits.wall_seconds:
             return Verdict("timed out", f"after {sandbox.limits.wall_seconds:g} seconds")
         if status != "ok":
             message = (output.strip().splitlines() or [""])[-1]
-            return Verdict("failed" if message.startswith("AssertionError") else "error", message[:_MESSAGE])
+            return Verdict("failed" if message.startswith("AssertionError") else "error", message[:_MESSAGE_CHARS])
     if passed not in output:
-        return Verdict("error", "The tests did not run to their end.")
+        return Verdict("error", "The tests did not run to completion.")
     return Verdict("passed", "")
 
 
 class ProgramTask(Task):
-    """A benchmark whose answers are programs: pass@1 of greedy decoding."""
+    """A benchmark whose answers are programs, scored by pass@1 with greedy decoding."""
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
-        add_file_argument(parser, "the problems, as JSON lines; eval/EVALUATION.md tells where they come from")
+        add_file_argument(parser, "problems as JSON lines; eval/EVALUATION.md says where to get them")
         add_sandbox_arguments(parser, seconds=SECONDS)
 
     def __init__(self, arguments: argparse.Namespace):
@@ -125,7 +126,7 @@ class ProgramTask(Task):
 
     @abstractmethod
     def program(self, case: Case, answer: dict[str, Any]) -> Program:
-        """What is run to score an answer."""
+        """Return the program that is run to score an answer."""
 
     def score(self, case: Case, answer: dict[str, Any]) -> dict[str, Any]:
         return self.scores([case], [answer])[0]
@@ -140,10 +141,10 @@ class ProgramTask(Task):
 
 
 def check_sandbox(allow_weaker: bool) -> None:
-    """Start a sandbox, for it is no use to load a model if that fails; tell what a weaker one lacks.
+    """Start a sandbox, to fail before a model is loaded, and report what a weaker one lacks.
 
     Raises:
-        SandboxUnavailable: it does not start.
+        SandboxUnavailable: the sandbox cannot start on this machine.
     """
     with Sandbox(allow_weaker=allow_weaker) as sandbox:
         try:

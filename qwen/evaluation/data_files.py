@@ -1,7 +1,4 @@
-"""Files of benchmarks, as they are published: read whole, checked, and complained about by name and line.
-
-Knows formats, and no benchmark.
-"""
+"""Reads and checks published benchmark files (CSV, JSON, JSON lines), with errors that name the file and line."""
 
 import csv
 import gzip
@@ -12,28 +9,28 @@ from pathlib import Path
 from typing import Any, TextIO
 
 Fields = Sequence[str] | Mapping[str, type]
-"""Names of fields that an object must have, perhaps with what they must be: str, int, list or dict."""
-_KINDS = {str: "text", int: "a whole number", list: "a list", dict: "an object"}
+"""Required fields of an object, optionally with their types: str, int, list or dict."""
+_TYPE_NAMES = {str: "text", int: "a whole number", list: "a list", dict: "an object"}
 
 
 class DataError(ValueError):
-    """A file of a benchmark is missing or not as it should be; the text says which one and what to do."""
+    """A benchmark file is missing or invalid; the message says which one and what to do."""
 
 
 def read_csv(
     path: Path, columns: Sequence[str], *, header: bool, one_of: Mapping[str, Sequence[str]] | None = None
 ) -> list[dict[str, str]]:
-    """The rows of a CSV file.
+    """Read the rows of a CSV file.
 
     Args:
-        columns: what each row must have. With a header they are looked up in it, and others are kept as well; without
-            one they name the columns in order.
-        one_of: all that a column may hold, by its name: {"answer": "ABCD"}.
+        columns: required columns. With a header they are looked up in it and other columns are kept; without one they
+            name the columns in order.
+        one_of: allowed values of a column, by its name: {"answer": "ABCD"}.
 
     Raises:
-        DataError: no such file, not text, no rows, a row of another width, or one that holds something else.
+        DataError: the file is missing, not text or empty; a row has the wrong width or a value that is not allowed.
     """
-    with _Opened(path, newline="") as file:
+    with _OpenText(path, newline="") as file:
         reader = csv.reader(file)
         try:
             rows = [(reader.line_num, row) for row in reader if any(map(str.strip, row))]
@@ -44,15 +41,15 @@ def read_csv(
         names = [name.strip() for name in rows.pop(0)[1]]
         if missing := [column for column in columns if column not in names]:
             raise DataError(
-                f"{path}: its header has no column {', '.join(map(repr, missing))}, only "
-                f"{', '.join(map(repr, names))}. It should have {', '.join(columns)}."
+                f"{path}: the header has no column {', '.join(map(repr, missing))}, only "
+                f"{', '.join(map(repr, names))}. Required columns: {', '.join(columns)}."
             )
     if not rows:
-        raise DataError(f"{path} holds no rows. It should have {', '.join(columns)} in each.")
+        raise DataError(f"{path} has no rows. Required columns: {', '.join(columns)}.")
     for line, row in rows:
         if len(row) != len(names):
             raise DataError(
-                f"{path}, line {line}: {len(row)} columns, where {len(names)} are needed: {', '.join(names)}."
+                f"{path}, line {line}: {len(row)} columns, but {len(names)} are needed: {', '.join(names)}."
             )
     records = [dict(zip(names, row, strict=True)) for _, row in rows]
     for column, allowed in (one_of or {}).items():
@@ -66,13 +63,13 @@ def read_csv(
 
 
 def read_jsonl(path: Path, required: Fields) -> list[dict[str, Any]]:
-    """The objects of a file of JSON lines, which may be compressed (.gz).
+    """Read the objects of a JSON lines file, which may be compressed (.gz).
 
     Raises:
-        DataError: no such file, not text, no lines, or a line that is no object with the required fields.
+        DataError: the file is missing, not text or empty, or a line is not an object with the required fields.
     """
     records = []
-    with _Opened(path) as file:
+    with _OpenText(path) as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
@@ -83,17 +80,17 @@ def read_jsonl(path: Path, required: Fields) -> list[dict[str, Any]]:
             check_fields(record, required, f"{path}, line {number}")
             records.append(record)
     if not records:
-        raise DataError(f"{path} is empty. It should hold JSON lines with {', '.join(required)}.")
+        raise DataError(f"{path} is empty. Each line must be a JSON object with {', '.join(required)}.")
     return records
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds.
+    """Read a JSON file.
 
     Raises:
-        DataError: no such file, or not JSON.
+        DataError: the file is missing or not JSON.
     """
-    with _Opened(path) as file:
+    with _OpenText(path) as file:
         try:
             return json.load(file)
         except (ValueError, RecursionError) as error:
@@ -101,20 +98,20 @@ def read_json(path: Path) -> Any:
 
 
 def check_fields(record: Any, required: Fields, where: str) -> None:
-    """Raise DataError unless this is an object that has the required fields; `where` is how the text begins."""
+    """Raise DataError unless `record` is an object with the required fields; `where` starts the message."""
     if not isinstance(record, dict):
-        raise DataError(f"{where}: an object with {', '.join(required)} is needed, not {type(record).__name__}.")
+        raise DataError(f"{where}: must be an object with {', '.join(required)}, not {type(record).__name__}.")
     if missing := [name for name in required if name not in record]:
         raise DataError(
-            f"{where}: no field {', '.join(map(repr, missing))}, only {', '.join(map(repr, record)) or 'none at all'}."
+            f"{where}: no field {', '.join(map(repr, missing))}. It has {', '.join(map(repr, record)) or 'no fields'}."
         )
     for name, kind in required.items() if isinstance(required, Mapping) else ():
         if not isinstance(record[name], kind):
-            raise DataError(f"{where}: {name!r} must be {_KINDS[kind]}, not {type(record[name]).__name__}.")
+            raise DataError(f"{where}: {name!r} must be {_TYPE_NAMES[kind]}, not {type(record[name]).__name__}.")
 
 
-class _Opened:
-    """A text file that is opened, and read, with errors that name it."""
+class _OpenText:
+    """Opens a text file, and turns errors on opening and reading it into `DataError`."""
 
     def __init__(self, path: Path, newline: str | None = None):
         self.path, self.newline = Path(path), newline
@@ -122,10 +119,10 @@ class _Opened:
     def __enter__(self) -> TextIO:
         try:
             opener = gzip.open if self.path.suffix == ".gz" else open
-            # A byte-order mark, which spreadsheets write, belongs to no column.
+            # utf-8-sig: spreadsheets write a byte-order mark, which is not part of the first column.
             self.file = opener(self.path, "rt", encoding="utf-8-sig", newline=self.newline)
         except OSError as error:
-            raise self._explained(error) from error
+            raise self._data_error(error) from error
         return self.file
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
@@ -133,37 +130,37 @@ class _Opened:
         if isinstance(error, UnicodeDecodeError):
             raise DataError(f"{self.path} is not UTF-8 text ({error}). Download it again.") from error
         if isinstance(error, OSError | EOFError | zlib.error):
-            raise self._explained(error) from error
+            raise self._data_error(error) from error
 
-    def _explained(self, error: Exception) -> DataError:
+    def _data_error(self, error: Exception) -> DataError:
         if isinstance(error, FileNotFoundError | NotADirectoryError):
-            return DataError(f"{self.path} does not exist. {_beside(self.path)}")
+            return DataError(f"{self.path} does not exist. {_nearby(self.path)}")
         if isinstance(error, IsADirectoryError):
-            return DataError(f"{self.path} is a folder, where a file is needed.")
+            return DataError(f"{self.path} is a folder, but a file is needed.")
         return DataError(f"{self.path} cannot be read: {error}.")
 
 
-def _beside(path: Path) -> str:
-    """What there is in place of a missing file."""
+def _nearby(path: Path) -> str:
+    """Describe what exists where a file is missing."""
     folder = next(parent for parent in (*path.absolute().parents, Path("/")) if parent.exists())
-    where = "eval/EVALUATION.md tells how the data have to lie."
+    hint = "eval/EVALUATION.md describes the layout of the data."
     if not folder.is_dir():
-        return f"{folder} is a file, where a folder is needed. {where}"
+        return f"{folder} is a file, but a folder is needed. {hint}"
     if folder != path.absolute().parent:
-        return f"There is no folder {folder / path.absolute().relative_to(folder).parts[0]}. {where}"
+        return f"There is no folder {folder / path.absolute().relative_to(folder).parts[0]}. {hint}"
     found = sorted(entry.name for entry in folder.iterdir())
     more = f" and {len(found) - 5} more" if len(found) > 5 else ""
-    return f"{folder} holds {', '.join(found[:5]) + more if found else 'nothing'}. {where}"
+    return f"{folder} contains {', '.join(found[:5]) + more if found else 'nothing'}. {hint}"
 
 
 def existing(path: Path, names: Sequence[str]) -> Iterator[Path]:
-    """The files of these names in a folder.
+    """Return the paths of the named files in the folder `path`.
 
     Raises:
         DataError: some are missing; names the first and counts the others.
     """
     missing = [name for name in names if not (path / name).is_file()]
     if missing:
-        more = f" (nor do {len(missing) - 1} more of the {len(names)} that are needed)" if len(missing) > 1 else ""
-        raise DataError(f"{path / missing[0]} does not exist{more}. {_beside(path / missing[0])}")
+        more = f" (nor do {len(missing) - 1} more of the {len(names)} required files)" if len(missing) > 1 else ""
+        raise DataError(f"{path / missing[0]} does not exist{more}. {_nearby(path / missing[0])}")
     return (path / name for name in names)

@@ -1,8 +1,8 @@
 """Runs a benchmark: batches, progress, results on disk, and resuming an interrupted run.
 
-`Run` is the files of one run: OUT.jsonl with a record a case, written batch by batch; OUT.json with the settings, and
-at the end the summary, which OUT.md has as a table. A run that was interrupted continues behind the last whole batch,
-so its results are the same as those of an uninterrupted run. What a benchmark is stands in task.py.
+`Run` manages the files of one run: OUT.jsonl has one record per case, written batch by batch; OUT.json has the settings
+and, at the end, the summary; OUT.md has the summary as a table. An interrupted run continues after the last complete
+batch, so its results equal those of an uninterrupted run. The interface of a benchmark is in task.py.
 """
 
 import argparse
@@ -30,24 +30,24 @@ from .data_files import DataError
 from .language_model import LanguageModel
 from .task import Case, Score, Task
 
-# What does not change the results; everything else does, and must be the same when a run goes on. All but the size of
-# batches, which may have to be smaller where memory was short.
-_FREE = ("sample_output_file", "overwrite", "debug", "checkpoint_path", "hub")
-_MAY_CHANGE = ("batch_size",)
+# Options that do not affect the results. All others must be the same when a run is resumed, except the batch size,
+# which may have to be reduced after running out of memory.
+_NOT_RECORDED = ("sample_output_file", "overwrite", "debug", "checkpoint_path", "hub")
+_CHANGEABLE = ("batch_size",)
 
 
-def at_least_1(text: str) -> int:
-    """The type of an argument that is a whole number above 0."""
+def positive_int(text: str) -> int:
+    """Parse a command-line argument that must be a positive integer."""
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"a whole number above 0 is needed, not {text!r}")
+        raise argparse.ArgumentTypeError(f"must be a whole number above 0, not {text!r}")
     return int(text)
 
 
 def variant(chosen: dict[str, Any]) -> list[str]:
-    """What makes this run another one than the benchmark as it stands: a few words for each argument that was given."""
+    """Describe the options in which a run differs from the standard benchmark, in a few words each."""
     words = []
     for name, value in chosen.items():
-        if name in (*_FREE, *_MAY_CHANGE, "cpu_only") or _is_path(value):
+        if name in (*_NOT_RECORDED, *_CHANGEABLE, "cpu_only") or _is_path(value):
             continue
         values = [] if value is True else value if isinstance(value, list) else [value]
         shown = " ".join(map(str, values)) if len(values) < 4 else str(len(values))
@@ -59,53 +59,53 @@ def evaluate(task_class: type[Task], options: argparse.Namespace, chosen: dict[s
     """Evaluate a checkpoint on a benchmark and print the table.
 
     Args:
-        options: the arguments that all benchmarks take, and those of the task.
+        options: the arguments common to all benchmarks, and those of the task.
         chosen: the options that differ from their defaults.
 
     Raises:
         OSError: the checkpoint cannot be used, or results cannot be written.
-        ValueError: the data or the options cannot be used; DataError is one.
-        SandboxUnavailable: the benchmark runs code, and there is no sandbox.
+        ValueError: the data (DataError) or the options are invalid.
+        SandboxUnavailable: the benchmark runs code, and the sandbox cannot start.
     """
     task, words = task_class(options), variant(chosen)
     checkpoint = resolve(options.checkpoint_path or (BUNDLED_CHAT if task.chat else BUNDLED_BASE))
     if Path(checkpoint).is_dir():
-        checkpoint = str(Path(checkpoint).resolve())  # it also has a name where it was given as "."
+        checkpoint = str(Path(checkpoint).resolve())  # gives "." a name, too
     cases = limited(task.cases(), options.limit)
     stem = re.sub(r"[^\w.-]+", "-", "_".join([task.name, Path(checkpoint).name, *words]))[:120]
     output = options.sample_output_file or Path("output_eval", f"{stem}.jsonl")
     with Run(output, settings(task, checkpoint, cases, options), words, options.overwrite) as run:
         done = run.resume(cases, options.batch_size)
         if done:
-            what = "going on from there" if done < len(cases) else "nothing is asked again without --overwrite"
-            print(f"{done} of {len(cases)} answers are in {output} already: {what}.", file=sys.stderr)
+            what = "resuming after them" if done < len(cases) else "use --overwrite to run again"
+            print(f"{output} already has {done} of {len(cases)} answers: {what}.", file=sys.stderr)
         if done < len(cases):
             set_seed(options.seed)
             model, tokenizer = load_model_quietly(
                 checkpoint, chat=task.chat, hub=options.hub, cpu_only=options.cpu_only
             )
-            offered = model.config.max_context_length
-            lm = LanguageModel(model, tokenizer, options.max_seq_len or offered)
+            context_length = model.config.max_context_length
+            lm = LanguageModel(model, tokenizer, options.max_seq_len or context_length)
             run.begin()
             work(task, lm, cases, run, options)
         table = run.finish(task)
         for sentence in task.finish(run.records, output):
             print(sentence, file=sys.stderr)
     print(table)
-    print(f"Every answer: {run.records_file}, the summary: {run.table_file}", file=sys.stderr)
+    print(f"Records: {run.records_file}, summary: {run.table_file}", file=sys.stderr)
 
 
 def limited(cases: Sequence[Case], limit: int | None) -> list[Case]:
-    """The first `limit` cases of each group; all without one.
+    """Return the first `limit` cases of each group; all if it is None.
 
     Raises:
-        DataError: there are none, or two of one name.
+        DataError: there are no cases, or two have the same name.
     """
     if not cases:
-        raise DataError("The data hold no questions.")
+        raise DataError("The data contain no questions.")
     name, count = Counter(case.name for case in cases).most_common(1)[0]
     if count > 1:
-        raise DataError(f"The data hold {count} questions by the name {name!r}: remove those that are there twice.")
+        raise DataError(f"The data contain {count} questions named {name!r}: remove the duplicates.")
     seen: Counter[str] = Counter()
     kept = []
     for case in cases:
@@ -116,22 +116,22 @@ def limited(cases: Sequence[Case], limit: int | None) -> list[Case]:
 
 
 def batches(cases: Sequence[Case], size: int) -> Iterator[list[Case]]:
-    """Neighbours with the same worked examples, at most `size` of them."""
-    for _, neighbours in groupby(cases, key=lambda case: (case.preamble, case.shots)):
-        members = list(neighbours)
+    """Yield batches of at most `size` adjacent cases that share their worked examples."""
+    for _, adjacent in groupby(cases, key=lambda case: (case.preamble, case.shots)):
+        members = list(adjacent)
         yield from (members[start : start + size] for start in range(0, len(members), size))
 
 
 def work(task: Task, lm: LanguageModel, cases: Sequence[Case], run: "Run", options: argparse.Namespace) -> None:
-    """Ask what has not been asked yet."""
+    """Answer and score the cases that have no record yet."""
     done = len(run.records)
-    # Where nobody looks on, in a file, a line now and then.
+    # Log rarely when stderr is not a terminal.
     seconds = 0.1 if sys.stderr.isatty() else 30
     with tqdm(
         total=len(cases), initial=done, desc=task.name, unit="question", smoothing=0.05, mininterval=seconds
     ) as bar:
         for batch in batches(cases, options.batch_size):
-            if done > 0:  # whole batches, so it comes out even
+            if done > 0:  # already recorded: these are whole batches
                 done -= len(batch)
                 continue
             answers = task.answer(lm, batch)
@@ -148,33 +148,35 @@ def work(task: Task, lm: LanguageModel, cases: Sequence[Case], run: "Run", optio
 
 
 def settings(task: Task, checkpoint: str, cases: Sequence[Case], options: argparse.Namespace) -> dict[str, Any]:
-    """All that the results follow from; the data as a digest of the cases that were made of them."""
+    """Return everything that determines the results; the data as a digest of the cases."""
     digest = hashlib.sha256()
     for case in cases:
         digest.update(json.dumps(asdict(case), sort_keys=True, default=str).encode())
-    chosen = {name: value for name, value in vars(options).items() if name not in _FREE and not _is_path(value)}
+    chosen = {name: value for name, value in vars(options).items() if name not in _NOT_RECORDED and not _is_path(value)}
     model = {"checkpoint": checkpoint, "written": written(checkpoint)}
     return {"task": task.name, **model, **chosen, "cases": len(cases), "digest": digest.hexdigest()}
 
 
 def _is_path(value: Any) -> bool:
-    """Whether an argument names files, whose content counts and not where they lie."""
+    """Whether an argument names files, whose content counts but not their path."""
     return isinstance(value, Path) or (isinstance(value, list) and any(map(_is_path, value)))
 
 
 def written(checkpoint: str) -> str | None:
-    """When the files in a folder were written last: training again leaves others by the same names, and config.json has
-    switches. None for a hub id."""
+    """Return when the files of a checkpoint folder were last written; None for a hub id.
+
+    This detects retrained weights and edited switches in config.json.
+    """
     folder = Path(checkpoint)
     times = [file.stat().st_mtime for pattern in ("*.safetensors", "*.bin", "*.json") for file in folder.glob(pattern)]
     return datetime.fromtimestamp(max(times), UTC).isoformat(timespec="seconds") if times else None
 
 
 class Run:
-    """The files of a run, which nobody else may write meanwhile.
+    """The output files of a run, locked against other processes.
 
     Raises:
-        DataError: there are results of another run, or somebody is writing them.
+        DataError: the output name is invalid, or another run is writing the files.
     """
 
     def __init__(self, output: Path, settings: dict[str, Any], variant: Sequence[str], overwrite: bool):
@@ -182,13 +184,13 @@ class Run:
         self.summary_file, self.table_file = output.with_suffix(".json"), output.with_suffix(".md")
         if output.suffix in (".json", ".md", ".png"):
             raise DataError(
-                f"{output}: the records are JSON lines, and summary and picture go beside them; name it OUT.jsonl."
+                f"{output}: records are JSON lines, and summary and plot go next to them. Use a name like OUT.jsonl."
             )
         if output.is_dir():
-            raise DataError(f"{output} is a folder: name a file in it, OUT.jsonl.")
+            raise DataError(f"{output} is a folder: name a file in it, for example OUT.jsonl.")
         self.settings, self.variant, self.overwrite = settings, variant, overwrite
         self.records: list[dict[str, Any]] = []
-        self.kept = 0  # bytes of the file that hold them
+        self.kept = 0  # size of the resumed records in bytes
 
     def __enter__(self) -> "Run":
         self.records_file.parent.mkdir(parents=True, exist_ok=True)
@@ -197,7 +199,7 @@ class Run:
             self.lock.acquire(timeout=0)
         except Timeout:
             raise DataError(
-                f"{self.records_file} is being written by another run: wait for it, or name another file."
+                f"{self.records_file} is being written by another run: wait for it, or choose another file with -o."
             ) from None
         return self
 
@@ -206,16 +208,16 @@ class Run:
         self.lock.release()
 
     def resume(self, cases: Sequence[Case], batch_size: int) -> int:
-        """Take up the records of the whole batches that are there; returns how many. Nothing is written.
+        """Read the records of the complete batches on disk; returns how many. Writes nothing.
 
         Raises:
-            DataError: they are of another run.
+            DataError: the records are from another run.
         """
         if self.overwrite or not (self.records_file.exists() or self.summary_file.exists()):
             return 0
         self._check_settings()
         lines = self.records_file.read_bytes().splitlines(keepends=True) if self.records_file.exists() else []
-        if lines and not lines[-1].endswith(b"\n"):  # the crash cut it off
+        if lines and not lines[-1].endswith(b"\n"):  # cut off by a crash
             lines.pop()
         kept = 0
         for batch in batches(cases, batch_size):
@@ -224,16 +226,16 @@ class Run:
             kept += len(batch)
         try:
             self.records = [json.loads(line) for line in lines[:kept]]
-            ours = [record["name"] for record in self.records] == [case.name for case in cases[:kept]]
+            matching = [record["name"] for record in self.records] == [case.name for case in cases[:kept]]
         except (ValueError, TypeError, KeyError):
-            ours = False
-        if not ours:
-            raise DataError(f"{self.records_file} does not hold what this run wrote: --overwrite starts anew.")
+            matching = False
+        if not matching:
+            raise DataError(f"{self.records_file} does not have the records of this run: --overwrite starts again.")
         self.kept = sum(map(len, lines[:kept]))
         return kept
 
     def begin(self) -> None:
-        """Have the files hold what was taken up, and nothing else."""
+        """Remove everything but the resumed records from the files."""
         self.table_file.unlink(missing_ok=True)
         with self.records_file.open("ab") as file:
             file.truncate(self.kept)
@@ -244,36 +246,36 @@ class Run:
             found = json.loads(self.summary_file.read_text(encoding="utf-8"))["settings"]
         except (OSError, ValueError, TypeError, KeyError):
             raise DataError(
-                f"{self.records_file} exists, and {self.summary_file} does not tell how it was made: name another file "
-                "with -o, or have it replaced with --overwrite."
+                f"{self.records_file} exists, but {self.summary_file} does not have its settings: choose another file "
+                "with -o, or replace it with --overwrite."
             ) from None
-        names = [name for name in {**found, **self.settings} if name not in _MAY_CHANGE]
+        names = [name for name in {**found, **self.settings} if name not in _CHANGEABLE]
         differing = [name for name in names if found.get(name) != self.settings.get(name)]
         if differing:
             name = differing[0]
             was, now = found.get(name), self.settings.get(name)
-            said = "other questions" if name in ("cases", "digest") else f"{name} was {was!r} and is {now!r} now"
+            change = "different questions" if name in ("cases", "digest") else f"{name} was {was!r} and is {now!r} now"
             raise DataError(
-                f"{self.records_file} holds results of a run with other settings ({said}): name another file with -o, "
-                "or have it replaced with --overwrite."
+                f"{self.records_file} has results of a run with different settings ({change}): choose another file "
+                "with -o, or replace it with --overwrite."
             )
 
     def add(self, records: Sequence[dict[str, Any]]) -> None:
-        """Write the records of a batch."""
+        """Append the records of a batch."""
         with self.records_file.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         self.records += records
 
     def finish(self, task: Task) -> str:
-        """Write what the records come to; returns the table, and below it what to know about it."""
+        """Write the summary and the table; returns the table, with notes below it."""
         scores = task.summary(self.records)
         self._write_summary(scores)
         table = task.table(Path(self.settings["checkpoint"]).name, scores)
         notes = [f"With {', '.join(self.variant)}."] if self.variant else []
         if dropped := [record["dropped_shots"] for record in self.records if "dropped_shots" in record]:
             notes.append(
-                f"In {len(dropped)} of {len(self.records)} questions worked examples were left out, {sum(dropped)} in "
-                f"all: their prompts were longer than {self.settings['max_seq_len']} tokens."
+                f"{sum(dropped)} worked examples were dropped from {len(dropped)} of {len(self.records)} prompts to "
+                f"fit into {self.settings['max_seq_len']} tokens."
             )
         if notes:
             table += "\n\n" + " ".join(notes)
@@ -288,7 +290,7 @@ class Run:
                 for score in scores
             }
             summary["dropped_shots"] = sum("dropped_shots" in record for record in self.records)
-        # In one step: without the settings in it, a run could not be gone on with.
-        written = self.summary_file.with_name(f"{self.summary_file.name}.new")
-        written.write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        written.replace(self.summary_file)
+        # Replaced atomically: without the settings in it, a run cannot be resumed.
+        staged = self.summary_file.with_name(f"{self.summary_file.name}.new")
+        staged.write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        staged.replace(self.summary_file)

@@ -1,6 +1,6 @@
-"""A model as benchmarks see it: text in, log-probabilities or text out. Greedy, in batches.
+"""The model interface of the benchmarks: text in, log-probabilities or text out, greedy and in batches.
 
-This file handles tokens, caches and the end of the model's context; what is asked and what is right is with the tasks.
+It handles tokens, caches and the limit of the context.
 """
 
 import copy
@@ -16,29 +16,29 @@ from ..model.qwen_generation_utils import DEFAULT_SYSTEM
 from ..model.tokenization_qwen import QWenTokenizer
 from .case import Case
 
-LOGITS_AT_ONCE = 1024  # positions; those of a long text together would be larger than the model
+LOGITS_CHUNK = 1024  # positions; the logits of a whole long text would take more memory than the model
 
 
 class LanguageModel:
     """A model and its tokenizer.
 
     Args:
-        max_seq_len: the longest prompt in tokens. Where a case's is longer, its first shots are left out, and if that
-            is not enough, its beginning (not that of a chat's turn). `dropped_shots` tells for which cases, by name,
-            how many were left out.
+        max_seq_len: maximum prompt length in tokens. If a case is longer, its first shots are dropped; if that is not
+            enough, the prompt of a base model is cut at its beginning. `dropped_shots` has the number of dropped shots
+            by case name.
     """
 
     def __init__(self, model: QWenLMHeadModel, tokenizer: QWenTokenizer, max_seq_len: int):
         self.model, self.tokenizer, self.max_seq_len = model, tokenizer, max_seq_len
         self.dropped_shots: dict[str, int] = {}
-        self._shared: tuple[tuple[int, ...], Cache] | None = None  # the ids encoded last, and their keys and values
+        self._prefix: tuple[tuple[int, ...], Cache] | None = None  # the prefix encoded last, and its KV cache
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text of strangers: control tokens that it spells out stay text."""
+        """Encode untrusted text: control tokens spelled out in it are encoded as plain text."""
         return self.tokenizer.encode(text, allowed_special=(), verbose=False)
 
     def fit(self, case: Case) -> tuple[list[int], int]:
-        """The token ids of a case, at most `max_seq_len`, and how many of its shots had to be left out."""
+        """Return the token ids of a case, at most `max_seq_len`, and how many of its shots were dropped."""
         for dropped in range(len(case.shots) + 1):
             ids = self.encode(case.text(dropped))
             if len(ids) <= self.max_seq_len:
@@ -49,17 +49,17 @@ class LanguageModel:
 
     @torch.inference_mode()
     def choose(self, cases: Sequence[Case], choices: Sequence[str]) -> list[list[float]]:
-        """The log-probability of each choice right behind the text of each case, as of the next token.
+        """Return the log-probability of each choice as the next token after the text of each case.
 
-        What stands in front of all the questions (`Case.context`) is encoded once and kept for the next call. Where a
-        prompt is longer than the model was trained on, dynamic NTK rotates all of it by its own length: there it is
-        encoded whole. Beside an 8-bit cache what is encoded once is read back rounded.
+        The common prefix (`Case.context`) is encoded once, and its cache is kept for the next call. A prompt beyond the
+        trained length is encoded whole, because dynamic NTK makes all rotations depend on its length. With an 8-bit
+        cache the prefix is read back rounded.
 
         Args:
             choices: texts of one token each.
 
         Raises:
-            ValueError: a choice is no single token of this vocabulary, or two are the same.
+            ValueError: a choice is not a single token of this vocabulary, or two choices are the same.
         """
         tokens = [self.encode(choice) for choice in choices]
         if any(len(ids) != 1 for ids in tokens) or len({*map(tuple, tokens)}) < len(choices):
@@ -69,73 +69,73 @@ class LanguageModel:
             )
         rows = [self.fit(case) for case in cases]
         trained = self.model.config.seq_length if self.model.config.use_dynamic_ntk else self.max_seq_len
-        together = [index for index, (ids, dropped) in enumerate(rows) if not dropped and len(ids) <= trained]
-        alone = sorted({*range(len(rows))}.difference(together))
+        batched = [index for index, (ids, dropped) in enumerate(rows) if not dropped and len(ids) <= trained]
+        single = sorted({*range(len(rows))}.difference(batched))
 
         scores: dict[int, torch.Tensor] = {}
-        for members in ([together] if together else []) + [[index] for index in alone]:
+        for members in ([batched] if batched else []) + [[index] for index in single]:
             prompts = [rows[index][0] for index in members]
-            context = self.encode(cases[members[0]].context()) if members is together else []
-            # Some tokens may straddle the end of the context; they belong to the question.
+            context = self.encode(cases[members[0]].context()) if members is batched else []
+            # A token that straddles the end of the context belongs to the question.
             columns = zip(context, *prompts, strict=False)
-            shared = [ids[0] for ids in takewhile(lambda ids: len({*ids}) == 1, columns)]
-            shared = shared[: min(map(len, prompts)) - 1]
-            scores |= zip(members, self._next_token(prompts, shared), strict=True)
+            prefix = [ids[0] for ids in takewhile(lambda ids: len({*ids}) == 1, columns)]
+            prefix = prefix[: min(map(len, prompts)) - 1]
+            scores |= zip(members, self._next_token(prompts, prefix), strict=True)
         chosen = torch.tensor([ids[0] for ids in tokens])
         return [scores[index][chosen].tolist() for index in range(len(rows))]
 
-    def _next_token(self, prompts: list[list[int]], shared: list[int]) -> torch.Tensor:
-        """Log-probabilities of the token behind each prompt: (B, vocabulary), float32 on the CPU.
+    def _next_token(self, prompts: list[list[int]], prefix: list[int]) -> torch.Tensor:
+        """Return the log-probabilities of the token after each prompt: (B, vocabulary), float32 on the CPU.
 
         Args:
-            shared: what all of them begin with.
+            prefix: the tokens that all prompts start with.
         """
         cache = None
-        if shared:
-            cache = self._encoded(shared)
+        if prefix:
+            cache = self._prefix_cache(prefix)
             if len(prompts) > 1:
                 cache = copy.deepcopy(cache)
                 cache.batch_repeat_interleave(len(prompts))
-        rests = [ids[len(shared) :] for ids in prompts]
-        longest = max(map(len, rests))
-        # Padded behind the end, where nothing that is read looks at it.
-        padded = torch.tensor([rest + [self.tokenizer.eod_id] * (longest - len(rest)) for rest in rests])
-        ends = torch.tensor([len(rest) for rest in rests])
-        mask = torch.arange(len(shared) + longest)[None] < len(shared) + ends[:, None]
+        suffixes = [ids[len(prefix) :] for ids in prompts]
+        longest = max(map(len, suffixes))
+        # Right padding: no position that is read attends to it.
+        padded = torch.tensor([suffix + [self.tokenizer.eod_id] * (longest - len(suffix)) for suffix in suffixes])
+        ends = torch.tensor([len(suffix) for suffix in suffixes])
+        mask = torch.arange(len(prefix) + longest)[None] < len(prefix) + ends[:, None]
         device = self.model.device
         hidden = self.model.transformer(
             input_ids=padded.to(device),
             attention_mask=mask.long().to(device),
             past_key_values=cache,
-            use_cache=bool(shared),
+            use_cache=bool(prefix),
         ).last_hidden_state
         if cache is not None and len(prompts) == 1:
-            cache.crop(-longest)  # no copy: what the question added goes again
-        last = hidden[torch.arange(len(rests), device=hidden.device), ends.to(hidden.device) - 1]
+            cache.crop(-longest)  # not a copy: remove what the question added
+        last = hidden[torch.arange(len(suffixes), device=hidden.device), ends.to(hidden.device) - 1]
         return self.model.lm_head(last).float().log_softmax(-1).cpu()
 
-    def _encoded(self, ids: list[int]) -> Cache:
-        if self._shared is None or self._shared[0] != tuple(ids):
-            self._shared = None  # before the next one is made, so that two are never held
+    def _prefix_cache(self, ids: list[int]) -> Cache:
+        if self._prefix is None or self._prefix[0] != tuple(ids):
+            self._prefix = None  # freed first, so that there are never two
             prompt = torch.tensor([ids], device=self.model.device)
-            self._shared = tuple(ids), self.model.transformer(prompt, use_cache=True)[CACHE]
-        return self._shared[1]
+            self._prefix = tuple(ids), self.model.transformer(prompt, use_cache=True)[CACHE]
+        return self._prefix[1]
 
     @torch.inference_mode()
     def loss(self, ids: Sequence[int]) -> float:
-        """Mean cross-entropy of all tokens but the first, given those in front of them, in nats."""
+        """Return the mean cross-entropy of all tokens but the first, in nats."""
         prompt = torch.tensor([ids], device=self.model.device)
         hidden = self.model.transformer(prompt, use_cache=False).last_hidden_state[0]
         total = 0.0
-        for start in range(0, len(ids) - 1, LOGITS_AT_ONCE):
-            part = slice(start, min(start + LOGITS_AT_ONCE, len(ids) - 1))
+        for start in range(0, len(ids) - 1, LOGITS_CHUNK):
+            part = slice(start, min(start + LOGITS_CHUNK, len(ids) - 1))
             logits = self.model.lm_head(hidden[part]).float()
             targets = prompt[0, part.start + 1 : part.stop + 1].to(logits.device)
             total += torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item()
         return total / (len(ids) - 1)
 
     def complete(self, cases: Sequence[Case], *, stop: Sequence[str], max_new_tokens: int) -> list[str]:
-        """The greedy continuation of each case's text, up to the first of the stop strings or the end of the text."""
+        """Return the greedy continuation of each case's text, up to the first stop string or the end of text."""
         rows = [self.fit(case)[0] for case in cases]
         length = max(map(len, rows))
         padded = torch.tensor([[self.tokenizer.eod_id] * (length - len(ids)) + ids for ids in rows])
@@ -145,7 +145,7 @@ class LanguageModel:
             attention_mask=mask.long().to(self.model.device),
             eos_token_id=[self.tokenizer.eod_id, self.tokenizer.im_end_id],
             **self._greedy(stop, max_new_tokens),
-            **dict.fromkeys(("temperature", "top_k", "top_p")),  # settings of sampling, without a meaning here
+            **dict.fromkeys(("temperature", "top_k", "top_p")),  # sampling options, unused in greedy decoding
         )
         replies = self.tokenizer.batch_decode(_tokens(output[:, length:], self.tokenizer), skip_special_tokens=True)
         return [cut(reply, stop) for reply in replies]
@@ -153,7 +153,7 @@ class LanguageModel:
     def reply(
         self, cases: Sequence[Case], *, max_new_tokens: int, stop: Sequence[str] = (), system: str = DEFAULT_SYSTEM
     ) -> list[str]:
-        """A chat model's greedy reply to each case's text as the user's turn, up to the first of the stop strings."""
+        """Return a chat model's greedy reply to each case's text as the user turn, up to the first stop string."""
         queries = [case.text(self.fit(case)[1]) for case in cases]
         replies, _ = self.model.chat_batch(self.tokenizer, queries, system=system, **self._greedy(stop, max_new_tokens))
         return [cut(reply, stop) for reply in replies]
@@ -169,12 +169,12 @@ class LanguageModel:
 
 
 class StopStrings(StoppingCriteria):
-    """Ends a row when what was generated in it holds one of the strings, wherever their tokens are split."""
+    """Stops a row when its generated text contains one of the strings, however they are split into tokens."""
 
     def __init__(self, tokenizer: QWenTokenizer, stop: Sequence[str]):
         self.tokenizer, self.stop = tokenizer, stop
-        self.prompt_length: int | None = None  # known at the first token behind it
-        # A string that the newest token completes lies in so many tokens, as each has at least one byte.
+        self.prompt_length: int | None = None  # set at the first generated token
+        # A string that the newest token completes spans at most this many tokens, as each has at least one byte.
         self.reach = max(len(text.encode()) for text in stop)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
@@ -187,11 +187,11 @@ class StopStrings(StoppingCriteria):
 
 
 def _tokens(ids: torch.Tensor, tokenizer: QWenTokenizer) -> torch.Tensor:
-    """Generated ids as the tokenizer knows them: a matrix has more rows than it has tokens."""
+    """Replace ids without a token by the end of text: the output matrix has more rows than there are tokens."""
     return ids.masked_fill(ids >= len(tokenizer), tokenizer.eod_id)
 
 
 def cut(text: str, stop: Sequence[str]) -> str:
-    """The text up to the first of the stop strings."""
+    """Return the text up to the first stop string."""
     found = [place for place in map(text.find, stop) if place >= 0]
     return text[: min(found)] if found else text

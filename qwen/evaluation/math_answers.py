@@ -1,23 +1,23 @@
-"""Answers to mathematical problems: where they stand in a solution, and when two ways to write one are the same.
+"""Finds the answer in the solution of a mathematical problem, and compares answers.
 
-Revolves around `equivalent`: LaTeX that is the same after the rewriting that MATH is scored with (Hendrycks et al.
-2021, arXiv:2103.03874), or two numbers that are equal. It does no algebra: x+1 and 1+x are different answers.
+`equivalent` accepts LaTeX that is the same after the normalization of MATH (Hendrycks et al. 2021, arXiv:2103.03874),
+and equal numbers. It does no algebra: x+1 and 1+x are different answers.
 """
 
 import re
 
 from .numbers import number
 
-# In this order. Each removes a way to write the same, and none of them knows what an expression means.
+# Applied in this order. Each removes one notation for the same answer; none of them parses expressions.
 _REWRITES = tuple(
     (re.compile(pattern, re.DOTALL), replacement)
     for pattern, replacement in (
         (r"\n|\\!", ""),
-        (r"\\\\", r"\\"),  # a row's end in a matrix, also when it was escaped twice
+        (r"\\\\", r"\\"),  # end of a matrix row, also if escaped twice
         (r"[td]frac", "frac"),
         (r"\\left|\\right", ""),
         (r"\^\{\\circ\}|\^\\circ|\\\$", ""),  # degrees, dollars
-        (r"\\text\{ .*", ""),  # with the space it is a unit
+        (r"\\text\{ .*", ""),  # a leading space marks a unit
         (r"\\%", ""),
         (r"(^|[ {])\.", r"\g<1>0."),
         (r"^[^=]{0,2}=([^=]*)$", r"\1"),  # x = 5
@@ -33,7 +33,7 @@ _SENTENCE = re.compile(r"[Tt]he final answer is:?\s*(.*?)\.?\s*(?:I hope it is c
 
 
 def final_answer(solution: str) -> str | None:
-    """The answer of a solution: in its last box, else in "The final answer is …. I hope it is correct."; else None."""
+    """Return the answer in the last box, else in "The final answer is …. I hope it is correct.", else None."""
     if (answer := boxed(solution)) is not None:
         return answer
     match = _SENTENCE.search(solution)
@@ -41,9 +41,9 @@ def final_answer(solution: str) -> str | None:
 
 
 def boxed(text: str) -> str | None:
-    r"""What the last \boxed{…} or \fbox{…} holds, braces and all that is nested in it; "\boxed 5" boxes up to the "$".
+    r"""Return the content of the last \boxed{…} or \fbox{…}, with nested braces; that of "\boxed 5" ends at the "$".
 
-    None where there is none, or where it is not closed.
+    None if there is no box, or if it is not closed.
     """
     start = max(text.rfind(r"\boxed"), text.rfind(r"\fbox"))
     if start < 0:
@@ -60,7 +60,7 @@ def boxed(text: str) -> str | None:
 
 
 def equivalent(answer: str | None, gold: str) -> bool:
-    """Whether an answer is the right one, however it is written; None, no answer, is not."""
+    """Whether an answer equals the right one, in any notation; False for None."""
     if answer is None:
         return False
     ours, theirs = normalized(answer), normalized(gold)
@@ -71,7 +71,7 @@ def equivalent(answer: str | None, gold: str) -> bool:
 
 
 def normalized(answer: str) -> str:
-    """An answer in the one way to write it that the rewriting leads to."""
+    """Return the answer after all rewrites."""
     answer = re.sub(r"^\$(.*)\$$", r"\1", answer.strip())
     for pattern, replacement in _REWRITES:
         answer = pattern.sub(replacement, answer)

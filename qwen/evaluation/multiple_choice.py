@@ -1,7 +1,7 @@
-"""Few-shot multiple choice for base models: which letter is the most probable behind the question?
+"""Base class of few-shot multiple-choice benchmarks for base models.
 
-Revolves around one prompt, worked examples of the subject and the question, which end where the letter has to come. The
-wording is for the benchmarks in eval/; which subjects there are stands in subjects.py.
+A prompt has worked examples of the subject and the question, and ends where the letter goes. The answer is the most
+probable letter. The benchmarks define the wording; subjects.py has the subjects.
 """
 
 import argparse
@@ -17,15 +17,15 @@ SHOTS = 5
 
 
 class FewShotChoice(Task):
-    """A benchmark of many subjects, asked with the first five questions of each one's dev split as worked examples."""
+    """A benchmark with many subjects, whose worked examples are the first five questions of a subject's dev split."""
 
     subject_set: ClassVar[SubjectSet]
-    question_mark: ClassVar[str]
-    """Stands in front of a question: "Question: "."""
-    answer_mark: ClassVar[str]
-    """Stands behind the options: "Answer:"."""
+    question_prefix: ClassVar[str]
+    """Text before a question, e.g. "Question: "."""
+    answer_prefix: ClassVar[str]
+    """Text after the options, e.g. "Answer:"."""
     choices: ClassVar[tuple[str, str, str, str]]
-    """The letters as they follow it, with a space or without."""
+    """The letters as they follow `answer_prefix`, with or without a space."""
     split: str = "test"
 
     @classmethod
@@ -34,7 +34,7 @@ class FewShotChoice(Task):
         add_subjects_argument(parser, cls.subject_set)
 
     def preamble(self, subject: str) -> str:
-        """What stands in front of the worked examples."""
+        """Return the text before the worked examples."""
         return ""
 
     def cases(self) -> list[Case]:
@@ -45,7 +45,7 @@ class FewShotChoice(Task):
         for subject, questions in asked.items():
             if len(worked[subject]) < SHOTS:
                 path = folder / self.subject_set.files.format(split="dev", subject=subject)
-                raise DataError(f"{path} holds {len(worked[subject])} questions: {SHOTS} worked examples are needed.")
+                raise DataError(f"{path} has {len(worked[subject])} questions: {SHOTS} worked examples are needed.")
             shots = tuple(
                 f"{self.prompt(question)}{self.choices[LETTERS.index(question['answer'])]}\n\n"
                 for question in worked[subject][:SHOTS]
@@ -64,8 +64,8 @@ class FewShotChoice(Task):
         return cases
 
     def prompt(self, question: dict[str, str]) -> str:
-        """A question with its options, up to where the letter comes."""
-        return f"{self.question_mark}{question['question']}\n{options(question)}\n{self.answer_mark}"
+        """Return a question with its options, up to where the letter goes."""
+        return f"{self.question_prefix}{question['question']}\n{options(question)}\n{self.answer_prefix}"
 
     def answer(self, lm: LanguageModel, cases: Sequence[Case]) -> list[dict[str, Any]]:
         answers = []

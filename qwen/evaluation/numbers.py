@@ -1,14 +1,14 @@
-"""Numbers in texts, as models and data sets write them, and when two of them are the same.
+"""Reads numbers from texts, as models and datasets write them, and compares them.
 
-Revolves around `last_number`, which is what a model's reasoning is taken to end in. All numbers are fractions, so that
-nothing is rounded; no text is ever run as code. Knows no benchmark but the mark in front of GSM8K's answers.
+`last_number` is taken as the result of a model's reasoning. All numbers are fractions, so that nothing is rounded. Text
+is never evaluated as code.
 """
 
 import re
 from contextlib import suppress
 from fractions import Fraction
 
-# What stands for an ASCII character: full-width letters, digits and punctuation, minus signs, the bar of a fraction.
+# Maps full-width letters, digits and punctuation, minus signs and the fraction slash to ASCII.
 _ASCII = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {0x2212: "-", 0xFE63: "-", 0x2044: "/"}
 # LaTeX: 1{,}000 and 1,\!000; \$5; 2\frac{3}{4}, which is 2 3/4; \frac{3}{4} and \frac34
 _LATEX = (
@@ -19,7 +19,7 @@ _LATEX = (
 )
 _DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)"
 _NUMBER = re.compile(
-    # A minus behind a word or a number is a hyphen or a subtraction; behind Chinese, which knows no spaces, it is none.
+    # A minus after a word or a number is a hyphen or a subtraction; after Chinese, which has no spaces, it is a sign.
     r"(?P<minus>(?<![A-Za-z0-9_)\]}%])-(?=[$€£¥]?[0-9.]))?[$€£¥]?"
     r"(?:(?P<whole_part>[0-9]+)\s(?=[0-9]+/[0-9]))?"
     rf"(?P<number>{_DIGITS}(?:\.[0-9]+)?|(?<![0-9])\.[0-9]+)"
@@ -32,10 +32,9 @@ TOLERANCE = Fraction(1, 10_000)
 
 
 def last_number(text: str) -> Fraction | None:
-    """The last number in a text, or None; units, currencies and percent signs around it are passed over.
+    """Return the last number in a text, or None. Units, currencies and percent signs around it are ignored.
 
-    Thousands may be separated by commas; decimals, "3/4", "2 3/4", "1.2e3", "1.2 × 10^3" and LaTeX's fractions are
-    numbers.
+    Recognized are thousands separated by commas, decimals, "3/4", "2 3/4", "1.2e3", "1.2 × 10^3" and LaTeX fractions.
     """
     for match in reversed([*_NUMBER.finditer(_plain(text))]):
         if (value := _value(match)) is not None:
@@ -44,13 +43,13 @@ def last_number(text: str) -> Fraction | None:
 
 
 def number(text: str) -> Fraction | None:
-    """The number that a text is, with at most a currency, a percent sign or a period; None where there is more."""
+    """Return the number that a text consists of, up to a currency, percent sign or period; None if there is more."""
     match = _WHOLE.fullmatch(_plain(text))
     return _value(match) if match else None
 
 
 def gold_answer(text: str) -> Fraction:
-    """The number behind "####", which ends the answers of GSM8K (Cobbe et al. 2021).
+    """Return the number after "####", which ends the answers of GSM8K (Cobbe et al. 2021).
 
     Raises:
         ValueError: there is none.
@@ -63,7 +62,7 @@ def gold_answer(text: str) -> Fraction:
 
 
 def close(number: Fraction | None, gold: Fraction) -> bool:
-    """Whether there is a number and it equals the right one, within 1e-4."""
+    """Whether there is a number and it equals the right one within 1e-4."""
     return number is not None and abs(number - gold) <= TOLERANCE
 
 
@@ -75,7 +74,7 @@ def _plain(text: str) -> str:
 
 
 def _value(match: re.Match) -> Fraction | None:
-    with suppress(ValueError, ZeroDivisionError):  # more digits than Python converts; a fraction of zero
+    with suppress(ValueError, ZeroDivisionError):  # more digits than Python converts; a zero denominator
         value = Fraction(match["number"].replace(",", ""))
         if match["denominator"]:
             value /= Fraction(match["denominator"].replace(",", ""))

@@ -1,7 +1,6 @@
-"""Draws random words: names, cities, numbers, invented words. Texts made of them stand in no training data.
+"""Draws random words: names, cities, numbers, invented words. Texts made of them are in no training data.
 
-The bundled toy was trained on conversations with such words, apart from a tenth (`held_out`) that its evaluation asks
-about.
+The bundled toy model was trained on such words, except a tenth (`held_out`) that its evaluation uses.
 """
 
 import random
@@ -49,7 +48,7 @@ SENTENCES = [
     "How much is it", "My name is Li", "Happy birthday", "I like reading books", "The cat is sleeping",
     "Please open the door", "We are friends", "I do not understand",
 ]  # fmt: skip
-# sounds of invented words
+# parts of syllables of invented words
 _ONSETS = [*"bcdfghjklmnprstvwz", "br", "cr", "dr", "fl", "gr", "kl", "pl", "st", "tr", "sh", "th"]
 _VOWELS = [*"aeiouaeio", "ai", "ee", "ou"]
 _CODAS = [*"nrlstmxk", *[""] * 8]
@@ -61,7 +60,7 @@ def held_out(word: str, part: int = 10) -> bool:
 
 
 def invented(rng: random.Random, held: bool = False) -> str:
-    """A lower-case word that no dictionary has; with `held`, one of the tenth that the toy has not seen."""
+    """Return an invented lower-case word; with `held`, one of the tenth that the toy has not seen."""
     while True:
         syllables = range(rng.choice((2, 2, 3)))
         word = "".join(rng.choice(_ONSETS) + rng.choice(_VOWELS) + rng.choice(_CODAS) for _ in syllables)
@@ -70,12 +69,12 @@ def invented(rng: random.Random, held: bool = False) -> str:
 
 
 def code(rng: random.Random) -> str:
-    """Three to eight capitals and digits."""
+    """Return three to eight capitals and digits."""
     return "".join(rng.choice("ABCDEFGHJKLMNPQRSTUVWXYZ0123456789") for _ in range(rng.randint(3, 8)))
 
 
 def word(rng: random.Random) -> str:
-    """A word of any kind: mostly invented; or a name, a number, a thing or a short sentence."""
+    """Return a word of any kind: mostly invented, else a name, a number, a thing or a short sentence."""
     kind = rng.randrange(9)
     if kind < 3:
         return invented(rng)

@@ -1,7 +1,6 @@
-"""Multiple-choice questions by subject: MMLU, C-Eval and CMMLU, their subjects and groups, and how their folders lie.
+"""Subjects, groups and folder layouts of MMLU, C-Eval and CMMLU, and averages over subjects and groups.
 
-Revolves around a folder with a file a subject, and around averages over subjects and groups of them. How a question is
-put, and to which kind of model, is for the scripts in eval/.
+The data of such a benchmark are a folder with one file per subject and split.
 """
 
 import argparse
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .data_files import existing, read_csv
-from .task import Score, by_group, mean
+from .task import Score, group_records, mean
 
 LETTERS = ("A", "B", "C", "D")
 
@@ -22,12 +21,12 @@ class SubjectSet:
     """A benchmark of many subjects, each with questions of four options.
 
     Args:
-        title: what people call it.
-        groups: the subjects of each group; a subject may belong to several. Every subject belongs to one at least.
-        files: where the file of a subject lies, with {split} and {subject}.
+        title: display name.
+        groups: the subjects of each group. Every subject belongs to at least one group, and may belong to several.
+        files: path of the file of a subject, with {split} and {subject}.
         columns: the names of question, options and answer in those files.
-        header: whether the files begin with a line of names.
-        over_subjects: an average is that of the subjects, whatever their sizes; else that of the questions.
+        header: whether the files start with a line of column names.
+        over_subjects: average over subjects, regardless of their sizes, instead of over questions.
         unanswered: splits whose answers are not published.
     """
 
@@ -45,7 +44,7 @@ class SubjectSet:
         return sorted({subject for group in self.groups.values() for subject in group})
 
 
-# Groups as hendrycks/test has them in categories.py; lm-evaluation-harness follows the paper, where anatomy is STEM.
+# Groups as in categories.py of hendrycks/test; lm-evaluation-harness follows the paper, where anatomy is STEM.
 MMLU = SubjectSet(
     title="MMLU",
     groups={
@@ -121,7 +120,7 @@ MMLU = SubjectSet(
     over_subjects=False,
 )
 
-# Groups as hkust-nlp/ceval has them in subject_mapping.json.
+# Groups as in subject_mapping.json of hkust-nlp/ceval.
 CEVAL = SubjectSet(
     title="C-Eval",
     groups={
@@ -203,7 +202,7 @@ CEVAL = SubjectSet(
     unanswered=("test",),
 )
 
-# Groups as haonan-li/CMMLU has them in categories.py.
+# Groups as in categories.py of haonan-li/CMMLU.
 CMMLU = SubjectSet(
     title="CMMLU",
     groups={
@@ -310,15 +309,15 @@ CMMLU = SubjectSet(
 def read_subjects(
     folder: Path, split: str, benchmark: SubjectSet, subjects: Sequence[str] | None = None
 ) -> dict[str, list[dict[str, str]]]:
-    """The questions of a split, by subject: dicts with "question", "A" to "D" and "answer", a letter.
+    """Read the questions of a split by subject: dicts with "question", "A" to "D" and "answer", a letter.
 
-    In a split without published answers there is no "answer". A column "id" is kept.
+    Splits without published answers have no "answer". A column "id" is kept.
 
     Args:
-        subjects: only these; None is all that the benchmark has.
+        subjects: only these; None for all subjects of the benchmark.
 
     Raises:
-        DataError: the file of a subject is missing, or not as it should be.
+        DataError: the file of a subject is missing or invalid.
     """
     wanted = benchmark.subjects if subjects is None else list(subjects)
     columns = benchmark.columns[:-1] if split in benchmark.unanswered else benchmark.columns
@@ -334,17 +333,17 @@ def read_subjects(
 
 
 def options(question: dict[str, str]) -> str:
-    """The four options, "A. …" each on a line of its own; no line break behind the last."""
+    """Return the four options, "A. …", one per line, without a line break at the end."""
     return "\n".join(f"{letter}. {question[letter]}" for letter in LETTERS)
 
 
 def averages(records: Sequence[dict[str, Any]], benchmark: SubjectSet) -> list[Score]:
-    """The share of right answers: over all, for each group that was asked about, and for each subject.
+    """Return the accuracy over all questions, of each group that was asked about, and of each subject.
 
     Args:
-        records: with "group", a subject, and "correct".
+        records: dicts with "group", a subject, and "correct".
     """
-    subjects = by_group(records)
+    subjects = group_records(records)
 
     def average(name: str, members: Sequence[str]) -> Score:
         asked = [record for subject in members for record in subjects[subject]]
@@ -362,7 +361,7 @@ def averages(records: Sequence[dict[str, Any]], benchmark: SubjectSet) -> list[S
 
 
 def add_subjects_argument(parser: argparse.ArgumentParser, benchmark: SubjectSet) -> None:
-    """`--subjects a,b`: a list of subjects, None where it is not given."""
+    """Add `--subjects a,b`, a list of subjects that is None by default."""
 
     def subjects(text: str) -> list[str]:
         names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
@@ -372,12 +371,12 @@ def add_subjects_argument(parser: argparse.ArgumentParser, benchmark: SubjectSet
                 hint = f"did you mean {near[0]}?" if near else f"for example {', '.join(benchmark.subjects[:3])}."
                 raise argparse.ArgumentTypeError(f"{benchmark.title} has no subject {name!r}; {hint}")
         if not names:
-            raise argparse.ArgumentTypeError("no subject is named")
+            raise argparse.ArgumentTypeError("name at least one subject")
         return names
 
     parser.add_argument(
         "--subjects",
         type=subjects,
         metavar="A,B",
-        help=f"only these of the {len(benchmark.subjects)} subjects; a score of some is not {benchmark.title}'s",
+        help=f"only these of the {len(benchmark.subjects)} subjects (the score is then not {benchmark.title}'s)",
     )

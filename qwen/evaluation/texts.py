@@ -1,4 +1,4 @@
-"""Long texts for measurements: read from files and folders, as one. Knows no tokens."""
+"""Reads files and folders as one long text."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -7,10 +7,10 @@ from .data_files import DataError
 
 
 def read_texts(paths: Sequence[Path]) -> str:
-    """The texts of files, and of all *.txt and *.md in folders, by name, with a blank line between them.
+    """Return the texts of files, and of all *.txt and *.md in folders, sorted by name, separated by blank lines.
 
     Raises:
-        DataError: a path does not exist, is not UTF-8, or there is no text at all.
+        DataError: a path does not exist or is not UTF-8, or there is no text.
     """
     texts = []
     for file in _files(paths):
@@ -22,7 +22,7 @@ def read_texts(paths: Sequence[Path]) -> str:
             raise DataError(f"{file} cannot be read as UTF-8 text: {error}.") from error
     whole = "\n\n".join(texts)
     if not whole.strip():
-        raise DataError(f"There is no text in {', '.join(map(str, paths))} (of a folder, *.txt and *.md are read).")
+        raise DataError(f"There is no text in {', '.join(map(str, paths))} (in folders, only *.txt and *.md are read).")
     return whole
 
 

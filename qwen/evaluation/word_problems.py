@@ -1,7 +1,4 @@
-"""GSM8K's word problems: how its files are read, and a problem with its worked solution as text.
-
-How models are asked, and which reply is right, is for the scripts in eval/.
-"""
+"""Reads the word problems of GSM8K, and formats a problem with its solution as text."""
 
 import argparse
 import random
@@ -15,11 +12,11 @@ from .numbers import gold_answer
 from .splits import read_split
 from .task import add_file_argument
 
-_CALCULATOR = re.compile(r"<<.*?>>")  # "48/2 = <<48/2=24>>24": for a calculator, not for a reader
+_CALCULATOR = re.compile(r"<<.*?>>")  # annotations for a calculator: "48/2 = <<48/2=24>>24"
 
 
 class WordProblem(NamedTuple):
-    """A question, the steps that solve it, and the number that they come to, also as it was written."""
+    """A question, the steps of its solution, and the resulting number: as written, and as a fraction."""
 
     question: str
     reasoning: str
@@ -27,25 +24,25 @@ class WordProblem(NamedTuple):
     gold: Fraction
 
     def asked(self) -> str:
-        """The problem, up to where its solution begins."""
+        """Return the problem, up to where its solution begins."""
         return f"Question: {self.question}\nLet's think step by step\n"
 
     def worked(self) -> str:
-        """The problem with its solution."""
+        """Return the problem with its solution."""
         return f"{self.asked()}{self.reasoning}\nThe answer is {self.written}\n\n"
 
 
 def add_problems_argument(parser: argparse.ArgumentParser) -> None:
-    """`-f/--sample-input-file`."""
-    where = "test.jsonl with train.jsonl beside it, or a folder that `datasets` saved; see eval/EVALUATION.md"
-    add_file_argument(parser, where)
+    """Add `-f/--sample-input-file`."""
+    what = "test.jsonl with train.jsonl next to it, or a folder that `datasets` saved; see eval/EVALUATION.md"
+    add_file_argument(parser, what)
 
 
 def read_problems(path: Path, split: str) -> list[WordProblem]:
-    """The problems of a split; where they lie, see `read_split`.
+    """Read the problems of a split; see `read_split` for `path`.
 
     Raises:
-        DataError: there is no such split, or a sample is not as GSM8K's are.
+        DataError: the split is missing, or a sample is not in the format of GSM8K.
     """
     problems = []
     for number, sample in enumerate(read_split(path, split, {"question": str, "answer": str})):
@@ -60,13 +57,13 @@ def read_problems(path: Path, split: str) -> list[WordProblem]:
 
 
 def worked_examples(path: Path, seed: int, count: int) -> tuple[list[int], tuple[str, ...]]:
-    """Problems of the train split with their solutions: which, counted from 0, and as texts.
+    """Draw problems of the train split with their solutions: their indices, from 0, and their texts.
 
     Raises:
-        DataError: as `read_problems`, or there are fewer.
+        DataError: as `read_problems`, or if there are fewer than `count`.
     """
     train = read_problems(path, "train")
     if len(train) < count:
-        raise DataError(f"The train split beside {path} has {len(train)} samples: {count} are needed.")
+        raise DataError(f"The train split next to {path} has {len(train)} samples: {count} are needed.")
     indices = random.Random(seed).sample(range(len(train)), count)
     return indices, tuple(train[index].worked() for index in indices)

@@ -1,8 +1,7 @@
-"""Checkpoints of this family in the formats that other engines read.
+"""Exports checkpoints of this family to formats that other engines read.
 
-`qwen2` writes the architecture that every current engine knows and that computes the same function up to the trained
-length; `gguf_file` writes llama.cpp's format. Both work tensor by tensor and never hold a model; neither knows how a
-model runs.
+`qwen2` writes the Qwen2 architecture, which all current engines support and which computes the same function up to the
+trained length. `gguf_file` writes llama.cpp's format. Both convert tensor by tensor and never load the whole model.
 """
 
 from .._moved import old_paths

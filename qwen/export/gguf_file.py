@@ -1,4 +1,4 @@
-"""A checkpoint of this family → GGUF, llama.cpp's format, which knows this architecture under the name "qwen"."""
+"""Exports a checkpoint to GGUF, llama.cpp's format, where this architecture is called "qwen"."""
 
 import functools
 import importlib.util
@@ -18,13 +18,13 @@ from ..checkpoint.weights import Weights
 from ..model.configuration_qwen import QWenConfig
 from ..model.gptq_qwen import PARTS
 from ..model.tokenization_qwen import QWenTokenizer
-from .layout import EMBEDDING, HEAD, NORM, dequantized, split_name, wanted
-from .limits import check_network, exact_length, remarks, rope_base
-from .source import open_source
-from .tokenizer_json import as_text, chat_template, merges
+from .layout import EMBEDDING, HEAD, NORM, dequantize_weight, split_name, wanted
+from .limits import check_architecture, exact_length, remarks, rope_base
+from .source import open_checkpoint
+from .tokenizer_json import chat_template, merges, token_to_str
 
-OUTSIDE = {EMBEDDING: "token_embd", NORM: "output_norm", HEAD: "output"}
-IN_LAYER = {
+OUTER_NAMES = {EMBEDDING: "token_embd", NORM: "output_norm", HEAD: "output"}
+LAYER_NAMES = {
     "ln_1": "attn_norm",
     "attn.c_attn": "attn_qkv",
     "attn.c_proj": "attn_output",
@@ -34,15 +34,15 @@ IN_LAYER = {
     "mlp.c_proj": "ffn_down",
 }
 KINDS = ("f32", "f16", "bf16", "q8_0", "q4_0")
-"""Types that the matrices of a file can have."""
-OUTSIDE_KINDS = {"q4_0": "q8_0"}
-"""Type of the embedding and the output, where it is not that of the layers: four bits would cost most there."""
+"""Supported types of the weight matrices."""
+OUTER_TYPES = {"q4_0": "q8_0"}
+"""Type of the embedding and output matrices, where it differs from the layers': they lose most from four bits."""
 
-_SLICE = 4_000_000  # numbers that are converted at a time
+_SLICE = 4_000_000  # numbers converted at a time
 
 
 class Entry(NamedTuple):
-    """A tensor that is read when its turn comes."""
+    """A tensor that is loaded lazily."""
 
     name: str
     shape: tuple[int, ...]
@@ -59,57 +59,57 @@ def export_gguf(
     overwrite: bool = False,
     progress: bool = False,
 ) -> list[str]:
-    """Write a checkpoint as one GGUF file with tokenizer and chat template; GPTQ weights are unpacked.
+    """Write a checkpoint as one GGUF file with tokenizer and chat template, unpacking GPTQ weights.
 
-    Memory: one matrix of the checkpoint at a time.
+    Peak memory is one matrix of the checkpoint.
 
     Args:
-        checkpoint: a folder or a hub id; None is the bundled chat model.
-        file: it is complete at the end or not there at all.
+        checkpoint: local folder or hub id. None: the bundled chat model.
+        file: output file. It is complete or, after an error, absent.
         kind: type of the matrices, one of `KINDS`.
-        max_length: stretch the rotary embedding for prompts of so many tokens. None: exact, up to the trained length.
-        hub: where an id is fetched from, "huggingface" or "modelscope"; None is $QWEN_HUB, or the former.
-        overwrite: `file` may be replaced.
-        progress: show a bar on stderr.
+        max_length: scale the rotary embedding for prompts of this many tokens. None: exact, up to the trained length.
+        hub: hub to download from, "huggingface" or "modelscope". None: $QWEN_HUB, or "huggingface".
+        overwrite: replace an existing `file`.
+        progress: show a progress bar on stderr.
 
     Returns:
-        Remarks for the user of the model, in sentences: what the target does not do.
+        Notes for the user, as sentences: what differs from the original model.
 
     Raises:
-        CheckpointError: the checkpoint is missing, incomplete or of another kind.
-        ValueError: an unknown `kind`, or a `max_length` that the model is not stretched to.
+        CheckpointError: the checkpoint is missing, incomplete or of another architecture.
+        ValueError: unknown `kind`, or a `max_length` that the model does not support.
         ModuleNotFoundError: the package gguf is not installed.
         OSError: `file` cannot be written.
     """
     if importlib.util.find_spec("gguf") is None:
         raise ModuleNotFoundError("No module named 'gguf'")
     if kind not in KINDS:
-        raise ValueError(f"{kind!r} is no type of weights that is written: name one of {', '.join(KINDS)}.")
+        raise ValueError(f"Unknown GGUF weight type {kind!r}: use one of {', '.join(KINDS)}.")
     target = Path(file)
     if target.is_dir():
-        raise FileExistsError(f"{target} is a folder. Name a file.")
+        raise FileExistsError(f"{target} is a folder. Give the path of a file.")
     if target.exists() and not overwrite:
-        raise FileExistsError(f"{target} is there already. Name another file, or add --overwrite to replace it.")
+        raise FileExistsError(f"{target} already exists. Choose another file, or add --overwrite to replace it.")
     if not target.parent.is_dir():
-        raise FileNotFoundError(f"There is no folder {target.parent} to write {target.name} into.")
-    source, tokenizer = open_source(checkpoint, hub)
+        raise FileNotFoundError(f"Cannot write {target.name}: the folder {target.parent} does not exist.")
+    source, tokenizer = open_checkpoint(checkpoint, hub)
     config = source.config
-    check_network(config)
+    check_architecture(config)
     if config.num_attention_heads * config.kv_channels != config.hidden_size:
-        raise ValueError("llama.cpp has heads that are as wide together as the model, and this model has others.")
-    rope_base(config, max_length)  # raises what it has to say before anything is written
+        raise ValueError("llama.cpp needs num_attention_heads * kv_channels == hidden_size in config.json.")
+    rope_base(config, max_length)  # validates max_length before anything is written
     weights = source.weights()
     entries = _entries(weights, wanted(weights, config), config)
-    work = target.with_name(f".{target.name}-{os.getpid()}")  # beside its place, so that taking it is one step
+    staged = target.with_name(f".{target.name}-{os.getpid()}")  # in the same folder, so that the move is atomic
     try:
-        write_gguf(work, config, entries, kind, source=(source, tokenizer), max_length=max_length, progress=progress)
-        work.replace(target)
-    except CheckpointError:  # about what is read
+        write_gguf(staged, config, entries, kind, source=(source, tokenizer), max_length=max_length, progress=progress)
+        staged.replace(target)
+    except CheckpointError:  # an OSError about the input
         raise
     except OSError as error:
-        raise OSError(f"{target} could not be written ({error}). Is there room and permission for it?") from error
+        raise OSError(f"Cannot write {target} ({error}). Check free disk space and permissions.") from error
     finally:
-        work.unlink(missing_ok=True)
+        staged.unlink(missing_ok=True)
     return remarks(config, max_length, source.chat_format)
 
 
@@ -127,15 +127,15 @@ def write_gguf(
     """Write tensors of this architecture as GGUF.
 
     Args:
-        entries: all of a float model, named as in our checkpoints.
-        kind: type of the matrices in the layers; vectors are in float32.
-        outside: type of the embedding and of the output matrix, where it is another than the one for `kind`.
-        source: a checkpoint and its tokenizer, which goes into the file. None: token ids go in and come out.
+        entries: all tensors of a float model, named as in this family's checkpoints.
+        kind: type of the matrices in the layers; vectors are written as float32.
+        outside: type of the embedding and output matrices. None: the default for `kind`.
+        source: checkpoint and tokenizer, which is written to the file. None: no tokenizer; the model maps ids to ids.
     """
     import gguf
 
     in_layers = gguf.GGMLQuantizationType[kind.upper()]
-    elsewhere = gguf.GGMLQuantizationType[(outside or OUTSIDE_KINDS.get(kind, kind)).upper()]
+    outside_type = gguf.GGMLQuantizationType[(outside or OUTER_TYPES.get(kind, kind)).upper()]
     writer = gguf.GGUFWriter(str(file), "qwen")
     writer.add_context_length(max(exact_length(config), max_length or 0))
     writer.add_block_count(config.num_hidden_layers)
@@ -157,15 +157,15 @@ def write_gguf(
     typed = []
     for entry in entries:
         layer, module, part = split_name(entry.name)
-        name = f"blk.{layer}.{IN_LAYER[module]}.{part}" if layer else f"{OUTSIDE[module]}.{part}"
-        type_ = gguf.GGMLQuantizationType.F32 if len(entry.shape) == 1 else in_layers if layer else elsewhere
+        name = f"blk.{layer}.{LAYER_NAMES[module]}.{part}" if layer else f"{OUTER_NAMES[module]}.{part}"
+        type_ = gguf.GGMLQuantizationType.F32 if len(entry.shape) == 1 else in_layers if layer else outside_type
         block, _ = gguf.GGML_QUANT_SIZES[type_]
         if entry.shape[-1] % block:
             raise ValueError(
-                f"{kind} packs {block} weights at a time: rows of {entry.shape[-1]} are no multiple of it."
+                f"{kind} packs blocks of {block} weights: the row length {entry.shape[-1]} is not a multiple of it."
             )
-        size = _size(entry.shape, type_)
-        # Its shape is given in numbers, so the type of an array must be one that the writer does not count bytes of.
+        size = _nbytes(entry.shape, type_)
+        # Any dtype but uint8, whose shape the writer takes as bytes and not as numbers.
         writer.add_tensor_info(name, entry.shape, np.dtype(np.float32), size, raw_dtype=type_)
         typed.append((entry, type_))
     writer.write_header_to_file()
@@ -178,8 +178,8 @@ def write_gguf(
         writer.close()
 
 
-def _size(shape: Sequence[int], type_) -> int:
-    """Bytes of a tensor of this type."""
+def _nbytes(shape: Sequence[int], type_) -> int:
+    """Size in bytes of a tensor of this type."""
     import gguf
 
     block, block_bytes = gguf.GGML_QUANT_SIZES[type_]
@@ -187,12 +187,11 @@ def _size(shape: Sequence[int], type_) -> int:
 
 
 class _Converted:
-    """What the writer asks of an array, of a tensor that takes its type on the way into the file, some rows at a time:
-    as a whole it would be in memory three times."""
+    """Array for the GGUF writer that quantizes a few rows at a time: all at once would need three copies in memory."""
 
     def __init__(self, tensor: torch.Tensor, type_):
         self._tensor, self._type = tensor, type_
-        self.nbytes = _size(tensor.shape, type_)
+        self.nbytes = _nbytes(tensor.shape, type_)
 
     def tofile(self, file: BinaryIO) -> None:
         from gguf.quants import quantize
@@ -203,7 +202,7 @@ class _Converted:
 
 
 def _entries(weights: Weights, names: list[str], config: QWenConfig) -> list[Entry]:
-    """The model's tensors as floats: GPTQ layers are unpacked when their turn comes."""
+    """Return the model's tensors as floats; GPTQ layers are unpacked when loaded."""
     entries = []
     for name in names:
         module, part = name.rsplit(".", 1)
@@ -213,7 +212,7 @@ def _entries(weights: Weights, names: list[str], config: QWenConfig) -> list[Ent
             entries.append(Entry(f"{module}.weight", shape, load))
         elif f".{part}" not in PARTS:
             entries.append(Entry(name, weights.shape(name), functools.partial(weights.__getitem__, name)))
-    if config.tie_word_embeddings:  # llama.cpp wants both
+    if config.tie_word_embeddings:  # llama.cpp expects both tensors
         tied = next(entry for entry in entries if entry.name == f"{EMBEDDING}.weight")
         entries.append(tied._replace(name=f"{HEAD}.weight"))
     return entries
@@ -221,25 +220,27 @@ def _entries(weights: Weights, names: list[str], config: QWenConfig) -> list[Ent
 
 def _unpacked(weights: Weights, module: str, quantization: dict) -> torch.Tensor:
     qweight, qzeros, scales, g_idx = (weights[f"{module}{part}"] for part in PARTS)
-    return dequantized(qweight, qzeros, scales, g_idx, quantization)
+    return dequantize_weight(qweight, qzeros, scales, g_idx, quantization)
 
 
 def _add_tokenizer(writer, source: Checkpoint, tokenizer: QWenTokenizer) -> None:
-    """Vocabulary, merges, control tokens and, for a chat model, its template."""
+    """Add vocabulary, merges, control tokens and, for a chat model, the chat template."""
     from gguf import TokenType
 
     rows = source.config.vocab_size
-    tokens = [f"[PAD{i}]" for i in range(rows)]  # rows of the matrices that no token has
+    tokens = [f"[PAD{i}]" for i in range(rows)]  # rows of the embedding without a token
     types = [TokenType.UNUSED] * rows
     for index, token in tokenizer.decoder.items():
-        tokens[index] = token if isinstance(token, str) else as_text(token)
+        tokens[index] = token if isinstance(token, str) else token_to_str(token)
         types[index] = TokenType.CONTROL if isinstance(token, str) else TokenType.NORMAL
     writer.add_name(Path(source.name).resolve().name)
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("qwen2")  # the split pattern is the same
+    writer.add_tokenizer_pre("qwen2")  # same split pattern
     writer.add_token_list(tokens)
     writer.add_token_types(types)
-    writer.add_token_merges([f"{as_text(left)} {as_text(right)}" for left, right in merges(tokenizer.mergeable_ranks)])
+    writer.add_token_merges(
+        [f"{token_to_str(left)} {token_to_str(right)}" for left, right in merges(tokenizer.mergeable_ranks)]
+    )
     writer.add_eos_token_id(tokenizer.im_end_id if source.is_chat else tokenizer.eod_id)
     writer.add_pad_token_id(tokenizer.eod_id)
     writer.add_add_bos_token(False)

@@ -1,6 +1,6 @@
-"""What other engines do not do, and up to which length that makes no difference.
+"""Features that other engines lack, and the prompt length up to which exports are exact.
 
-They know neither dynamic NTK nor LogN, which act beyond the trained length only.
+Dynamic NTK and LogN attention are not supported elsewhere; they only act beyond the trained length.
 """
 
 import torch
@@ -10,81 +10,81 @@ from ..model.rope_qwen import ntk_alpha
 
 
 def exact_length(config: QWenConfig) -> int:
-    """Up to how many tokens the network is a plain one."""
-    tricks = config.use_dynamic_ntk or config.use_logn_attn
-    exact = config.seq_length if tricks else max(config.seq_length, config.max_position_embeddings)
+    """Return the number of tokens up to which the network works without dynamic NTK, LogN and window attention."""
+    extends_context = config.use_dynamic_ntk or config.use_logn_attn
+    exact = config.seq_length if extends_context else max(config.seq_length, config.max_position_embeddings)
     return min([exact, *(config.windows if config.use_window_attn else [])])
 
 
-def check_network(config: QWenConfig) -> None:
-    """Refuse networks that neither Qwen2 nor llama.cpp has words for.
+def check_architecture(config: QWenConfig) -> None:
+    """Validate that Qwen2 and llama.cpp can represent the network.
 
     Raises:
-        ValueError: says what they lack.
+        ValueError: names the setting that they do not support.
     """
     if config.rotary_pct != 1:
-        raise ValueError(f"Other engines turn all channels of a head, and this model {config.rotary_pct} of them.")
+        raise ValueError(f"Cannot export rotary_pct {config.rotary_pct}: other engines rotate all channels of a head.")
     if not config.scale_attn_weights:
-        raise ValueError("Other engines scale attention by the root of the head size, which this model does not.")
+        raise ValueError("Cannot export scale_attn_weights false: other engines scale attention by 1/sqrt(head size).")
 
 
 def rope_base(config: QWenConfig, max_length: int | None) -> float:
-    """The base of RoPE for prompts of `max_length` tokens: what dynamic NTK would choose for those, here for all.
+    """Return the RoPE base that dynamic NTK uses for prompts of `max_length` tokens; exports use it for all prompts.
 
     Args:
         max_length: None for the trained length.
 
     Raises:
-        ValueError: a length that is none, or that this model is not stretched to.
+        ValueError: invalid length, or one that this model does not support.
     """
     base = float(config.rotary_emb_base)
     if max_length is None:
         return base
     if not 1 <= max_length < 2**31:
-        raise ValueError(f"A length of {max_length} tokens is none.")
+        raise ValueError(f"Invalid length {max_length}: it must be 1 to {2**31 - 1} tokens.")
     if max_length <= exact_length(config):
         return base
     if not config.use_dynamic_ntk:
         raise ValueError(
-            f"{max_length} tokens are beyond the {exact_length(config)} of this model, which stretches its rotary "
-            "embedding for no longer prompts (use_dynamic_ntk is false in its config.json)."
+            f"{max_length} tokens exceed the {exact_length(config)} of this model, and its rotary embedding cannot be "
+            "scaled for longer prompts (use_dynamic_ntk is false in its config.json)."
         )
     alpha = ntk_alpha(torch.tensor([max_length]), config.seq_length).item()
     return base * alpha ** (config.rotary_dim / (config.rotary_dim - 2))
 
 
 def remarks(config: QWenConfig, max_length: int | None, chat_format: str | None) -> list[str]:
-    """What a user of the exported model has to know, as sentences.
+    """Return notes for users of the exported model, as sentences.
 
     Args:
-        chat_format: what the checkpoint says that it speaks, None where it says nothing.
+        chat_format: from the checkpoint's generation_config.json. None: not given.
     """
     exact = exact_length(config)
-    named = [
+    unsupported = [
         name
         for name, used in (("dynamic NTK", config.use_dynamic_ntk), ("LogN attention", config.use_logn_attn))
         if used
     ]
     if max_length is not None and max_length > exact:
         left_out = " LogN attention is left out." if config.use_logn_attn else ""
-        found = [
-            f"The rotary embedding is stretched for prompts up to {max_length} tokens, for shorter ones too: the "
-            f"outputs are near those of the original, and not the same.{left_out}"
+        notes = [
+            f"The rotary embedding is scaled for prompts of up to {max_length} tokens, also for shorter ones: outputs "
+            f"are close to the original's but not identical.{left_out}"
         ]
-    elif named:
-        found = [
-            f"Exact up to {exact} tokens, and offered for no more: other engines do not know "
-            f"{' and '.join(named)}. --max-length stretches the rotary embedding."
+    elif unsupported:
+        notes = [
+            f"Exact up to {exact} tokens, the maximum length of the export: other engines do not support "
+            f"{' and '.join(unsupported)}. For longer prompts, scale the rotary embedding with --max-length."
         ]
     else:
-        found = [f"Exact up to {exact} tokens: this model uses neither dynamic NTK nor LogN attention."]
+        notes = [f"Exact up to {exact} tokens: this model uses neither dynamic NTK nor LogN attention."]
     if chat_format is None:
-        found.append(
-            "Exported as a base model, without a chat template: generation_config.json, which would name a "
-            "chat_format, is not there or does not. If this is a chat model, put that file beside the weights."
+        notes.append(
+            "Exported as a base model, without a chat template: generation_config.json is missing or has no "
+            "chat_format. If this is a chat model, put that file beside the weights."
         )
     if config.use_window_attn:
-        found.append("Window attention, which config.json asks for, is left out.")
+        notes.append("Window attention, enabled in config.json, is left out.")
     if config.use_cache_quantization:
-        found.append("The 8-bit key/value cache is not the model's but the engine's affair, and left out.")
-    return found
+        notes.append("The 8-bit key/value cache is left out: configure it in the engine.")
+    return notes

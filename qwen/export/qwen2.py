@@ -1,7 +1,7 @@
-"""A checkpoint of this family → `Qwen2ForCausalLM`, the next generation's architecture.
+"""Exports a checkpoint as `Qwen2ForCausalLM`, the architecture of the next generation.
 
-It computes the same function up to the trained length: query, key and value in three matrices instead of one, `w2`
-called the gate and `w1` what it gates. Every current engine knows it.
+It computes the same function up to the trained length: `c_attn` is split into query, key and value matrices; `w2` is
+the gate projection and `w1` the up projection. All current engines support it.
 """
 
 import json
@@ -18,18 +18,18 @@ from transformers import Qwen2Config
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
 from ..checkpoint.checkpoint import Checkpoint, resolve
-from ..checkpoint.files import SAFETENSORS, SAFETENSORS_INDEX, let_others_read
-from ..checkpoint.staging import check_target, filled_at_the_end
+from ..checkpoint.files import SAFETENSORS, SAFETENSORS_INDEX, apply_umask
+from ..checkpoint.staging import check_target, staged_directory
 from ..checkpoint.weights import Weights
 from ..model.configuration_qwen import QWenConfig
 from ..model.tokenization_qwen import QWenTokenizer
 from .layout import BIASED, EMBEDDING, HEAD, NORM, split_name, wanted
-from .limits import check_network, exact_length, remarks, rope_base
-from .source import open_source
+from .limits import check_architecture, exact_length, remarks, rope_base
+from .source import open_checkpoint
 from .tokenizer_json import write_tokenizer
 
-OUTSIDE = {EMBEDDING: "model.embed_tokens", NORM: "model.norm", HEAD: "lm_head"}
-IN_LAYER = {
+OUTER_NAMES = {EMBEDDING: "model.embed_tokens", NORM: "model.norm", HEAD: "lm_head"}
+LAYER_NAMES = {
     "ln_1": "input_layernorm",
     "attn.c_proj": "self_attn.o_proj",
     "ln_2": "post_attention_layernorm",
@@ -39,7 +39,7 @@ IN_LAYER = {
 }
 QUERY_KEY_VALUE = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 
-_WRITTEN = (
+_CONFIG_FIELDS = (
     "model_type",
     "hidden_size",
     "num_hidden_layers",
@@ -57,11 +57,11 @@ _WRITTEN = (
     "use_sliding_window",
     "use_cache",
 )
-_FILE_BYTES = 2_000_000_000
-# Some models have, and others then would have too.
-_TOKENIZER_FILES = ["chat_template.jinja", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json"]
-# Fields of generation_config.json that only our code reads.
-_OURS = ("chat_format", "stop_words_ids", "transformers_version", "_from_model_config")
+_MAX_SHARD_BYTES = 2_000_000_000
+# Optional files: deleted when a model without them replaces one that has them.
+_OPTIONAL_FILES = ["chat_template.jinja", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json"]
+# Fields of generation_config.json that only this library reads.
+_QWEN_ONLY_FIELDS = ("chat_format", "stop_words_ids", "transformers_version", "_from_model_config")
 
 
 def export_qwen2(
@@ -73,49 +73,49 @@ def export_qwen2(
     overwrite: bool = False,
     progress: bool = False,
 ) -> list[str]:
-    """Write a checkpoint in the format of Qwen2, weights as they are (float or GPTQ), with tokenizer.json.
+    """Write a checkpoint in Qwen2 format with tokenizer.json; weights stay as they are, float or GPTQ.
 
-    Memory: one file of weights of the checkpoint at a time, and of a larger one 2 GB.
+    Peak memory is one weight file of the checkpoint, or 2 GB of a larger one.
 
     Args:
-        checkpoint: a folder or a hub id; None is the bundled chat model.
-        folder: to be made, or empty; it is complete at the end or not there at all.
-        max_length: stretch the rotary embedding for prompts of so many tokens. None: exact, up to the trained length.
-        hub: where an id is fetched from, "huggingface" or "modelscope"; None is $QWEN_HUB, or the former.
-        overwrite: an exported model in `folder` may be replaced.
-        progress: show a bar on stderr.
+        checkpoint: local folder or hub id. None: the bundled chat model.
+        folder: new or empty output folder. It is complete or, after an error, absent.
+        max_length: scale the rotary embedding for prompts of this many tokens. None: exact, up to the trained length.
+        hub: hub to download from, "huggingface" or "modelscope". None: $QWEN_HUB, or "huggingface".
+        overwrite: replace an exported model in `folder`.
+        progress: show a progress bar on stderr.
 
     Returns:
-        Remarks for the user of the model, in sentences: what the target does not do.
+        Notes for the user, as sentences: what differs from the original model.
 
     Raises:
-        CheckpointError: the checkpoint is missing, incomplete or of another kind.
+        CheckpointError: the checkpoint is missing, incomplete or of another architecture.
         ValueError: the model cannot be written in this format, or not with this `max_length`.
         OSError: `folder` cannot be written.
     """
     target = Path(folder)
-    # Before gigabytes are fetched.
+    # Before downloading gigabytes.
     check_target(target, Path(resolve(checkpoint)), overwrite, model_type=Qwen2Config.model_type)
-    source, tokenizer = open_source(checkpoint, hub)
+    source, tokenizer = open_checkpoint(checkpoint, hub)
     config = qwen2_config(source.config, max_length)
     weights = source.weights()
     names = wanted(weights, source.config)
-    with filled_at_the_end(target, replaces=_TOKENIZER_FILES) as new:
-        dtype = _write_weights(weights, names, new, progress)
-        _write_json(_config_json(config, source, tokenizer, dtype), new / CONFIG_NAME)
-        _write_json(generation_config(source, tokenizer), new / GENERATION_CONFIG_NAME)
-        write_tokenizer(tokenizer, new, config.max_position_embeddings, source.is_chat)
-        let_others_read(new)
+    with staged_directory(target, replaces=_OPTIONAL_FILES) as staging:
+        dtype = _write_weights(weights, names, staging, progress)
+        _write_json(_config_json(config, source, tokenizer, dtype), staging / CONFIG_NAME)
+        _write_json(generation_config(source, tokenizer), staging / GENERATION_CONFIG_NAME)
+        write_tokenizer(tokenizer, staging, config.max_position_embeddings, source.is_chat)
+        apply_umask(staging)
     return remarks(source.config, max_length, source.chat_format)
 
 
 def qwen2_config(config: QWenConfig, max_length: int | None = None) -> Qwen2Config:
-    """The same network's config.
+    """Return the Qwen2 config of the same network.
 
     Raises:
-        ValueError: a network that Qwen2 has no words for.
+        ValueError: Qwen2 cannot represent the network.
     """
-    check_network(config)
+    check_architecture(config)
     return Qwen2Config(
         hidden_size=config.hidden_size,
         num_hidden_layers=config.num_hidden_layers,
@@ -133,17 +133,18 @@ def qwen2_config(config: QWenConfig, max_length: int | None = None) -> Qwen2Conf
 
 
 def qwen2_tensors(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-    """One tensor of ours as those of Qwen2: itself under another name, or the thirds of `c_attn`.
+    """Convert a tensor to Qwen2: renamed, or `c_attn` split into query, key and value.
 
     Args:
-        name: as in the checkpoint; `tensor` is a weight, a bias or a part of a GPTQ layer.
+        name: name in the checkpoint.
+        tensor: weight, bias or part of a GPTQ layer.
     """
     layer, module, part = split_name(name)
     if not layer:
-        yield f"{OUTSIDE[module]}.{part}", tensor
+        yield f"{OUTER_NAMES[module]}.{part}", tensor
     elif module != BIASED:
-        yield f"model.layers.{layer}.{IN_LAYER[module]}.{part}", tensor
-    elif part == "g_idx":  # of the inputs, which all three have in common
+        yield f"model.layers.{layer}.{LAYER_NAMES[module]}.{part}", tensor
+    elif part == "g_idx":  # indexes the inputs, which all three share
         for target in QUERY_KEY_VALUE:
             yield f"model.layers.{layer}.{target}.{part}", tensor.clone()
     else:
@@ -154,62 +155,62 @@ def qwen2_tensors(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.
 
 
 def generation_config(source: Checkpoint, tokenizer: QWenTokenizer) -> dict[str, Any]:
-    """The checkpoint's, with all that ends a reply: engines do not know stop words of a model."""
-    generation = {name: value for name, value in source.generation_settings.items() if name not in _OURS}
-    if generation.get("top_k") == 0:  # all tokens; SGLang refuses requests with that 0, every engine takes their number
+    """Return the generation config with all end tokens as EOS: other engines do not read `stop_words_ids`."""
+    generation = {name: value for name, value in source.generation_settings.items() if name not in _QWEN_ONLY_FIELDS}
+    if generation.get("top_k") == 0:  # all tokens; SGLang rejects 0, all engines accept vocab_size
         generation["top_k"] = source.config.vocab_size
     ends = [tokenizer.im_end_id, tokenizer.im_start_id] if source.is_chat else []
     return generation | {"eos_token_id": [*ends, tokenizer.eod_id], "pad_token_id": tokenizer.eod_id}
 
 
 def _write_weights(weights: Weights, names: list[str], folder: Path, progress: bool) -> torch.dtype:
-    """Each file of weights becomes one, or several of at most _FILE_BYTES; returns the type of the embedding."""
+    """Write one file for each weight file, split into shards of _MAX_SHARD_BYTES. Return the embedding's dtype."""
     total, dtype = 0, torch.float32
     files: list[list[str]] = []
     tensors: dict[str, torch.Tensor] = {}
-    room, before = _FILE_BYTES, None
+    room, previous = _MAX_SHARD_BYTES, None
     for name in tqdm(names, unit="tensor", disable=not progress):
         tensor, file = weights[name], weights.file_of(name)
-        if tensors and (file != before or tensor.nbytes > room):
+        if tensors and (file != previous or tensor.nbytes > room):
             files.append(_write_file(tensors, folder / f"{len(files)}.safetensors"))
-            tensors, room = {}, _FILE_BYTES
-        before = file
-        made = dict(qwen2_tensors(name, tensor))
-        tensors |= made
+            tensors, room = {}, _MAX_SHARD_BYTES
+        previous = file
+        converted = dict(qwen2_tensors(name, tensor))
+        tensors |= converted
         room -= tensor.nbytes
-        total += sum(part.nbytes for part in made.values())
+        total += sum(part.nbytes for part in converted.values())
         if name == f"{EMBEDDING}.weight":
             dtype = tensor.dtype
     files.append(_write_file(tensors, folder / f"{len(files)}.safetensors"))
-    # How many there are, which their names tell, is known only now.
+    # File names contain the number of files, which is known only now.
     weight_map: dict[str, str] = {}
-    for number, inside in enumerate(files):
+    for number, tensor_names in enumerate(files):
         file = SAFETENSORS if len(files) == 1 else f"model-{number + 1:05}-of-{len(files):05}.safetensors"
         (folder / f"{number}.safetensors").rename(folder / file)
-        weight_map |= dict.fromkeys(inside, file)
+        weight_map |= dict.fromkeys(tensor_names, file)
     if len(files) > 1:
         _write_json({"metadata": {"total_size": total}, "weight_map": weight_map}, folder / SAFETENSORS_INDEX)
     return dtype
 
 
 def _write_file(tensors: dict[str, torch.Tensor], path: Path) -> list[str]:
-    """Returns the names of the tensors.
+    """Save tensors to a file and return their names.
 
     Raises:
-        OSError: there is no room, or the disk fails.
+        OSError: the disk is full or fails.
     """
     try:
         save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as error:  # it wraps those of the system
-        raise OSError(f"The weights could not be written: {error}") from error
+    except SafetensorError as error:  # wraps OSError
+        raise OSError(f"Cannot write the weights: {error}") from error
     return list(tensors)
 
 
 def _config_json(
     config: Qwen2Config, source: Checkpoint, tokenizer: QWenTokenizer, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """What engines read; fields that have two names, today's and yesterday's of transformers, in both."""
-    document = {name: getattr(config, name) for name in _WRITTEN}
+    """Return config.json for engines; renamed fields have both the current and the old name of transformers."""
+    document = {name: getattr(config, name) for name in _CONFIG_FIELDS}
     document |= {
         "architectures": ["Qwen2ForCausalLM"],
         "eos_token_id": tokenizer.im_end_id if source.is_chat else tokenizer.eod_id,

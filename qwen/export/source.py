@@ -1,4 +1,4 @@
-"""Opens the checkpoint that is exported."""
+"""Opens the checkpoint to export."""
 
 import os
 
@@ -7,14 +7,14 @@ from ..checkpoint.files import CheckpointError
 from ..model.tokenization_qwen import QWenTokenizer
 
 
-def open_source(checkpoint: str | os.PathLike | None, hub: str | None = None) -> tuple[Checkpoint, QWenTokenizer]:
-    """Open a checkpoint, fetch it if need be, and check that it can be exported as a whole.
+def open_checkpoint(checkpoint: str | os.PathLike | None, hub: str | None = None) -> tuple[Checkpoint, QWenTokenizer]:
+    """Open a checkpoint, download it if needed, and check that it is complete and can be exported.
 
     Returns:
         The checkpoint and its tokenizer.
 
     Raises:
-        CheckpointError: it is incomplete, an adapter, or its vocabulary does not fit its weights.
+        CheckpointError: incomplete, an adapter, or vocabulary and weights do not match.
     """
     source = Checkpoint(checkpoint, hub=hub)
     if source.is_adapter:
@@ -22,11 +22,11 @@ def open_source(checkpoint: str | os.PathLike | None, hub: str | None = None) ->
             f"{source.name} is an adapter, not a model. Merge it first: `qwen merge {source.name} MERGED`."
         )
     source.check()
-    _ = source.folder  # fetched now, so that what is missing is reported first
+    _ = source.folder  # downloads now, so that missing files are reported first
     tokenizer = source.tokenizer()
     if len(tokenizer) > source.config.vocab_size:
         raise CheckpointError(
-            f"The vocabulary of {source.name} has {len(tokenizer)} tokens, and its matrices have "
-            f"{source.config.vocab_size} rows: the two come from different models."
+            f"The vocabulary of {source.name} has {len(tokenizer)} tokens, but vocab_size in its config.json is "
+            f"{source.config.vocab_size}: they belong to different models."
         )
     return source, tokenizer

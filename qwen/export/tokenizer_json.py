@@ -1,7 +1,7 @@
-"""The tokenizer as `tokenizer.json`, which the library `tokenizers` and every current engine read.
+"""Writes the tokenizer as `tokenizer.json`, the format of the `tokenizers` library and of all current engines.
 
-The same ids for every text, as far as the two libraries agree on Unicode: `tokenizers` brings its own tables of NFC
-and of letters.
+Ids are the same for every text on whose Unicode the two libraries agree: `tokenizers` has its own tables for NFC and
+letters.
 """
 
 import json
@@ -14,20 +14,20 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from ..model.tokenization_qwen import CHAT_TEMPLATE, ENDOFTEXT, IM_END, SPLIT_PATTERN, QWenTokenizer
 
-_LETTERS = bytes_to_unicode()
+_BYTE_TO_CHAR = bytes_to_unicode()
 
 
-def as_text(token: bytes) -> str:
-    """A token in the letters that byte-level BPE writes bytes with."""
-    return "".join(_LETTERS[byte] for byte in token)
+def token_to_str(token: bytes) -> str:
+    """Map the bytes of a token to the printable characters of byte-level BPE."""
+    return "".join(_BYTE_TO_CHAR[byte] for byte in token)
 
 
 def merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """The merges that lead to the tokens, first things first.
+    """Recover the BPE merges from tiktoken's ranks, in order.
 
-    tiktoken merges the neighbours whose union has the lowest rank. Up to that rank it treats a token's bytes in any
-    word as it treats them alone, so each token has just one last merge, which is found by letting the merges before it
-    do their work. A token that they do not leave in two pieces comes about only as a word of its own.
+    tiktoken merges the neighbours whose union has the lowest rank. Below a token's rank it merges the token's bytes the
+    same way inside any word as alone. So each token has exactly one last merge, found by applying all merges of lower
+    rank to its bytes. A token that these do not reduce to two pieces only occurs as a whole word.
     """
     found = []
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
@@ -45,16 +45,16 @@ def merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
 
 
 def fast_tokenizer(tokenizer: QWenTokenizer) -> Tokenizer:
-    """The same tokenizer, of the library `tokenizers`."""
+    """Return the same tokenizer as a `tokenizers.Tokenizer`."""
     ranks = tokenizer.mergeable_ranks
-    # The control tokens among them keep their ids: the library would give new ones where the vocabulary was expanded.
-    # No word is one, as the split pattern separates their letters from their bars.
-    vocabulary = {as_text(token): rank for token, rank in ranks.items()} | tokenizer.special_tokens
+    # Includes the control tokens, so that they keep their ids: the library would assign new ones if the vocabulary was
+    # expanded. No word matches one, because the split pattern separates their letters from their bars.
+    vocabulary = {token_to_str(token): rank for token, rank in ranks.items()} | tokenizer.special_tokens
     fast = Tokenizer(
         models.BPE(
             vocab=vocabulary,
-            merges=[(as_text(left), as_text(right)) for left, right in merges(ranks)],
-            ignore_merges=True,  # a word that is a token is that token, as in tiktoken
+            merges=[(token_to_str(left), token_to_str(right)) for left, right in merges(ranks)],
+            ignore_merges=True,  # a word that is a token is not split, as in tiktoken
         )
     )
     fast.normalizer = normalizers.NFC()
@@ -66,28 +66,28 @@ def fast_tokenizer(tokenizer: QWenTokenizer) -> Tokenizer:
     )
     fast.decoder = decoders.ByteLevel()
     fast.post_processor = processors.ByteLevel(trim_offsets=False)
-    # "normalized": looked for after NFC, as we do, which may join their last letter with what follows.
+    # normalized: matched after NFC, as in QWenTokenizer. NFC may combine their last character with the next one.
     fast.add_special_tokens([AddedToken(token, normalized=True) for token in tokenizer.special_tokens])
     return fast
 
 
 def chat_template(tokenizer: QWenTokenizer) -> str:
-    """The one that engines use, where a checkpoint has several."""
+    """Return the chat template, or the default one if the checkpoint has several."""
     template = tokenizer.chat_template
     return template if isinstance(template, str) else template.get("default", CHAT_TEMPLATE)
 
 
 def write_tokenizer(tokenizer: QWenTokenizer, folder: Path, max_length: int, chat: bool) -> None:
-    """Write tokenizer.json, its config, for a chat model chat_template.jinja, and for our own code qwen.tiktoken.
+    """Write tokenizer.json, tokenizer_config.json, qwen.tiktoken and, for a chat model, chat_template.jinja.
 
     Args:
-        max_length: tokens that the model is offered for.
-        chat: whether replies end with <|im_end|>; texts of a base model end with <|endoftext|>.
+        max_length: `model_max_length`, in tokens.
+        chat: EOS is <|im_end|>; for a base model it is <|endoftext|>.
     """
     fast_tokenizer(tokenizer).save(str(folder / "tokenizer.json"))
     tokenizer.save_vocabulary(str(folder))
     config: dict[str, Any] = {
-        "tokenizer_class": "PreTrainedTokenizerFast",  # one that takes tokenizer.json as it is
+        "tokenizer_class": "PreTrainedTokenizerFast",  # loads tokenizer.json unchanged
         "model_max_length": max_length,
         "eos_token": IM_END if chat else ENDOFTEXT,
         "pad_token": ENDOFTEXT,

@@ -1,8 +1,7 @@
-"""What people type after `finetune.py`, today's names and yesterday's → checked settings.
+"""Parses the command line of finetune.py: transformers' TrainingArguments and the arguments of these models.
 
-Revolves around the contract of the command line: transformers' TrainingArguments and the ones of these models. Refuses
-what can be seen to be impossible from the words alone; of files it reads the DeepSpeed configuration only, of models
-nothing.
+Arguments written for transformers 4 are translated. Values that are invalid for every checkpoint are rejected here. The
+only file that is read is the DeepSpeed configuration.
 """
 
 import dataclasses
@@ -19,49 +18,47 @@ from transformers import HfArgumentParser
 
 from ..checkpoint.hub import HUBS
 from ..model.qwen_generation_utils import DEFAULT_SYSTEM
-from .distributed import allow_fsdp_on_cpu, join_deepspeed
-from .transformers4_arguments import modernized
+from .distributed import join_deepspeed
+from .transformers4_arguments import translate
 
 LORA_TARGETS = ["c_attn", "c_proj", "w1", "w2"]
 
 
 class ArgumentError(ValueError):
-    """The command line asks for something that cannot be done; the text says what to type instead."""
+    """The command line asks for something impossible; the message says what to type instead."""
 
 
 @dataclass
 class ModelArguments:
-    """Which checkpoint is trained."""
+    """The checkpoint to train."""
 
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "A folder or a hub id. The bundled toy without it."}
+        default=None, metadata={"help": "Folder or hub id of the model; the bundled toy if omitted."}
     )
     hub: str | None = field(
-        default=None, metadata={"help": "Where ids come from: QWEN_HUB, or huggingface.", "choices": list(HUBS)}
+        default=None, metadata={"help": "Hub to download from, else $QWEN_HUB or huggingface.", "choices": list(HUBS)}
     )
-    cache_dir: str | None = field(default=None, metadata={"help": "Where downloads are kept."})
+    cache_dir: str | None = field(default=None, metadata={"help": "Folder for downloads."})
     extra_vocab_file: str | None = field(
-        default=None, metadata={"help": "New tokens for the vocabulary, as examples/add_merges.py writes them."}
+        default=None, metadata={"help": "Tokens to add to the vocabulary, as written by examples/add_merges.py."}
     )
 
 
 @dataclass
 class DataArguments:
-    """Which conversations, and how they become rows of tokens."""
+    """The training and evaluation data, and how they are tokenized."""
 
-    data_path: str = field(metadata={"help": "Conversations to learn: a JSON list, or JSON Lines."})
+    data_path: str = field(metadata={"help": "Conversations to train on: a JSON list, or JSON Lines."})
     eval_data_path: str | None = field(
-        default=None, metadata={"help": "Conversations to measure loss and perplexity on, in the same form."}
+        default=None, metadata={"help": "Conversations for measuring loss and perplexity, in the same format."}
     )
     lazy_preprocess: bool = field(
-        default=False, metadata={"help": "Tokenize a sample when it is needed, not all at the start."}
+        default=False, metadata={"help": "Tokenize samples on demand instead of all at the start."}
     )
     packing: bool = field(
-        default=False, metadata={"help": "Fill rows with several short samples, which do not see each other."}
+        default=False, metadata={"help": "Pack several short samples into a row; they do not attend to each other."}
     )
-    system_message: str = field(
-        default=DEFAULT_SYSTEM, metadata={"help": "System message of the samples that have none of their own."}
-    )
+    system_message: str = field(default=DEFAULT_SYSTEM, metadata={"help": "System message of samples without one."})
 
 
 @dataclass
@@ -70,62 +67,62 @@ class LoraArguments:
 
     lora_r: int = field(default=64, metadata={"help": "Rank of the adapter matrices."})
     lora_alpha: int = field(default=16, metadata={"help": "The adapter's output is scaled by alpha / r."})
-    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout in front of the adapter."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout on the input of the adapter."})
     lora_target_modules: list[str] = field(
         default_factory=lambda: list(LORA_TARGETS), metadata={"help": "Layers that get an adapter."}
     )
-    lora_weight_path: str = field(default="", metadata={"help": "An adapter to go on training."})
+    lora_weight_path: str = field(default="", metadata={"help": "An adapter to continue training."})
     lora_bias: str = field(
         default="none", metadata={"help": "Which biases are trained as well.", "choices": ["none", "all", "lora_only"]}
     )
-    q_lora: bool = field(default=False, metadata={"help": "Adapters on a GPTQ checkpoint (-Chat-Int4)."})
+    q_lora: bool = field(default=False, metadata={"help": "Train adapters on a GPTQ checkpoint (-Chat-Int4)."})
     modules_to_save: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Modules trained and saved whole beside the adapters, such as wte lm_head for control tokens of "
-            "one's own; 'none' for no module. By default wte and lm_head of a base model, none of a chat model."
+            "help": "Modules to train and save whole beside the adapters, for example wte lm_head for your own control "
+            "tokens; 'none' for no module. If omitted: wte and lm_head of a base model, no module of a chat model."
         },
     )
 
 
 @dataclass
 class TrainingArguments(transformers.TrainingArguments):
-    """transformers' TrainingArguments with a loss curve by default, and two arguments that the published scripts count
-    among them."""
+    """transformers' TrainingArguments with the loss logged by default, plus `model_max_length` and `use_lora`, which
+    the published scripts have here."""
 
-    output_dir: str | None = field(default="output_qwen", metadata={"help": "Where the result is written."})
-    report_to: None | str | list[str] = field(  # noqa: RUF036  HfArgumentParser reads the first two alone
-        default="tensorboard", metadata={"help": "Where the loss is logged to: tensorboard, wandb, …, or none."}
+    output_dir: str | None = field(default="output_qwen", metadata={"help": "Folder for the result."})
+    report_to: None | str | list[str] = field(  # noqa: RUF036  HfArgumentParser reads only the first two
+        default="tensorboard", metadata={"help": "Where to log the loss: tensorboard, wandb, …, or none."}
     )
-    logging_steps: float = field(default=1, metadata={"help": "Log the loss every so many steps."})
+    logging_steps: float = field(default=1, metadata={"help": "Log the loss every N steps."})
     model_max_length: int = field(
-        default=8192, metadata={"help": "Longest sample in tokens; what is longer is cut off on the right."}
+        default=8192, metadata={"help": "Maximum length of a sample in tokens; longer ones are truncated on the right."}
     )
     use_lora: bool = field(default=False, metadata={"help": "Train low-rank adapters instead of all weights."})
     ddp_find_unused_parameters: bool | None = field(
-        default=False, metadata={"help": "Look for parameters without a gradient, at every step: there are none."}
+        default=False, metadata={"help": "Look for parameters without a gradient, of which there are none."}
     )
 
     def __post_init__(self):
         self.prediction_loss_only = False  # loss and perplexity are computed from the logits
         if str(self.metric_for_best_model).endswith("perplexity") and self.greater_is_better is None:
-            self.greater_is_better = False  # transformers knows this of losses only
+            self.greater_is_better = False  # transformers infers this for losses only
         super().__post_init__()
 
     @property
     def n_gpu(self) -> int:
-        """How many GPUs this process uses, at most one: the Trainer would split batches among several."""
+        """Number of GPUs that this process uses, at most one: the Trainer would split batches among several."""
         return min(1, self.visible_gpus)
 
     @property
     def visible_gpus(self) -> int:
-        """How many GPUs this process could use."""
+        """Number of GPUs that this process could use."""
         return super().n_gpu
 
 
 @dataclass
 class Arguments:
-    """Everything that a run is made of."""
+    """All settings of a run."""
 
     model: ModelArguments
     data: DataArguments
@@ -134,48 +131,24 @@ class Arguments:
 
 
 def parse(argv: list[str]) -> tuple[Arguments, list[str]]:
-    """The settings of a run, and notes for the person about what was understood differently from how it was typed.
+    """Parse the settings of a run. Also returns notes for the user about ignored or changed arguments.
 
-    Precision and device are chosen from what is there, where the command line does not name them. The process group of
-    DeepSpeed is set up on the way: TrainingArguments want it.
+    Creating TrainingArguments sets up the device and the process group; that of DeepSpeed must exist before.
+    `read_settings` has no such effects.
 
     Args:
-        argv: what follows `finetune.py`.
+        argv: the arguments of `finetune.py`.
 
     Raises:
-        ArgumentError: an unknown argument, a value that cannot be, or two that exclude each other.
+        ArgumentError: an argument is unknown or invalid, or two exclude each other.
     """
     try:
-        argv, notes = modernized(argv)
-        parser = make_parser()
-        words, unknown = parser.parse_known_args(argv)
-        if unknown:
-            raise ArgumentError(_unknown(unknown[0], parser))
-        settings = vars(words)
-        typed = {word[2:].partition("=")[0] for word in argv if word.startswith("--")}
-        if settings["deepspeed"]:
-            settings["deepspeed"] = _deepspeed_config(settings["deepspeed"], settings["lr_scheduler_type"], notes)
-            for half in ("bf16", "fp16"):  # said there counts as said here
-                if half not in typed and settings["deepspeed"].get(half, {}).get("enabled") is True:
-                    settings[half] = True
-                    typed.add(half)
-        settings |= _device_and_precision(settings, typed)
+        settings, notes = read_settings(argv)
         if settings["deepspeed"]:
             join_deepspeed(settings["use_cpu"], settings["ddp_timeout"])
-        settings["use_lora"] = settings["use_lora"] or settings["q_lora"]
-        if settings["load_best_model_at_end"] and "save_strategy" not in typed:  # what is evaluated must be there
-            settings["save_strategy"] = settings["eval_strategy"]
-            if "save_steps" not in typed and settings["eval_steps"]:
-                settings["save_steps"] = settings["eval_steps"]
-        if settings["modules_to_save"] == ["none"]:
-            settings["modules_to_save"] = []
-        if str(settings["resume_from_checkpoint"]).lower() in ("true", "false"):
-            settings["resume_from_checkpoint"] = settings["resume_from_checkpoint"].lower() == "true"
-        arguments = Arguments(*parser.parse_dict(settings))
-        if arguments.training.fsdp:
-            allow_fsdp_on_cpu()
+        arguments = Arguments(*make_parser().parse_dict(settings))
         if (gpus := arguments.training.visible_gpus) > 1:
-            notes.append(f"One of {gpus} GPUs is used: finetune/*_ds.sh, and torchrun, use all.")
+            notes.append(f"Using one of {gpus} GPUs. To use all, run finetune/*_ds.sh or torchrun.")
     except ArgumentError:
         raise
     except (ValueError, ImportError, OSError) as error:
@@ -184,13 +157,47 @@ def parse(argv: list[str]) -> tuple[Arguments, list[str]]:
     return arguments, notes
 
 
+def read_settings(argv: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """Read the fields of all arguments from a command line. Also returns notes for the user.
+
+    Precision and device depend on the hardware unless the command line names them.
+
+    Raises:
+        ArgumentError: an argument is unknown, or does not fit the others or this machine.
+    """
+    argv, notes = translate(argv)
+    parser = make_parser()
+    namespace, unknown = parser.parse_known_args(argv)
+    if unknown:
+        raise ArgumentError(_unknown(unknown[0], parser))
+    settings = vars(namespace)
+    typed = {word[2:].partition("=")[0] for word in argv if word.startswith("--")}
+    if settings["deepspeed"]:
+        settings["deepspeed"] = _deepspeed_config(settings["deepspeed"], settings["lr_scheduler_type"], notes)
+        for half in ("bf16", "fp16"):  # enabled there counts as typed here
+            if half not in typed and settings["deepspeed"].get(half, {}).get("enabled") is True:
+                settings[half] = True
+                typed.add(half)
+    settings |= _device_and_precision(settings, typed)
+    settings["use_lora"] = settings["use_lora"] or settings["q_lora"]
+    if settings["load_best_model_at_end"] and "save_strategy" not in typed:  # the best model must have been saved
+        settings["save_strategy"] = settings["eval_strategy"]
+        if "save_steps" not in typed and settings["eval_steps"]:
+            settings["save_steps"] = settings["eval_steps"]
+    if settings["modules_to_save"] == ["none"]:
+        settings["modules_to_save"] = []
+    if str(settings["resume_from_checkpoint"]).lower() in ("true", "false"):
+        settings["resume_from_checkpoint"] = settings["resume_from_checkpoint"].lower() == "true"
+    return settings, notes
+
+
 def make_parser() -> HfArgumentParser:
-    """The parser of all arguments, ours and transformers'."""
+    """Build the parser of all arguments, ours and transformers'."""
     return _Parser((ModelArguments, DataArguments, LoraArguments, TrainingArguments), allow_abbrev=False)
 
 
 class _Parser(HfArgumentParser):
-    """One that raises instead of printing two hundred options and ending the process."""
+    """Raises ArgumentError instead of printing two hundred options and exiting."""
 
     def error(self, message: str) -> None:
         raise ArgumentError(f"{message[0].upper()}{message[1:]}. `--help-all` lists all arguments.")
@@ -201,19 +208,19 @@ def _unknown(word: str, parser: HfArgumentParser) -> str:
     for option in (each for kind in parser.dataclass_types for each in dataclasses.fields(kind) if each.init):
         known += [f"--{option.name}"] + [f"--no_{option.name}"] * (option.default is True)
     near = difflib.get_close_matches(word.partition("=")[0], known, n=3)
-    return f"There is no argument {word}." + (
-        f" Did you mean {' or '.join(near)}?" if near else " `--help-all` lists all."
+    return f"Unknown argument {word}." + (
+        f" Did you mean {' or '.join(near)}?" if near else " `--help-all` lists all arguments."
     )
 
 
 def _device_and_precision(settings: dict[str, Any], typed: set[str]) -> dict[str, Any]:
-    """What the command line leaves open: bfloat16 on a GPU that computes in it, else float16, float32 on the CPU.
+    """Choose what the command line leaves open: bfloat16 on a GPU that supports it, else float16; float32 on the CPU.
 
-    Adapters on GPTQ weights compute in float16, as these weights are stored.
+    Adapters on GPTQ weights compute in float16, the precision in which these weights are stored.
     """
     cpu = settings["use_cpu"] or not torch.accelerator.is_available()
     if cpu and settings["fp16"]:
-        raise ArgumentError("--fp16 needs a GPU: on the CPU leave it out (float32), or use --bf16.")
+        raise ArgumentError("--fp16 needs a GPU. On the CPU, leave it out (float32) or use --bf16.")
     if settings["bf16"] and settings["fp16"]:
         raise ArgumentError("--bf16 and --fp16 exclude each other: use one of them.")
     if cpu or typed & {"bf16", "fp16"}:
@@ -224,14 +231,14 @@ def _device_and_precision(settings: dict[str, Any], typed: set[str]) -> dict[str
 
 
 def _deepspeed_config(file_or_json: str | dict, schedule: str, notes: list[str]) -> dict[str, Any]:
-    """The DeepSpeed configuration without a learning rate schedule of its own, which would win over the arguments', and
-    such that ZeRO 3 can save."""
+    """Read the DeepSpeed configuration. Drops its learning rate schedule, which would override the arguments', and lets
+    ZeRO 3 gather the weights for saving."""
     if importlib.util.find_spec("deepspeed") is None:
-        raise ArgumentError("--deepspeed needs the package: `pip install deepspeed`.")
+        raise ArgumentError("--deepspeed needs the deepspeed package: `pip install deepspeed`.")
     if isinstance(file_or_json, str) and not file_or_json.startswith("{"):
         path = Path(file_or_json)
         if not path.is_file():
-            raise ArgumentError(f"--deepspeed: there is no file {path}. finetune/ has two of them.")
+            raise ArgumentError(f"--deepspeed: file {path} does not exist. Use one of the two in finetune/.")
         file_or_json = path.read_text(encoding="utf-8")
     try:
         config = json.loads(file_or_json) if isinstance(file_or_json, str) else file_or_json
@@ -239,17 +246,17 @@ def _deepspeed_config(file_or_json: str | dict, schedule: str, notes: list[str])
         raise ArgumentError(f"--deepspeed: the configuration is not valid JSON ({error}).") from error
     sections = ("zero_optimization", "bf16", "fp16")
     if not isinstance(config, dict) or not all(isinstance(config.get(name, {}), dict) for name in sections):
-        raise ArgumentError(f"--deepspeed: the configuration, and its {', '.join(sections)}, must be objects {{…}}.")
+        raise ArgumentError(f"--deepspeed: the configuration and its {', '.join(sections)} must be objects {{…}}.")
     if config.get("zero_optimization", {}).get("stage") == 3:
         config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
     if dropped := config.pop("scheduler", None):
         name = dropped.get("type", "schedule") if isinstance(dropped, dict) else "schedule"
-        notes.append(f"The {name} of the DeepSpeed configuration is ignored: --lr_scheduler_type {schedule} runs.")
+        notes.append(f"The {name} of the DeepSpeed configuration is ignored: --lr_scheduler_type {schedule} is used.")
     return config
 
 
 def _check(arguments: Arguments) -> None:
-    """Refuse what no checkpoint could make possible."""
+    """Reject settings that are invalid for every checkpoint."""
     lora, training = arguments.lora, arguments.training
     if lora.q_lora and (zero_stage(training) == 3 or training.fsdp):
         raise ArgumentError(
@@ -258,35 +265,35 @@ def _check(arguments: Arguments) -> None:
         )
     if not training.use_lora and (lora.lora_weight_path or lora.modules_to_save):
         option = "lora_weight_path" if lora.lora_weight_path else "modules_to_save"
-        raise ArgumentError(f"--{option} is about adapters: add --use_lora, or --q_lora.")
+        raise ArgumentError(f"--{option} needs an adapter: add --use_lora or --q_lora.")
     if arguments.data.packing and training.train_sampling_strategy == "group_by_length":
-        raise ArgumentError("--packing makes rows of one length: leave out --group_by_length.")
+        raise ArgumentError("--packing makes all rows the same length: leave out --group_by_length.")
     for part, option, least in (
         (training, "per_device_train_batch_size", 1),
         (training, "per_device_eval_batch_size", 1),
         (training, "gradient_accumulation_steps", 1),
-        (training, "model_max_length", 2),  # the first token is not learned
+        (training, "model_max_length", 2),  # the first token has no loss
         (training, "learning_rate", 0),
         (training, "seed", 0),
         (training, "dataloader_num_workers", 0),
         (lora, "lora_r", 1),
         (lora, "lora_alpha", 1),
     ):
-        if not getattr(part, option) >= least:  # nor is NaN
+        if not getattr(part, option) >= least:  # also rejects NaN
             raise ArgumentError(f"--{option} is {getattr(part, option)}: it must be at least {least}.")
     if not 0 <= lora.lora_dropout < 1:
-        raise ArgumentError(f"--lora_dropout is {lora.lora_dropout}: it is a share, from 0 to below 1.")
+        raise ArgumentError(f"--lora_dropout is {lora.lora_dropout}: it must be at least 0 and below 1.")
     if training.max_steps <= 0 and not training.num_train_epochs > 0:
-        raise ArgumentError(f"--num_train_epochs is {training.num_train_epochs}: nothing would be trained.")
+        raise ArgumentError(f"--num_train_epochs is {training.num_train_epochs}: it must be above 0.")
     if not training.output_dir:
         raise ArgumentError("--output_dir is empty: name a folder, or leave it out for output_qwen.")
     if training.eval_strategy != "no" and not arguments.data.eval_data_path:
         raise ArgumentError(
-            f"--eval_strategy {training.eval_strategy.value} needs something to evaluate on: add --eval_data_path FILE."
+            f"--eval_strategy {training.eval_strategy.value} needs evaluation data: add --eval_data_path FILE."
         )
 
 
 def zero_stage(training: TrainingArguments) -> int:
-    """How much DeepSpeed shards: 0 without it, else the stage of ZeRO."""
+    """Return the ZeRO stage of DeepSpeed; 0 without DeepSpeed."""
     config = training.deepspeed if isinstance(training.deepspeed, dict) else {}
     return config.get("zero_optimization", {}).get("stage", 0)

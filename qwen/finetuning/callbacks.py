@@ -1,4 +1,4 @@
-"""Trainer callbacks: a checkpoint on Ctrl-C and SIGTERM, and progress for people."""
+"""Trainer callbacks: save a checkpoint on Ctrl-C or SIGTERM, and show progress."""
 
 import os
 import signal
@@ -14,15 +14,15 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class SaveOnInterrupt(TrainerCallback):
-    """Saves and stops at the end of the step in which a signal arrives; a second signal stops at once.
+    """Saves a checkpoint and stops after the step in which a signal arrives; a second signal stops at once.
 
-    Every process asks all others after every step, for a signal may reach them in different steps, and saving is done
+    The processes exchange the flag after every step: a signal may reach them in different steps, and all must save
     together.
     """
 
     def __init__(self):
         self.interrupted = False
-        self._received = 0  # the first signal
+        self._received = 0  # the first signal; 0 without one
         self._previous: dict = {}
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -40,12 +40,12 @@ class SaveOnInterrupt(TrainerCallback):
             signal.signal(number, handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._process:  # a worker of the data loader, forked with this handler: its parent tells it
+        if os.getpid() != self._process:  # a forked data loader worker, which its parent stops
             if number == signal.SIGTERM:
                 os._exit(128 + number)
             return
-        # After Ctrl-C any other stops: of a second one torchrun makes SIGTERM. A first SIGTERM may come twice, from a
-        # scheduler and passed on by the launcher.
+        # After Ctrl-C any signal stops: torchrun turns a second Ctrl-C into SIGTERM. A first SIGTERM may arrive twice,
+        # from a scheduler and forwarded by the launcher.
         if self._received == signal.SIGINT or (self._received and number == signal.SIGINT):
             raise KeyboardInterrupt
         self._received = number
@@ -54,8 +54,8 @@ class SaveOnInterrupt(TrainerCallback):
 
 
 class ShowProgress(TrainerCallback):
-    """Writes to standard error, in the main process only. Takes the place of the Trainer's own callbacks, which leave
-    a copy of the bar behind every log entry."""
+    """Shows progress on standard error, in the main process only. Replaces the Trainer's own callbacks, which leave a
+    copy of the bar behind at every log entry."""
 
     def __init__(self):
         self._bar: tqdm | None = None
@@ -84,14 +84,14 @@ class ShowProgress(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or not logs:
             return
-        place = f"step {state.global_step}/{state.max_steps}"
+        step = f"step {state.global_step}/{state.max_steps}"
         if "eval_loss" in logs:
-            self._write(f"{place}: evaluation: loss {logs['eval_loss']:.4f}, perplexity {logs['eval_perplexity']:.2f}")
+            self._write(f"{step}: evaluation: loss {logs['eval_loss']:.4f}, perplexity {logs['eval_perplexity']:.2f}")
         elif "loss" in logs and self._bar is not None:
             self._bar.set_postfix(loss=f"{logs['loss']:.4f}")
         elif "loss" in logs:
             rate, norm = (f"{logs[key]:.3g}" if key in logs else "?" for key in ("learning_rate", "grad_norm"))
-            self._write(f"{place}: loss {logs['loss']:.4f}, learning rate {rate}, gradient norm {norm}")
+            self._write(f"{step}: loss {logs['loss']:.4f}, learning rate {rate}, gradient norm {norm}")
 
     def on_train_end(self, args, state, control, **kwargs):
         if self._bar is not None:

@@ -1,7 +1,7 @@
-"""The processes that train together: how they find one another, and which of them speaks.
+"""Process groups, collective errors, and messages from the main process only.
 
-Launchers (torchrun, deepspeed) set the environment variables that torch.distributed reads; a single process gets the
-same ones here, so that DeepSpeed runs in it without a launcher and without mpi4py.
+Launchers (torchrun, deepspeed) set the environment variables that torch.distributed reads. For a single process they
+are set here, so that DeepSpeed runs without a launcher and without mpi4py.
 """
 
 import contextlib
@@ -15,24 +15,24 @@ import torch
 
 
 def is_main_process() -> bool:
-    """Whether this is the process that speaks to the person."""
+    """Whether this is rank 0, the process that prints messages."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def let_main_process_speak(seconds: float = 10) -> None:
-    """Before a process ends badly: launchers then end all others, the one that says why among them, which may be slower
-    to find out. Waits in those that do not speak; mostly the launcher ends them meanwhile."""
+def delay_exit_on_workers(seconds: float = 10) -> None:
+    """Delay the exit of a failing process, except on rank 0: launchers kill all ranks when one exits, and rank 0 may
+    need longer to find and print the error. Usually the launcher ends the others during the delay."""
     if not is_main_process():
         time.sleep(seconds)
 
 
 def join_deepspeed(cpu: bool, timeout: float) -> None:
-    """Set up DeepSpeed's process group, for one process or as the launcher says.
+    """Initialize DeepSpeed's process group, for one process or as set by the launcher.
 
     It must exist before the model is loaded: with ZeRO 3, loading splits every weight among the processes.
 
     Args:
-        timeout: seconds after which a process that waits for others gives up.
+        timeout: seconds after which a process stops waiting for others.
     """
     if cpu:
         os.environ["DS_ACCELERATOR"] = "cpu"  # read once, when deepspeed is imported
@@ -41,17 +41,17 @@ def join_deepspeed(cpu: bool, timeout: float) -> None:
         os.environ.update(alone, MASTER_PORT=str(_free_port()))
     import deepspeed
 
-    if cpu:  # gloo does what this kernel would, which had to be compiled first, for a person without a compiler in vain
+    if cpu:  # gloo makes this kernel unnecessary; building it needs a C compiler
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="gloo" if cpu else None, timeout=timedelta(seconds=timeout))
 
 
 def allow_fsdp_on_cpu() -> None:
-    """Let accelerate shard on processes without a GPU.
+    """Let accelerate use FSDP on the CPU.
 
-    FSDP 2 works there (over gloo), but accelerate 1.15 starts it only where the processes are of a kind in a list, and
-    `MULTI_CPU` is not in it: without this they would train as DDP, without a word. To be called between the making of
-    TrainingArguments and of the Trainer, in which the kind becomes `FSDP`.
+    FSDP 2 works there (over gloo), but accelerate 1.15 only starts it for a list of distributed types that lacks
+    `MULTI_CPU`, and silently trains with DDP instead. Call it after creating TrainingArguments and before creating the
+    Trainer, which sets the type to `FSDP`.
     """
     from accelerate import PartialState
     from accelerate.utils import DistributedType
@@ -61,8 +61,8 @@ def allow_fsdp_on_cpu() -> None:
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:
-    """Whether any process has raised the flag. Every one must ask at the same point, with the device it trains on."""
-    if not _together():
+    """Whether the flag is set in any process. All must call it at the same point, with the device they train on."""
+    if not _is_distributed():
         return flag
     raised = torch.tensor(int(flag), device=device)
     torch.distributed.all_reduce(raised, torch.distributed.ReduceOp.MAX)
@@ -70,43 +70,43 @@ def any_rank(flag: bool, device: torch.device) -> bool:
 
 
 class ProcessFailed(RuntimeError):
-    """Something went wrong in another process; the text is what it says."""
+    """An error in another process, with its message."""
 
 
 @contextlib.contextmanager
-def failing_together() -> Iterator[None]:
-    """Where one process raises inside, every other raises ProcessFailed at the end, instead of waiting for it for ever:
-    the data may be missing on one machine of several. Every process must come here."""
+def raise_together() -> Iterator[None]:
+    """If one process raises inside, raise ProcessFailed in all others at the end, instead of letting them wait forever:
+    the data may be missing on one of several machines. Every process must enter this context."""
     error = None
     try:
         yield
     except Exception as raised:
         error = raised
-    if _together():
-        said: list[str | None] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(said, None if error is None else str(error))
-        if error is None and any(text is not None for text in said):
-            rank, text = next((rank, text) for rank, text in enumerate(said) if text is not None)
+    if _is_distributed():
+        messages: list[str | None] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(messages, None if error is None else str(error))
+        if error is None and any(text is not None for text in messages):
+            rank, text = next((rank, text) for rank, text in enumerate(messages) if text is not None)
             raise ProcessFailed(f"In process {rank}: {text}")
     if error is not None:
         raise error
 
 
 def barrier() -> None:
-    """Come back when every process has come here. Launchers end them all when one ends badly: not while the main one
+    """Wait for all processes. Launchers kill all of them when one fails, which must not happen while the main process
     writes the result."""
-    if _together():
+    if _is_distributed():
         torch.distributed.barrier()
 
 
 def destroy_process_group() -> None:
-    """End the process group, the last thing in a process: threads of a group that is still there abort it now and then
-    ("terminate called without an active exception")."""
-    if _together():
+    """Destroy the process group. Call it last: otherwise its threads sometimes abort the process at exit ("terminate
+    called without an active exception")."""
+    if _is_distributed():
         torch.distributed.destroy_process_group()
 
 
-def _together() -> bool:
+def _is_distributed() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 

@@ -1,10 +1,10 @@
-"""The trainer's log → a picture of the loss."""
+"""Plots the loss from the trainer's log."""
 
 from pathlib import Path
 
 
 def draw(log_history: list[dict], path: Path) -> bool:
-    """Draw the loss of training and evaluation over the steps; False where nothing was logged that could be drawn.
+    """Plot the loss of training and evaluation over the steps. Returns False if the log has no loss.
 
     Args:
         log_history: the trainer's entries, {"step": …, "loss": …} or {"step": …, "eval_loss": …}.
@@ -19,7 +19,7 @@ def draw(log_history: list[dict], path: Path) -> bool:
             axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1.2, markersize=4)
     if not axes.lines:
         return False
-    axes.set(xlabel="step", ylabel="loss (nats a token)")
+    axes.set(xlabel="step", ylabel="loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     figure.savefig(path, dpi=120)

@@ -1,7 +1,7 @@
-"""Merges a LoRA adapter into its base model: a folder that needs neither.
+"""Merges a LoRA adapter into its base model. The result loads without either.
 
-Weights are rounded once; nothing but a model is written over; a merge that would be an approximation is refused, unless
-the base is named. How an adapter is loaded into a model is in `qwen.checkpoint.adapters`.
+Weights are rounded once. Only a model may be overwritten. A merge that would be an approximation is rejected unless the
+base is named. `qwen.checkpoint.adapters` loads adapters into models.
 """
 
 import os
@@ -12,8 +12,8 @@ from safetensors import SafetensorError
 
 from ..checkpoint.adapters import check_adapter, is_adapter, recorded_base
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.files import CheckpointError, first_line, let_others_read
-from ..checkpoint.staging import check_target, filled_at_the_end
+from ..checkpoint.files import CheckpointError, apply_umask, first_line
+from ..checkpoint.staging import check_target, staged_directory
 
 
 def merge(
@@ -28,59 +28,59 @@ def merge(
 ) -> None:
     """Write a complete folder: weights, configuration, code, tokenizer, and the generation config of a chat model.
 
-    Products of the adapter's matrices are added to the weights in float32, and the sums rounded once. Works on the CPU;
-    the model must fit into its memory.
+    The products of the adapter's matrices are added to the weights in float32, and the sums are rounded once. Runs on
+    the CPU; the model must fit into main memory.
 
     Args:
-        adapter: the folder of a LoRA adapter.
-        out: a folder that is made, or an empty one. It is filled at the very end: an exception leaves it as it was.
-            Where files cannot be moved in it then, the finished model stays where the error says.
-        base: the model to merge into, a folder or a hub id; None is the one that the adapter was trained on.
-        hub: where an id is fetched from, "huggingface" or "modelscope"; None is $QWEN_HUB, or the former.
-        dtype: precision of the weights that are written; None for that of the base.
-        max_shard_size: most bytes in a file of weights, such as "2GB".
-        overwrite: replace the model that `out` holds; other files in it stay.
+        adapter: folder of a LoRA adapter.
+        out: new or empty folder. It is filled at the very end: an exception leaves it as it was. If the files cannot be
+            moved into it, the finished model is kept where the error says.
+        base: model to merge into, a folder or hub id; None for the one that the adapter was trained on.
+        hub: hub to download from, "huggingface" or "modelscope"; None for $QWEN_HUB or huggingface.
+        dtype: precision of the written weights; None for that of the base.
+        max_shard_size: maximum size of a weight file, for example "2GB".
+        overwrite: replace the model in `out`; other files there are kept.
 
     Raises:
-        CheckpointError: the adapter or the base cannot be used, or is quantized; says what can be done.
-        OSError: `out` is not empty, holds something else than a model, or cannot be written to.
+        CheckpointError: the adapter or the base is unusable or quantized; the message says what to do.
+        OSError: `out` is not empty, holds something other than a model, or cannot be written to.
         ValueError: the generation config contradicts itself.
     """
     adapter, out = Path(adapter).expanduser(), Path(out).expanduser()
     if not is_adapter(adapter):
         raise CheckpointError(
-            f"{adapter} is no adapter: it has no adapter_config.json, or a config.json beside it as whole models have. "
-            "Name the folder that training with --use_lora wrote."
+            f"{adapter} is not an adapter: it has no adapter_config.json, or it has a config.json, as whole models do. "
+            "Name the folder written by training with --use_lora."
         )
     check_adapter(adapter)
     into = str(recorded_base(adapter)[0] if base is None else base)
     if _is_quantized(into, hub):
         raise CheckpointError(
-            f"{into} is quantized, and weights packed into a few bits cannot take an adapter in. Use the adapter as it "
-            f"is (`qwen chat -c {adapter}`), or merge it into the same model before quantization, such as "
-            "--base Qwen/Qwen-7B-Chat for one trained on Qwen/Qwen-7B-Chat-Int4. That is an approximation: it was "
-            "trained to go with rounded weights."
+            f"{into} is quantized, and an adapter cannot be merged into packed weights. Use the adapter as it is "
+            f"(`qwen chat -c {adapter}`), or merge it into the same model before quantization, for example with "
+            "--base Qwen/Qwen-7B-Chat if it was trained on Qwen/Qwen-7B-Chat-Int4. That is an approximation: it was "
+            "trained on rounded weights."
         )
     checkpoint = Checkpoint(adapter, base=base, hub=hub)
-    check_target(out, Path(into).expanduser(), overwrite)  # which refuses the adapter's folder too
-    with filled_at_the_end(out.absolute()) as folder:
+    check_target(out, Path(into).expanduser(), overwrite)  # also rejects the adapter's folder
+    with staged_directory(out.absolute()) as folder:
         model, tokenizer = checkpoint.load(cpu_only=True, dtype="auto" if dtype is None else torch.float32)
         model.to(dtype or model.dtype)
         try:
             model.save_pretrained(folder, max_shard_size=max_shard_size)
-        except SafetensorError as error:  # its name for a full disk
+        except SafetensorError as error:  # raised when the disk is full
             raise OSError(f"The weights could not be written: {first_line(error)}") from error
-        let_others_read(folder)
+        apply_umask(folder)
         tokenizer.save_pretrained(folder)
 
 
 def is_approximate(adapter: str | os.PathLike, hub: str | None = None) -> bool:
-    """Whether an adapter goes into no float model exactly, as it was trained on a quantized one (Q-LoRA)."""
+    """Whether merging the adapter is an approximation, since it was trained on a quantized model (Q-LoRA)."""
     return _is_quantized(recorded_base(Path(adapter).expanduser())[0], hub)
 
 
 def _is_quantized(name: str, hub: str | None) -> bool:
     try:
         return Checkpoint(name, hub=hub).is_quantized
-    except (OSError, ValueError):  # it is gone or broken; what is published tells by its name
+    except (OSError, ValueError):  # missing or broken; published names end like this
         return name.rstrip("/").lower().endswith(("-int4", "-int8"))

@@ -1,6 +1,6 @@
 """Loads a checkpoint for training: all of its parameters, or adapters on it.
 
-Decides which parameters are trained and in which precision they are kept. What cannot work is refused before the
+Decides which parameters are trained and in which precision they are kept. Invalid combinations are rejected before the
 weights are loaded.
 """
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig, GPTQConfig, PreTrainedModel
 
-from ..checkpoint.adapters import ADAPTER_CONFIG, check_adapter, is_adapter, put_on
+from ..checkpoint.adapters import ADAPTER_CONFIG, attach_adapter, check_adapter, is_adapter
 from ..checkpoint.bundled import BUNDLED_CHAT_INT4
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.files import read_json
@@ -21,44 +21,44 @@ from .arguments import LORA_TARGETS, ArgumentError, Arguments, LoraArguments, Tr
 from .vocabulary import expand_embeddings
 
 EMBEDDINGS = ["wte", "lm_head"]
-"""What a model must learn anew to know control tokens that it has never seen."""
+"""Modules to train whole, so that a model learns control tokens that it has not been trained on."""
 
 _RECORDED_AS = {"lora_r": "r", "lora_target_modules": "target_modules", "lora_bias": "bias"}  # in adapter_config.json
 
 
 def load_for_training(arguments: Arguments) -> tuple[PreTrainedModel, QWenTokenizer]:
-    """The model with the parameters that the arguments want trained, and its tokenizer.
+    """Load the model, with the parameters to train marked, and its tokenizer.
 
-    The model is a QWenLMHeadModel, or a PeftModel around one; its generation config is a chat model's, since samples
-    are in ChatML whatever the model has learned before. An adapter will record its base by an absolute path or hub id.
+    The model is a QWenLMHeadModel, or a PeftModel around one. It gets the generation config of a chat model, since
+    samples are always in ChatML. An adapter will record its base by an absolute path or hub id.
 
     Raises:
-        ArgumentError: the arguments do not go with this checkpoint; says which would.
-        CheckpointError: it cannot be loaded.
+        ArgumentError: the arguments do not fit this checkpoint; the message says which would.
+        CheckpointError: the checkpoint cannot be loaded.
     """
     given, lora, training = arguments.model, arguments.lora, arguments.training
     name = BUNDLED_CHAT_INT4 if given.model_name_or_path is None and lora.q_lora else given.model_name_or_path
     if name is not None and os.path.isdir(name):
-        name = os.path.abspath(name)  # an adapter records it, and must find it from anywhere
+        name = os.path.abspath(name)  # an adapter records it, and is used from any folder
     checkpoint = Checkpoint(name, hub=given.hub, cache_dir=given.cache_dir)
     name = checkpoint.name
     if checkpoint.is_adapter:
         raise ArgumentError(
-            f"--model_name_or_path {given.model_name_or_path} is an adapter. To go on training it, name its base model "
+            f"--model_name_or_path {given.model_name_or_path} is an adapter. To train it further, name its base model "
             f"and add --lora_weight_path {given.model_name_or_path}; to train on top of it, merge it first with "
             "`qwen merge`."
         )
     if given.extra_vocab_file is not None and not Path(given.extra_vocab_file).is_file():
         raise ArgumentError(
-            f"--extra_vocab_file: there is no file {given.extra_vocab_file}. examples/add_merges.py makes one."
+            f"--extra_vocab_file: file {given.extra_vocab_file} does not exist. Create it with examples/add_merges.py."
         )
     checkpoint.check()
     quantization = getattr(checkpoint.config, "quantization_config", None)
     _check_weights_fit(name, checkpoint.is_quantized, arguments)
     if quantization is not None:
-        training.ddp_broadcast_buffers = False  # the packed weights are buffers: gigabytes, at every step
+        training.ddp_broadcast_buffers = False  # packed weights are buffers: gigabytes at every step
         if training.device.type == "cpu":
-            # Their kernel would compile itself, which wants a C++ compiler, for no gain.
+            # The kernel would be compiled, which needs a C++ compiler, without a gain.
             torch.compiler.set_stance("force_eager")
     modules_to_save = _modules_to_save(name, checkpoint.is_chat, arguments)
     if training.use_lora:
@@ -80,14 +80,14 @@ def load_for_training(arguments: Arguments) -> tuple[PreTrainedModel, QWenTokeni
 
 
 def add_lora(model: QWenLMHeadModel, lora: LoraArguments, modules_to_save: list[str]) -> PreTrainedModel:
-    """The model with everything frozen but LoRA matrices and the modules named, or as an adapter that is trained on.
+    """Freeze the model and add trainable LoRA matrices and modules, or load an adapter to train it further.
 
     Trained parameters are kept in float32, so that small updates are not lost to rounding.
     """
     from peft import LoraConfig, get_peft_model
 
     if lora.lora_weight_path:
-        model = put_on(model, Path(lora.lora_weight_path).expanduser(), trainable=True)
+        model = attach_adapter(model, Path(lora.lora_weight_path).expanduser(), trainable=True)
     else:
         config = LoraConfig(
             r=lora.lora_r,
@@ -106,7 +106,7 @@ def add_lora(model: QWenLMHeadModel, lora: LoraArguments, modules_to_save: list[
 
 
 def chat_generation_config(config: GenerationConfig) -> GenerationConfig:
-    """The generation config of a chat model, whatever the checkpoint's was: a trained base model has become one."""
+    """Turn the generation config of any checkpoint into a chat model's, which a trained base model becomes."""
     config = copy.deepcopy(config)
     if getattr(config, "chat_format", None) != "chatml":
         config.chat_format = "chatml"
@@ -118,8 +118,8 @@ def _check_weights_fit(name: str, quantized: bool, arguments: Arguments) -> None
     lora, training = arguments.lora, arguments.training
     if lora.q_lora and not quantized:
         raise ArgumentError(
-            f"--q_lora trains adapters on a checkpoint in 4 bits, and {name} is not quantized. Name one such as "
-            "Qwen/Qwen-7B-Chat-Int4, or leave out --q_lora."
+            f"--q_lora trains adapters on a checkpoint in 4 bits, and {name} is not quantized. Name a "
+            "quantized one, for example Qwen/Qwen-7B-Chat-Int4, or leave out --q_lora."
         )
     if quantized and not training.use_lora:
         raise ArgumentError(
@@ -127,7 +127,7 @@ def _check_weights_fit(name: str, quantized: bool, arguments: Arguments) -> None
             "-Int4 or -Int8."
         )
     if quantized and not lora.q_lora:
-        raise ArgumentError(f"{name} is quantized: adapters on it are Q-LoRA. Add --q_lora, and --fp16 on a GPU.")
+        raise ArgumentError(f"{name} is quantized, so adapters on it are Q-LoRA. Add --q_lora, and --fp16 on a GPU.")
 
 
 def _check_modules(lora: LoraArguments, modules_to_save: list[str]) -> None:
@@ -140,24 +140,24 @@ def _check_modules(lora: LoraArguments, modules_to_save: list[str]) -> None:
 
 
 def _check_adapter_to_train(lora: LoraArguments) -> dict:
-    """The configuration of the adapter that is trained further; arguments that would change it are refused."""
+    """Return the configuration of the adapter to train further. Rejects arguments that would change it."""
     folder = Path(lora.lora_weight_path).expanduser()
     if not is_adapter(folder):
-        raise ArgumentError(f"--lora_weight_path {folder} is no folder of an adapter: it has no {ADAPTER_CONFIG}.")
+        raise ArgumentError(f"--lora_weight_path {folder} is not an adapter folder: it has no {ADAPTER_CONFIG}.")
     check_adapter(folder)
-    config, untouched = read_json(folder / ADAPTER_CONFIG, folder), LoraArguments()
+    config, defaults = read_json(folder / ADAPTER_CONFIG, folder), LoraArguments()
     for option in ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_bias", "modules_to_save"):
         asked, recorded = getattr(lora, option), config.get(_RECORDED_AS.get(option, option))
         same = set(asked) == set(recorded or []) if isinstance(asked, list) else asked == recorded
-        if not same and asked != getattr(untouched, option):
-            raise ArgumentError(f"--{option}: the adapter in {folder} has {recorded}, which stays. Leave it out.")
+        if not same and asked != getattr(defaults, option):
+            raise ArgumentError(f"--{option}: the adapter in {folder} keeps {recorded}. Leave it out.")
     return config
 
 
 def _modules_to_save(name: str, is_chat: bool, arguments: Arguments) -> list[str]:
-    """Modules that LoRA trains as a whole: a base model has never seen ChatML's control tokens, no model new words."""
+    """Modules that LoRA trains whole: a base model has not learned ChatML's control tokens, and no model new words."""
     reasons = {
-        f"{name} is a base model, which does not know the chat's control tokens": not is_chat,
+        f"{name} is a base model, which has not learned the chat's control tokens": not is_chat,
         "--extra_vocab_file adds tokens": arguments.model.extra_vocab_file is not None,
     }
     needed = [reason for reason, holds in reasons.items() if holds]
@@ -169,10 +169,10 @@ def _modules_to_save(name: str, is_chat: bool, arguments: Arguments) -> list[str
         return modules
     if arguments.model.extra_vocab_file and not set(EMBEDDINGS) <= set(modules):
         raise ArgumentError(
-            "--extra_vocab_file adds tokens, which only --modules_to_save wte lm_head learns and saves."
+            "--extra_vocab_file adds tokens, which are trained and saved only with --modules_to_save wte lm_head."
         )
     if modules and zero_stage(arguments.training) == 3:
-        reason = needed[0] if needed else f"--modules_to_save {' '.join(modules)} is asked for"
+        reason = needed[0] if needed else f"--modules_to_save {' '.join(modules)} is set"
         raise ArgumentError(
             f"{reason}: LoRA must train {' and '.join(modules)} as a whole, which cannot be combined with ZeRO 3. Use "
             "--deepspeed finetune/ds_config_zero2.json" + ("." if is_chat else ", or start from the chat model.")
@@ -181,17 +181,17 @@ def _modules_to_save(name: str, is_chat: bool, arguments: Arguments) -> list[str
 
 
 def _loading_arguments(quantization: dict | None, training: TrainingArguments) -> dict:
-    """Arguments of from_pretrained: precision of the frozen and the trained weights, kernel and device."""
+    """Return the arguments of from_pretrained: precision of frozen and trained weights, kernel and device."""
     half = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
     if quantization is not None:
-        # Of GPTQModel's kernels the one that passes gradients on every device and from any first call. Without a device
-        # map the weights would stay on the CPU.
+        # The GPTQModel kernel that passes gradients on every device and after any first call. Without a device map
+        # the weights would stay on the CPU.
         kernel = GPTQConfig(bits=quantization["bits"], backend="torch")
         return {"quantization_config": kernel, "dtype": half, "device_map": {"": training.device}}
-    # What is trained in mixed precision is kept in float32. DeepSpeed keeps that copy itself; FSDP wants one precision
-    # for all, and splits it.
+    # Weights trained in mixed precision are kept in float32. DeepSpeed keeps that copy itself; FSDP needs one precision
+    # for all weights, and shards them.
     keeps_half = training.deepspeed or (training.use_lora and not training.fsdp)
-    # Straight to the GPU, not through the memory of every process; what is split comes there in parts.
+    # Load directly to the GPU, to save main memory in every process. Sharded weights are moved there in parts.
     whole = training.device.type != "cpu" and not training.fsdp and zero_stage(training) < 3
     return {
         "dtype": half if keeps_half else torch.float32,

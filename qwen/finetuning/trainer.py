@@ -1,8 +1,4 @@
-"""transformers' Trainer, with what a fine-tuned language model is judged and kept by.
-
-Adds to it: the loss of evaluation as the mean over tokens with the perplexity, and final folders that are complete. It
-knows models and batches; how both were made, it does not.
-"""
+"""transformers' Trainer for language models: loss and perplexity as means over tokens, and complete output folders."""
 
 import copy
 from pathlib import Path
@@ -13,31 +9,31 @@ from transformers import EvalPrediction, Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput
 
-from ..checkpoint.files import let_others_read
+from ..checkpoint.files import apply_umask
 from ..data.samples import IGNORE_INDEX
 from ..model.modeling_qwen import QWenLMHeadModel
 from .arguments import zero_stage
 
 
 class SupervisedTrainer(Trainer):
-    """Trains on {"input_ids", "labels", …} and writes folders that chat."""
+    """Trains on {"input_ids", "labels", …} and writes folders that load as chat models."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, compute_metrics=mean_over_tokens, **kwargs)
         self._final_dtype: torch.dtype | None = None
 
     def compute_loss(self, model, inputs, *args, **kwargs):
-        """Computes logits only where some row learns its next token: prompts have none, and logits of the whole
-        vocabulary are what takes the memory of long samples."""
+        """Compute logits only where some row learns its next token: prompts are not learned, and logits over the whole
+        vocabulary take most of the memory of long samples."""
         learned, next_labels = learned_positions(inputs["labels"])
-        # The Trainer's label smoothing compares logits and labels as they stand: it does not know this class as a
-        # language model.
+        # The Trainer's label smoothing does not shift labels, since it does not recognize this class as a language
+        # model.
         shifted = "shift_labels" if self.label_smoother is None else "labels"
         inputs = {**inputs, "logits_to_keep": learned, shifted: next_labels}
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """The mean loss of a batch, and in place of its logits, which take gigabytes, their sums in each row."""
+        """Return the mean loss of a batch and, instead of its logits, which take gigabytes, sums of each row."""
         inputs = dict(self._prepare_inputs(inputs))
         labels = inputs.pop("labels")
         learned, next_labels = learned_positions(labels)
@@ -49,13 +45,13 @@ class SupervisedTrainer(Trainer):
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        # The Trainer's own is a mean of means, which depends on how samples were batched.
+        # The Trainer's own loss is a mean of means, which depends on the batching.
         output.metrics[f"{metric_key_prefix}_loss"] = output.metrics.pop(f"{metric_key_prefix}_token_loss")
         return output
 
     def save_final(self) -> None:
         """Write the result to `output_dir`: weights in the precision of training (not of its float32 copies),
-        tokenizer, code, and generation config; of an adapter all but the base's weights and code.
+        tokenizer, code, and generation config; for an adapter, without the weights and code of the base.
 
         Every process must call it.
         """
@@ -68,8 +64,8 @@ class SupervisedTrainer(Trainer):
             self._final_dtype = None
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As in transformers, without its copy of all weights, the frozen ones of an adapter included, into the memory
-        of every process where DeepSpeed keeps them whole (ZeRO 1 and 2)."""
+        """Save like transformers, but without its copy of all weights in every process under ZeRO 1 and 2. For an
+        adapter, that copy would include the frozen weights."""
         if not self.is_deepspeed_enabled or zero_stage(self.args) == 3:
             super().save_model(output_dir, _internal_call)
             return
@@ -85,21 +81,21 @@ class SupervisedTrainer(Trainer):
         if self.args.use_lora:
             super()._save(output_dir, state_dict)
             (folder / TRAINING_ARGS_NAME).unlink()  # a pickle, and nothing reads it
-            (folder / "README.md").unlink(missing_ok=True)  # peft's, a form that nobody has filled in
+            (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card
             model.generation_config.save_pretrained(folder)
-            let_others_read(folder)
+            apply_umask(folder)
             return
         state_dict = model.state_dict() if state_dict is None else state_dict
         if self._final_dtype is not None:
-            # One by one to the CPU: the optimizer still fills the device.
+            # One by one to the CPU, since the optimizer still fills the device.
             state_dict = {name: tensor.to("cpu", self._final_dtype) for name, tensor in state_dict.items()}
-        published = self._as_published(model, next(iter(state_dict.values())).dtype)
-        published.save_pretrained(folder, state_dict=state_dict, max_shard_size="2GB")  # others read them file by file
+        published = self._meta_model(model, next(iter(state_dict.values())).dtype)
+        published.save_pretrained(folder, state_dict=state_dict, max_shard_size="2GB")  # loaders read file by file
         self.processing_class.save_pretrained(folder)
-        let_others_read(folder)
+        apply_umask(folder)
 
-    def _as_published(self, model: QWenLMHeadModel, dtype: torch.dtype) -> QWenLMHeadModel:
-        """The model without its weights, to save some under its name: FSDP gives the trained one a class of its own."""
+    def _meta_model(self, model: QWenLMHeadModel, dtype: torch.dtype) -> QWenLMHeadModel:
+        """Build the model without weights, to save weights with it: FSDP replaces the class of the trained one."""
         config = copy.deepcopy(model.config)
         config.use_cache = True
         with torch.device("meta"):
@@ -109,15 +105,15 @@ class SupervisedTrainer(Trainer):
 
 
 def learned_positions(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """labels (B, S) → the positions (K) at which some row learns its next token, and those next tokens (B, K)."""
+    """Return the positions (K) at which some row of labels (B, S) learns its next token, and these tokens (B, K)."""
     next_labels = labels[:, 1:]
     learned = (next_labels != IGNORE_INDEX).any(0).nonzero()[:, 0]
     return learned, next_labels[:, learned].contiguous()
 
 
 def sum_over_tokens(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """logits (B, K, V) and labels (B, K) → (B, 2): the summed negative log-likelihood of each row's labels, in nats,
-    and their number. Row by row, to make one row's float32 copy at a time."""
+    """Return, for logits (B, K, V) and labels (B, K), the summed negative log-likelihood of each row's labels in nats,
+    and their number (B, 2). Works row by row, to hold the float32 copy of only one row."""
     rows = []
     for row_logits, row_labels in zip(logits, labels, strict=True):
         total = cross_entropy(row_logits.float(), row_labels, ignore_index=IGNORE_INDEX, reduction="sum")
@@ -126,7 +122,7 @@ def sum_over_tokens(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def mean_over_tokens(prediction: EvalPrediction) -> dict[str, float]:
-    """Loss in nats a token, and its perplexity e^loss."""
+    """Return the loss in nats per token, and its perplexity e^loss."""
     total, count = torch.as_tensor(prediction.predictions).double().sum(0)
     loss = total / count
     return {"token_loss": loss.item(), "perplexity": loss.exp().item()}

@@ -1,7 +1,7 @@
-"""Command lines written for transformers 4 → what transformers 5 takes.
+"""Translates command lines written for transformers 4 to arguments of transformers 5.
 
-Scripts outlive libraries: arguments that were renamed, became a choice or a field of something else are translated, and
-those that need no saying any more are dropped with a note. Knows words only.
+Arguments that were renamed, or became a choice or a field of another argument, are translated. Arguments without a
+meaning today are dropped with a note.
 """
 
 import dataclasses
@@ -14,10 +14,10 @@ from transformers import TrainingArguments
 
 Group = tuple[str, list[str]]
 
-# Arguments that scripts still carry and transformers 5 no longer takes: the same thing under another name,
+# Renamed arguments.
 _RENAMED = {
     "evaluation_strategy": "eval_strategy",
-    "warmup_ratio": "warmup_steps",  # below 1 it is a share of all steps
+    "warmup_ratio": "warmup_steps",  # below 1: a fraction of all steps
     "per_gpu_train_batch_size": "per_device_train_batch_size",
     "per_gpu_eval_batch_size": "per_device_eval_batch_size",
     "no_cuda": "use_cpu",
@@ -27,35 +27,35 @@ _RENAMED = {
     "push_to_hub_token": "hub_token",
     "push_to_hub_model_id": "hub_model_id",
 }
-# transformers 5.17 has these two under their old names only, whichever a script uses.
+# transformers 5.17 has only the old names of these two; scripts may use either.
 if "activation_checkpointing" not in {field.name for field in dataclasses.fields(TrainingArguments)}:
     for old in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
         _RENAMED[_RENAMED.pop(old)] = old
-# a switch that is a choice today,
+# Switches that became choices.
 _SWITCHES = {
     "group_by_length": ("train_sampling_strategy", "group_by_length"),
     "adafactor": ("optim", "adafactor"),
 }
-# a field of the accelerator configuration,
+# Switches that became fields of --accelerator_config.
 _ACCELERATOR_FIELDS = ("dispatch_batches", "split_batches")
-# and what needs no saying any more, with the reason.
-_GONE = {
+# Ignored arguments, with the reason.
+_IGNORED = {
     "overwrite_output_dir": "the output folder is always written to",
     "save_safetensors": "weights are always saved as safetensors",
-    "fp16_opt_level": "--fp16 and --bf16 have no levels today",
-    "fp16_backend": "--fp16 and --bf16 have one implementation today",
-    "half_precision_backend": "--fp16 and --bf16 have one implementation today",
-    "use_mps_device": "the device is found by itself",
-    "use_ipex": "PyTorch does by itself what it did",
+    "fp16_opt_level": "--fp16 and --bf16 no longer have levels",
+    "fp16_backend": "--fp16 and --bf16 have only one implementation now",
+    "half_precision_backend": "--fp16 and --bf16 have only one implementation now",
+    "use_mps_device": "the device is detected automatically",
+    "use_ipex": "PyTorch does the same by default",
     "jit_mode_eval": "it was for prediction only",
     "include_inputs_for_metrics": "loss and perplexity need no inputs",
-    "use_legacy_prediction_loop": "there is one loop today",
+    "use_legacy_prediction_loop": "there is only one loop now",
     "past_index": "it was for other architectures",
-    "ray_scope": "it was for a search of hyperparameters",
+    "ray_scope": "it was for hyperparameter search",
     "sharded_ddp": "use --fsdp or --deepspeed",
     "xpu_backend": "use --ddp_backend",
-    "mp_parameters": "it was for one cloud",
-    "tpu_num_cores": "the launcher knows it",
+    "mp_parameters": "it was for SageMaker only",
+    "tpu_num_cores": "the launcher sets it",
     "tpu_metrics_debug": "use --debug",
     "torchdynamo": "use --torch_compile",
     "push_to_hub_organization": "use --hub_model_id OWNER/NAME",
@@ -63,7 +63,7 @@ _GONE = {
     "fsdp_transformer_layer_cls_to_wrap": "the blocks of these models are wrapped one by one",
 }
 
-# FSDP 1 was configured by words behind --fsdp; FSDP 2 by fields of --fsdp_config.
+# FSDP 1 was configured by words after --fsdp; FSDP 2 uses fields of --fsdp_config.
 _FSDP_WORDS = {
     "full_shard": {"reshard_after_forward": True},
     "shard_grad_op": {"reshard_after_forward": False},
@@ -72,51 +72,51 @@ _FSDP_WORDS = {
 }
 
 
-def modernized(argv: list[str]) -> tuple[list[str], list[str]]:
-    """Today's command line for one that was written for transformers 4, and a note for each argument that is dropped.
+def translate(argv: list[str]) -> tuple[list[str], list[str]]:
+    """Translate a command line written for transformers 4. Also returns a note for each dropped argument.
 
     Sets the environment variable that replaced `--logging_dir`.
 
     Raises:
-        ValueError: a word behind `--fsdp` that FSDP 2 has nothing for.
+        ValueError: FSDP 2 has no equivalent of a word after `--fsdp`.
     """
-    now: list[str] = []
+    new_argv: list[str] = []
     notes: list[str] = []
     accelerator: dict[str, Any] = {}
     groups = _groups(argv)
     named = dict(groups)
     shadowed = None
-    if "warmup_ratio" in named and "warmup_steps" in named:  # a number of steps, where there is one, has always won
+    if "warmup_ratio" in named and "warmup_steps" in named:  # a number of steps has always won
         shadowed = "warmup_ratio" if _at_least_one(named["warmup_steps"]) else "warmup_steps"
     for name, values in groups:
         if name == shadowed:
             continue
         if name in _RENAMED:
-            now += [f"--{_RENAMED[name]}", *values]
+            new_argv += [f"--{_RENAMED[name]}", *values]
         elif name in _SWITCHES:
             if _is_true(values):
-                now += [f"--{_SWITCHES[name][0]}", _SWITCHES[name][1]]
+                new_argv += [f"--{_SWITCHES[name][0]}", _SWITCHES[name][1]]
         elif name in _ACCELERATOR_FIELDS:
             accelerator[name] = _is_true(values)
         elif name == "logging_dir" and values:
             os.environ["TENSORBOARD_LOGGING_DIR"] = values[0]
-        elif name in _GONE:
-            notes.append(f"--{name} is ignored: {_GONE[name]}.")
+        elif name in _IGNORED:
+            notes.append(f"--{name} is ignored: {_IGNORED[name]}.")
         elif name == "fsdp" and values in (["False"], ["false"], [""]):
-            continue  # off, as it is without
+            continue  # off, as by default
         elif name == "fsdp" and values and not _is_bool(values):
-            now += ["--fsdp", "--fsdp_config", _fsdp_config(values, named.get("fsdp_config"))]
+            new_argv += ["--fsdp", "--fsdp_config", _fsdp_config(values, named.get("fsdp_config"))]
         elif name == "fsdp_config" and named.get("fsdp") and not _is_bool(named["fsdp"]):
-            continue  # taken in with --fsdp
+            continue  # merged into the --fsdp case
         else:
-            now += ([f"--{name}"] if name else []) + values
+            new_argv += ([f"--{name}"] if name else []) + values
     if accelerator:
-        now += ["--accelerator_config", json.dumps(accelerator)]
-    return now, notes
+        new_argv += ["--accelerator_config", json.dumps(accelerator)]
+    return new_argv, notes
 
 
 def _groups(argv: list[str]) -> list[Group]:
-    """The arguments with their values; what stands before the first argument has the name ""."""
+    """Group the arguments with their values; words before the first argument get the name ""."""
     groups: list[Group] = []
     for word in argv:
         if word.startswith("--"):
@@ -154,8 +154,8 @@ def _fsdp_config(words: list[str], file: list[str] | None) -> str:
     for word in " ".join(words).split():
         if word not in _FSDP_WORDS:
             raise ValueError(
-                f"--fsdp {word} belongs to FSDP 1, which is gone. With FSDP 2: {', '.join(_FSDP_WORDS)}, or --fsdp "
-                "alone with the rest in --fsdp_config FILE.json."
+                f"--fsdp {word} belongs to FSDP 1, which is no longer supported. With FSDP 2, use "
+                f"{', '.join(_FSDP_WORDS)}, or --fsdp alone with the rest in --fsdp_config FILE.json."
             )
         config |= _FSDP_WORDS[word]
     return json.dumps(config)

@@ -1,8 +1,4 @@
-"""New tokens: what the old vocabulary makes of them, and the rows that they start from.
-
-Revolves around the difference between two tokenizers, the model's own and one with tokens added to it. It knows the
-embedding and the output matrix of a model, but no files and no trainer.
-"""
+"""Adds tokens to a model: splits them with the old vocabulary and initializes their embedding and output rows."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -17,8 +13,8 @@ from ..model.tokenization_qwen import QWenTokenizer
 
 
 def merge_pieces(pieces: Iterable[bytes], ranks: Mapping[bytes, int]) -> list[bytes]:
-    """Byte-pair encoding as tiktoken does it: the two neighbours that together have the lowest rank become one, the
-    leftmost first, until no two are a token. It may start anywhere: from single bytes, or from what fewer ranks left.
+    """Byte-pair encoding as in tiktoken: merge the adjacent pair with the lowest rank, leftmost first, until no pair is
+    a token. `pieces` may be single bytes, or the result of merging with fewer ranks.
     """
     pieces = list(pieces)
     while True:
@@ -30,18 +26,18 @@ def merge_pieces(pieces: Iterable[bytes], ranks: Mapping[bytes, int]) -> list[by
 
 
 def single_bytes(token: bytes) -> list[bytes]:
-    """The bytes of a token, each as `bytes`."""
+    """Split a token into its bytes, each as `bytes`."""
     return [token[i : i + 1] for i in range(len(token))]
 
 
 def expand_embeddings(model: PreTrainedModel, tokenizer: QWenTokenizer, base_tokenizer: QWenTokenizer) -> list[int]:
-    """Give every token that `tokenizer` has beyond `base_tokenizer` a row in the model's embedding and output matrix.
+    """Initialize the embedding and output rows of all tokens that `tokenizer` has beyond `base_tokenizer`.
 
-    A new row is the mean of the rows of the pieces that `base_tokenizer` cuts the token into (Koto et al. 2021,
-    https://arxiv.org/abs/2109.04607): the model starts from what it knows of the word. Where the tokens do not fit,
-    both matrices grow to `len(tokenizer)` rows, which is the size that peft gives the base model of an adapter with
-    this tokenizer beside it. Rows of old tokens stay as they are; rows between them and the new ids that belong to no
-    token are random. To be called before adapters are put on the model, and before DeepSpeed or FSDP wrap it.
+    A new row is the mean of the rows of the pieces into which `base_tokenizer` splits the token (Koto et al. 2021,
+    https://arxiv.org/abs/2109.04607), so that the model starts from what it has learned of the word. If the tokens do
+    not fit, both matrices grow to `len(tokenizer)` rows, the size that peft gives the base model of an adapter with
+    this tokenizer beside it. Rows of old tokens do not change; rows between them and the new ids that belong to no
+    token are random. Call it before adding adapters to the model, and before DeepSpeed or FSDP wrap it.
 
     Args:
         model: a model trained with `base_tokenizer`, in any dtype, its two matrices tied or not; changed in place.
@@ -49,7 +45,7 @@ def expand_embeddings(model: PreTrainedModel, tokenizer: QWenTokenizer, base_tok
         base_tokenizer: the vocabulary without the new tokens.
 
     Returns:
-        The new ids in ascending order; none where the two vocabularies are the same.
+        The new ids in ascending order; empty if the vocabularies are the same.
 
     Raises:
         ValueError: a token of `base_tokenizer` is missing from `tokenizer` or has another id there, or the model has
@@ -60,13 +56,13 @@ def expand_embeddings(model: PreTrainedModel, tokenizer: QWenTokenizer, base_tok
         token, index = min(changed, key=lambda item: item[1])
         there = f"has id {vocabulary[token]}" if token in vocabulary else "is missing"
         raise ValueError(
-            f"The new vocabulary does not continue the model's: token {token!r} with id {index} {there} in it. Make it "
+            f"The new vocabulary does not extend the model's: token {token!r} with id {index} {there} in it. Create it "
             "from the model's own qwen.tiktoken: `python examples/add_merges.py MODEL/qwen.tiktoken OUT WORDS`."
         )
     rows = model.config.vocab_size
     if len(base_tokenizer) > rows:
         raise ValueError(
-            f"The model has {rows} rows of embedding for a vocabulary of {len(base_tokenizer)}: the weights and the "
+            f"The model has {rows} embedding rows for a vocabulary of {len(base_tokenizer)}: the weights and the "
             "qwen.tiktoken beside them belong to different models."
         )
     added = sorted((index, token) for token, index in vocabulary.items() if token not in known)
@@ -76,7 +72,7 @@ def expand_embeddings(model: PreTrainedModel, tokenizer: QWenTokenizer, base_tok
     ranks = base_tokenizer.mergeable_ranks
     pieces = {index: [ranks[piece] for piece in merge_pieces(single_bytes(token), ranks)] for index, token in added}
     matrices = (model.get_input_embeddings().weight, model.get_output_embeddings().weight)
-    distinct = list({id(weight): weight for weight in matrices}.values())  # tied, they are one
+    distinct = list({id(weight): weight for weight in matrices}.values())  # one if tied
     with torch.no_grad(), _gathered(distinct):
         for weight in distinct:
             for index, ids in pieces.items():
@@ -85,7 +81,7 @@ def expand_embeddings(model: PreTrainedModel, tokenizer: QWenTokenizer, base_tok
 
 
 def _gathered(weights: list[torch.nn.Parameter]) -> AbstractContextManager:
-    """Under ZeRO 3 a process holds a slice of each matrix: bring the whole together, and spread what was written."""
+    """Under ZeRO 3, gather the matrices, of which each process holds a slice, and distribute the changes on exit."""
     if not is_deepspeed_zero3_enabled():
         return nullcontext()
     import deepspeed

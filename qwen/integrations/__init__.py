@@ -1,1 +1,1 @@
-"""Other programs that call these models; each file is imported by those who use it."""
+"""Integrations with other libraries. Import each module explicitly to use it."""

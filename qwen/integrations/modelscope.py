@@ -1,6 +1,6 @@
-"""ModelScope's `pipeline(task=Tasks.chat, model=…)` for these models, as programs of 2023 call it.
+"""Registers these models with ModelScope's `pipeline(task=Tasks.chat, model=…)`, as programs of 2023 call it.
 
-Importing this module registers a pipeline of our own with ModelScope, whose chat pipelines need transformers 4:
+ModelScope's own chat pipelines need transformers 4. Importing this module registers a replacement:
 
     import qwen.integrations.modelscope
     from modelscope.pipelines import pipeline
@@ -26,16 +26,16 @@ TYPE = "qwen-chat"  # in configuration.json beside published weights, and in mod
 
 @builder.PIPELINES.register_module(Tasks.chat, module_name=TYPE, force=True)
 class QwenChat:
-    """What `pipeline(task=Tasks.chat, model=FOLDER)` returns.
+    """The chat pipeline that `pipeline(task=Tasks.chat, model=FOLDER)` returns.
 
     Args:
-        model: a folder, which modelscope fetches first where an id is given.
-        device: "gpu", which is the CPU where there is none, "gpu:1" or "cpu".
-        device_map: as for from_pretrained, instead of `device`.
-        kwargs: for from_pretrained, such as bf16=True.
+        model: a folder; modelscope downloads ids first.
+        device: "gpu", "gpu:1" or "cpu"; "gpu" uses the CPU if there is no GPU.
+        device_map: `device_map` of from_pretrained, instead of `device`.
+        kwargs: for from_pretrained, e.g. bf16=True.
 
     Raises:
-        CheckpointError: this is no chat model, or it cannot be loaded.
+        CheckpointError: the model is not a chat model, or cannot be loaded.
     """
 
     def __init__(self, model: str, device: str = "gpu", device_map: Any = None, **kwargs: Any):
@@ -50,11 +50,11 @@ class QwenChat:
 
         Args:
             input: the query, or {"text": query, "history": earlier turns}.
-            history: earlier turns, (query, response) each.
-            kwargs: for `model.chat`, such as system="…".
+            history: earlier turns as (query, response) pairs.
+            kwargs: for `model.chat`, e.g. system="…".
 
         Returns:
-            "response", and "history" with this turn at its end.
+            A dict of "response", and "history" including this turn.
         """
         if isinstance(input, dict):
             query, history = input["text"], input.get("history", history)
@@ -65,7 +65,7 @@ class QwenChat:
 
 
 def _register() -> None:
-    """Replace what `pipeline` asks about a model; programs may have imported `pipeline` itself already."""
+    """Patch the functions that `pipeline` calls to inspect a model; programs may have imported `pipeline` already."""
     is_official, read = builder.is_official_hub_path, builder.read_config
 
     def is_official_hub_path(path: Any, revision: str | None = None) -> bool:
@@ -77,7 +77,7 @@ def _register() -> None:
         return Config({"framework": "pytorch", "task": "chat", "pipeline": {"type": TYPE}})
 
     builder.is_official_hub_path, builder.read_config = is_official_hub_path, read_config
-    # Where the registry looks for the module of a type; without it, it would import one of its own.
+    # The registry looks up the module of a pipeline type here; otherwise it would import its own.
     LazyImportModule.get_ast_index()["index"]["PIPELINES", "chat", TYPE] = {"module": __name__}
 
 
@@ -90,7 +90,7 @@ def _is_qwen(path: Any, revision: str | None) -> bool:
         if not Path(path).is_dir():
             config = Path(model_file_download(path, config.name, revision=revision))
         return json.loads(config.read_text(encoding="utf-8")).get("model_type") == QWenConfig.model_type
-    except (OSError, ValueError, AttributeError):  # modelscope says what is wrong with it
+    except (OSError, ValueError, AttributeError):  # modelscope reports the error
         return False
 
 

@@ -1,5 +1,5 @@
-"""The model code that `save_pretrained` copies beside the weights, so that they load without this package.
+"""Model code that `save_pretrained` copies next to the weights, so that checkpoints load without this package.
 
-transformers copies the siblings of a class by their file names. Therefore the folder is flat, and its files import only
+transformers copies sibling files by name, without folders. The folder is therefore flat, and its files import only
 installed packages and one another.
 """

@@ -1,7 +1,7 @@
-"""The `chat` methods of the language model: prompt, generation and streaming of replies.
+"""Chat methods of the language model: `chat`, `chat_batch` and `chat_stream`.
 
 `ChatMixin` builds prompts with `qwen_generation_utils` and runs them through the model's `generate`. A streamed reply
-is generated in a thread of its own, and its tokens pass through a queue.
+is generated in a background thread, which passes its tokens through a queue.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from .qwen_generation_utils import (
 
 
 class ChatMixin:
-    """`chat`, `chat_stream` and `chat_batch` for a language model, and `stop_words_ids` for its `generate`."""
+    """Adds `chat`, `chat_stream` and `chat_batch` to a language model, and `stop_words_ids` to its `generate`."""
 
     def generate(
         self,
@@ -46,17 +46,17 @@ class ChatMixin:
         stop_words_ids: list[list[int]] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As in transformers, and it takes `stop_words_ids`.
+        """transformers' `generate` with the additional argument `stop_words_ids`.
 
-        Batches padded on the left need no attention mask: where none is given it is read from the pad token, also
-        where that is the eos token, as in the published generation configs.
+        Left-padded batches need no attention mask: if none is given, it is derived from the pad token, even if that
+        is also the eos token, as in the published generation configs.
 
         Args:
-            stop_words_ids: token sequences; once a row ends with any of them, its next token is forced to be eos.
-                Where it is not given, that of the generation config counts.
+            stop_words_ids: token sequences; once a row ends with one of them, its next token is forced to be eos.
+                Default: that of the generation config.
 
         Raises:
-            ValueError: `stop_words_ids` of the wrong shape, or no eos token to end the row with.
+            ValueError: `stop_words_ids` has the wrong shape, or no eos token is set.
         """
         if stop_words_ids is None:
             stop_words_ids = self._generation_setting("stop_words_ids", generation_config)
@@ -66,7 +66,7 @@ class ChatMixin:
             eos = self._generation_setting("eos_token_id", generation_config) if eos is None else eos
             eos = eos[0] if isinstance(eos, Sequence) and eos else eos
             if eos is None:
-                raise ValueError("stop_words_ids ends a row with its eos token, and none is set: pass eos_token_id=…")
+                raise ValueError("stop_words_ids needs an eos token to end a row, but none is set: pass eos_token_id=…")
             logits_processor = LogitsProcessorList(logits_processor or [])
             logits_processor.append(StopWordsLogitsProcessor(stop_words_ids, int(eos)))
         ids = kwargs.get("input_ids") if inputs is None else inputs
@@ -89,19 +89,19 @@ class ChatMixin:
         """Answer one query.
 
         Args:
-            history: earlier turns, (query, response) each; left as it is.
-            system: what the model is told to be.
-            stop_words_ids: token sequences that end the reply too, such as [tokenizer.encode("Observation:")]; the
-                reply holds the one that ended it.
-            generation_config: in place of the model's own.
-            kwargs: anything that `generate` takes.
+            history: earlier turns as (query, response) pairs; not modified.
+            system: system message.
+            stop_words_ids: additional token sequences that end the reply, such as [tokenizer.encode("Observation:")];
+                the reply includes the one that ended it.
+            generation_config: replaces the model's own.
+            kwargs: further arguments of `generate`.
 
         Returns:
             The response, and a new history that ends with this turn.
 
         Raises:
-            ValueError: a base model, an empty query, a history of the wrong shape, a prompt longer than the model's
-                limit, or the argument `stream`.
+            ValueError: the model is a base model, the query is empty, the history has the wrong shape, the prompt is
+                longer than the model's limit, or `stream` is passed.
         """
         (response,), (history,) = self.chat_batch(
             tokenizer, [query], [history], system, stop_words_ids, generation_config, **kwargs
@@ -118,18 +118,18 @@ class ChatMixin:
         generation_config: GenerationConfig | None = None,
         **kwargs: Any,
     ) -> tuple[list[str], list[History]]:
-        """Answer many queries in one `generate`; each as `chat` would answer it alone.
+        """Answer several queries in one `generate` call, each as `chat` would answer it alone.
 
         Args:
-            queries: one a conversation.
-            histories: one a query, None for an empty one.
-            system: one for all, or one a query.
+            queries: one per conversation.
+            histories: one per query, None for an empty one.
+            system: one for all queries, or one per query.
 
         Returns:
-            The responses, and the new histories, in the order of the queries.
+            The responses and the new histories, in the order of the queries.
 
         Raises:
-            ValueError: as `chat`, or lists of different lengths.
+            ValueError: as for `chat`, or the lists differ in length.
         """
         if isinstance(queries, str):
             raise ValueError("chat_batch takes a list of queries; chat takes one.")
@@ -146,7 +146,7 @@ class ChatMixin:
             for turn in zip(queries, histories, systems, strict=True)
         ]
         length = max(len(ids) for ids in prompts)
-        # Padded with a token that every prompt holds anyway, so that a repetition penalty sees no new one.
+        # Pad with a token that every prompt contains, so that a repetition penalty sees no additional token.
         padding = [length - len(ids) for ids in prompts]
         rows = [[tokenizer.im_start_id] * pad + ids for pad, ids in zip(padding, prompts, strict=True)]
         mask = [[0] * pad + [1] * (length - pad) for pad in padding]
@@ -155,7 +155,7 @@ class ChatMixin:
         )
         sequences = output if isinstance(output, torch.Tensor) else output.sequences
         if len(sequences) != len(rows):
-            raise ValueError("chat answers each query once: leave num_return_sequences at 1, or call generate.")
+            raise ValueError("chat returns one reply per query: leave num_return_sequences at 1, or call generate.")
         responses = [decode_tokens(row, tokenizer, context_length=length) for row in sequences]
         turns = zip(queries, responses, strict=True)
         return responses, [[*map(tuple, past or []), turn] for past, turn in zip(histories, turns, strict=True)]
@@ -170,17 +170,17 @@ class ChatMixin:
         generation_config: GenerationConfig | None = None,
         **kwargs: Any,
     ) -> Iterator[str]:
-        """Answer one query while it is being written: the whole reply so far, each time it has grown.
+        """Answer one query as a stream: yield the whole reply so far each time it grows.
 
-        The last one equals the response of `chat` under the same choices. A character appears when all of its bytes
-        are there. Closing the iterator, or dropping it, ends the computation at the next token.
+        The last text equals the response of `chat` if the same tokens are chosen. A character appears once all of its
+        bytes are generated. Closing or dropping the iterator stops generation at the next token.
 
         Raises:
-            ValueError: as `chat`, at the call and not at the first piece.
+            ValueError: as for `chat`; raised by the call, not by the first iteration.
         """
         arguments = self._chat_arguments(tokenizer, stop_words_ids, generation_config, kwargs)
         if (arguments["generation_config"].num_beams or 1) > 1 or "streamer" in arguments:
-            raise ValueError("chat_stream has its own streamer and writes one row: leave out streamer and num_beams.")
+            raise ValueError("chat_stream has its own streamer and generates one row: omit streamer and num_beams.")
         ids = self._chat_prompt(tokenizer, query, history, system, generation_config)
         return self._stream(tokenizer, ids, arguments)
 
@@ -189,7 +189,7 @@ class ChatMixin:
         criteria = StoppingCriteriaList([*(arguments.pop("stopping_criteria", None) or []), Abandoned(tokens)])
         prompt = torch.tensor([ids], device=self.device)
 
-        def work() -> None:
+        def run_generate() -> None:
             try:
                 self.generate(
                     prompt,
@@ -198,19 +198,19 @@ class ChatMixin:
                     stopping_criteria=criteria,
                     **arguments,
                 )
-            except BaseException as error:  # raised again where somebody is waiting for the text
+            except BaseException as error:  # raised again in the thread that reads the stream
                 tokens.queue.put(error)
             finally:
                 tokens.queue.put(None)
 
-        worker = threading.Thread(target=work, name="chat_stream", daemon=True)
+        worker = threading.Thread(target=run_generate, name="chat_stream", daemon=True)
 
         def stop() -> None:
             tokens.abandoned.set()
             worker.join()
 
         worker.start()
-        atexit.register(stop)  # an interpreter that exits under a working thread aborts
+        atexit.register(stop)  # an interpreter that exits while the thread runs aborts
         try:
             yield from reply_so_far(tokens, tokenizer)
         finally:
@@ -218,7 +218,7 @@ class ChatMixin:
             stop()
 
     def _generation_setting(self, name: str, generation_config: GenerationConfig | None) -> Any:
-        """A field of the given generation config, or of the model's own where that one leaves it open."""
+        """Return a field of the given generation config, or of the model's own if it is None there."""
         value = getattr(generation_config, name, None)
         return getattr(self.generation_config, name, None) if value is None else value
 
@@ -229,21 +229,21 @@ class ChatMixin:
         generation_config: GenerationConfig | None,
         kwargs: dict[str, Any],
     ) -> dict[str, Any]:
-        """The arguments of `generate` for a chat, with what ends a reply among them."""
+        """Return the arguments of `generate` for a chat, including the stop tokens."""
         if "stream" in kwargs:
             raise ValueError("chat has no argument `stream`: call chat_stream, which yields the reply as it grows.")
         chat_format = self._generation_setting("chat_format", generation_config)
         if chat_format != "chatml":
             raise ValueError(
-                f'This checkpoint is no chat model: its chat_format is {chat_format!r}, not "chatml". '
+                f'This checkpoint is not a chat model: its chat_format is {chat_format!r}, not "chatml". '
                 "Use a chat checkpoint such as Qwen/Qwen-7B-Chat, or complete text with generate. If it is a chat "
-                "model, its generation_config.json is missing: put it beside the weights."
+                "model, its generation_config.json is missing: put it next to the weights."
             )
         if stop_words_ids is None:
             stop_words_ids = self._generation_setting("stop_words_ids", generation_config) or []
         check_stop_words(stop_words_ids)
         stop_words_ids = [*stop_words_ids, *get_stop_words_ids(chat_format, tokenizer)]
-        # One-token stop words end the row at once, as an eos does; longer ones are watched for.
+        # Stop words of one token are passed as eos tokens; longer ones need the logits processor.
         ends = [words[0] for words in stop_words_ids if len(words) == 1]
         eos = kwargs.pop("eos_token_id", None)
         eos = self._generation_setting("eos_token_id", generation_config) if eos is None else eos
@@ -252,7 +252,7 @@ class ChatMixin:
         pad = self._generation_setting("pad_token_id", generation_config) if pad is None else pad
         config = copy.deepcopy(generation_config or self.generation_config)
         if kwargs.get("do_sample", config.do_sample) is False:
-            # transformers warns of settings without effect, and takes the model's own for those that are not set
+            # transformers warns about settings without effect, and replaces unset ones with the model's own
             kwargs = {"temperature": 1.0, "top_k": 50, "top_p": 1.0} | kwargs
         arguments = config.update(
             **kwargs,
@@ -285,13 +285,13 @@ class ChatMixin:
 
 
 def mask_of_left_padding(ids: torch.Tensor, pad_token_ids: Collection[int]) -> torch.Tensor:
-    """0 for the pad tokens in front of each row, 1 for all else. ids: (B, S) → (B, S)."""
+    """Attention mask of left-padded rows: 0 for leading pad tokens, 1 elsewhere. ids: (B, S) → (B, S)."""
     is_token = ~torch.isin(ids, torch.tensor(sorted(pad_token_ids), dtype=ids.dtype, device=ids.device))
     return is_token.long().cummax(dim=-1).values
 
 
 class TokenQueue(BaseStreamer):
-    """Carries the new tokens of one row from the thread that generates to the one that reads."""
+    """Passes the new tokens of one row from the generating thread to the reading one."""
 
     def __init__(self):
         self.queue: queue.SimpleQueue[int | BaseException | None] = queue.SimpleQueue()
@@ -306,7 +306,7 @@ class TokenQueue(BaseStreamer):
         self.prompt_seen = True
 
     def end(self) -> None:
-        pass  # the thread says itself when it is done, so that an error ends the stream too
+        pass  # the thread puts the end marker itself, so that an error ends the stream too
 
     def __iter__(self) -> Iterator[int]:
         while (item := self.queue.get()) is not None:
@@ -316,7 +316,7 @@ class TokenQueue(BaseStreamer):
 
 
 class Abandoned(StoppingCriteria):
-    """Ends a generation whose reader has gone."""
+    """Stops generation after the reader has closed the stream."""
 
     def __init__(self, tokens: TokenQueue):
         self.tokens = tokens
@@ -326,14 +326,14 @@ class Abandoned(StoppingCriteria):
 
 
 def reply_so_far(tokens: Iterator[int], tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    """Tokens of a reply → its text so far, trimmed, each time it has grown by whole characters."""
+    """Yield the stripped text of a reply so far each time it grows by whole characters."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     ends = {tokenizer.eod_id, tokenizer.im_start_id, tokenizer.im_end_id}
     text = shown = ""
     for token in tokens:
         if token in ends:
             break
-        if token >= len(tokenizer):  # a row of the matrix without a token
+        if token >= len(tokenizer):  # an embedding row beyond the vocabulary
             continue
         piece = tokenizer.convert_ids_to_tokens(token)
         text += decoder.decode(piece) if isinstance(piece, bytes) else decoder.decode(b"", final=True) + piece
@@ -346,16 +346,16 @@ def reply_so_far(tokens: Iterator[int], tokenizer: PreTrainedTokenizerBase) -> I
 
 
 def check_stop_words(stop_words_ids: Any) -> None:
-    """Refuse what is not a list of non-empty lists of token ids.
+    """Check that `stop_words_ids` is a list of non-empty lists of token ids.
 
     Raises:
-        ValueError: shows the form.
+        ValueError: it is not; the message shows an example.
     """
     if not isinstance(stop_words_ids, list | tuple) or not all(
         isinstance(words, list | tuple) and words and all(isinstance(token, int) and token >= 0 for token in words)
         for words in stop_words_ids
     ):
         raise ValueError(
-            "stop_words_ids is a list of lists of token ids such as [tokenizer.encode('Observation:')], "
+            "stop_words_ids must be a list of lists of token ids such as [tokenizer.encode('Observation:')], "
             f"not {stop_words_ids!r}."
         )

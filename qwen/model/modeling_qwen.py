@@ -1,10 +1,10 @@
 """The first-generation Qwen network on transformers 5.
 
 A pre-norm decoder: RMSNorm, rotary embedding, multi-head attention with a fused projection, gated MLP. Three additions
-carry it past its trained length at inference: dynamic NTK (a larger RoPE base, fixed by the length of the prompt), LogN
-(longer queries at later positions) and, on request, windows (layers look back a limited distance).
+extend it beyond its trained length at inference: dynamic NTK (a larger RoPE base that depends on the prompt length),
+LogN (queries scaled up at later positions) and, optionally, windows (layers attend back a limited distance).
 
-Loading, chat and quantized weights are mixins from the files beside this one.
+Loading, chat and support for quantized weights are mixins from sibling files.
 
 Shapes: B batch, S new tokens, T = past + S, H heads, D head size, R rotary channels of D, C hidden size.
 """
@@ -30,11 +30,11 @@ from .configuration_qwen import QWenConfig
 from .gptq_qwen import GPTQMixin
 from .kv_cache_qwen import QuantizedKVCache, QuantizedStates, cache_of_tuples, prompt_state, quantized_attention
 from .loading_qwen import LoadingMixin
-from .rope_qwen import MAX_DOUBLINGS as MAX_DOUBLINGS  # it was here
+from .rope_qwen import MAX_DOUBLINGS as MAX_DOUBLINGS  # re-exported for old imports
 from .rope_qwen import logn_scale, ntk_alpha, rotary_tables, rotate
 from .window_attention_qwen import Window, window_attention, windows
 
-# What transformers calls a cache among its arguments: `cache` from 5.24 on.
+# Name of the cache argument in transformers: `cache` from 5.24 on.
 CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 
 
@@ -62,7 +62,7 @@ def eager_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Softmax attention written out. query: (B, H, S, D), key and value: (B, H, T, D) → (B, S, H, D), (B, H, S, T)."""
+    """Plain softmax attention. query: (B, H, S, D), key and value: (B, H, T, D) → (B, S, H, D), (B, H, S, T)."""
     scores = torch.matmul(query, key.transpose(2, 3)) * scaling
     if attention_mask is not None:
         scores = scores + attention_mask
@@ -83,7 +83,7 @@ class QWenAttention(nn.Module):
         self.projection_size = config.num_attention_heads * config.kv_channels
         self.scaling = config.kv_channels**-0.5 if config.scale_attn_weights else 1.0
         self.attention_dropout = config.attn_dropout_prob
-        self.num_key_value_groups = 1  # transformers' attention functions ask for it
+        self.num_key_value_groups = 1  # transformers' attention functions read it
         self.c_attn = nn.Linear(config.hidden_size, 3 * self.projection_size)
         self.c_proj = nn.Linear(self.projection_size, config.hidden_size, bias=not config.no_bias)
 
@@ -96,7 +96,7 @@ class QWenAttention(nn.Module):
         window: Window | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """hidden_states: (B, S, C) → (B, S, C), and the weights (B, H, S, T) where the implementation gives them."""
+        """hidden_states: (B, S, C) → (B, S, C), and the weights (B, H, S, T) if the implementation returns them."""
         batch, length, _ = hidden_states.shape
         heads = self.c_attn(hidden_states).view(batch, length, 3, -1, self.head_dim).permute(2, 0, 3, 1, 4)
         query, key, value = heads.unbind(0)
@@ -108,7 +108,7 @@ class QWenAttention(nn.Module):
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
 
-        if CACHE == "cache" and "cache" in kwargs:  # before 5.24 the attention function writes to it
+        if CACHE == "cache" and "cache" in kwargs:  # before 5.24 the attention function updates it
             key, value = kwargs.pop("cache").update(key, value, self.layer_idx, kwargs=kwargs)
 
         if isinstance(key, QuantizedStates):
@@ -178,7 +178,7 @@ class QWenBlock(GradientCheckpointingLayer):
 
 
 class QWenPreTrainedModel(LoadingMixin, GPTQMixin, PreTrainedModel):
-    """Loading, initialisation and what the architecture can do."""
+    """Base class: loading, initialisation and supported features."""
 
     config: QWenConfig
     config_class = QWenConfig
@@ -221,16 +221,16 @@ class QWenModel(QWenPreTrainedModel):
         cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
-        """Token ids to hidden states.
+        """Compute hidden states from token ids.
 
         Args:
             input_ids: (B, S); or `inputs_embeds`: (B, S, C).
             attention_mask: (B, T), 1 for tokens and 0 for padding, or an additive mask (B, 1, S, T).
-            position_ids: (B, S); counted from the start of the padded row where they are not given.
-            past_key_values: keys and values of earlier tokens. `cache` is the same: transformers' name from 5.24 on.
+            position_ids: (B, S); default: counted from the start of the padded row.
+            past_key_values: keys and values of earlier tokens; named `cache` from transformers 5.24 on.
 
         Raises:
-            ValueError: both or neither of `input_ids` and `inputs_embeds`.
+            ValueError: both or neither of `input_ids` and `inputs_embeds` are given.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
@@ -239,8 +239,8 @@ class QWenModel(QWenPreTrainedModel):
         if isinstance(cache, Cache):
             past_key_values = cache
         elif cache is not None:
-            kwargs["cache"] = cache  # of continuous batching, for the layers
-        if isinstance(past_key_values, (tuple, list)):  # torch 2.7 compiles no `tuple | list`
+            kwargs["cache"] = cache  # the paged cache of continuous batching, used by the layers
+        if isinstance(past_key_values, (tuple, list)):  # torch 2.7 cannot compile `tuple | list`
             past_key_values = cache_of_tuples(past_key_values, self.fused)
         if use_cache and past_key_values is None:
             past_key_values = self.new_cache()
@@ -263,7 +263,7 @@ class QWenModel(QWenPreTrainedModel):
         query_scale = logn_scale(position_ids, self.config.seq_length) if stretch_queries else None
 
         hidden_states = self.drop(inputs_embeds)
-        # Fewer layers when `generate` drafts with the first of them.
+        # `generate` may draft with only the first layers.
         for block, window in zip(self.h[: self.config.num_hidden_layers], visible, strict=False):
             hidden_states = block(
                 hidden_states,
@@ -280,19 +280,19 @@ class QWenModel(QWenPreTrainedModel):
         )
 
     def new_cache(self) -> Cache:
-        """An empty key/value cache of the kind that the configuration asks for."""
+        """Return an empty key/value cache of the configured kind."""
         return QuantizedKVCache(self.fused) if self.config.use_cache_quantization else DynamicCache(config=self.config)
 
     @property
     def fused(self) -> bool:
-        """Whether single tokens attend to the bytes of an 8-bit cache. Other implementations than the usual one are
-        asked for by those who want weights ("eager"), or bring masks of their own ("flex_attention")."""
+        """Whether single tokens attend to the bytes of an 8-bit cache. Only with "sdpa": "eager" returns attention
+        weights, and "flex_attention" uses its own masks."""
         return self.config.use_cache_kernel and self.config._attn_implementation == "sdpa"
 
     def layer_windows(
         self, cache: Cache | None, past_length: int | torch.Tensor, inputs_embeds: torch.Tensor
     ) -> list[Window | None]:
-        """What each layer sees, None for all. ValueError for flex attention, whose masks are no tensors."""
+        """Return the window of each layer, None for no limit. Raises ValueError for flex attention (no tensor mask)."""
         if not self.config.use_window_attn or self.training:
             return [None] * len(self.h)
         if self.config._attn_implementation == "flex_attention":
@@ -308,16 +308,16 @@ class QWenModel(QWenPreTrainedModel):
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor | None,
     ) -> torch.Tensor | None:
-        """α of each row: from its prompt when that is encoded, from the cache when decoding goes on.
+        """Return α of each row: computed from its prompt at prefill, read from the cache at decode.
 
-        The keys in a cache were rotated with the α of their prompt, so it is kept with them, in its `PromptState`.
-        Without a cache every call is a prompt of its own.
+        The keys in a cache were rotated with the α of their prompt, so α is stored with them, in its `PromptState`.
+        Without a cache every call is a new prompt.
 
         Args:
-            past_length: tokens in the cache; a tensor where the cache is a static one.
+            past_length: tokens in the cache; a tensor for a static cache.
 
         Returns:
-            (B), or None where dynamic NTK is off. Paged rows hold several prompts at once and have none.
+            (B), or None if dynamic NTK is off or attention is paged, where a row holds several prompts.
         """
         if not self.config.use_dynamic_ntk or self.training or self.config._attn_implementation.startswith("paged|"):
             return None
@@ -326,7 +326,7 @@ class QWenModel(QWenPreTrainedModel):
         prompts = prompt_state(cache)
         if prompts.alpha is not None and isinstance(past_length, int) and past_length > 0:
             batch = len(inputs_embeds)
-            if len(prompts.alpha) != batch:  # the cache was repeated for several answers to each prompt
+            if len(prompts.alpha) != batch:  # the cache was repeated for several sequences per prompt
                 prompts.alpha = prompts.alpha.repeat_interleave(batch // len(prompts.alpha))
             return prompts.alpha
 
@@ -339,7 +339,7 @@ class QWenModel(QWenPreTrainedModel):
             # In place and without a branch, so that one compiled graph serves every step.
             return prompts.alpha.copy_(torch.where(past_length == 0, alpha, prompts.alpha))
         if cache.is_compileable and not torch.compiler.is_compiling():
-            torch._dynamo.mark_static_address(alpha)  # the compiled step writes to it, which CUDA graphs must know
+            torch._dynamo.mark_static_address(alpha)  # the compiled step writes to it; CUDA graphs need to know
         prompts.alpha = alpha
         return alpha
 
@@ -347,7 +347,7 @@ class QWenModel(QWenPreTrainedModel):
 def count_prompt_tokens(
     inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None
 ) -> torch.Tensor:
-    """True length of each prompt, padding not counted: (B)."""
+    """Return the length of each prompt without padding: (B)."""
     batch, length, _ = inputs_embeds.shape
     if attention_mask is not None and attention_mask.dim() == 2:
         return attention_mask.sum(-1)
@@ -357,7 +357,7 @@ def count_prompt_tokens(
 
 
 def keep_positions(hidden_states: torch.Tensor, positions: int | torch.Tensor) -> torch.Tensor:
-    """(B, S, C) → its last `positions` positions, all for 0, or those at the given indices."""
+    """Return the last `positions` positions of (B, S, C), all for 0, or those at the given indices."""
     if isinstance(positions, torch.Tensor):
         return hidden_states[:, positions]
     return hidden_states[:, -positions:] if positions else hidden_states
@@ -390,11 +390,11 @@ class QWenLMHeadModel(QWenPreTrainedModel, ChatMixin, GenerationMixin):
         cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
-        """Token ids to logits (B, S, vocab_size), and to the loss where labels are given. See `QWenModel.forward`.
+        """Compute logits (B, S, vocab_size), and the loss if labels are given. See `QWenModel.forward`.
 
         Args:
-            labels: (B, S), token ids, -100 where nothing is to be learned; shifted here, so they equal `input_ids`.
-            logits_to_keep: only the last so many positions, or those at the given indices; 0 for all.
+            labels: (B, S), token ids, -100 to ignore; shifted internally, so they are aligned with `input_ids`.
+            logits_to_keep: number of last positions, or indices of positions, to compute logits for; 0 for all.
         """
         outputs: BaseModelOutputWithPast = self.transformer(
             input_ids=input_ids,
@@ -422,19 +422,18 @@ class QWenLMHeadModel(QWenPreTrainedModel, ChatMixin, GenerationMixin):
         """As in transformers.
 
         Raises:
-            ValueError: with `use_cache_quantization=True` or `use_window_attn=True`: its paged cache ignores both.
+            ValueError: `use_cache_quantization` or `use_window_attn` is on; the paged cache ignores both.
         """
         if self.config.use_window_attn:
             raise ValueError(
-                "transformers' continuous batching (generate_batch) gives every layer the whole context: load the "
-                "model without use_window_attn=True for it. generate, chat_batch and openai_api.py serve many at once "
-                "with windows."
+                "transformers' continuous batching (generate_batch) does not support windows: load the model without "
+                "use_window_attn=True. generate, chat_batch and openai_api.py support batches with windows."
             )
         if self.config.use_cache_quantization:
             raise ValueError(
-                "transformers' continuous batching (generate_batch) has a paged cache of its own, in full precision: "
-                "load the model without use_cache_quantization=True for it. generate, chat_batch and openai_api.py "
-                "serve many at once from the 8-bit cache."
+                "transformers' continuous batching (generate_batch) uses its own paged cache in full precision: load "
+                "the model without use_cache_quantization=True. generate, chat_batch and openai_api.py support batches "
+                "with the 8-bit cache."
             )
         return super().init_continuous_batching(*args, **kwargs)
 
@@ -447,7 +446,7 @@ class QWenLMHeadModel(QWenPreTrainedModel, ChatMixin, GenerationMixin):
         if self.config.use_cache_quantization and wants_default and model_kwargs.get(CACHE) is None:
             model_kwargs[CACHE] = self.transformer.new_cache()
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        # The last call of `generate` before its first forward: the prompt is known whole here, and may come in chunks.
+        # The last call before the first forward. The full prompt is known here; the forward may get only a chunk of it.
         cache, position_ids = model_kwargs.get(CACHE), model_kwargs.get("position_ids")
         if cache is not None and position_ids is not None and cache.get_seq_length() == 0:
             prompt_state(cache).lengths = position_ids.amax(-1) + 1

@@ -1,6 +1,6 @@
 """Quantizes a float checkpoint to 4 or 8 bits with GPTQ, calibrated with conversations.
 
-What is written is laid out as the published -Int4 and -Int8 checkpoints are, and loads as they do.
+The result has the layout of the published -Int4 and -Int8 checkpoints, and loads like them.
 """
 
 import os
@@ -14,29 +14,30 @@ from typing import Any
 
 import torch
 
+from .._renamed import old_names
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.staging import filled_at_the_end
+from ..checkpoint.staging import staged_directory
 from ..data.samples import encode_sample
 from ..model.tokenization_qwen import QWenTokenizer
-from .checks import GROUP_SIZES, as_checkpoint, bytes_before, check, check_numbers, full_memory_explained, gigabytes
+from .checks import GROUP_SIZES, as_checkpoint, bytes_before, check, check_finite, explain_out_of_memory, format_bytes
 from .gptqmodel_runner import PUBLISHED_SETTINGS, Progress, run_gptq
 from .writer import save
 
 __all__ = [
     "GROUP_SIZES",
     "PUBLISHED_SETTINGS",
-    "Loss",
-    "Outcome",
+    "LayerError",
+    "QuantizeResult",
     "calibration_samples",
     "check",
-    "gigabytes",
+    "format_bytes",
     "quantize",
 ]
 
 
 @dataclass(frozen=True)
-class Loss:
-    """What rounding cost the matrices of one kind: half the squared error of their outputs, per token."""
+class LayerError:
+    """Quantization error of the matrices of one kind: half the squared error of their outputs, per token."""
 
     mean: float
     worst: float
@@ -44,14 +45,14 @@ class Loss:
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What a quantization came to.
+class QuantizeResult:
+    """Result of a quantization.
 
     Args:
-        folder: where the model is.
-        bytes_before: of the weights in 16 bits.
-        bytes_after: of the files of weights.
-        seconds: with loading and saving.
+        folder: folder of the model.
+        bytes_before: size of the weights in 16 bits.
+        bytes_after: size of the weight files.
+        seconds: duration, including loading and saving.
         losses: by kind of matrix, "attn.c_attn" first.
     """
 
@@ -59,20 +60,20 @@ class Outcome:
     bytes_before: int
     bytes_after: int
     seconds: float
-    losses: dict[str, Loss]
+    losses: dict[str, LayerError]
 
 
 def calibration_samples(
     samples: Sequence[dict], tokenizer: QWenTokenizer, max_length: int, count: int = 128, seed: int = 1234
 ) -> list[list[int]]:
-    """Token ids of conversations, each cut to `max_length`: those of a random choice where there are more than `count`.
+    """Return the token ids of at most `count` conversations, chosen at random and each truncated to `max_length`.
 
     Args:
-        samples: in the form of fine-tuning data: a list, or a ConversationFile of any size, of which only the chosen
-            ones are read again.
+        samples: in the format of fine-tuning data: a list, or a ConversationFile of any size, of which only the chosen
+            samples are read again.
 
     Raises:
-        MalformedSample: a sample is not as it should be.
+        MalformedSample: a sample is malformed.
         ValueError: `max_length` or `count` is below 1.
     """
     if count < 1:
@@ -92,27 +93,28 @@ def quantize(
     overwrite: bool = False,
     cpu_only: bool = False,
     progress: bool = False,
-) -> Outcome:
+) -> QuantizeResult:
     """Write a complete folder: packed weights, configuration, code, tokenizer, generation config.
 
-    The whole model is in the main memory, in 16 bits. Where there is a GPU, one layer after the other goes there, with
-    what the samples look like at that depth.
+    The whole model is in main memory, in 16 bits. If there is a GPU, one layer at a time is moved there, with the
+    hidden states of the samples at that depth.
 
     Args:
-        source: a checkpoint, or its folder or hub id; None is the bundled chat model.
-        target: a folder that is made, or an empty one. It is filled at the very end: an exception leaves it as it was.
-            Where files cannot be moved in it then, the finished model stays where the error says.
-        samples: token ids, of `calibration_samples`.
+        source: a checkpoint, or its folder or hub id; None for the bundled chat model.
+        target: new or empty folder. It is filled at the very end: an exception leaves it as it was. If the files cannot
+            be moved into it, the finished model is kept where the error says.
+        samples: token ids from `calibration_samples`.
         bits: 4 or 8.
-        group_size: how many weights of a row share a scale.
-        max_shard_size: most bytes in a file of weights, such as "2GB".
-        overwrite: replace the model that `target` holds; other files in it stay.
-        cpu_only: stay off the GPU.
-        progress: show it on standard error, as a bar on a terminal and else in lines.
+        group_size: number of weights of a row that share a scale.
+        max_shard_size: maximum size of a weight file, for example "2GB".
+        overwrite: replace the model in `target`; other files there are kept.
+        cpu_only: do not use the GPU.
+        progress: show progress on standard error, as a bar on a terminal and in lines elsewhere.
 
     Raises:
-        as `check`; ValueError also for no samples, and for a model that leaves the range of float16; MemoryError also
-        when the memory, the GPU's or the main one, fills up on the way.
+        CheckpointError, OSError: see `check`.
+        ValueError: see `check`; also if there are no samples, or the model leaves the range of float16.
+        MemoryError: see `check`; also if the memory of the GPU or the main memory fills up.
     """
     began = time.perf_counter()
     options = {"bits": bits, "group_size": group_size}
@@ -121,20 +123,24 @@ def quantize(
     if not samples:
         raise ValueError("There are no samples to calibrate with: give at least one.")
     target = Path(target).expanduser().absolute()
-    with filled_at_the_end(target) as folder, full_memory_explained():
+    with staged_directory(target) as folder, explain_out_of_memory():
         model, tokenizer = source.load(cpu_only=True, dtype=torch.float16)
-        check_numbers(model, samples[0])
+        check_finite(model, samples[0])
         before = bytes_before(model)
         log = run_gptq(model, samples, options, cpu_only, Progress(config.num_hidden_layers) if progress else None)
         save(model, tokenizer, source, folder, options, max_shard_size)
         after = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    return Outcome(target, before, after, time.perf_counter() - began, _losses(log))
+    return QuantizeResult(target, before, after, time.perf_counter() - began, _losses(log))
 
 
-def _losses(log: list[dict[str, Any]]) -> dict[str, Loss]:
+def _losses(log: list[dict[str, Any]]) -> dict[str, LayerError]:
     by_kind = defaultdict(list)
     for entry in sorted(log, key=lambda entry: (entry["layer"], entry["module"])):
         by_kind[entry["module"]].append((float(entry["loss"]), entry["layer"]))
     return {
-        kind: Loss(sum(loss for loss, _ in found) / len(found), *max(found)) for kind, found in sorted(by_kind.items())
+        kind: LayerError(sum(loss for loss, _ in found) / len(found), *max(found))
+        for kind, found in sorted(by_kind.items())
     }
+
+
+__getattr__ = old_names(__name__, {"Loss": "LayerError", "Outcome": "QuantizeResult", "gigabytes": "format_bytes"})

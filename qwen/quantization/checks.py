@@ -1,6 +1,6 @@
-"""Refuses what cannot be quantized, before anything slow begins; explains it when the memory is full.
+"""Checks whether a model can be quantized, before the slow part starts, and explains out-of-memory errors.
 
-Quantizing a large model takes hours: everything that can be known beforehand is checked in a second.
+Quantizing a large model takes hours: everything that can be checked beforehand is checked within a second.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from ..model.modeling_qwen import QWenLMHeadModel
 
 GROUP_SIZES = (32, 64, 128, 256, 512, 1024)
 
-_WORD = 32  # bits of the integers that hold packed weights; rows and columns come in multiples of it
+_WORD = 32  # bits of the integers that hold packed weights; rows and columns must be multiples of it
 
 
 def check(
@@ -36,28 +36,28 @@ def check(
     max_shard_size: str = "2GB",
     overwrite: bool = False,
 ) -> QWenConfig:
-    """Refuse what `quantize` could not do, as far as can be seen in a second.
+    """Raise the error that `quantize` would run into, as far as it can be found within a second.
 
     Args:
-        source: as of `quantize`, like the others.
+        source: see `quantize`, like the others.
 
     Returns:
         The configuration of `source`.
 
     Raises:
-        CheckpointError: `source` is no float checkpoint of these models, or a package is missing.
+        CheckpointError: `source` is not a float checkpoint of these models, or a package is missing.
         MemoryError: the model is larger than the main memory.
-        OSError: `target` is not empty, cannot be written to, or has no room.
-        ValueError: the bits, the group size or the shard size do not go with this model.
+        OSError: `target` is not empty or cannot be written to, or the disk is too full.
+        ValueError: the bits, the group size or the shard size do not fit this model.
     """
     source, target = as_checkpoint(source), Path(target).expanduser()
     name = source.name
     if bits not in (4, 8):
-        raise ValueError(f"{bits} bits: these models are quantized to 4 or 8.")
+        raise ValueError(f"{bits} bits are not supported: use 4 or 8.")
     try:
         convert_file_size_to_int(max_shard_size)
     except ValueError as error:
-        raise ValueError(f"{max_shard_size!r} is no size: write a number and MB or GB, such as 2GB.") from error
+        raise ValueError(f"Invalid size {max_shard_size!r}: write a number and MB or GB, for example 2GB.") from error
     config = _check_source(source)
     with torch.device("meta"):
         empty = QWenLMHeadModel(config)
@@ -65,81 +65,83 @@ def check(
     check_target(target, Path(name), overwrite)
     if (held := bytes_before(empty)) > (memory := _main_memory()):
         raise MemoryError(
-            f"{name} does not fit into the main memory, where it takes {gigabytes(held)} in 16 bits: this machine has "
-            f"{gigabytes(memory)}."
+            f"{name} does not fit into the main memory: it takes {format_bytes(held)} in 16 bits, and this machine has "
+            f"{format_bytes(memory)}."
         )
     needed = _bytes_after(empty, bits, group_size)
     place = next(folder for folder in (target, *target.absolute().parents) if folder.is_dir())
     if (free := shutil.disk_usage(place).free) < needed:
-        raise OSError(f"There is no room for {target}: it takes {gigabytes(needed)}, and {gigabytes(free)} are free.")
+        raise OSError(
+            f"The disk is too full for {target}: it takes {format_bytes(needed)}, and {format_bytes(free)} are free."
+        )
     return config
 
 
 def as_checkpoint(source: Checkpoint | str | os.PathLike | None) -> Checkpoint:
-    """A checkpoint by its name, or as it is."""
+    """Open a checkpoint by name; a Checkpoint is returned unchanged."""
     return source if isinstance(source, Checkpoint) else Checkpoint(source)
 
 
 def _check_source(source: Checkpoint) -> QWenConfig:
-    """The configuration, unless this is no float checkpoint, as a whole and of these models."""
+    """Return the configuration. Raises CheckpointError unless this is a whole float checkpoint of these models."""
     name = source.name
     if source.is_adapter:
         adapter, merged = shlex.quote(name), shlex.quote(f"{name.rstrip('/')}-merged")
         raise CheckpointError(
-            f"{name} is an adapter (LoRA), and a whole model is quantized. Merge it into its base first, and quantize "
-            f"the result: `qwen merge {adapter} {merged}`. If it was trained on a quantized model "
-            "(Q-LoRA), name the float one with --base."
+            f"{name} is an adapter (LoRA), but only whole models can be quantized. Merge it into its base first, and "
+            f"quantize the result: `qwen merge {adapter} {merged}`. If it was trained on a quantized model "
+            "(Q-LoRA), name the float model with --base."
         )
     if missing := [package for package in ("gptqmodel", "optimum") if importlib.util.find_spec(package) is None]:
         raise CheckpointError(f"Quantizing needs packages that are missing: `pip install {' '.join(missing)}`.")
     source.check()
     if source.is_quantized:
         raise CheckpointError(
-            f"{name} is quantized already. Name the model that it was made from, such as Qwen/Qwen-7B-Chat for "
+            f"{name} is quantized already. Name the model that it was made from, for example Qwen/Qwen-7B-Chat for "
             "Qwen/Qwen-7B-Chat-Int4."
         )
     return source.config
 
 
 def _linears(model: QWenLMHeadModel) -> dict[str, nn.Linear]:
-    """The matrices of a layer that are quantized, by their kind."""
+    """Return the matrices of a layer that are quantized, by kind."""
     return {name: module for name, module in model.transformer.h[0].named_modules() if isinstance(module, nn.Linear)}
 
 
 def _check_shapes(model: QWenLMHeadModel, group_size: int) -> None:
     if group_size not in GROUP_SIZES:
-        raise ValueError(f"A group size of {group_size} is not among {', '.join(map(str, GROUP_SIZES))}.")
+        raise ValueError(f"Invalid group size {group_size}: use one of {', '.join(map(str, GROUP_SIZES))}.")
     for name, linear in _linears(model).items():
         for side, width in (("inputs", linear.in_features), ("outputs", linear.out_features)):
             if width % _WORD:
                 raise ValueError(
-                    f"{name} has {width} {side}, and weights are packed in multiples of {_WORD}: a model of this shape "
+                    f"{name} has {width} {side}, but weights are packed in multiples of {_WORD}: a model of this shape "
                     "cannot be quantized."
                 )
         if linear.in_features % group_size:
             fitting = [str(size) for size in GROUP_SIZES if linear.in_features % size == 0]
             raise ValueError(
-                f"A group size of {group_size} does not divide the {linear.in_features} inputs of {name}: take "
+                f"A group size of {group_size} does not divide the {linear.in_features} inputs of {name}: use "
                 f"{' or '.join(fitting)}."
             )
 
 
 def _main_memory() -> float:
-    """All that the machine has, in bytes; infinite where the system does not say."""
+    """Return the total main memory in bytes; infinity if the system does not report it."""
     try:
         size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError):  # Windows has no sysconf, others not these names
+    except (AttributeError, ValueError):  # no sysconf on Windows; elsewhere, these names may be missing
         return float("inf")
     return size if size > 0 else float("inf")
 
 
 def bytes_before(model: QWenLMHeadModel) -> int:
-    """Of the weights in 16 bits."""
+    """Size of the weights in 16 bits."""
     return sum(2 * weight.numel() for weight in model.parameters())
 
 
 def _bytes_after(model: QWenLMHeadModel, bits: int, group_size: int) -> int:
-    """Of the files of weights: packed integers, 16-bit scales and packed zero points per group, the rest in 16 bits."""
+    """Size of the weight files: packed integers, 16-bit scales and packed zero points per group, else 16 bits."""
     packed = scales = 0
     for linear in _linears(model).values():
         packed += linear.weight.numel()
@@ -150,8 +152,8 @@ def _bytes_after(model: QWenLMHeadModel, bits: int, group_size: int) -> int:
 
 
 @torch.no_grad()
-def check_numbers(model: QWenLMHeadModel, ids: list[int]) -> None:
-    """Refuse a model that leaves the range of float16, with its weights or on the way through it."""
+def check_finite(model: QWenLMHeadModel, ids: list[int]) -> None:
+    """Raise ValueError if weights or logits leave the range of float16."""
     logits = model(torch.tensor([ids[:32]]), use_cache=False).logits
     for name, tensor in (*model.named_parameters(), ("its logits", logits)):
         if not tensor.isfinite().all():
@@ -165,21 +167,21 @@ def out_of_range(model: QWenLMHeadModel, what: str) -> ValueError:
 
 
 @contextlib.contextmanager
-def full_memory_explained() -> Iterator[None]:
-    """Make a MemoryError with advice of what Python, torch and GPU libraries raise when there is no memory left."""
-    less = "Calibrate with fewer conversations (--samples) or shorter ones (--max_len)"
+def explain_out_of_memory() -> Iterator[None]:
+    """Turn out-of-memory errors of Python, torch and GPU libraries into a MemoryError with advice."""
+    advice = "Calibrate with fewer conversations (--samples) or shorter ones (--max_len)"
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         if is_main_memory_full(error):
-            raise MemoryError(f"The main memory is full. {less}, or take a machine with more.") from error
+            raise MemoryError(f"The main memory is full. {advice}, or use a machine with more.") from error
         if is_gpu_memory_full(error):
-            raise MemoryError(f"The memory of the GPU is full. {less}, or stay off it with --cpu-only.") from error
+            raise MemoryError(f"The memory of the GPU is full. {advice}, or run on the CPU with --cpu-only.") from error
         raise
 
 
-def gigabytes(size: float) -> str:
-    """A number of bytes for people: "5.81 MB"."""
+def format_bytes(size: float) -> str:
+    """Format a number of bytes, for example "5.81 MB"."""
     for unit in ("kB", "MB", "GB"):
         size /= 1000
         if size < 1000 or unit == "GB":

@@ -1,4 +1,4 @@
-"""Runs GPTQModel, which does the arithmetic, and keeps to this module what it does to a process.
+"""Runs GPTQModel, and undoes its side effects on the process.
 
 GPTQ: Frantar et al. 2022, https://arxiv.org/abs/2210.17323.
 """
@@ -26,39 +26,39 @@ PUBLISHED_SETTINGS = {
     "sym": True,
     "true_sequential": True,
 }
-"""What the config.json of every published quantized checkpoint says, beside the bits and the group size."""
+"""Settings in config.json of all published quantized checkpoints, besides the bits and the group size."""
 
 _WORKERS = "GPTQMODEL_CPU_WORKERS"
 
-_NO_INVERSE = 999999999  # what GPTQModel logs as the loss where a Hessian has no inverse, when it rounds and goes on
+_NO_INVERSE = 999999999  # the loss that GPTQModel logs when a Hessian has no inverse and it only rounds
 
 
 @contextlib.contextmanager
-def contained() -> Iterator[None]:
-    """Undo what GPTQModel does to a process: its logs in the working folder, its lines on standard output, the root
-    logger's level, and a setting of its own in the environment.
+def undo_side_effects() -> Iterator[None]:
+    """Undo GPTQModel's side effects: logs in the working directory, lines on standard output, the level of the root
+    logger, and an environment variable.
 
-    The working folder and standard output belong to the whole process: nothing else may run in it meanwhile.
+    The working directory and standard output belong to the whole process: nothing else may run in it meanwhile.
     """
     root, level, workers = logging.getLogger(), logging.getLogger().level, os.environ.get(_WORKERS)
     quiet_gptqmodel()
-    # With one or two cores GPTQModel gives itself one worker, and then fails because it wants two.
+    # With one or two cores GPTQModel starts one worker, then fails because it needs two.
     os.environ.setdefault(_WORKERS, "2")
     try:
         with (
             tempfile.TemporaryDirectory() as work,
-            contextlib.chdir(work),  # where GPTQModel leaves its logs
-            contextlib.redirect_stdout(io.StringIO()),  # and what it draws
+            contextlib.chdir(work),  # GPTQModel writes its logs here
+            contextlib.redirect_stdout(io.StringIO()),  # GPTQModel prints a logo
         ):
             yield
     finally:
-        root.setLevel(level)  # GPTQModel lets every library say all that it does
+        root.setLevel(level)  # GPTQModel enables the debug logs of all libraries
         if workers is None:
             os.environ.pop(_WORKERS, None)
 
 
 class Progress:
-    """A bar on a terminal, a line a layer elsewhere; GPTQModel tells it of each step."""
+    """Progress callback of GPTQModel: a bar on a terminal, elsewhere a line per layer."""
 
     def __init__(self, layers: int):
         self.layers = layers
@@ -66,7 +66,7 @@ class Progress:
         self.bar: tqdm | None = None
 
     def subset_event(self, stage: str, layer_idx: int, subset_total: int, **event: Any) -> None:
-        """Called by GPTQModel. A subset is matrices with the same input; layers have the same number of them."""
+        """Called by GPTQModel. A subset is the matrices with the same input; all layers have equally many."""
         if stage == "forward_start" and layer_idx != self.layer:
             self.layer = layer_idx
             if not sys.stderr.isatty():
@@ -88,12 +88,12 @@ def run_gptq(
     cpu_only: bool,
     progress: Progress | None,
 ) -> list[dict[str, Any]]:
-    """Put packed matrices in the place of the model's own; GPTQModel's log, an entry a matrix.
+    """Replace the model's matrices by packed ones. Returns GPTQModel's log, with an entry per matrix.
 
     Raises:
-        ValueError: the model leaves the range of float16 on the way through it.
+        ValueError: hidden states leave the range of float16.
     """
-    with contained():
+    with undo_side_effects():
         from gptqmodel import QuantizeConfig
         from gptqmodel.models._const import DEVICE
         from gptqmodel.models.definitions.qwen import QwenQModel
@@ -104,12 +104,12 @@ def run_gptq(
             **PUBLISHED_SETTINGS,
             device=DEVICE.CPU if cpu_only else auto_select_device(None, None),
             offload_to_disk=False,  # the model is in memory
-            fallback=None,  # where GPTQ fails, an error is better than plain rounding that nobody was told of
+            fallback=None,  # if GPTQ fails, raise an error instead of silently rounding
         )
         wrapped = QwenQModel(model, quantized=False, quantize_config=settings)
         wrapped.subset_callback = progress
         try:
-            # Batches of one: the length of a prompt decides about its NTK base, and padding costs time.
+            # Batch size 1: the NTK base depends on the length of a prompt, and padding costs time.
             log = wrapped.quantize([list(ids) for ids in samples], batch_size=1, calibration_data_min_length=1)["gptq"]
         except ValueError as error:
             if not is_nan_in_gptq(error):

@@ -1,4 +1,4 @@
-"""Writes the folder of a quantized model, as the published -Int4 and -Int8 ones are."""
+"""Writes the folder of a quantized model, in the layout of the published -Int4 and -Int8 checkpoints."""
 
 import copy
 import json
@@ -11,7 +11,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.files import first_line, let_others_read, read_json
+from ..checkpoint.files import apply_umask, first_line, read_json
 from ..model.loading_options_qwen import PRECISIONS
 from ..model.modeling_qwen import QWenLMHeadModel
 from ..model.tokenization_qwen import QWenTokenizer
@@ -29,7 +29,7 @@ def save(
     """Write packed weights, tokenizer, code, configuration and generation config.
 
     Raises:
-        OSError: there is no room.
+        OSError: the disk is full.
     """
     weights = {
         name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in model.state_dict().items()
@@ -38,9 +38,9 @@ def save(
         save_torch_state_dict(
             weights, folder, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
         )
-    except SafetensorError as error:  # its name for a full disk
+    except SafetensorError as error:  # raised when the disk is full
         raise OSError(f"The weights could not be written: {first_line(error)}") from error
-    let_others_read(folder)
+    apply_umask(folder)
     tokenizer.save_pretrained(folder)
     custom_object_save(model, folder, config=model.config)
     model.config.save_pretrained(folder)
@@ -51,11 +51,11 @@ def save(
 
 
 def _write_config(source: Checkpoint, folder: Path, options: dict[str, int]) -> None:
-    """In the place of what transformers wrote: the configuration of `source`, field by field, and what is new."""
+    """Replace the config.json of transformers by that of `source` with the changed fields."""
     config = copy.deepcopy(source.config_json)
     config["auto_map"] = read_json(folder / CONFIG_NAME, folder)["auto_map"]
     config["torch_dtype" if "torch_dtype" in config else "dtype"] = "float16"
-    config |= {flag: False for flag in PRECISIONS if config.get(flag)}  # they would win over that
+    config |= {flag: False for flag in PRECISIONS if config.get(flag)}  # they would override the dtype
     config["quantization_config"] = {
         **options,
         **PUBLISHED_SETTINGS,

@@ -1,22 +1,21 @@
-"""Runs Python that a model wrote: in a process of its own, with limits, and with its variables kept between cells.
+"""Runs Python code that a model wrote, in a confined process with limits. Variables are kept between cells.
 
     with Sandbox() as sandbox:
         sandbox.run("x = 6")
         print(sandbox.run("x * 7").output)      # 42
 
-Revolves around `Sandbox`, one session: its folder, its limits, what is said about a cell. `process.py` holds the
-process in which the cells run; what it does inside stands in `worker.py`, what it may not do in `confinement.py`. None
-of them knows models or prompts.
+`Sandbox` is one session: its folder, its limits and the results of its cells. `process.py` starts and watches the
+process, `worker.py` runs the cells inside it, and `confinement.py` removes the process's rights.
 
-What it protects against: the mistakes and the casual mischief of a model. The code cannot read your files, change them
-or see your environment; cannot use the network, start programs or signal other processes; and cannot take more than its
-share of time, memory, output and disk. All of that needs no privileges on Linux 6.2 or newer with libseccomp. Elsewhere
-parts are missing, and a sandbox does not start unless you allow that.
+The sandbox protects against mistakes and casual mischief of a model. The code cannot read or change your files or see
+your environment. It cannot use the network, start programs or signal other processes. Time, memory, output and disk are
+limited. This needs Linux 6.2 or newer with libseccomp, but no privileges. Elsewhere some protections are missing, and
+the sandbox does not start unless you allow that.
 
-What it does not protect against: an attacker who is determined. The code shares the kernel with you, may read the
-installed Python packages and ask whether a path exists, and a hole in the kernel or in the rules here lets it out. The
-rules forbid what is known to be dangerous rather than allowing what is known to be safe. For code of strangers run the
-whole program in a container or a virtual machine of its own, with no secrets inside.
+It does not protect against a determined attacker. The code shares your kernel, can read the installed Python packages
+and test whether a path exists, and can escape through a bug in the kernel or in the rules here. The rules are a
+denylist of known dangers, not an allowlist. To run untrusted code, run the whole program in a separate container or
+virtual machine that holds no secrets.
 """
 
 import contextlib
@@ -32,10 +31,11 @@ __all__ = ["Limits", "Result", "Sandbox", "SandboxUnavailable"]
 
 
 class Result(NamedTuple):
-    """What came of a cell.
+    """Result of a cell.
 
-    `output` is what it printed, the value of its last expression, its traceback, and notes in square brackets. `status`
-    is "ok", "error" (an exception), "interrupted" (out of time, variables kept) or "died" (variables gone).
+    Attributes:
+        output: printed text, the value of the last expression, the traceback, and notes in square brackets.
+        status: "ok", "error" (an exception), "interrupted" (out of time, variables kept) or "died" (variables lost).
     """
 
     output: str
@@ -43,21 +43,21 @@ class Result(NamedTuple):
 
 
 class Sandbox:
-    """A session: one process that runs cells in one namespace. For one thread at a time.
+    """A session: one process that runs cells in one namespace. Not thread-safe.
 
     Args:
-        folder: where the code works and the only place where it may write; made if missing, kept afterwards. None: a
-            temporary one, removed by `close`.
-        limits: the defaults suit calculations and plots.
-        allow_weaker: start also where files or the network cannot be closed off; `missing` then tells what is open.
+        folder: working folder and the only place where the code may write; created if missing, kept afterwards. None: a
+            temporary folder, removed by `close`.
+        limits: resource limits; the defaults suit calculations and plots.
+        allow_weaker: start even if access to files or the network cannot be blocked; `missing` then says what is open.
 
     Raises:
-        SandboxUnavailable: not on this operating system.
+        SandboxUnavailable: unsupported operating system.
     """
 
     def __init__(self, folder: Path | None = None, *, limits: Limits | None = None, allow_weaker: bool = False):
         if os.name != "posix":
-            raise SandboxUnavailable("The sandbox needs Linux (or macOS, weaker): on Windows use WSL or a container.")
+            raise SandboxUnavailable("The sandbox needs Linux (or macOS, weaker). On Windows, use WSL or a container.")
         self.limits = limits or Limits()
         self.allow_weaker = allow_weaker
         self.missing: list[str] = []
@@ -74,14 +74,14 @@ class Sandbox:
         self.close()
 
     def start(self) -> None:
-        """Start the process now rather than with the first cell.
+        """Start the process now instead of with the first cell.
 
         Raises:
-            SandboxUnavailable: it cannot be started or confined; the text says what is missing.
+            SandboxUnavailable: the process cannot be started or confined; the message says what is missing.
         """
-        self._started()
+        self._ensure_started()
 
-    def _started(self) -> Process:
+    def _ensure_started(self) -> Process:
         if self.process is not None:
             return self.process
         process = Process(self.folder, self.limits)
@@ -95,27 +95,27 @@ class Sandbox:
         return process
 
     def run(self, code: str) -> Result:
-        """Run a cell; a process that is gone is started again.
+        """Run a cell. Restarts the process if it has ended.
 
         Raises:
-            SandboxUnavailable: as `start`.
+            SandboxUnavailable: see `start`.
         """
-        process = self._started()
+        process = self._ensure_started()
         files, notes = self._files(), []
         try:
-            status = process.run(code, self._excess)
+            status = process.run(code, self._folder_excess)
             if status == "interrupted":
                 notes.append(f"[Stopped after {self.limits.wall_seconds:g} seconds. The variables are still there.]")
         except Ended as error:
             status = "died"
             notes.append(f"[The interpreter is gone: {error}. So are all variables; the next cell starts a new one.]")
-        except BaseException:  # Ctrl-C in our own process among them
+        except BaseException:  # includes Ctrl-C in this process
             self._end()
             raise
         output = process.printed()
         if status == "died":
             self._end()
-            if self._excess():
+            if self._folder_excess():
                 for path in self._files() - files:
                     with contextlib.suppress(OSError):
                         path.unlink()
@@ -123,7 +123,7 @@ class Sandbox:
         return Result("\n".join(part for part in (output.rstrip("\n"), *notes) if part), status)
 
     def close(self) -> None:
-        """End the process and remove the temporary folder. May be called twice."""
+        """End the process and remove the temporary folder. Can be called repeatedly."""
         self._end()
         if self.temporary:
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -134,10 +134,10 @@ class Sandbox:
             self.process = None
 
     def _files(self) -> set[Path]:
-        return {Path(place, name) for place, _, names in os.walk(self.folder) for name in names}
+        return {Path(root, name) for root, _, names in os.walk(self.folder) for name in names}
 
-    def _excess(self) -> str:
-        """Why the folder is too full, or nothing; what lay there before does not count."""
+    def _folder_excess(self) -> str:
+        """Return which folder limit is exceeded, or "". Files that existed before the session do not count."""
         files, size = self._files() - self.files_before, 0
         for path in files:
             with contextlib.suppress(OSError):

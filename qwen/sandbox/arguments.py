@@ -1,25 +1,25 @@
-"""What people may say about a sandbox on a command line."""
+"""Command-line arguments of the sandbox."""
 
 import argparse
 from contextlib import suppress
 
 
 def add_sandbox_arguments(parser: argparse.ArgumentParser, *, seconds: float) -> None:
-    """Arguments `seconds` and `allow_weaker_sandbox`.
+    """Add --seconds and --allow-weaker-sandbox.
 
     Args:
-        seconds: the default.
+        seconds: default of --seconds.
     """
     parser.add_argument(
         "--seconds",
         type=_seconds,
         default=seconds,
-        help="that a run of the code may take (default: %(default)g)",
+        help="time limit for each run of the code (default: %(default)g)",
     )
     parser.add_argument(
         "--allow-weaker-sandbox",
         action="store_true",
-        help="run the code also where this machine cannot keep it from your files or the network",
+        help="run the code even if this machine cannot block access to your files or the network",
     )
 
 
@@ -27,4 +27,4 @@ def _seconds(text: str) -> float:
     with suppress(ValueError):
         if 0 < (value := float(text)) < float("inf"):
             return value
-    raise argparse.ArgumentTypeError(f"a number of seconds above 0 is needed, not {text!r}")
+    raise argparse.ArgumentTypeError(f"invalid number of seconds {text!r}: must be greater than 0")

@@ -1,12 +1,12 @@
-"""Takes rights away from the process that calls it, for good. It must have one thread: another would keep its rights.
+"""Irreversibly confines the calling process. It must be single-threaded: other threads would keep their rights.
 
-Revolves around `confine`: after it, this process has little memory and few files, can write to one folder and read the
-libraries, and can start no process, open no socket and signal nobody. It needs no privileges. What the kernel cannot
-do here it returns as sentences; it knows nothing of cells, pipes, or what to do about such a sentence.
+After `confine`, the process has limited memory and open files, can write to one folder and read the libraries, and
+cannot start processes, open sockets or signal other processes. No privileges are needed. Protections that the kernel
+does not support are returned as sentences.
 
-On Linux the kernel does the work: Landlock for files (https://docs.kernel.org/userspace-api/landlock.html), seccomp for
-system calls, through libseccomp (https://github.com/seccomp/libseccomp). The two packages for this on PyPI are an alpha
-release and one of 2021; the calls made here are the C interfaces, which stay as they are.
+On Linux this uses Landlock for files (https://docs.kernel.org/userspace-api/landlock.html) and seccomp for system
+calls, through libseccomp (https://github.com/seccomp/libseccomp). The two PyPI packages for this are an alpha release
+and one of 2021, so the stable C interfaces are called directly.
 """
 
 import ctypes
@@ -18,7 +18,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-# Landlock: system calls (the same numbers everywhere), and the rights of its third version, of Linux 6.2, the first
+# Landlock: system call numbers (the same on all architectures), and the rights of ABI version 3 (Linux 6.2), the first
 # that covers truncation.
 CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446
 LANDLOCK_VERSION = 3
@@ -28,11 +28,11 @@ EXECUTE, WRITE_FILE, READ_FILE, READ_DIR, REMOVE_DIR, REMOVE_FILE, _, MAKE_DIR, 
 REFER, TRUNCATE = 1 << 13, 1 << 14
 ALL_RIGHTS = (1 << 15) - 1
 READ = READ_FILE | READ_DIR
-# No symbolic links, pipes or devices: whoever opens the folder afterwards should find plain files.
+# No symbolic links, pipes or devices: the folder must only contain plain files when it is opened afterwards.
 READ_AND_WRITE = READ | WRITE_FILE | TRUNCATE | REFER | REMOVE_DIR | REMOVE_FILE | MAKE_DIR | MAKE_REG
-ON_A_FILE = EXECUTE | WRITE_FILE | READ_FILE | TRUNCATE  # the other rights are about folders
+ON_A_FILE = EXECUTE | WRITE_FILE | READ_FILE | TRUNCATE  # the other rights apply to folders only
 
-# What a Python program reads besides its own folder. Not all of /proc: the command lines of others may hold passwords.
+# Paths that Python programs read besides their folder. Not all of /proc: command lines of others may contain passwords.
 READABLE = (
     *("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib", "/usr/share", "/usr/local/share", "/nix/store"),
     *("/etc/fonts", "/etc/ld.so.cache", "/etc/localtime", "/etc/mime.types", "/etc/nsswitch.conf", "/etc/timezone"),
@@ -40,40 +40,41 @@ READABLE = (
     *("/proc/self", "/proc/cpuinfo", "/proc/meminfo", "/sys/devices/system/cpu"),
 )
 
-# seccomp: actions and comparisons of libseccomp, and who gets them.
+# seccomp: actions and comparisons of libseccomp, and the system calls they apply to.
 ALLOW, NOT_EQUAL, GREATER, MASKED_EQUAL = 0x7FFF0000, 1, 6, 7
 CLONE_THREAD = 0x10000
 FORBIDDEN = (
-    "socket",  # socketpair stays: an asyncio loop wakes itself through one
+    "socket",  # socketpair is allowed: asyncio event loops use one to wake up
     *("fork", "vfork", "execve", "execveat"),
     *("ptrace", "process_vm_readv", "process_vm_writev", "process_madvise", "kcmp"),
     *("tkill", "rt_sigqueueinfo", "pidfd_open", "pidfd_getfd", "pidfd_send_signal", "setpriority", "ioprio_set"),
-    *("memfd_create", "memfd_secret", "shmget", "msgget", "semget", "mq_open"),  # memory outside the limit
+    *("memfd_create", "memfd_secret", "shmget", "msgget", "semget", "mq_open"),  # memory that the limit does not cover
     *("add_key", "request_key", "keyctl"),
     *("io_uring_setup", "bpf", "perf_event_open", "userfaultfd", "unshare", "setns"),
     *("inotify_add_watch", "fanotify_init", "setxattr", "lsetxattr", "fsetxattr", "setxattrat"),
     *("removexattr", "lremovexattr", "fremovexattr", "removexattrat"),
 )
-# Landlock does not cover these, and shutil.copy calls them: they do nothing and say that all is well.
+# Not covered by Landlock, but called by shutil.copy: they do nothing and report success.
 PRETENDED = (
     *("chmod", "fchmod", "fchmodat", "fchmodat2", "chown", "fchown", "lchown", "fchownat"),
     *("utime", "utimes", "utimensat", "futimesat"),
 )
 
-SET_NO_NEW_PRIVS = 38  # prctl; both Landlock and seccomp ask for it
+SET_NO_NEW_PRIVS = 38  # prctl option, required by Landlock and seccomp
 CAPABILITY_VERSION = 0x20080522
 
 
 def confine(folder: Path, *, memory_bytes: int, file_bytes: int, open_files: int) -> list[str]:
-    """Leave this process what a calculation needs; nothing of it can be undone.
+    """Confine this process irreversibly to what calculations need.
 
     Args:
-        folder: the one place where it may write.
-        memory_bytes: of address space.
-        file_bytes: of one file.
+        folder: the only folder it may write to.
+        memory_bytes: maximum address space.
+        file_bytes: maximum size of a file.
+        open_files: maximum number of open files.
 
     Returns:
-        What is not in force, a sentence each; empty where everything is.
+        The protections that are not in force, one sentence each; empty if all are.
     """
     missing = []
     limits = {
@@ -86,25 +87,25 @@ def confine(folder: Path, *, memory_bytes: int, file_bytes: int, open_files: int
         try:
             set_limit(limit, value, value)
         except (OSError, ValueError):
-            missing.append(f"A limit is not in force (resource limit {limit}).")
+            missing.append(f"Resource limit {limit} cannot be set.")
     if sys.platform != "linux":
-        missing.append("It can read and write your files and use the network: only Linux can forbid that here.")
+        missing.append("The code can read and write your files and use the network: blocking that needs Linux.")
     else:
         libc = ctypes.CDLL(None, use_errno=True)
         _drop_privileges(libc)
         try:
             _restrict_files(libc, folder)
         except OSError as error:
-            missing.append(f"It can read and write your files: Landlock of Linux 6.2 or newer is not there ({error}).")
+            missing.append(f"The code can read and write your files: Landlock (Linux 6.2+) is not available ({error}).")
         try:
             _filter_system_calls()
         except OSError as error:
-            missing.append(f"It can use the network and start programs: seccomp is not there ({error}).")
+            missing.append(f"The code can use the network and start programs: seccomp is not available ({error}).")
     return missing
 
 
 def set_limit(limit: int, soft: int, hard: int) -> None:
-    """Set a resource limit, or keep a hard one that is lower already."""
+    """Set a resource limit, but never raise it above the current hard limit."""
     _, current = resource.getrlimit(limit)
     if current != resource.RLIM_INFINITY:
         soft, hard = min(soft, current), min(hard, current)
@@ -112,7 +113,7 @@ def set_limit(limit: int, soft: int, hard: int) -> None:
 
 
 def forbid_processes() -> None:
-    """Where seccomp cannot: no further process, and no further thread either. It does not bind root."""
+    """Forbid new processes and threads where seccomp is not available. Has no effect for root."""
     resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
 
 
@@ -124,7 +125,7 @@ def _call(libc: ctypes.CDLL, *arguments: int | ctypes.Array | bytes | None) -> i
 
 
 def _drop_privileges(libc: ctypes.CDLL) -> None:
-    """What root may do beyond other users goes: mounting, rebooting, reading everybody's files."""
+    """Drop all capabilities, so that root cannot mount, reboot or read other users' files."""
     if libc.prctl(SET_NO_NEW_PRIVS, *map(ctypes.c_ulong, (1, 0, 0, 0))):
         raise OSError(ctypes.get_errno(), "no_new_privs cannot be set")
     if libc.capset(struct.pack("Ii", CAPABILITY_VERSION, 0), bytes(24)):
@@ -134,7 +135,7 @@ def _drop_privileges(libc: ctypes.CDLL) -> None:
 def _restrict_files(libc: ctypes.CDLL, folder: Path) -> None:
     version = _call(libc, CREATE_RULESET, None, 0, 1)
     if version < LANDLOCK_VERSION:
-        raise OSError(errno.ENOSYS, f"this kernel has version {version}, needed is {LANDLOCK_VERSION}")
+        raise OSError(errno.ENOSYS, f"this kernel has Landlock version {version}, {LANDLOCK_VERSION} is required")
     handled = struct.pack("Q", ALL_RIGHTS)
     ruleset = _call(libc, CREATE_RULESET, handled, len(handled), 0)
     try:
@@ -142,14 +143,14 @@ def _restrict_files(libc: ctypes.CDLL, folder: Path) -> None:
         rules += [("/dev/null", WRITE_FILE), (folder, READ_AND_WRITE)]
         for path, rights in rules:
             try:
-                place = os.open(path, os.O_PATH | os.O_CLOEXEC)
+                fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
             except (FileNotFoundError, PermissionError):
                 continue
             try:
                 allowed = rights if os.path.isdir(path) else rights & ON_A_FILE
-                _call(libc, ADD_RULE, ruleset, 1, struct.pack("=Qi", allowed, place), 0)
+                _call(libc, ADD_RULE, ruleset, 1, struct.pack("=Qi", allowed, fd), 0)
             finally:
-                os.close(place)
+                os.close(fd)
         _call(libc, RESTRICT_SELF, ruleset, 0)
     finally:
         os.close(ruleset)
@@ -157,12 +158,12 @@ def _restrict_files(libc: ctypes.CDLL, folder: Path) -> None:
 
 def _readable() -> Iterator[str]:
     yield from READABLE
-    for prefix in {sys.prefix, sys.base_prefix}:  # not the whole folder: an environment may lie among a user's files
+    for prefix in {sys.prefix, sys.base_prefix}:  # not the whole folder: an environment may contain user files
         yield from (os.path.join(prefix, name) for name in ("lib", "lib64", "share"))
 
 
 class _Comparison(ctypes.Structure):
-    """`struct scmp_arg_cmp`"""
+    """`struct scmp_arg_cmp`."""
 
     _fields_ = [("argument", ctypes.c_uint), ("operator", ctypes.c_int), ("a", ctypes.c_uint64), ("b", ctypes.c_uint64)]
 
@@ -172,27 +173,27 @@ def _filter_system_calls() -> None:
     library.seccomp_init.restype = ctypes.c_void_p
     context = ctypes.c_void_p(library.seccomp_init(ctypes.c_uint32(ALLOW)))
     if not context:
-        raise OSError("libseccomp cannot start")
+        raise OSError("libseccomp cannot be initialized")
 
-    def answer(code: int, name: str, *condition: int) -> None:
+    def return_errno(code: int, name: str, *condition: int) -> None:
         number = library.seccomp_syscall_resolve_name(name.encode())
-        if number == -1:  # younger than this libseccomp
+        if number == -1:  # unknown to this libseccomp version
             return
         comparisons = (_Comparison * 1)(_Comparison(*condition)) if condition else None
         action = ctypes.c_uint32(0x00050000 | code)
         if failed := library.seccomp_rule_add_array(context, action, number, len(comparisons or ()), comparisons):
-            raise OSError(-failed, f"no rule for {name}")
+            raise OSError(-failed, f"cannot add a rule for {name}")
 
     try:
         for name in FORBIDDEN:
-            answer(errno.EPERM, name)
+            return_errno(errno.EPERM, name)
         for name in PRETENDED:
-            answer(0, name)
-        answer(errno.EPERM, "clone", 0, MASKED_EQUAL, CLONE_THREAD, 0)
-        answer(errno.ENOSYS, "clone3")  # its flags are out of a filter's sight; the C library then takes clone
+            return_errno(0, name)
+        return_errno(errno.EPERM, "clone", 0, MASKED_EQUAL, CLONE_THREAD, 0)
+        return_errno(errno.ENOSYS, "clone3")  # filters cannot see its flags; libc then falls back to clone
         for name in ("kill", "tgkill", "rt_tgsigqueueinfo"):
-            answer(errno.EPERM, name, 0, NOT_EQUAL, os.getpid())
-        answer(errno.EPERM, "prlimit64", 0, GREATER, 0)
+            return_errno(errno.EPERM, name, 0, NOT_EQUAL, os.getpid())
+        return_errno(errno.EPERM, "prlimit64", 0, GREATER, 0)
         if failed := library.seccomp_load(context):
             raise OSError(-failed, os.strerror(-failed))
     finally:

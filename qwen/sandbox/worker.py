@@ -1,8 +1,8 @@
-"""The process in the sandbox: gives up its rights, then runs cell after cell in one namespace, like a notebook.
+"""The process in the sandbox: confines itself, then runs cells in one namespace, like a notebook.
 
-Started by `Sandbox` with the settings as JSON in its first argument. Reads a JSON line `{"cell", "code"}` a cell from
-one pipe and answers `{"cell", "status"}` on another; what the cell prints goes to standard output. It refuses to know
-how long a cell may take: whoever started it interrupts or kills it.
+Started by `Sandbox` with the settings as JSON in its first argument. Reads one JSON line `{"cell", "code"}` per cell
+from a pipe and answers `{"cell", "status"}` on another one. Output of the cell goes to standard output. The parent
+enforces time limits by interrupting or killing this process.
 """
 
 import ast
@@ -21,14 +21,14 @@ import types
 from pathlib import Path
 from typing import Any, TextIO
 
-sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # isolated mode leaves it out
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # not added in isolated mode
 from confinement import confine, forbid_processes, set_limit
 
-SESSION = 100  # cells' worth of processor time that a session may use altogether
+SESSION = 100  # processor time of a session, as a multiple of the limit of a cell
 
 
 class Notebook:
-    """The variables that live on, and how a cell is run among them."""
+    """Runs cells in one namespace that persists between them."""
 
     def __init__(self, output: TextIO):
         self.output = output
@@ -36,7 +36,7 @@ class Notebook:
         sys.modules["__main__"] = self.main
 
     def run(self, number: int, code: str) -> str:
-        """Run a cell and show the value of its last expression, or the traceback; returns "ok" or "error"."""
+        """Run a cell and print the value of its last expression or the traceback; return "ok" or "error"."""
         name = f"<cell {number}>"
         linecache.cache[name] = (len(code), None, [line + "\n" for line in code.split("\n")], name)
         status = "ok"
@@ -55,16 +55,16 @@ class Notebook:
                     self.main.__dict__["_"] = value
                     print(repr(value))
             self.save_figures()
-        except BaseException as error:  # also SystemExit and KeyboardInterrupt: they end the cell, not the session
+        except BaseException as error:  # SystemExit and KeyboardInterrupt, too, only end the cell
             status = "error"
             self.explain(error, name)
         for stream in {sys.stdout, sys.stderr, self.output}:
-            with contextlib.suppress(Exception):  # the cell may have put anything in their place
+            with contextlib.suppress(Exception):  # the cell may have replaced them with anything
                 stream.flush()
         return status
 
     def explain(self, error: BaseException, name: str) -> None:
-        """Print the traceback from the cell on: what called it is no business of its author."""
+        """Print the traceback, starting at the cell and omitting the frames of this module."""
         frames = error.__traceback__
         while frames is not None and frames.tb_frame.f_code.co_filename != name:
             frames = frames.tb_next
@@ -74,7 +74,7 @@ class Notebook:
             self.output.write(line)
 
     def save_figures(self) -> None:
-        """Write the open figures of matplotlib, if it is in use, as files, and close them."""
+        """Save open matplotlib figures to files and close them."""
         pyplot: Any = sys.modules.get("matplotlib.pyplot")
         for figure in pyplot.get_fignums() if pyplot else ():
             count = 1
@@ -94,7 +94,7 @@ def main() -> None:
         with open(settings["commands"], encoding="utf-8") as lines:
             for line in lines:
                 cells.put(json.loads(line))
-        os._exit(0)  # the session is over, or whoever began it is gone; a cell that still runs has no reader
+        os._exit(0)  # the session or the parent has ended; nobody reads the result of a running cell
 
     def send(message: dict[str, Any]) -> None:
         os.write(settings["results"], json.dumps(message).encode() + b"\n")
@@ -102,7 +102,7 @@ def main() -> None:
     output = sys.stdout
     os.dup2(output.fileno(), sys.stderr.fileno())
     for stream in (output, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # as both are when a process begins
+        if isinstance(stream, io.TextIOWrapper):  # true for both at process start
             stream.reconfigure(errors="backslashreplace", line_buffering=True)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     cpu_seconds = settings["cpu_seconds"]
@@ -124,7 +124,7 @@ def main() -> None:
         try:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             status = notebook.run(cell["cell"], cell["code"])
-        except KeyboardInterrupt:  # it came when the cell had just ended
+        except KeyboardInterrupt:  # raised just after the cell had ended
             status = "error"
         finally:
             signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""Many users at once: the engine (token ids in and out), the HTTP API, and the page in the browser."""
+"""Serving: the engine (token ids in and out), the HTTP API, and the web demo."""
 
 from .._moved import old_paths
 

@@ -1,8 +1,8 @@
-"""Tool calls in ReAct, the text format that the models were trained on, and the code interpreter.
+"""Tool calls in ReAct, the text format the models were trained on, and the code interpreter.
 
     Question: … → Thought: … → Action: … → Action Input: … → Observation: … → Thought: … → Final Answer: …
 
-API-style messages are folded into (query, history, system). Text only: no tokens, models or HTTP.
+API-style messages are converted to (query, history, system). Works on text only.
 """
 
 from .messages import parse_messages

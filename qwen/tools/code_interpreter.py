@@ -1,8 +1,7 @@
 """The code interpreter: the model writes Python, a sandbox runs it, the model reads the output and continues.
 
-A conversation of API-style messages shares one sandbox, in which variables live from question to question. The messages
-are folded into prompts with `qwen.tools`, as in the server. Callers get each step: a demo prints it, an evaluation
-counts it.
+A conversation of API-style messages uses one sandbox, which keeps variables between questions. As in the server,
+`qwen.tools` converts the messages to prompts. Callers receive each step.
 """
 
 import json
@@ -12,13 +11,14 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .._renamed import old_names
 from ..model.qwen_generation_utils import make_context
 from ..sandbox import Sandbox
 from . import STOP_WORD, extend_stop_words, parse_messages, parse_response
 
-MAX_STEPS = 8  # a model that runs code without end is stopped
-MAX_NEW_TOKENS = 1024  # a step
-OUTPUT_BYTES = 4000  # of a cell's output; all of it has to fit into the context
+MAX_STEPS = 8  # calls per question, in case the model never answers
+MAX_NEW_TOKENS = 1024  # per step
+OUTPUT_BYTES = 4000  # of a cell's output, which must fit into the context
 
 TOOL = {
     "name_for_model": "code_interpreter",
@@ -34,14 +34,14 @@ FENCED = re.compile(r"```(?:py(?:thon)?3?\b)?[ \t]*\n?(.*?)(?:```|\Z)", re.DOTAL
 
 
 class Call(NamedTuple):
-    """The model wants code run; `content` is what it says before."""
+    """The model calls the tool; `content` is the text before the call."""
 
     content: str
     code: str
 
 
 class Output(NamedTuple):
-    """What came of a call. `status` is that of `qwen.sandbox.Result`, or "error" for a tool that does not exist."""
+    """Result of a call. `status` is that of `qwen.sandbox.Result`, or "error" for an unknown tool."""
 
     text: str
     status: str
@@ -53,10 +53,10 @@ class Answer(NamedTuple):
     content: str
 
 
-def code_of(action_input: str) -> str:
-    """The Python in an action's input: in a fenced block, as JSON {"code": …}, or bare."""
+def extract_code(action_input: str) -> str:
+    """Extract the Python code from an action input: a fenced block, JSON {"code": …}, or plain code."""
     try:
-        value = json.loads(action_input, strict=False)  # models leave newlines in strings as they are
+        value = json.loads(action_input, strict=False)  # models do not escape newlines in strings
     except ValueError:
         value = None
     if isinstance(value, dict) and isinstance(value.get("code"), str):
@@ -66,19 +66,22 @@ def code_of(action_input: str) -> str:
 
 
 def next_step(model: Any, tokenizer: Any, messages: list[dict]) -> tuple[str, bool]:
-    """What the model writes next, up to "Observation:" or its end, and whether it goes on in an open turn.
+    """Generate up to "Observation:" or the end of the turn.
+
+    Returns:
+        The generated text, and whether it continues the model's previous turn.
 
     Raises:
-        ValueError: the conversation is longer than the model takes.
+        ValueError: the conversation exceeds the model's context length.
     """
     query, history, system = parse_messages(messages, [TOOL])
     start = ""
-    if query is None:  # the last turn is the model's own and has just received a result
+    if query is None:  # the last turn is the model's own, ending in a tool result
         (query, start), history = history[-1], history[:-1]
     _, ids = make_context(tokenizer, query, history, system=system, reply_start=start)
     limit = model.config.max_context_length
     if len(ids) >= limit:
-        raise ValueError(f"The conversation has {len(ids)} tokens and the model takes fewer than {limit}.")
+        raise ValueError(f"The conversation has {len(ids)} tokens, but the model accepts fewer than {limit}.")
     prompt = torch.tensor([ids], device=model.device)
     output = model.generate(
         prompt,
@@ -88,18 +91,21 @@ def next_step(model: Any, tokenizer: Any, messages: list[dict]) -> tuple[str, bo
         max_new_tokens=MAX_NEW_TOKENS,
         do_sample=False,
         repetition_penalty=1.0,  # code repeats itself
-        **dict.fromkeys(("temperature", "top_k", "top_p")),  # settings of sampling, without a meaning here
+        **dict.fromkeys(("temperature", "top_k", "top_p")),  # unused: no sampling
     )
     return tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True), bool(start)
 
 
-def solve(model: Any, tokenizer: Any, sandbox: Sandbox, messages: list[dict]) -> Iterator[Call | Output | Answer]:
-    """Answer the last of the messages: calls, each with its output, and then the answer; none after MAX_STEPS calls.
+def run_conversation(
+    model: Any, tokenizer: Any, sandbox: Sandbox, messages: list[dict]
+) -> Iterator[Call | Output | Answer]:
+    """Answer the last message. Appends the new messages to `messages`.
 
-    The messages grow by what is said.
+    Yields:
+        Each call and its output, and then the answer. No answer after MAX_STEPS calls.
 
     Raises:
-        ValueError: the conversation is longer than the model takes.
+        ValueError: the conversation exceeds the model's context length.
         SandboxUnavailable: the sandbox does not start.
     """
     for _ in range(MAX_STEPS):
@@ -109,7 +115,7 @@ def solve(model: Any, tokenizer: Any, sandbox: Sandbox, messages: list[dict]) ->
             messages.append({"role": "assistant", "content": reply.content})
             yield Answer(reply.content)
             return
-        name, code = reply.function_call["name"], code_of(reply.function_call["arguments"])
+        name, code = reply.function_call["name"], extract_code(reply.function_call["arguments"])
         yield Call(reply.content, code)
         if name == TOOL["name_for_model"]:
             result = sandbox.run(code)
@@ -122,3 +128,6 @@ def solve(model: Any, tokenizer: Any, sandbox: Sandbox, messages: list[dict]) ->
         ]
         yield output
     messages.append({"role": "assistant", "content": "I could not finish."})
+
+
+__getattr__ = old_names(__name__, {"code_of": "extract_code", "solve": "run_conversation"})

@@ -1,4 +1,4 @@
-"""A model's reply, read while it grows or as a whole."""
+"""Parses a model's reply, streamed or complete."""
 
 import re
 from collections.abc import Iterator
@@ -8,16 +8,17 @@ from typing import NamedTuple
 from .react import ACTION, ACTION_INPUT, FINAL_ANSWER, MARKERS, STOP_WORD, THOUGHT
 
 _LINES = re.compile(r"[^\n]*\n|[^\n]+")
-# An answer this long (in characters) is sent and stays; a shorter one may still be replaced.
-_OPENING = 32
+# Answers of up to this many characters are held back, because a second "Final Answer:" may replace them.
+_MAX_HELD_CHARS = 32
 
 
 class Reply(NamedTuple):
-    """What a model's reply means to the caller of an API.
+    """A parsed reply.
 
-    `content` is the answer, or the thought that led to a tool call. `function_call` is None or
-    `{"name": str, "arguments": str}`; the arguments are the model's own text, which need not be valid JSON.
-    `finish_reason` is "function_call" or "stop".
+    Attributes:
+        content: the answer, or the thought that led to a tool call.
+        function_call: None or `{"name": str, "arguments": str}`. The arguments may be invalid JSON.
+        finish_reason: "function_call" or "stop".
     """
 
     content: str
@@ -32,7 +33,7 @@ class ContentDelta(NamedTuple):
 
 
 class CallDelta(NamedTuple):
-    """The next piece of a tool call: first its whole name and no arguments, then arguments only (name None)."""
+    """The next piece of a tool call: first its complete name without arguments, then arguments only (name None)."""
 
     name: str | None
     arguments: str
@@ -42,7 +43,7 @@ Delta = ContentDelta | CallDelta
 
 
 def parse_response(response: str, continues: bool = False) -> Reply:
-    """Reads a model's whole reply as a tool call, a final answer or plain text, by the rules of ReplyReader."""
+    """Parse a complete reply as a tool call, a final answer or plain text, by the rules of `ReplyReader`."""
     reader = ReplyReader(continues)
     content: list[str] = []
     name: str | None = None
@@ -68,57 +69,58 @@ class _State(Enum):
 
 
 class ReplyReader:
-    """Reads a reply as it grows. What the deltas add up to does not depend on how the text was cut.
+    """Parses a streamed reply. The concatenated deltas do not depend on how the text was split.
 
-    The words of the format count at the start of a line, and before the first of them there may be blanks.
+    Markers count at the start of a line; the first one may be preceded by whitespace.
 
-    - A call is an `Action:` line with a name and, but for blank lines, right below it `Action Input:`. Its arguments
-      go on to an `Observation:` or `Final Answer:` line and are trimmed. The first call counts, and nothing after it.
-    - What follows `Thought:` is held back until it is known what it leads to: before a call it is the content,
-      trimmed; before a final answer it is dropped.
-    - What follows `Final Answer:` is the content, trimmed, whatever it holds. Only while it is no longer than 32
-      characters, a further `Final Answer:` line starts it anew: models like to fill in the form twice.
-    - Anything else is plain text: content as it stands and as it comes, up to a call, a thought or a final answer.
-      A thought that leads nowhere is plain text, too. No text raises.
+    - A call is an `Action:` line with a name, followed by `Action Input:` (blank lines between them are allowed). Its
+      arguments extend to an `Observation:` or `Final Answer:` line and are stripped. Text after the first call is
+      ignored.
+    - Text after `Thought:` is held back until its purpose is clear: before a call it is the content, stripped; before
+      a final answer it is dropped.
+    - Text after `Final Answer:` is the content, stripped, even if it contains markers. While it has at most 32
+      characters, another `Final Answer:` line restarts it: models often fill in the form twice.
+    - Other text is plain content, emitted unchanged as it arrives, up to a call, a thought or a final answer. A thought
+      that leads to neither is plain content, too. Any text is accepted.
 
-    Text that was sent stays in front of what follows.
+    Content that was already emitted is kept.
 
     Args:
-        continues: the reply goes on right after the "Thought:" that the prompt ended in.
+        continues: the reply continues a prompt that ends in "Thought:".
     """
 
     def __init__(self, continues: bool = False):
         self._state = _State.THINKING if continues else _State.PLAIN
-        self._blank = True  # nothing but blanks so far
+        self._blank = True  # only whitespace so far
         self._line_start = True
-        self._head = ""  # the start of a line that may yet become a marker
-        self._action: str | None = None  # an "Action:" line, and blanks below it, that may yet become a call
+        self._head = ""  # start of a line that may become a marker
+        self._action: str | None = None  # "Action:" line and blank lines after it, which may become a call
         self._thought: list[str] = []
-        self._opening: str | None = ""  # of an answer, until it is long enough to be sent
-        self._gap = ""  # blanks that are sent if and when more text follows
-        self._sent = False
+        self._answer_start: str | None = ""  # held back until it is longer than _MAX_HELD_CHARS, then None
+        self._gap = ""  # whitespace that is emitted if more text follows
+        self._emitted = False
 
     def feed(self, text: str) -> list[Delta]:
-        """The next piece of the reply → what it makes certain, perhaps nothing."""
+        """Add a piece of the reply and return the deltas that are now certain."""
         return [delta for marker, rest in self._split(text) for delta in self._read(marker, rest)]
 
     def finish(self) -> list[Delta]:
-        """The end of the reply → what was held back until now. What is fed later is ignored."""
+        """End the reply and return what was held back. Text fed later is ignored."""
         deltas = list(self._read("", self._head))
         if self._action is not None:
-            deltas += self._add(self._action)
+            deltas += self._add_text(self._action)
             self._action = None
         if self._state is _State.THINKING:
             deltas += self._content(self._gap + "".join(self._thought))
         elif self._state is _State.PLAIN:
             deltas += self._content(self._gap)
-        elif self._state is _State.ANSWERING and self._opening:
-            deltas += self._content(self._gap + self._opening.rstrip())
+        elif self._state is _State.ANSWERING and self._answer_start:
+            deltas += self._content(self._gap + self._answer_start.rstrip())
         self._state = _State.DONE
         return deltas
 
     def _split(self, text: str) -> Iterator[tuple[str, str]]:
-        """Text → (marker, "") and ("", text within one line)."""
+        """Split text into (marker, "") and ("", text within one line)."""
         for piece in _LINES.findall(text):
             if self._blank:
                 body = piece.lstrip()
@@ -140,66 +142,66 @@ class ReplyReader:
 
     def _read(self, marker: str, text: str) -> Iterator[Delta]:
         if self._state in (_State.PLAIN, _State.THINKING):
-            yield from self._look_out(marker, text)
+            yield from self._read_text(marker, text)
         elif self._state is _State.CALLING:
             if marker in (STOP_WORD, FINAL_ANSWER):
                 self._state = _State.DONE
             else:
                 text = marker + text
-                if arguments := self._flow(text if self._sent else text.lstrip()):
+                if arguments := self._release(text if self._emitted else text.lstrip()):
                     yield CallDelta(None, arguments)
         elif self._state is _State.ANSWERING:
             yield from self._answer(marker, text)
 
-    def _look_out(self, marker: str, text: str) -> Iterator[Delta]:
+    def _read_text(self, marker: str, text: str) -> Iterator[Delta]:
         if self._action is not None:
             name, _, below = (self._action + text).removeprefix(ACTION).partition("\n")
             if marker == ACTION_INPUT and name.strip():
-                yield from self._content(self._thought_before_call())
+                yield from self._content(self._content_before_call())
                 yield CallDelta(name.strip(), "")
-                self._state, self._action, self._gap, self._sent = _State.CALLING, None, "", False
+                self._state, self._action, self._gap, self._emitted = _State.CALLING, None, "", False
                 return
             if not marker and not below.strip():
                 self._action += text
                 return
             action, self._action = self._action, None
             if marker != FINAL_ANSWER:
-                yield from self._add(action)
+                yield from self._add_text(action)
         if marker == ACTION:
             self._action = marker
         elif marker == FINAL_ANSWER:
-            self._state, self._gap = _State.ANSWERING, self._gap if self._sent else ""
+            self._state, self._gap = _State.ANSWERING, self._gap if self._emitted else ""
         else:
             if marker == THOUGHT:
                 self._state = _State.THINKING
-            yield from self._add(marker + text)
+            yield from self._add_text(marker + text)
 
-    def _thought_before_call(self) -> str:
+    def _content_before_call(self) -> str:
         thought = "".join(self._thought).strip().removeprefix(THOUGHT).strip()
-        return self._gap + thought if thought and self._sent else thought
+        return self._gap + thought if thought and self._emitted else thought
 
     def _answer(self, marker: str, text: str) -> Iterator[Delta]:
         text = marker + text
-        if self._opening is not None:
-            self._opening = "" if marker == FINAL_ANSWER else (self._opening + text).lstrip()
-            if len(self._opening) <= _OPENING:
+        if self._answer_start is not None:
+            self._answer_start = "" if marker == FINAL_ANSWER else (self._answer_start + text).lstrip()
+            if len(self._answer_start) <= _MAX_HELD_CHARS:
                 return
-            text, self._opening = self._opening, None
-        yield from self._content(self._flow(text))
+            text, self._answer_start = self._answer_start, None
+        yield from self._content(self._release(text))
 
-    def _add(self, text: str) -> Iterator[Delta]:
-        """Text that means nothing in the format."""
+    def _add_text(self, text: str) -> Iterator[Delta]:
+        """Handle text that is not part of a call or a final answer."""
         if self._state is _State.THINKING:
             self._thought.append(text)
         else:
-            yield from self._content(self._flow(text))
+            yield from self._content(self._release(text))
 
-    def _flow(self, text: str) -> str:
-        """Text → all of it that may be sent now; blanks at its end wait for more."""
+    def _release(self, text: str) -> str:
+        """Return the text to emit now; trailing whitespace is held back until more text follows."""
         text = self._gap + text
         body = text.rstrip()
         self._gap = text[len(body) :]
-        self._sent |= bool(body)
+        self._emitted |= bool(body)
         return body
 
     @staticmethod

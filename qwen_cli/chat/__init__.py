@@ -12,7 +12,7 @@ from .terminal import Terminal
 
 
 def parse_arguments(argv: Sequence[str] | None, prog: str | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = make_parser(__doc__, prog)
     add_model_arguments(parser)
     add_seed_argument(parser)
@@ -23,7 +23,7 @@ def parse_arguments(argv: Sequence[str] | None, prog: str | None) -> argparse.Na
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
-    """Returns the exit status: 0 after a conversation, 1 where none could begin, 130 when stopped before it began."""
+    """Chat. Returns the exit status: 0 after a conversation, 1 if it could not start, 130 if stopped before."""
     arguments = parse_arguments(argv, prog)
     terminal = Terminal()
     if arguments.checkpoint_path is None:
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     with explain_errors(
         install=how_to_install(None, "chat"),
         stopped="Stopped while loading.",
-        complain=terminal.complain,
+        print_error=terminal.print_error,
         note=terminal.note,
         prog=prog,
     ) as ending:
@@ -44,15 +44,15 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 
 
 def converse(session: Session) -> int:
-    """Have the conversation; returns the exit status."""
+    """Run the conversation and return the exit status."""
     if session.terminal.interactive:
         session.terminal.note("Ask something, or type :help.")
     try:
         session.run()
         sys.stdout.flush()
-    except KeyboardInterrupt:  # between the prompt and an answer
+    except KeyboardInterrupt:  # between the prompt and a reply
         return 0
-    except BrokenPipeError:  # whoever read our output has gone; keep Python from flushing into it once more
+    except BrokenPipeError:  # the reader closed the pipe; keep Python from flushing to it at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     finally:
         session.terminal.save_history()

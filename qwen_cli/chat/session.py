@@ -1,7 +1,7 @@
-"""A conversation in the terminal, and the commands that change it.
+"""A conversation in the terminal, and its commands.
 
-Replies and what commands show go to standard output, everything else (banner, notes, complaints) to standard error:
-after `echo "hi" | qwen chat > reply.txt` the file contains the reply alone.
+Replies and the output of commands go to standard output, everything else (banner, notes, errors) to standard error:
+after `echo "hi" | qwen chat > reply.txt` the file contains only the reply.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from .terminal import Terminal
 
 HELP = '''\
 Type a question and press Enter. A pasted text of several lines is one question; to type one, put """ before and after.
-Ctrl-C stops an answer (what has been said stays in the conversation); at the prompt it leaves.
+Ctrl-C stops a reply (the part already printed stays in the conversation); at the prompt it leaves.
 
   :help, :h                 this text
   :exit, :quit, :q          leave (so do Ctrl-D and Ctrl-C at the prompt)
@@ -28,16 +28,16 @@ Ctrl-C stops an answer (what has been said stays in the conversation); at the pr
   :clear-his, :clh          forget the conversation
   :history, :his            show the conversation
   :seed                     show the random seed
-  :seed N                   set it; the same seed and conversation give the same answer
+  :seed N                   set it; the same seed and conversation give the same reply
   :conf                     show the generation settings
   :conf KEY=VALUE ...       change some, for example  :conf top_p=0.9 do_sample=true;  null unsets one
-  :reset-conf               back to the settings of the checkpoint
+  :reset-conf               restore the settings of the checkpoint
 '''
 
 
 @contextlib.contextmanager
 def interrupted_once() -> Iterator[None]:
-    """Inside, the first Ctrl-C raises KeyboardInterrupt and more of them do nothing, so that cleaning up can finish."""
+    """Raise KeyboardInterrupt on the first Ctrl-C and ignore further ones, so that cleanup can finish."""
 
     def first(signum: int, frame: FrameType | None) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -51,7 +51,7 @@ def interrupted_once() -> Iterator[None]:
 
 
 class Session:
-    """A conversation with one model, and the commands that steer it."""
+    """A conversation with one model."""
 
     def __init__(self, model: Any, tokenizer: Any, terminal: Terminal, system: str, seed: int) -> None:
         self.model = model
@@ -63,7 +63,7 @@ class Session:
         self.checkpoint_config = copy.deepcopy(model.generation_config)
 
     def run(self) -> None:
-        """Read and answer until the person leaves."""
+        """Read and answer until the user leaves."""
         while True:
             try:
                 text = self.terminal.read().rstrip("\r\n")
@@ -75,10 +75,10 @@ class Session:
             elif text.strip():
                 self.answer(text)
         if self.terminal.interactive:
-            print()  # the shell's prompt should not follow ours on the line
+            print()  # put the shell's prompt on a new line
 
     def answer(self, query: str) -> None:
-        """Print the reply while it comes and add the turn to the history, also when Ctrl-C cuts the reply short."""
+        """Stream the reply and add the turn to the history, also if Ctrl-C stops the reply."""
         import torch
 
         reply, shown, stopped = "", 0, False
@@ -99,21 +99,21 @@ class Session:
             except Exception as error:
                 if self.terminal.interactive or reply:
                     print()
-                self.terminal.complain(explain(error))
+                self.terminal.print_error(explain(error))
                 if not reply:
                     return
                 stopped = True
-            # Where it was stopped, what `shown` does not count may be on the screen already.
+            # After a stop, text beyond `shown` may already be on the screen.
             print("" if stopped else reply[shown:], flush=True)
             if reply or not stopped:
                 self.history = [*self.history, (query, reply)]
         if stopped and reply:
-            self.terminal.note("[stopped; the conversation keeps what was said]")
+            self.terminal.note("[stopped; the partial reply stays in the conversation]")
         elif stopped:
-            self.terminal.note("[stopped before the first word; the conversation is as it was]")
+            self.terminal.note("[stopped before the first word; the conversation is unchanged]")
 
     def command(self, line: str) -> bool:
-        """Carry out a line that starts with a colon; False means to leave."""
+        """Run a command line that starts with a colon. Returns False if the session should end."""
         name, _, argument = line[1:].strip().partition(" ")
         argument = argument.strip()
         commands: dict[str, Callable[[str], None]] = {
@@ -134,10 +134,10 @@ class Session:
             commands[name](argument)
             return True
         near = difflib.get_close_matches(name, [*commands, *leaving], n=1)
-        self.terminal.complain(
-            f"There is no command :{name}. "
+        self.terminal.print_error(
+            f"Unknown command :{name}. "
             + (f"Did you mean :{near[0]}? " if near else "")
-            + ":help lists them all; for a question that starts with a colon, type a space before it."
+            + ":help lists all commands. To ask a question that starts with a colon, type a space before it."
         )
         return True
 
@@ -164,17 +164,17 @@ class Session:
             try:
                 self.seed = seed_number(argument)
             except argparse.ArgumentTypeError as error:
-                self.terminal.complain(f"{error} The seed stays {self.seed}.")
+                self.terminal.print_error(f"{error} The seed is still {self.seed}.")
                 return
         print(f"seed = {self.seed}", flush=True)
 
     def configure(self, argument: str) -> None:
-        """`:conf` and `:conf key=value …`; all of the changes are made or, when one is refused, none."""
+        """`:conf` and `:conf key=value …`; makes all changes, or none if one is invalid."""
         if argument:
             try:
                 self.model.generation_config = changed_settings(self.model.generation_config, parse_settings(argument))
             except ValueError as error:
-                self.terminal.complain(f"{error} Nothing was changed.")
+                self.terminal.print_error(f"{error} Nothing was changed.")
                 return
         settings = self.model.generation_config.to_diff_dict()
         for key in sorted(settings):
@@ -189,7 +189,7 @@ class Session:
 
 
 def explain(error: Exception) -> str:
-    """A sentence for an error of the library; those that are not meant for people are named as such."""
+    """Describe an error for the user; unexpected errors are reported with their type."""
     from qwen.library_errors import is_memory_full
 
     if isinstance(error, (ValueError, OSError)) and str(error):
@@ -198,4 +198,4 @@ def explain(error: Exception) -> str:
         return (
             "Out of memory. Shorten the conversation (:clear-his), or lower max_new_tokens (:conf max_new_tokens=256)."
         )
-    return f"The model failed ({type(error).__name__}: {error}). If a setting is to blame, :reset-conf undoes it."
+    return f"The model failed ({type(error).__name__}: {error}). If a setting caused this, undo it with :reset-conf."

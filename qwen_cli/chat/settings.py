@@ -1,4 +1,4 @@
-"""Generation settings as a person types them: `:conf top_p=0.9 do_sample=true`."""
+"""Parses and validates generation settings typed by the user: `:conf top_p=0.9 do_sample=true`."""
 
 import ast
 import copy
@@ -11,7 +11,7 @@ Range = tuple[str, Callable[[Any], bool]]
 
 
 def _whole(least: int) -> Range:
-    return f"a whole number from {least} on", lambda v: type(v) is int and v >= least
+    return f"a whole number of at least {least}", lambda v: type(v) is int and v >= least
 
 
 def _number(text: str, inside: Callable[[float], bool]) -> Range:
@@ -21,7 +21,7 @@ def _number(text: str, inside: Callable[[float], bool]) -> Range:
 SWITCH: Range = ("true or false", lambda v: type(v) is bool)
 SHARE: Range = _number("a number above 0 and up to 1", lambda v: 0 < v <= 1)
 
-# What transformers checks only while it generates, if at all; a wrong value should be refused where it is typed.
+# transformers checks these only during generation, or never. Reject wrong values when they are typed.
 RANGES: dict[str, Range] = {
     "do_sample": SWITCH,
     "use_cache": SWITCH,
@@ -40,18 +40,18 @@ RANGES: dict[str, Range] = {
     "min_length": _whole(0),
     "max_time": _number("a number of seconds above 0", lambda v: v > 0),
     "max_window_size": _whole(1),
-    "num_beams": ("1: beam search ends before it knows its first word, so it cannot stream", lambda v: v == 1),
+    "num_beams": ("1: beam search chooses the first word only at its end, so it cannot stream", lambda v: v == 1),
     "num_return_sequences": ("1", lambda v: v == 1),
     "eos_token_id": ("a token id or a list of them", lambda v: _is_ids(v) or _is_ids([v])),
     "pad_token_id": _whole(0),
     "stop_words_ids": (
-        "a list of lists of token ids, such as [[198]]",
+        "a list of lists of token ids, for example [[198]]",
         lambda v: isinstance(v, list) and all(_is_ids(x) for x in v),
     ),
     "chat_format": ("chatml", lambda v: v == "chatml"),
 }
 QWEN_KEYS = {"chat_format", "max_window_size", "stop_words_ids"}
-# Fields of GenerationConfig that hold objects, or change what generate() returns: nothing that a line of text can set.
+# Fields of GenerationConfig that hold objects or change what generate() returns. They cannot be set by text.
 NOT_SETTABLE = {"compile_config", "watermarking_config", "transformers_version", "return_dict_in_generate"}
 
 
@@ -60,10 +60,10 @@ def _is_ids(value: Any) -> bool:
 
 
 def parse_settings(text: str) -> dict[str, Any]:
-    """Read "top_p=0.9 do_sample=true" into a dict: values are Python or JSON literals, else strings. No code is run.
+    """Parse "top_p=0.9 do_sample=true" into a dict. Values are Python or JSON literals, else strings; no code is run.
 
     Raises:
-        ValueError: something in the text is not KEY=VALUE.
+        ValueError: part of the text is not KEY=VALUE.
     """
     before, *pairs = re.split(r"(?:^|\s)([A-Za-z_]\w*)\s*=\s*", text.strip())
     if before or not pairs:
@@ -87,10 +87,10 @@ def _literal(text: str) -> Any:
 
 
 def changed_settings(config: Any, settings: dict[str, Any]) -> Any:
-    """A copy of a GenerationConfig with some fields changed; the original stays as it is.
+    """Return a copy of a GenerationConfig with some fields changed.
 
     Raises:
-        ValueError: an unknown field or a value that it cannot take, said in a sentence.
+        ValueError: a field is unknown or its value is invalid.
     """
     known = {key for key in config.to_dict() if not key.startswith("_")} | QWEN_KEYS
     known -= NOT_SETTABLE | {key for key in known if key.startswith("output_")}
@@ -98,7 +98,7 @@ def changed_settings(config: Any, settings: dict[str, Any]) -> Any:
     for key, value in settings.items():
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
-            raise ValueError(f"There is no setting {key!r}. " + (f"Did you mean {near[0]}?" if near else "See :conf."))
+            raise ValueError(f"Unknown setting {key!r}. " + (f"Did you mean {near[0]}?" if near else "See :conf."))
         allowed, inside = RANGES.get(key, ("", lambda v: True))
         if value is not None and not inside(value):
             raise ValueError(f"{key} must be {allowed}, not {value!r}.")
@@ -106,5 +106,5 @@ def changed_settings(config: Any, settings: dict[str, Any]) -> Any:
     try:
         config.validate()
     except (ValueError, TypeError, AttributeError) as error:  # the last two: comparing a number with a string
-        raise ValueError(f"transformers refuses this setting: {error}") from error
+        raise ValueError(f"transformers rejects this setting: {error}") from error
     return config

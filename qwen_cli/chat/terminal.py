@@ -1,4 +1,4 @@
-"""The terminal: prompt, colours, line editing with a history, questions of several lines."""
+"""Terminal input and output: prompt, colours, line editing with history, multi-line questions."""
 
 import contextlib
 import os
@@ -13,26 +13,26 @@ except ImportError:
 
 
 class Terminal:
-    """What the person sees and types: prompt, colours, line editing, questions of several lines."""
+    """Reads questions and prints messages."""
 
     def __init__(self) -> None:
         self.interactive = sys.stdin.isatty() and sys.stdout.isatty()
         dumb = os.environ.get("TERM", "dumb") == "dumb"
         self.colour = sys.stdout.isatty() and not dumb and not os.environ.get("NO_COLOR")
-        for stream in (sys.stdin, sys.stdout, sys.stderr):  # a character that the locale lacks is no reason to crash
+        for stream in (sys.stdin, sys.stdout, sys.stderr):  # do not crash on characters that the locale lacks
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]
         self.history_file: Path | None = None
         self.pastes_are_marked = False
         if self.interactive and readline is not None:
             gnu = "libedit" not in (readline.__doc__ or "")
             if gnu and not dumb:
-                # Off by default in Python. With it a pasted block arrives as one line with newlines inside.
+                # Off by default in Python. With it, a pasted block arrives as one line that contains newlines.
                 readline.parse_and_bind("set enable-bracketed-paste on")
                 self.pastes_are_marked = getattr(readline, "_READLINE_RUNTIME_VERSION", 0) >= 0x0700
             self._load_history()
 
     def paint(self, text: str, style: str, *, in_prompt: bool = False) -> str:
-        """Wrap text in an ANSI style such as "1;32" where colour is on; in_prompt: as readline wants it."""
+        """Wrap text in an ANSI style like "1;32" if colour is on; `in_prompt` adds the markers that readline needs."""
         if not self.colour:
             return text
         start, end = f"\x1b[{style}m", "\x1b[0m"
@@ -41,27 +41,27 @@ class Terminal:
         return start + text + end
 
     def note(self, text: str) -> None:
-        """Print something about the program, beside the conversation."""
+        """Print a message about the program to standard error."""
         sys.stdout.flush()
         print(self.paint(text, "2") if sys.stderr.isatty() else text, file=sys.stderr, flush=True)
 
-    def complain(self, text: str) -> None:
-        """Print what went wrong, in one sentence or two."""
+    def print_error(self, text: str) -> None:
+        """Print an error message to standard error."""
         sys.stdout.flush()
         print(self.paint(text, "31") if sys.stderr.isatty() else text, file=sys.stderr, flush=True)
 
     def clear(self) -> None:
-        """Clear the screen, where there is one."""
+        """Clear the screen if standard output is a terminal."""
         if sys.stdout.isatty():
             print("\x1b[2J\x1b[3J\x1b[H", end="", flush=True)
 
     def read(self) -> str:
-        """One question or command, perhaps of several lines. EOFError at the end of the input."""
+        """Read one question or command, which may have several lines. Raises EOFError at the end of the input."""
         text = self._line(self.paint("User> ", "1;32", in_prompt=True))
         if text.strip().startswith('"""'):
             return self._quoted(text.strip()[3:])
         if self.interactive and not self.pastes_are_marked and not text.startswith(":"):
-            # Lines that arrive faster than anyone types were pasted together.
+            # Lines that arrive faster than anyone can type were pasted together.
             with contextlib.suppress(OSError, EOFError):
                 while select.select([sys.stdin], [], [], 0.03)[0]:
                     text += "\n" + self._line("")
@@ -73,10 +73,10 @@ class Terminal:
             while not lines[-1].rstrip().endswith('"""'):
                 lines.append(self._line("... "))
             lines[-1] = lines[-1].rstrip()[:-3]
-        except EOFError:  # the end of the input ends the block as well
+        except EOFError:  # the end of the input also ends the block
             pass
         except KeyboardInterrupt:
-            self.note("\n[the started block was dropped]")
+            self.note("\n[unfinished block discarded]")
             return ""
         return "\n".join(lines).strip("\n")
 
@@ -91,7 +91,7 @@ class Terminal:
             readline.read_history_file(self.history_file)
 
     def save_history(self) -> None:
-        """Keep the typed lines for the next session, readable by their owner only; without a place for it, don't."""
+        """Save the typed lines for the next session, readable only by their owner; ignores write errors."""
         if self.history_file is not None:
             with contextlib.suppress(OSError):
                 self.history_file.parent.mkdir(parents=True, exist_ok=True)

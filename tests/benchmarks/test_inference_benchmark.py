@@ -1,4 +1,4 @@
-"""benchmarks/inference.py: engines compute the same, figures add up, and no cell ends the table."""
+"""benchmarks/inference.py: engines agree, figures are consistent, and a failing cell does not end the table."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> str:
 
 @pytest.fixture
 def main(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> Callable[..., tuple[int, str, str]]:
-    """The command in this process: exit code, what it prints and what it says to a person."""
+    """Runs the command in this process and returns exit code, stdout and stderr."""
 
     def run(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["inference.py", "--cpu-only", *arguments])
@@ -49,19 +49,19 @@ def main(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> Calla
 
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What takes seconds to measure, given; and 30 GB of free memory."""
+    """Replaces the slow bandwidth measurement, and sets 30 GB of free memory."""
     run = inference.run
 
-    def given(task: str, *arguments: object) -> dict:
+    def fake_run(task: str, *arguments: object) -> dict:
         return {"name": "CPU", "bandwidth": 1e9} if task == "device" else run(task, *arguments)
 
-    monkeypatch.setattr(inference, "run", given)
+    monkeypatch.setattr(inference, "run", fake_run)
     monkeypatch.setattr(inference, "free_memory", lambda: 30 * 10**9)
 
 
 @pytest.fixture
-def child_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Makes every process that is started a shell with these commands."""
+def replace_child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Replaces every child process with a shell that runs the given commands."""
 
     def replace(commands: str) -> None:
         script = tmp_path / "child"
@@ -72,19 +72,19 @@ def child_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str
     return replace
 
 
-def test_qwen2_decodes_the_same_with_the_same_weights(bundled_chat: Path):
+def test_qwen2_decodes_the_same_tokens(bundled_chat: Path):
     model, _ = inference.load_model_quietly(bundled_chat, cpu_only=True)
     peer = as_qwen2(model)
     assert peer.lm_head.weight.data_ptr() == model.lm_head.weight.data_ptr()
     ids = torch.arange(300, 330)[None]
     torch.testing.assert_close(peer(ids).logits, model(ids).logits, atol=1e-3, rtol=1e-3)
-    replies = [decode_greedily(each, ids[0].tolist(), 40) for each in (model, peer)]
+    replies = [decode_greedily(engine, ids[0].tolist(), 40) for engine in (model, peer)]
     assert replies[0] == replies[1]
     assert len(replies[0]) == 40
     assert len(set(replies[0])) > 5
 
 
-def test_every_token_has_a_time_though_the_model_would_end(bundled_chat: Path):
+def test_every_token_is_timed_even_after_eos(bundled_chat: Path):
     model, tokenizer = inference.load_model_quietly(bundled_chat, cpu_only=True)
     ids = tokenizer.encode("<|im_start|>user\nHello!<|im_end|>\n<|im_start|>assistant\n", allowed_special="all")
     assert model.generation_config.eos_token_id is not None
@@ -96,7 +96,7 @@ def test_every_token_has_a_time_though_the_model_would_end(bundled_chat: Path):
     assert tokenizer.im_end_id in seen[30:-1]
 
 
-def test_random_models_are_the_same_each_time_and_have_no_two_equal_rows(tiny: str):
+def test_random_models_are_reproducible_and_have_distinct_rows(tiny: str):
     first, second = (random_models.random_model(tiny, torch.float32, "cpu").state_dict() for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert len(first["lm_head.weight"].unique(dim=0)) == 300
@@ -109,14 +109,14 @@ def test_figures_of_a_cell(engine: str, precision: str, itemsize: int, tiny: str
     figures = inference.measure(cell(precision=precision, engine=engine), tmp_path)
     layer = 64 * 192 + 192 + 64 * 64 + 3 * 64 * 96 + 2 * 64
     weights = itemsize * (300 * 64 + 2 * layer + 64)
-    assert weights <= figures["read"] < weights + 2**20  # and the tables of the rotary embedding
+    assert weights <= figures["read"] < weights + 2**20  # includes the rotary embedding tables
     assert figures["speed"] > 0
     assert figures["whole_speed"] > 0
     assert figures["peak"] > figures["read"]
     assert figures["kernel"] == "Linear"
 
 
-def test_one_token_has_no_speed_of_decoding(tiny: str, tmp_path: Path):
+def test_single_token_has_no_decoding_speed(tiny: str, tmp_path: Path):
     figures = inference.measure(cell(generate=1), tmp_path)
     assert figures["speed"] is None
     assert figures["whole_speed"] > 0
@@ -131,7 +131,7 @@ def test_one_token_has_no_speed_of_decoding(tiny: str, tmp_path: Path):
         (cell("7B", "int8", "llama.cpp", context=1, generate=1), True, 0.6 + 2 * 1.245 + 6.476 * (8 + 24 / 128) / 8),
     ],
 )
-def test_memory_that_is_needed(which: Cell, cpu_only: bool, gigabytes: float):
+def test_needed_memory(which: Cell, cpu_only: bool, gigabytes: float):
     assert inference.needed_bytes(which, cpu_only) / 1e9 == pytest.approx(gigabytes, rel=2e-3)
 
 
@@ -151,24 +151,24 @@ def test_published_figures(which: Cell, figures: tuple[float | None, float | Non
 
 
 @pytest.mark.process
-def test_a_table(main: Callable, device: None):
-    """One cell in a process of its own; one that does not fit, and has published figures."""
+def test_table_with_measured_and_skipped_cells(main: Callable, device: None):
+    """One cell is measured in a separate process; one does not fit into memory."""
     code, out, _ = main("--sizes", "small", "72B", "--precisions", "fp32", "--engines", "this", "--generate", "3")
     lines = out.splitlines()
     assert code == 0
     assert lines[0].startswith("CPU, torch")
     assert "1 + 3 tokens" in lines[0]
-    heads, row, refused = (line.strip("|").split("|") for line in (lines[2], lines[4], lines[5]))
-    assert len(heads) == len(row) == len(refused) == 8
+    header, row, skipped = (line.strip("|").split("|") for line in (lines[2], lines[4], lines[5]))
+    assert len(header) == len(row) == len(skipped) == 8
     assert row[:3] == [" small ", " fp32 ", " this "]
     speed, _, memory, weights, share = row[3:]
     assert float(share.strip(" %")) / 100 == pytest.approx(float(speed) * 48.8e6 / 1e9, abs=0.02)
     assert float(memory) > float(weights) == 0.05
-    assert "needs about 2" in refused[3]
-    assert "30.0 are free" in refused[3]
+    assert "needs about 2" in skipped[3]
+    assert "30.0 free" in skipped[3]
 
 
-def test_published_columns_are_there_where_a_cell_is_published(main: Callable, device: None):
+def test_published_columns_are_shown_if_a_cell_was_published(main: Callable, device: None):
     _, out, _ = main("--sizes", "72B", "--precisions", "int4", "--engines", "this", "--generate", "2048")
     assert "| published |" in out
     assert "| published, GB |" in out
@@ -182,26 +182,26 @@ def test_published_columns_are_there_where_a_cell_is_published(main: Callable, d
         ("""echo '{"failed": "no room"}'""", "no room"),
     ],
 )
-def test_a_cell_that_fails_does_not_end_the_table(
-    commands: str, reason: str, child_says: Callable, main: Callable, device: None
+def test_failing_cell_does_not_end_the_table(
+    commands: str, reason: str, replace_child: Callable, main: Callable, device: None
 ):
-    child_says(commands)
+    replace_child(commands)
     code, out, _ = main("--sizes", "small", "--precisions", "fp32", "bf16", "--engines", "this")
     assert code == 0
     assert out.count(f"| this | {reason} |") == 2
 
 
-def test_what_libraries_say_does_not_count(child_says: Callable):
-    child_says("""echo hello; echo '{"progress": "at it"}'; echo '{"result": {"found": 1}}'""")
+def test_other_output_of_the_child_is_ignored(replace_child: Callable):
+    replace_child("""echo hello; echo '{"progress": "at it"}'; echo '{"result": {"found": 1}}'""")
     assert inference.run("device", None, None, True) == {"found": 1}
 
 
-def test_ctrl_c_keeps_the_rows_and_ends_the_process(
-    child_says: Callable, main: Callable, device: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_ctrl_c_keeps_the_rows_and_kills_the_child(
+    replace_child: Callable, main: Callable, device: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    number = tmp_path / "pid"
-    child_says(
-        f"""if [ -e {number} ]; then echo '{{"progress": "stop here"}}'; exec sleep 60; fi; echo $$ > {number}; """
+    pid_file = tmp_path / "pid"
+    replace_child(
+        f"""if [ -e {pid_file} ]; then echo '{{"progress": "stop here"}}'; exec sleep 60; fi; echo $$ > {pid_file}; """
         """echo '{"failed": "first row"}'"""
     )
     shown = []
@@ -217,10 +217,10 @@ def test_ctrl_c_keeps_the_rows_and_ends_the_process(
         inference.subprocess, "Popen", lambda *a, **settings: started.append(popen(*a, **settings)) or started[-1]
     )
     monkeypatch.setattr(inference, "show", show)
-    code, out, told = main("--sizes", "small", "--precisions", "fp32", "bf16", "--engines", "this")
+    code, out, err = main("--sizes", "small", "--precisions", "fp32", "bf16", "--engines", "this")
     assert code == 130
     assert "| first row |" in out
-    assert "Stopped" in told
+    assert "Stopped" in err
     assert started[-1].returncode == -9
 
 
@@ -233,7 +233,7 @@ def test_ctrl_c_keeps_the_rows_and_ends_the_process(
         (OSError("no\nroom"), "no room"),
     ],
 )
-def test_a_process_says_why_it_failed(
+def test_child_reports_why_it_failed(
     error: Exception, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
     def measure(*_: object) -> None:
@@ -254,18 +254,18 @@ def test_a_process_says_why_it_failed(
         (["-c", "nowhere/at/all"], ("nowhere/at/all",)),
     ],
 )
-def test_errors_talk_to_people(
+def test_errors_are_actionable(
     arguments: list[str], words: tuple[str, ...], main: Callable, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.chdir(ROOT)
-    code, out, told = main(*arguments)
+    code, out, err = main(*arguments)
     assert code == 1
     assert not out
-    assert "Traceback" not in told
-    assert all(word in told for word in words)
+    assert "Traceback" not in err
+    assert all(word in err for word in words)
 
 
-def test_llama_cpp_is_offered_where_it_is_installed(monkeypatch: pytest.MonkeyPatch):
+def test_llama_cpp_is_used_if_installed(monkeypatch: pytest.MonkeyPatch):
     options = {"checkpoint_path": None, "hub": None, "sizes": ["7B"], "precisions": ["bf16", "int4"], "cpu_only": True}
     arguments = Namespace(**options, engines=None, context=1, generate=1, repeat=1)
     for found, expected in ((None, 3), (os, 5)):  # Qwen2 reads no quantized weights

@@ -1,4 +1,4 @@
-"""qwen.Checkpoint: opened once, and each of its small files is read at most twice for a chat."""
+"""Tests of qwen.Checkpoint: properties, options, adapters, and how often small files are read."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from qwen.checkpoint.bundled import BUNDLED_CHAT_INT4
 from qwen.checkpoint.weights import Weights
 from tests.support.processes import run_script
 
-# Weights may be opened as often as their library likes.
+# Weight files are not counted: their library may open them any number of times.
 COUNT = """\
 import collections, json, os, sys
 
@@ -37,8 +37,8 @@ print(json.dumps([reply, opened]))
 """
 
 
-def openings(script: Path, *folders: Path) -> tuple[str, dict[str, int]]:
-    """A reply from the checkpoint in the first folder, and how often each small file of the folders was opened."""
+def count_opens(script: Path, *folders: Path) -> tuple[str, dict[str, int]]:
+    """Chat with the first folder; return the reply and how often each small file of the folders was opened."""
     script.write_text(COUNT)
     done = run_script(script, *folders)
     assert done.returncode == 0, done.stderr
@@ -48,7 +48,7 @@ def openings(script: Path, *folders: Path) -> tuple[str, dict[str, int]]:
 
 @pytest.mark.process
 def test_a_chat_opens_each_small_file_at_most_twice(bundled_chat: Path, tmp_path: Path) -> None:
-    reply, opened = openings(tmp_path / "chat.py", bundled_chat)
+    reply, opened = count_opens(tmp_path / "chat.py", bundled_chat)
     assert reply == "47 + 38 = 85."
     names = {"config.json", "generation_config.json", "tokenizer_config.json", "qwen.tiktoken"}
     assert names <= {os.path.basename(path) for path in opened}
@@ -56,7 +56,7 @@ def test_a_chat_opens_each_small_file_at_most_twice(bundled_chat: Path, tmp_path
 
 
 @pytest.mark.process
-def test_so_does_a_chat_with_an_adapter(bundled_chat: Path, tmp_path: Path) -> None:
+def test_a_chat_with_an_adapter_opens_each_small_file_at_most_twice(bundled_chat: Path, tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 
     base = Path(shutil.copytree(bundled_chat, tmp_path / "base"))
@@ -66,14 +66,14 @@ def test_so_does_a_chat_with_an_adapter(bundled_chat: Path, tmp_path: Path) -> N
     adapted.save_pretrained(adapter)
     tokenizer.save_pretrained(adapter)
     model.generation_config.save_pretrained(adapter)
-    reply, opened = openings(tmp_path / "chat.py", adapter, base)
+    reply, opened = count_opens(tmp_path / "chat.py", adapter, base)
     assert reply == "47 + 38 = 85."  # a new adapter changes nothing
     assert str(adapter / "adapter_config.json") in opened
     assert str(base / "config.json") in opened
     assert {path: times for path, times in opened.items() if times > 2} == {}
 
 
-def test_what_an_opened_checkpoint_says(bundled_chat: Path, bundled_base: Path) -> None:
+def test_properties_of_an_opened_checkpoint(bundled_chat: Path, bundled_base: Path) -> None:
     chat = Checkpoint.open()
     assert (chat.name, chat.folder) == (str(bundled_chat), bundled_chat)
     assert chat.is_chat
@@ -84,12 +84,12 @@ def test_what_an_opened_checkpoint_says(bundled_chat: Path, bundled_base: Path) 
     assert chat.require_chat() is chat
     base = Checkpoint.open(bundled_base)
     assert (base.chat_format, base.is_chat) == ("raw", False)
-    with pytest.raises(CheckpointError, match="no chat model"):
+    with pytest.raises(CheckpointError, match="not a chat model"):
         base.require_chat()
     assert Checkpoint.open(BUNDLED_CHAT_INT4).is_quantized
 
 
-def test_the_config_that_it_gives_is_read_once_and_not_shared(bundled_chat: Path) -> None:
+def test_loading_does_not_change_the_config_of_the_checkpoint(bundled_chat: Path) -> None:
     checkpoint = Checkpoint.open(bundled_chat)
     model, _ = checkpoint.load(cpu_only=True, bf16=True, use_cache_quantization=True)
     assert model.config.bf16
@@ -106,21 +106,21 @@ def test_int8_cache_sets_both_switches(bundled_chat: Path) -> None:
     assert model.config.use_cache_kernel
 
 
-def test_arguments_of_from_pretrained_reach_the_config_alone(bundled_chat: Path) -> None:
+def test_config_arguments_of_from_pretrained_reach_the_config(bundled_chat: Path) -> None:
     model, _ = load_model(bundled_chat, cpu_only=True, output_attentions=True, num_labels=3)
     assert model.config.output_attentions
     assert model.config.num_labels == 3
-    mine = Checkpoint.open(bundled_chat).config
-    mine.use_logn_attn = False
-    assert not load_model(bundled_chat, cpu_only=True, config=mine)[0].config.use_logn_attn
+    config = Checkpoint.open(bundled_chat).config
+    config.use_logn_attn = False
+    assert not load_model(bundled_chat, cpu_only=True, config=config)[0].config.use_logn_attn
 
 
-def test_a_base_is_for_adapters(bundled_chat: Path, bundled_base: Path) -> None:
+def test_base_is_rejected_for_other_checkpoints_than_adapters(bundled_chat: Path, bundled_base: Path) -> None:
     with pytest.raises(CheckpointError, match="not the folder of a LoRA adapter"):
         load_model(bundled_chat, base=bundled_base)
 
 
-def test_a_full_disk_is_not_taken_for_a_model_without_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_not_reported_as_missing_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*args: object, **kwargs: object) -> None:
         raise OSError(28, "No space left on device")
 
@@ -129,7 +129,7 @@ def test_a_full_disk_is_not_taken_for_a_model_without_weights(monkeypatch: pytes
         _ = Checkpoint("Qwen/Qwen-7B-Chat").folder
 
 
-def test_weights_come_one_by_one(bundled_chat: Path) -> None:
+def test_weights_are_a_mapping_of_tensors(bundled_chat: Path) -> None:
     weights = Checkpoint.open(bundled_chat).weights()
     model, _ = load_model(bundled_chat, cpu_only=True)
     assert isinstance(weights, Weights)
@@ -137,7 +137,7 @@ def test_weights_come_one_by_one(bundled_chat: Path) -> None:
     assert torch.equal(weights["transformer.ln_f.weight"], model.transformer.ln_f.weight)
 
 
-def test_an_adapter_has_a_base_and_takes_another(bundled_chat: Path, bundled_base: Path, tmp_path: Path) -> None:
+def test_an_adapter_with_its_recorded_or_a_given_base(bundled_chat: Path, bundled_base: Path, tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     (tmp_path / "adapter_config.json").write_text(
@@ -156,7 +156,7 @@ def test_an_adapter_has_a_base_and_takes_another(bundled_chat: Path, bundled_bas
         adapter.load(cpu_only=True)
 
 
-def test_a_hub_is_handed_on_and_never_set(bundled_chat: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_is_passed_on_without_changing_the_environment(bundled_chat: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("QWEN_HUB", raising=False)
     load_model(bundled_chat, hub="modelscope", cpu_only=True)
     assert "QWEN_HUB" not in os.environ
@@ -164,5 +164,5 @@ def test_a_hub_is_handed_on_and_never_set(bundled_chat: Path, monkeypatch: pytes
         Checkpoint.open("Qwen/Qwen-7B", hub="nowhere")
     with pytest.raises(CheckpointError, match="hub is 'nowhere'"):
         load_model(bundled_chat, hub="nowhere")
-    with pytest.raises(TypeError, match="revison"):  # a mistyped option is no option
+    with pytest.raises(TypeError, match="revison"):  # a misspelt option is rejected
         Checkpoint.open(bundled_chat, revison="v1.0.5")

@@ -1,4 +1,4 @@
-"""Models from ModelScope: its client against a server on this machine, in scripts and in Python."""
+"""Tests of models from ModelScope: its client against a local server, in scripts and in Python."""
 
 import json
 import os
@@ -35,8 +35,8 @@ CHAT, BASE = "Qwen/Qwen-7B-Chat", "Qwen/Qwen-7B"
 NOWHERE = "http://127.0.0.1:9"
 
 
-def copied(source: Path, target: Path, **config: object) -> Path:
-    """A copy of a checkpoint with what lies beside published weights; `config` changes config.json."""
+def copy_checkpoint(source: Path, target: Path, **config: object) -> Path:
+    """Copy a checkpoint and add the other files of published checkpoints; `config` changes config.json."""
     not_published = shutil.ignore_patterns("*.py", "calibration.json", "held_out*")
     shutil.copytree(source, target, ignore=not_published)
     settings = json.loads((target / "config.json").read_text()) | config
@@ -48,79 +48,80 @@ def copied(source: Path, target: Path, **config: object) -> Path:
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory: pytest.TempPathFactory, bundled_chat: Path, bundled_base: Path) -> Iterator[Hub]:
-    """ModelScope with the toys as published models, and some others."""
+    """A ModelScope server with the toy checkpoints as published models, and some other models."""
     folder = tmp_path_factory.mktemp("hub")
     code = {"auto_map": {"AutoModelForCausalLM": "modeling_qwen.QWenLMHeadModel"}}
-    new, old = copied(bundled_chat, folder / "new", **code), copied(bundled_chat, folder / "old", seq_length=123)
+    new = copy_checkpoint(bundled_chat, folder / "new", **code)
+    old = copy_checkpoint(bundled_chat, folder / "old", seq_length=123)
     (new / "configuration.json").write_text('{"framework": "pytorch", "task": "chat", "allow_remote": true}')
     (old / "configuration.json").write_text(
         '{"framework": "pytorch", "task": "chat", "model": {"type": "qwen-7b"}, "pipeline": {"type": "qwen-chat"}}'
     )
     nested = folder / "nested"
-    copied(bundled_chat, nested / "inside")
+    copy_checkpoint(bundled_chat, nested / "inside")
     (nested / "notes.json").write_text("{}")
-    bins = copied(bundled_chat, folder / "bins")
+    bins = copy_checkpoint(bundled_chat, folder / "bins")
     (bins / "model.safetensors").unlink()
     lora = folder / "lora"
     lora.mkdir()
     (lora / "adapter_config.json").write_text("{}")
-    packed = copied(bundled_chat, folder / "packed", quantization_config={"quant_method": "gptq", "bits": 4})
-    running = Hub(
+    packed = copy_checkpoint(bundled_chat, folder / "packed", quantization_config={"quant_method": "gptq", "bits": 4})
+    server = Hub(
         {
             CHAT: {"master": new, "v1.0.5": new, "v1.0.0": old},
             BASE: {"master": bundled_base},
-            "Qwen/Qwen2-7B": {"master": copied(bundled_chat, folder / "newer", model_type="qwen2")},
+            "Qwen/Qwen2-7B": {"master": copy_checkpoint(bundled_chat, folder / "newer", model_type="qwen2")},
             "someone/nested": {"master": nested},
             "someone/bins": {"master": bins},
             "someone/lora": {"master": lora},
             "someone/packed": {"master": packed},
         }
     )
-    yield running
-    running.close()
+    yield server
+    server.close()
 
 
 @pytest.fixture(autouse=True)
 def modelscope(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
-    """Ids are ModelScope's, and its cache is empty; called with an address, it is looked for there."""
+    """Use the server as the default hub, with an empty cache. Call the fixture to change the server's address."""
     import modelscope_hub
     from modelscope_hub import _legacy_api
 
-    def at(url: str) -> None:
+    def use_endpoint(url: str) -> None:
         config = modelscope_hub.HubConfig(endpoint=url, cache_dir=tmp_path / "cache", config_dir=tmp_path / "home")
         modelscope_hub.set_default_config(config)
 
     before = modelscope_hub.get_default_config()
     monkeypatch.setenv(hubs.VARIABLE, "modelscope")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(_legacy_api, "REPO_TREE_PAGE_MAX_ATTEMPTS", 1)  # else it waits 7 seconds for one out of reach
-    at(hub.url)
+    monkeypatch.setattr(_legacy_api, "REPO_TREE_PAGE_MAX_ATTEMPTS", 1)  # else an unreachable hub takes 7 seconds
+    use_endpoint(hub.url)
     hub.sent.clear()
-    yield at
+    yield use_endpoint
     hub.breaking.clear()
     modelscope_hub.set_default_config(before)
 
 
-def complaint(call: Callable, *arguments: object, **keywords: object) -> str:
-    """What a CheckpointError says."""
+def error_message(call: Callable, *arguments: object, **keywords: object) -> str:
+    """Return the message of the CheckpointError that the call raises."""
     with pytest.raises(CheckpointError) as caught:
         call(*arguments, **keywords)
     return str(caught.value)
 
 
-def test_a_model_in_any_spelling(hub: Hub, capfd: pytest.CaptureFixture) -> None:
+def test_a_published_id_in_any_spelling(hub: Hub, capfd: pytest.CaptureFixture) -> None:
     model, _ = load_model_quietly("QWen/qwen-7b-chat", chat=True, cpu_only=True)
     assert model.name_or_path == CHAT
     small = {"config.json", "configuration.json", "generation_config.json", "tokenizer_config.json", "qwen.tiktoken"}
     assert {name for name, _, _ in hub.sent} == {CHAT}
     assert hub.sent[0][1] == "config.json"
-    assert hub.files() == small | {"model.safetensors"}  # not the weights in another format, nor the code
+    assert hub.files() == small | {"model.safetensors"}  # no weights in another format, no code
     load_model_quietly(CHAT, cpu_only=True)
     assert hub.files() == set()
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_person_sees_weights_come(capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_downloading_weights_shows_progress(capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub_modelscope, "is_progress_bar_enabled", lambda: True)
     _ = Checkpoint.open(CHAT).folder
     assert "model.safetensors" in capfd.readouterr().err
@@ -130,7 +131,7 @@ def test_revisions(hub: Hub, bundled_chat: Path) -> None:
     assert load_config(CHAT, revision="v1.0.0").seq_length == 123
     for revision in (None, "main", "v1.0.5"):
         assert load_config(CHAT, revision=revision).seq_length == load_config(bundled_chat).seq_length
-    assert "has no revision 'v9' on ModelScope. It has v1.0.5, v1.0.0, master." in complaint(
+    assert "has no revision 'v9' on ModelScope. It has v1.0.5, v1.0.0, master." in error_message(
         check_checkpoint, CHAT, revision="v9"
     )
 
@@ -139,19 +140,19 @@ def test_revisions(hub: Hub, bundled_chat: Path) -> None:
     ("name", "expected"),
     [
         ("Qwen/Qwen-7B-Chatt", "nor a model on ModelScope .*Did you mean Qwen/Qwen-7B-Chat"),
-        ("qwen/qwen-14b", "nor a model on ModelScope .*Published are"),  # it is published, but not there
+        ("qwen/qwen-14b", "nor a model on ModelScope .*Published models are"),  # published, but not on this hub
         ("someone/lora", "no config.json.*modelscope download --model someone/lora"),
         ("Qwen/Qwen2-7B", "a newer Qwen"),
-        (BASE, "no chat model"),
+        (BASE, "not a chat model"),
     ],
 )
-def test_what_cannot_be_used_costs_no_download(name: str, expected: str, hub: Hub) -> None:
+def test_unusable_models_are_rejected_before_weights_are_downloaded(name: str, expected: str, hub: Hub) -> None:
     with pytest.raises(CheckpointError, match=expected):
         load_model_quietly(name, chat=True)
     assert not any(file.endswith((".safetensors", ".bin")) for file in hub.files())
 
 
-def test_the_one_format_that_there_is(hub: Hub) -> None:
+def test_bin_weights_are_downloaded_if_there_are_no_others(hub: Hub) -> None:
     _ = Checkpoint.open("someone/bins").folder
     assert "pytorch_model.bin" in hub.files()
 
@@ -161,7 +162,7 @@ def test_a_subfolder(hub: Hub) -> None:
     assert {"model.safetensors", "notes.json"} & hub.files() == {"model.safetensors"}
 
 
-def test_a_broken_connection_goes_on_where_it_broke(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_download_is_resumed(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     from modelscope_hub import _download
 
     def starts() -> list[int]:
@@ -175,25 +176,25 @@ def test_a_broken_connection_goes_on_where_it_broke(hub: Hub, monkeypatch: pytes
     monkeypatch.setattr(_download, "DOWNLOAD_RETRY_TIMES", 0)
     hub.sent.clear()
     hub.breaking.add("model.safetensors")
-    text = complaint(load_model, CHAT, revision="v1.0.5", cpu_only=True)
+    text = error_message(load_model, CHAT, revision="v1.0.5", cpu_only=True)
     assert "1 of 6 files" in text
-    assert "goes on from where it stopped" in text
+    assert "Run the same command again" in text
     load_model(CHAT, revision="v1.0.5", cpu_only=True)
     assert starts() == [0, half]
 
 
-def test_out_of_reach(modelscope: Callable[[str], None]) -> None:
+def test_an_unreachable_hub(modelscope: Callable[[str], None]) -> None:
     load_model(CHAT, cpu_only=True)
     load_tokenizer("someone/nested", subfolder="inside")
     modelscope(NOWHERE)
     load_model(CHAT, cpu_only=True)
-    assert "has no weights" in complaint(load_model, "someone/nested", subfolder="inside", cpu_only=True)
-    text = complaint(load_model, BASE)
+    assert "has no weights" in error_message(load_model, "someone/nested", subfolder="inside", cpu_only=True)
+    text = error_message(load_model, BASE)
     assert "ModelScope cannot be reached" in text
     assert "MODELSCOPE_ENDPOINT" in text
 
 
-def test_what_was_downloaded_as_qwen_is_found(hub: Hub) -> None:
+def test_downloads_of_the_lowercase_owner_are_found(hub: Hub) -> None:
     from modelscope_hub import HubApi
 
     HubApi().download_repo("qwen/Qwen-7B-Chat", "model")
@@ -203,14 +204,14 @@ def test_what_was_downloaded_as_qwen_is_found(hub: Hub) -> None:
 
 
 def test_local_files_only(hub: Hub) -> None:
-    assert "cannot be reached" in complaint(load_tokenizer, CHAT, local_files_only=True)
+    assert "cannot be reached" in error_message(load_tokenizer, CHAT, local_files_only=True)
     load_tokenizer(CHAT)
     hub.sent.clear()
     load_tokenizer(CHAT, local_files_only=True)
     assert hub.sent == []
 
 
-def test_folders_are_no_ids(bundled_chat: Path, modelscope: Callable[[str], None]) -> None:
+def test_folders_are_not_looked_up_on_the_hub(bundled_chat: Path, modelscope: Callable[[str], None]) -> None:
     modelscope(NOWHERE)
     check_chat(bundled_chat)
     load_tokenizer(bundled_chat)
@@ -226,13 +227,13 @@ def test_the_base_model_of_an_adapter(hub: Hub, tmp_path: Path) -> None:
     assert "qwen.tiktoken" in hub.files()
 
 
-def test_hubs_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "hub is 'nowhere'" in complaint(load_model, CHAT, hub="nowhere")
+def test_unknown_hubs_and_a_missing_client(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "hub is 'nowhere'" in error_message(load_model, CHAT, hub="nowhere")
     monkeypatch.setenv(hubs.VARIABLE, "nowhere")
-    assert "QWEN_HUB is 'nowhere': it must be huggingface or modelscope" in complaint(load_model, CHAT)
+    assert "QWEN_HUB is 'nowhere': it must be huggingface or modelscope" in error_message(load_model, CHAT)
     monkeypatch.setenv(hubs.VARIABLE, "modelscope")
     monkeypatch.setitem(sys.modules, "modelscope_hub", None)
-    assert "pip install -U modelscope" in complaint(load_model, CHAT)
+    assert "pip install -U modelscope" in error_message(load_model, CHAT)
 
 
 @pytest.mark.parametrize("module", [chat, web, serve], ids=lambda module: module.__name__)
@@ -248,7 +249,7 @@ def test_finetuning_takes_a_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     argv = ["--data_path", "examples/identity.json", "--use_lora", "--output_dir", str(tmp_path / "out"), "--use_cpu"]
     arguments, _ = parse([*argv, "--hub", "modelscope", "--model_name_or_path", "qwen/Qwen-7B-Chat"])
     model, _ = load_for_training(arguments)
-    assert model.peft_config["default"].base_model_name_or_path == CHAT  # an id, good on every machine
+    assert model.peft_config["default"].base_model_name_or_path == CHAT  # an id, valid on every machine
 
 
 def test_quantization_takes_a_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,7 +257,7 @@ def test_quantization_takes_a_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.delenv(hubs.VARIABLE)
     argv = ["--model_name_or_path", "Qwen/nothing", "--data_path", "data.json", "--hub", "modelscope"]
-    assert "nor a model on ModelScope" in complaint(quantize.run, quantize.parse_arguments(argv, None))
+    assert "nor a model on ModelScope" in error_message(quantize.run, quantize.parse_arguments(argv, None))
     assert check(Checkpoint("qwen/Qwen-7B-Chat", hub="modelscope"), tmp_path / "out").model_type == "qwen"
 
 
@@ -265,7 +266,7 @@ def test_merging_takes_a_hub(tmp_path: Path) -> None:
 
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "someone/packed"}')
     save_file({"nothing": torch.zeros(1)}, tmp_path / "adapter_model.safetensors")
-    assert "someone/packed is quantized" in complaint(merge, tmp_path, tmp_path / "out")
+    assert "someone/packed is quantized" in error_message(merge, tmp_path, tmp_path / "out")
 
 
 def test_evaluation_takes_a_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
@@ -276,7 +277,7 @@ def test_evaluation_takes_a_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     assert "nor a model on ModelScope" in capsys.readouterr().err
 
 
-# As people use it, in processes of their own
+# Typical use, in separate processes
 
 PYTHON_USE = """\
 import qwen
@@ -320,7 +321,7 @@ except OSError as error:
 def processes(
     hub: Hub, bundled_chat: Path, bundled_base: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, tuple[int, str, str]]:
-    """Exit status, output and complaints of all of them, which run at the same time."""
+    """Exit status, stdout and stderr of all scripts, which run in parallel."""
     home = tmp_path_factory.mktemp("home")
     (home / "use.py").write_text(PYTHON_USE)
     variables = {"MODELSCOPE_ENDPOINT": hub.url, "NO_PROXY": "127.0.0.1"}
@@ -328,7 +329,7 @@ def processes(
         "python": [home / "use.py"],
         "cli_demo": ["cli_demo.py", "-c", "qwen/Qwen-7B-Chat", "--hub", "modelscope", "--cpu-only"],
     }
-    # What is imported first cannot be in a fork of what has imported it all.
+    # Not forked: a fork has already imported everything, so the import order could not be tested.
     first = subprocess.Popen(
         [sys.executable, "-c", MODELSCOPE_FIRST, str(bundled_chat), str(bundled_base)],
         cwd=ROOT,
@@ -364,7 +365,7 @@ def test_modelscope_may_be_imported_first(processes: dict[str, tuple[int, str, s
     assert status == 0, err
     answer, refusal = out.splitlines()
     assert answer == "47 + 38 = 85."
-    assert "is no chat model" in refusal
+    assert "is not a chat model" in refusal
 
 
 @pytest.mark.process

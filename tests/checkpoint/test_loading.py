@@ -1,4 +1,4 @@
-"""qwen.checkpoint: good checkpoints load; what can be broken in one is named in a sentence with a remedy."""
+"""Tests of qwen.checkpoint: valid checkpoints load, and each kind of damage gives an actionable error."""
 
 import importlib.util
 import json
@@ -18,12 +18,12 @@ POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 123\n
 
 @pytest.fixture
 def checkpoint(tiny_chat_checkpoint: Path, tmp_path: Path) -> Path:
-    """A copy of the tiny checkpoint, to be damaged."""
+    """A copy of the tiny checkpoint that tests may damage."""
     return Path(shutil.copytree(tiny_chat_checkpoint, tmp_path / "model"))
 
 
-def complaint(name: object, **kwargs: object) -> str:
-    """What load_model says about a checkpoint that it cannot load."""
+def error_message(name: object, **kwargs: object) -> str:
+    """Return the message of the CheckpointError that load_model raises."""
     with pytest.raises(CheckpointError) as caught:
         load_model(name, **kwargs)
     return str(caught.value)
@@ -77,27 +77,27 @@ def test_the_bundled_base_model_loads(bundled_base: Path) -> None:
     assert model.generation_config.chat_format == "raw"
 
 
-def test_without_the_bundled_model_another_must_be_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_missing_bundled_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(bundled, "BUNDLED_CHAT", tmp_path / "site-packages" / "checkpoints" / "qwen-tiny-chat")
-    assert "The bundled model is not here" in complaint(None)
+    assert "The bundled model was not found" in error_message(None)
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./nothing", "../a/b/c", "~/nothing-here", ""])
 def test_no_such_folder(name: str) -> None:
-    assert "There is no folder" in complaint(name)
+    assert "There is no folder" in error_message(name)
 
 
-def test_a_bare_model_name_gets_its_owner() -> None:
-    assert "Did you mean Qwen/Qwen-7B-Chat?" in complaint("Qwen-7B-Chat")
-    assert "Did you mean Qwen/Qwen-1_8B-Chat?" in complaint("Qwen-1.8B-Chat")
+def test_a_model_name_without_owner_gets_a_suggestion() -> None:
+    assert "Did you mean Qwen/Qwen-7B-Chat?" in error_message("Qwen-7B-Chat")
+    assert "Did you mean Qwen/Qwen-1_8B-Chat?" in error_message("Qwen-1.8B-Chat")
 
 
-def test_a_file_is_no_folder(checkpoint: Path) -> None:
-    assert "is a file" in complaint(checkpoint / "config.json")
+def test_a_file_instead_of_a_folder(checkpoint: Path) -> None:
+    assert "is a file" in error_message(checkpoint / "config.json")
 
 
-def test_hub_out_of_reach(tmp_path: Path) -> None:
-    text = complaint("Qwen/Qwen-7B-Chat", cache_dir=tmp_path)  # HF_HUB_OFFLINE is set
+def test_unreachable_hub(tmp_path: Path) -> None:
+    text = error_message("Qwen/Qwen-7B-Chat", cache_dir=tmp_path)  # HF_HUB_OFFLINE is set
     assert "cannot be reached" in text
     assert "name its folder" in text
 
@@ -105,44 +105,44 @@ def test_hub_out_of_reach(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("error", "expected"),
     [
-        ("RepositoryNotFoundError", "neither a folder here nor a model on the Hugging Face hub"),
+        ("RepositoryNotFoundError", "neither a local folder nor a model on the Hugging Face hub"),
         ("GatedRepoError", "hf auth login"),
         ("RevisionNotFoundError", "no revision 'v9'"),
         ("EntryNotFoundError", "no config.json"),
         ("HfHubHTTPError", "refused"),
     ],
 )
-def test_answers_of_the_hub(error: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_of_the_hub(error: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
     from huggingface_hub import errors
 
-    def refuse(*args: object, **kwargs: object) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
         kind = getattr(errors, error)
         raise kind.__new__(kind, "the hub's own words")
 
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
-    assert expected in complaint("Qwen/Qwen-7B-Chat", revision="v9")
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
+    assert expected in error_message("Qwen/Qwen-7B-Chat", revision="v9")
 
 
-def test_a_hub_model_of_another_architecture_is_refused_before_its_weights_are_fetched(
+def test_a_hub_model_of_another_architecture_is_rejected_before_its_weights_are_downloaded(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import huggingface_hub
 
     edit_config(checkpoint, model_type="qwen2")
-    fetched = []
+    downloaded = []
 
     def download(name: str, file: str, **kwargs: object) -> str:
-        fetched.append(file)
+        downloaded.append(file)
         return str(checkpoint / file)
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    assert "a newer Qwen" in complaint("Qwen/Qwen2-7B")
-    assert fetched == ["config.json"]
+    assert "a newer Qwen" in error_message("Qwen/Qwen2-7B")
+    assert downloaded == ["config.json"]
 
 
 def test_empty_folder(tmp_path: Path) -> None:
-    text = complaint(tmp_path)
+    text = error_message(tmp_path)
     assert "no config.json" in text
     assert "hf download" in text
 
@@ -153,30 +153,30 @@ def test_empty_folder(tmp_path: Path) -> None:
 )
 def test_config_of_another_model(checkpoint: Path, model_type: str | None, expected: str) -> None:
     edit_config(checkpoint, model_type=model_type)
-    assert expected in complaint(checkpoint)
+    assert expected in error_message(checkpoint)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", POINTER])
 def test_damaged_config(checkpoint: Path, content: str) -> None:
     (checkpoint / "config.json").write_text(content)
-    text = complaint(checkpoint)
+    text = error_message(checkpoint)
     assert "config.json" in text
     assert "JSON" in text or "git lfs pull" in text
 
 
-def test_config_that_does_not_fit_the_weights(checkpoint: Path) -> None:
+def test_config_that_does_not_match_the_weights(checkpoint: Path) -> None:
     edit_config(checkpoint, intermediate_size=128)
-    assert "shapes" in complaint(checkpoint)
+    assert "shapes" in error_message(checkpoint)
 
 
 def test_config_with_more_layers_than_weights(checkpoint: Path) -> None:
     edit_config(checkpoint, num_hidden_layers=3)
-    text = complaint(checkpoint)
-    assert "in none of the weight files" in text
+    text = error_message(checkpoint)
+    assert "missing from the weight files" in text
     assert "transformer.h.2." in text
 
 
-def test_quantized_checkpoint_names_what_it_needs(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quantized_checkpoint_without_gptqmodel(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     find_spec = importlib.util.find_spec
 
     def without(name, *rest):
@@ -184,12 +184,12 @@ def test_quantized_checkpoint_names_what_it_needs(checkpoint: Path, monkeypatch:
 
     monkeypatch.setattr(importlib.util, "find_spec", without)
     edit_config(checkpoint, quantization_config={"quant_method": "gptq", "bits": 4})
-    assert "pip install gptqmodel optimum" in complaint(checkpoint)
+    assert "pip install gptqmodel optimum" in error_message(checkpoint)
 
 
 def test_no_weights(checkpoint: Path) -> None:
     (checkpoint / "model.safetensors").rename(checkpoint / "gptq_model-4bit-128g.safetensors")
-    text = complaint(checkpoint)
+    text = error_message(checkpoint)
     assert "has no weights" in text
     assert "gptq_model-4bit-128g.safetensors" in text
 
@@ -200,7 +200,7 @@ def test_missing_shards_are_listed(checkpoint: Path) -> None:
     model.save_pretrained(checkpoint, max_shard_size="100KB")
     shards = sorted(checkpoint.glob("*.safetensors"))
     shards[1].unlink()
-    text = complaint(checkpoint)
+    text = error_message(checkpoint)
     assert f"1 of its {len(shards)} weight files are missing" in text
     assert shards[1].name in text
 
@@ -209,13 +209,13 @@ def test_missing_shards_are_listed(checkpoint: Path) -> None:
 def test_damaged_index(checkpoint: Path, index: str) -> None:
     (checkpoint / "model.safetensors").unlink()
     (checkpoint / "model.safetensors.index.json").write_text(index)
-    assert "model.safetensors.index.json" in complaint(checkpoint)
+    assert "model.safetensors.index.json" in error_message(checkpoint)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "qwen.tiktoken"])
 def test_git_lfs_pointers(checkpoint: Path, name: str) -> None:
     (checkpoint / name).write_text(POINTER)
-    text = complaint(checkpoint)
+    text = error_message(checkpoint)
     assert name in text
     assert "git lfs pull" in text
 
@@ -224,7 +224,7 @@ def test_git_lfs_pointers(checkpoint: Path, name: str) -> None:
 def test_cut_off_safetensors(checkpoint: Path, kept: int) -> None:
     weights = checkpoint / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:kept])
-    text = complaint(checkpoint)
+    text = error_message(checkpoint)
     assert "model.safetensors is cut off" in text
     assert "download again" in text
 
@@ -236,17 +236,17 @@ def test_cut_off_bin(checkpoint: Path, kept: int) -> None:
     weights = checkpoint / "pytorch_model.bin"
     torch.save(model.state_dict(), weights)
     weights.write_bytes(weights.read_bytes()[:kept])
-    assert "pytorch_model.bin is cut off" in complaint(checkpoint)
+    assert "pytorch_model.bin is cut off" in error_message(checkpoint)
 
 
 def test_no_vocabulary(checkpoint: Path) -> None:
     (checkpoint / "qwen.tiktoken").unlink()
-    assert "no qwen.tiktoken" in complaint(checkpoint)
+    assert "no qwen.tiktoken" in error_message(checkpoint)
     with pytest.raises(CheckpointError, match=r"qwen.tiktoken"):
         load_tokenizer(checkpoint)
 
 
-def test_checking_alone_reads_no_weights(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checking_reads_no_weights(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(opened, "QWenLMHeadModel", None)
     check_checkpoint(checkpoint)
 
@@ -256,9 +256,9 @@ def test_published_names() -> None:
     assert all(re.fullmatch(loading.HUB_ID, name) for name in loading.PUBLISHED)
 
 
-def test_a_base_model_is_no_chat_model(bundled_base, bundled_chat, tmp_path):
+def test_a_base_model_is_not_a_chat_model(bundled_base, bundled_chat, tmp_path):
     check_chat(bundled_chat)
-    with pytest.raises(CheckpointError, match=r"no chat model.*'raw'"):
+    with pytest.raises(CheckpointError, match=r"not a chat model.*'raw'"):
         check_chat(bundled_base)
     bare = tmp_path / "bare"
     shutil.copytree(bundled_chat, bare)
@@ -267,12 +267,12 @@ def test_a_base_model_is_no_chat_model(bundled_base, bundled_chat, tmp_path):
         check_chat(bare)
 
 
-def test_a_mistyped_folder_is_not_looked_for_on_the_hub(bundled_chat, tmp_path, monkeypatch):
+def test_a_mistyped_folder_is_not_looked_up_on_the_hub(bundled_chat, tmp_path, monkeypatch):
     monkeypatch.chdir(bundled_chat.parent.parent)
     with pytest.raises(CheckpointError, match=r"no folder 'checkpoints/qwen-tony-chat'.*qwen-tiny-chat"):
         load_model("checkpoints/qwen-tony-chat")
     (tmp_path / "Qwen" / "mine").mkdir(parents=True)
     (tmp_path / "Qwen" / "mine" / "config.json").touch()
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(CheckpointError, match="Hugging Face hub"):  # which tests cannot reach
+    with pytest.raises(CheckpointError, match="Hugging Face hub"):  # tests cannot reach it
         load_model("Qwen/Qwen-7B-Chat")

@@ -1,7 +1,7 @@
-"""Checkpoints that version 0.1.0 saved load as they did: by this package, and by the code that they carry.
+"""Checkpoints saved by version 0.1.0 give the same results with this package and with the code saved in them.
 
-`saved_by_0_1_0.zip` is what that version's `save_pretrained` wrote for a random chat model, without the weights: its
-code, the configurations and the vocabulary.
+`saved_by_0_1_0.zip` is the output of that version's `save_pretrained` for a random chat model, without weights: code,
+configuration files and vocabulary.
 """
 
 import inspect
@@ -20,7 +20,7 @@ from qwen.model.modeling_qwen import QWenLMHeadModel
 from qwen.model.tokenization_qwen import QWenTokenizer
 
 SAVED = Path(__file__).with_name("saved_by_0_1_0.zip")
-TEXT = "the thing in the hello " * 20  # longer than the trained length, so that NTK and LogN are at work
+TEXT = "the thing in the hello " * 20  # longer than the trained length, so that NTK and LogN are active
 QUESTION = "hello"
 CHAT = {"history": None, "do_sample": False, "max_new_tokens": 12}
 
@@ -48,7 +48,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     model = QWenLMHeadModel(QWenConfig.from_pretrained(folder)).float()
     for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)  # far from uniform, so that a difference shows
+        torch.nn.init.normal_(parameter, std=0.3)  # far from uniform, so that differences show
     save_file(model.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
@@ -69,7 +69,7 @@ def test_this_package_and_the_saved_code_compute_the_same(saved: Path, trust: di
     assert model.chat(tokenizer, QUESTION, **CHAT)[0] == theirs["reply"] != ""
 
 
-def test_saved_again_it_carries_the_code_of_today(saved: Path, tmp_path: Path, chat_elsewhere: Callable) -> None:
+def test_saving_again_writes_the_current_code(saved: Path, tmp_path: Path, chat_elsewhere: Callable) -> None:
     model, tokenizer = AutoModelForCausalLM.from_pretrained(saved), AutoTokenizer.from_pretrained(saved)
     expected = model.eval().chat(tokenizer, QUESTION, history=None, do_sample=False)[0]
     model.save_pretrained(tmp_path)

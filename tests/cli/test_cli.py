@@ -1,4 +1,4 @@
-"""The command `qwen`: what `--help` says, how fast, and that the scripts do the same."""
+"""The command `qwen`: help texts, argument errors, start-up time, and the scripts that do the same."""
 
 import ast
 import dataclasses
@@ -19,18 +19,18 @@ from qwen_cli.finetune_options import OPTIONS, REQUIRED
 from tests.support import ROOT
 
 SLOW = ("torch", "transformers", "qwen", "gradio", "fastapi", "numpy")
-SECONDS = 5  # half a second on a quiet machine; others run here as well
+SECONDS = 5  # half a second on an idle machine
 HELP = [("--help",), *((command, "--help") for command in COMMANDS), ("eval",), ("--version",)]
 
 
 def run(*words: object, folder: Path = ROOT) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, *map(str, words)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}  # as an editable install has it
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}  # like an editable install
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=60, check=False)
 
 
 @pytest.mark.parametrize("words", HELP, ids=" ".join)
-def test_help_is_quick_and_imports_nothing(words: tuple[str, ...]) -> None:
+def test_help_is_fast_and_imports_no_libraries(words: tuple[str, ...]) -> None:
     start = time.monotonic()
     result = run("-X", "importtime", "-m", "qwen_cli", *words)
     assert time.monotonic() - start < SECONDS
@@ -42,7 +42,7 @@ def test_help_is_quick_and_imports_nothing(words: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize("module", sorted(path for path in Path(qwen_cli.__file__).parent.rglob("*.py")), ids=str)
-def test_modules_import_the_standard_library_alone(module: Path) -> None:
+def test_modules_import_only_the_standard_library(module: Path) -> None:
     allowed = sys.stdlib_module_names | {"qwen_cli"}
     for statement in ast.parse(module.read_text(encoding="utf-8")).body:
         if isinstance(statement, ast.Import):
@@ -63,14 +63,14 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture) -> None:
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["serv"], "There is no command serv. Did you mean `qwen serve`?"),
-        (["xyzzy"], "There is no command xyzzy. `qwen --help` lists all."),
-        (["--verbose"], "There is no option --verbose."),
-        (["eval", "mmul"], "There is no benchmark mmul. Did you mean mmlu?"),
-        (["eval", "xyzzy"], "There is no benchmark xyzzy. `qwen eval` lists all."),
+        (["serv"], "Unknown command serv. Did you mean `qwen serve`?"),
+        (["xyzzy"], "Unknown command xyzzy. `qwen --help` lists all."),
+        (["--verbose"], "Unknown option --verbose."),
+        (["eval", "mmul"], "Unknown benchmark mmul. Did you mean mmlu?"),
+        (["eval", "xyzzy"], "Unknown benchmark xyzzy. `qwen eval` lists all."),
     ],
 )
-def test_unknown_words(words: list[str], says: str, capsys: pytest.CaptureFixture) -> None:
+def test_unknown_commands_and_benchmarks(words: list[str], says: str, capsys: pytest.CaptureFixture) -> None:
     assert main(words) == 2
     said = capsys.readouterr()
     assert said.err.startswith(says)
@@ -80,34 +80,40 @@ def test_unknown_words(words: list[str], says: str, capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["chat", "--seed", "-1"], "qwen chat: error: argument -s/--seed: A seed is a whole number"),
+        (["chat", "--seed", "-1"], "qwen chat: error: argument -s/--seed: The seed must be a whole number"),
         (
             ["serve", "--server-port", "65536"],
-            "qwen serve: error: argument --server-port: a whole number from 0",
+            "qwen serve: error: argument --server-port: must be a whole number from 0",
         ),
-        (["web", "--server-port", "0"], "qwen web: error: argument --server-port: a whole number from 1 to 65535"),
-        (["web", "--auth", "anna"], "qwen web: error: argument --auth: It is written USER:PASS"),
-        (["merge", "a", "b", "--max-shard-size", "2"], "qwen merge: error: argument --max-shard-size: '2' is no size"),
+        (
+            ["web", "--server-port", "0"],
+            "qwen web: error: argument --server-port: must be a whole number from 1 to 65535",
+        ),
+        (["web", "--auth", "anna"], "qwen web: error: argument --auth: must be USER:PASS"),
+        (
+            ["merge", "a", "b", "--max-shard-size", "2"],
+            "qwen merge: error: argument --max-shard-size: invalid size '2'",
+        ),
         (["quantize", "--model_name_or_path", "x"], "qwen quantize: error: --data_path is missing"),
         (["export", "--type", "q8_0"], "qwen export: error: --type is for GGUF"),
         (["chat", "--hub", "github"], "qwen chat: error: argument --hub: invalid choice: 'github'"),
     ],
 )
-def test_mistakes_are_told_at_once(words: list[str], says: str, capsys: pytest.CaptureFixture) -> None:
+def test_wrong_arguments_are_reported_early(words: list[str], says: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as left:
         main(words)
     assert left.value.code == 2
     assert says in capsys.readouterr().err
 
 
-def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture) -> None:
+def test_version_matches_the_package(capsys: pytest.CaptureFixture) -> None:
     from qwen._version import __version__
 
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"qwen {__version__}\n"
 
 
-def test_the_hubs_are_those_of_the_library() -> None:
+def test_hubs_match_the_library() -> None:
     from qwen.checkpoint.hub import HUBS
     from qwen_cli import arguments
 
@@ -115,22 +121,22 @@ def test_the_hubs_are_those_of_the_library() -> None:
 
 
 @pytest.mark.parametrize(("command", "script"), SCRIPTS.items())
-def test_scripts_have_the_help_of_their_command(command: str, script: str) -> None:
+def test_scripts_have_the_same_help_as_their_command(command: str, script: str) -> None:
     ours, theirs = run("-m", "qwen_cli", command, "--help").stdout, run(script, "--help").stdout
-    for other, path in SCRIPTS.items():  # a description may name another command
+    for other, path in SCRIPTS.items():  # descriptions may mention other commands
         ours = re.sub(rf"\bqwen {other}\b", Path(path).name, ours)
         theirs = theirs.replace(f"python {path}", Path(path).name)
     assert theirs.split() == ours.split()
     assert "usage:" in theirs
 
 
-def doors() -> list[Path]:
+def scripts_in_folders() -> list[Path]:
     return [*(ROOT / "eval").glob("*.py"), ROOT / "finetune" / "merge_lora.py"]
 
 
-@pytest.mark.parametrize("door", doors(), ids=lambda door: door.name)
-def test_scripts_in_folders_say_how_to_install(door: Path, tmp_path: Path) -> None:
-    result = run("-I", "-S", door, folder=tmp_path)  # no site-packages, no PYTHONPATH
+@pytest.mark.parametrize("script", scripts_in_folders(), ids=lambda script: script.name)
+def test_scripts_in_folders_say_how_to_install(script: Path, tmp_path: Path) -> None:
+    result = run("-I", "-S", script, folder=tmp_path)  # no site-packages, no PYTHONPATH
     assert result.returncode == 1
     assert result.stderr.startswith("No module named 'qwen_cli'. ")
     assert "pip install -e ." in result.stderr
@@ -147,7 +153,7 @@ def test_every_benchmark_is_listed_and_has_a_script(capsys: pytest.CaptureFixtur
     for name, line in known.items():
         assert line.endswith((".", "?"))
         assert re.search(rf"^  {name} +{re.escape(line)}$", shown, re.MULTILINE)
-    scripts = {door.stem.removeprefix("evaluate_"): door for door in (ROOT / "eval").glob("*.py")}
+    scripts = {script.stem.removeprefix("evaluate_"): script for script in (ROOT / "eval").glob("*.py")}
     assert scripts.keys() == known.keys()
     for name, script in scripts.items():
         assert f'main(["{name}", *sys.argv[1:]])' in script.read_text(encoding="utf-8")
@@ -175,13 +181,13 @@ def test_a_benchmark_has_its_own_help(name: str, capsys: pytest.CaptureFixture) 
 
 @pytest.fixture(scope="module")
 def real_options() -> dict:
-    """The options of the parser that training uses."""
+    """Options of the parser used for training."""
     from qwen.finetuning.arguments import make_parser
 
     return {option: action for action in make_parser()._actions for option in action.option_strings}
 
 
-def test_the_quick_help_is_true(real_options: dict) -> None:
+def test_short_help_matches_the_parser(real_options: dict) -> None:
     for group in OPTIONS.values():
         for option in group:
             real = real_options[f"--{option.name}"]
@@ -191,7 +197,7 @@ def test_the_quick_help_is_true(real_options: dict) -> None:
                 assert list(option.choices) == list(real.choices), option.name
 
 
-def test_the_quick_help_has_our_options_and_those_of_the_scripts(real_options: dict) -> None:
+def test_short_help_has_our_options_and_those_of_the_scripts(real_options: dict) -> None:
     from qwen.finetuning import arguments
 
     names = {option.name for group in OPTIONS.values() for option in group}
@@ -226,11 +232,11 @@ def stop(*_: object, **__: object) -> None:
         (["merge", "a", "b"], "Stopped. Nothing was written."),
         (["export"], "Stopped. Nothing was written."),
         (["quantize"], "Stopped. Nothing was written."),
-        (["eval", "mmlu", "-d", "x"], "Stopped. The same command goes on from here."),
+        (["eval", "mmlu", "-d", "x"], "Stopped. Run the same command to resume."),
     ],
 )
 def test_ctrl_c_while_libraries_are_imported(words: list[str], says: str, tmp_path: Path) -> None:
-    # A package of the name that all of them import, where a person presses Ctrl-C.
+    # Fake packages that raise KeyboardInterrupt when a command imports them.
     for package in ("qwen", "torch"):
         (tmp_path / package).mkdir()
         (tmp_path / package / "__init__.py").write_text("raise KeyboardInterrupt")
@@ -254,7 +260,7 @@ def test_ctrl_c_while_libraries_are_imported(words: list[str], says: str, tmp_pa
         (None, 0, ""),
     ],
 )
-def test_errors_are_sentences(error: BaseException | None, status: int, says: str, capsys) -> None:
+def test_errors_become_messages(error: BaseException | None, status: int, says: str, capsys) -> None:
     from qwen_cli.console import explain_errors
 
     with explain_errors(install="Install it.") as ending:
@@ -263,7 +269,7 @@ def test_errors_are_sentences(error: BaseException | None, status: int, says: st
     assert (ending.status, capsys.readouterr().err) == (status, says)
 
 
-def test_errors_of_the_program_keep_their_traceback() -> None:
+def test_bugs_keep_their_traceback() -> None:
     from qwen_cli.console import explain_errors
 
     with pytest.raises(KeyError), explain_errors(install=""):

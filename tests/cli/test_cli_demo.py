@@ -1,4 +1,4 @@
-"""cli_demo.py as people meet it: a process of its own, on a real terminal (pty) or behind a pipe."""
+"""cli_demo.py in a process of its own, on a real terminal (pty) or behind a pipe."""
 
 import io
 import os
@@ -26,29 +26,29 @@ PROMPT = "User> "
 STARTED = "Ask something, or type :help."
 CTRL_C, CTRL_D, UP = "\x03", "\x04", "\x1b[A"
 PASTE = "\x1b[200~{}\x1b[201~"
-BRACKETED_PASTE = re.compile(r"\x1b\[\?2004[hl]\r?")  # readline switching it on and off
+BRACKETED_PASTE = re.compile(r"\x1b\[\?2004[hl]\r?")  # readline switches it on and off
 COLOUR = re.compile(r"\x1b\[[\d;]*m")
 
 
 def environment(state: Path, **changes: str) -> dict[str, str]:
-    """The variables that differ from this process's own; an empty one counts as not set."""
-    # One thread: for a model this small more of them only wait for one another, for long on a busy machine.
+    """Environment variables that differ from those of this process; an empty one counts as unset."""
+    # One thread: with a model this small, more threads only wait for each other.
     variables = {"TERM": "xterm", "XDG_STATE_HOME": str(state), "OMP_NUM_THREADS": "1", "NO_COLOR": "", "INPUTRC": ""}
     return variables | changes
 
 
 class ForkedTerminal(fdspawn):
-    """What pexpect.spawn is, with a forked script."""
+    """pexpect.spawn for a forked script."""
 
     def __init__(self, words: list[str], env: dict[str, str], dimensions: tuple[int, int], **options: object):
-        ours, self.theirs = os.openpty()
-        termios.tcsetwinsize(self.theirs, dimensions)
-        self.process = Script(*words, files=(os.ttyname(self.theirs),) * 3, **env)
-        super().__init__(ours, **options)
+        master, self.slave = os.openpty()
+        termios.tcsetwinsize(self.slave, dimensions)
+        self.process = Script(*words, files=(os.ttyname(self.slave),) * 3, **env)
+        super().__init__(master, **options)
 
-    def has_opened_it(self) -> None:
-        """From now on the terminal ends with the process."""
-        os.close(self.theirs)
+    def close_slave(self) -> None:
+        """Close our copy of the terminal that the process has opened, so that it ends with the process."""
+        os.close(self.slave)
 
     def close(self, force: bool = False) -> None:
         if force:
@@ -58,7 +58,7 @@ class ForkedTerminal(fdspawn):
 
 
 def start(checkpoint: Path | None, state: Path, python: bool = False, **variables: str) -> SpawnBase:
-    """cli_demo.py on a pty of its own, at its first prompt."""
+    """Start cli_demo.py on its own pty and wait for the first prompt."""
     words = ["cli_demo.py", "--cpu-only", *([] if checkpoint is None else ["-c", str(checkpoint)])]
     settings = {
         "env": environment(state, **({"NO_COLOR": "1"} | variables)),
@@ -76,13 +76,13 @@ def start(checkpoint: Path | None, state: Path, python: bool = False, **variable
     child.expect_exact(STARTED)
     child.expect_exact(PROMPT)
     if not python:
-        child.has_opened_it()
+        child.close_slave()
     return child
 
 
 @pytest.fixture
 def chat(tiny_chat_checkpoint: Path, tmp_path: Path) -> Iterator[Callable[..., SpawnBase]]:
-    """Starts conversations that end with the test."""
+    """Start conversations that end with the test."""
     children = []
 
     def begin(checkpoint: Path | None = tiny_chat_checkpoint, **settings: bool | str) -> SpawnBase:
@@ -96,7 +96,7 @@ def chat(tiny_chat_checkpoint: Path, tmp_path: Path) -> Iterator[Callable[..., S
 
 @pytest.fixture(scope="module")
 def running(tiny_chat_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list]:
-    """A process that the tests below share."""
+    """A process shared by the tests below, in a list so that it can be replaced."""
     children = [start(tiny_chat_checkpoint, tmp_path_factory.mktemp("state"))]
     yield children
     children[0].close(force=True)
@@ -104,25 +104,25 @@ def running(tiny_chat_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
 
 @pytest.fixture
 def child(running: list, tiny_chat_checkpoint: Path, tmp_path: Path) -> SpawnBase:
-    """A conversation as new: nothing said, seed and settings as at the start."""
+    """A new conversation in the shared process: empty history, initial seed and settings."""
     try:
         for line in (":clear-his", ":seed 1234", ":reset-conf"):
             ask(running[0], line)
-    except (pexpect.EOF, pexpect.TIMEOUT):  # the test before left a wreck
+    except (pexpect.EOF, pexpect.TIMEOUT):  # the previous test left it broken
         running[0].close(force=True)
         running[0] = start(tiny_chat_checkpoint, tmp_path)
     return running[0]
 
 
 def ask(child: SpawnBase, line: str) -> str:
-    """Type a line, wait for the next prompt, return what was printed in between."""
+    """Type a line, wait for the next prompt and return the output in between."""
     child.sendline(line)
     child.expect_exact(PROMPT)
     return BRACKETED_PASTE.sub("", child.before)
 
 
 def reply(child: SpawnBase, line: str) -> str:
-    """Type a question, wait for the next prompt, return what the model said."""
+    """Type a question, wait for the next prompt and return the reply of the model."""
     return ask(child, line).partition("Qwen> ")[2].strip()
 
 
@@ -136,7 +136,7 @@ def leave(child: SpawnBase, keys: str = ":exit\r") -> int:
 
 @pytest.fixture
 def main(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> Callable[..., tuple[int, str, str]]:
-    """cli_demo.py behind a pipe, but in this process: exit code, standard output, standard error."""
+    """Run cli_demo.py behind a pipe, but in this process. Returns exit code, standard output and standard error."""
 
     def call(*arguments: object, text: bytes = b"") -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["cli_demo.py", *map(str, arguments)])
@@ -178,7 +178,7 @@ def test_a_pasted_block_is_one_question(child: SpawnBase) -> None:
     assert "User: def f():\r\n    return 1\r\n:exit\r\n[1] Qwen: " in ask(child, ":history")
 
 
-def test_a_pasted_block_where_the_terminal_does_not_mark_it(chat: Callable) -> None:
+def test_pasted_block_without_bracketed_paste(chat: Callable) -> None:
     child = chat(TERM="dumb")
     child.send("first\rsecond\rthird\r")
     child.expect_exact("Qwen> ")
@@ -202,7 +202,7 @@ def test_lines_between_triple_quotes_are_one_question(child: SpawnBase) -> None:
     assert "dropped" not in ask(child, ":history")
 
 
-def test_lines_can_be_edited_and_come_back(chat: Callable, tmp_path: Path) -> None:
+def test_line_editing_and_history_file(chat: Callable, tmp_path: Path) -> None:
     child = chat(NO_COLOR="")
     assert COLOUR.search(ask(child, "helloo\x7f there"))
     assert "hello there" in COLOUR.sub("", ask(child, ":history"))
@@ -214,7 +214,7 @@ def test_lines_can_be_edited_and_come_back(chat: Callable, tmp_path: Path) -> No
     assert leave(child, CTRL_D) == 0
 
 
-def test_a_state_folder_that_cannot_be_written_is_no_trouble(chat: Callable, tmp_path: Path) -> None:
+def test_unwritable_state_folder_is_ignored(chat: Callable, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     child = chat(XDG_STATE_HOME=str(tmp_path / "file"))
     assert reply(child, "hello")
@@ -231,7 +231,7 @@ def test_ctrl_c_stops_the_answer_and_keeps_it(child: SpawnBase) -> None:
     said = beginning + child.before.rstrip("\r\n").replace("^C", "")
     assert len(said) < 5000
     child.expect_exact(PROMPT)
-    assert f"Qwen: {said}" in ask(child, ":history").replace("^C", "")  # the model may babble that, too
+    assert f"Qwen: {said}" in ask(child, ":history").replace("^C", "")  # the model may generate that, too
     ask(child, ":reset-conf")
     assert reply(child, "next question")
     history = ask(child, ":history")
@@ -285,8 +285,8 @@ def test_settings(child: SpawnBase) -> None:
     ("line", "expected"),
     [
         (":histroy", "Did you mean :history?"),
-        (":", "There is no command"),
-        (":zzzzz", ":help lists them all"),
+        (":", "Unknown command"),
+        (":zzzzz", ":help lists all commands"),
         (":conf top_p=abc", "top_p must be a number above 0 and up to 1, not 'abc'"),
         (":conf top_p=1.5", "top_p must be"),
         (":conf tpo_p=0.5", "Did you mean top_p?"),
@@ -307,7 +307,7 @@ def test_bad_commands_explain_themselves(child: SpawnBase, line: str, expected: 
     assert "seed = 1234" in ask(child, ":seed")
 
 
-def test_an_error_of_the_model_ends_the_answer_not_the_session(child: SpawnBase) -> None:
+def test_model_error_ends_the_reply_not_the_session(child: SpawnBase) -> None:
     shown = ask(child, PASTE.format("the end. " * 4000))
     assert "8192" in shown
     assert "Traceback" not in shown
@@ -358,7 +358,7 @@ def test_parse_settings(text: str, expected: dict) -> None:
         {"no_such_thing": 1},
     ],
 )
-def test_settings_that_are_refused(setting: dict) -> None:
+def test_invalid_settings_are_rejected(setting: dict) -> None:
     config = GenerationConfig(top_p=0.8, max_new_tokens=24)
     before = config.to_dict()
     with pytest.raises(ValueError, match=next(iter(setting))):
@@ -374,7 +374,7 @@ def test_unsetting_a_setting() -> None:
 # Output
 
 
-def test_piped_questions_give_replies_alone(tiny_chat_checkpoint: Path, tmp_path: Path) -> None:
+def test_piped_questions_print_only_replies(tiny_chat_checkpoint: Path, tmp_path: Path) -> None:
     words = ["cli_demo.py", "-c", tiny_chat_checkpoint, "--cpu-only"]
     result = run_script(*words, text="hello\n\n:conf max_new_tokens=5\nagain", **environment(tmp_path))
     assert result.returncode == 0, result.stderr
@@ -382,7 +382,7 @@ def test_piped_questions_give_replies_alone(tiny_chat_checkpoint: Path, tmp_path
     assert PROMPT not in result.stdout
     assert "\x1b" not in result.stdout + result.stderr
     assert result.stderr.strip() == f"Loading {tiny_chat_checkpoint} ..."
-    assert not (tmp_path / "qwen").exists()  # lines that no one typed are not kept
+    assert not (tmp_path / "qwen").exists()  # lines that nobody typed are not saved
 
 
 @pytest.mark.parametrize("text", [b"", b"\xff\xfe \xe4\n\xed\xa0\xbd\n\x00\x1b[31m\nhello"])
@@ -392,7 +392,7 @@ def test_odd_input(text: bytes, tiny_chat_checkpoint: Path, main: Callable) -> N
     assert "Traceback" not in said
 
 
-def test_a_reader_that_goes_away(tiny_chat_checkpoint: Path, tmp_path: Path) -> None:
+def test_closed_pipe_ends_quietly(tiny_chat_checkpoint: Path, tmp_path: Path) -> None:
     command = f"'{sys.executable}' cli_demo.py -c '{tiny_chat_checkpoint}' --cpu-only | head -c 1"
     result = subprocess.run(
         ["bash", "-c", command],
@@ -409,15 +409,15 @@ def test_a_reader_that_goes_away(tiny_chat_checkpoint: Path, tmp_path: Path) -> 
 # Start
 
 
-def test_no_such_folder_is_one_sentence(main: Callable) -> None:
+def test_missing_folder_is_reported_in_one_line(main: Callable) -> None:
     code, output, said = main("-c", "/no/such/folder")
     loading, complaint = said.splitlines()
     assert (code, output, loading) == (1, "", "Loading /no/such/folder ...")
     assert "/no/such/folder" in complaint
 
 
-def test_a_hub_out_of_reach_is_one_sentence(main: Callable) -> None:
-    name = "nobody/Qwen-7B-Chat"  # which nobody has downloaded
+def test_unreachable_hub_is_reported_in_one_line(main: Callable) -> None:
+    name = "nobody/Qwen-7B-Chat"  # nobody has downloaded it
     code, output, said = main("-c", name)
     loading, complaint = said.splitlines()
     assert (code, output, loading) == (1, "", f"Loading {name} ...")
@@ -459,8 +459,8 @@ def test_the_bundled_model_chats_and_says_that_it_is_a_toy(chat: Callable, bundl
     assert leave(child) == 0
 
 
-def test_a_base_model_is_named_as_such(main: Callable, bundled_base: Path) -> None:
+def test_base_model_is_rejected(main: Callable, bundled_base: Path) -> None:
     code, output, said = main("-c", bundled_base, "--cpu-only")
     assert (code, output) == (1, "")
-    assert "no chat model" in said
+    assert "not a chat model" in said
     assert "Traceback" not in said

@@ -1,4 +1,4 @@
-"""Supervised samples: every golden case, truncation, padding, packing, and data with mistakes in it."""
+"""Tests of supervised samples: golden cases, truncation, padding, packing and invalid data."""
 
 import gc
 import json
@@ -31,7 +31,7 @@ def tokenizer(real_tokenizer):
 
 @pytest.fixture(scope="module")
 def model_and_tokenizer(bundled_chat):
-    """The bundled model as it is trained; without use_cache=False, transformers would not look for packed samples."""
+    """The bundled model in training mode; transformers detects packed samples only with use_cache=False."""
     model, tokenizer = load_model(str(bundled_chat), cpu_only=True)
     model.config.use_cache = False
     return model.train(), tokenizer
@@ -104,7 +104,7 @@ def test_two_user_turns_in_a_row_are_encoded(tokenizer):
 
 
 @pytest.mark.parametrize(
-    ("conversations", "complaint"),
+    ("conversations", "message"),
     [
         ([], "at least one turn"),
         (None, "must be a list"),
@@ -125,18 +125,18 @@ def test_two_user_turns_in_a_row_are_encoded(tokenizer):
         ([assistant("a")], "add a user's"),
     ],
 )
-def test_malformed_samples_are_named(conversations, complaint, tokenizer):
-    with pytest.raises(MalformedSample, match=complaint):
+def test_malformed_samples_are_named(conversations, message, tokenizer):
+    with pytest.raises(MalformedSample, match=message):
         encode_conversation(conversations, tokenizer, 32)
-    with pytest.raises(MalformedSample, match=r"Sample 'identity_7': .*" + complaint):
+    with pytest.raises(MalformedSample, match=r"Sample 'identity_7': .*" + message):
         encode_sample({"id": "identity_7", "conversations": conversations}, tokenizer, 32, index=3)
-    with pytest.raises(MalformedSample, match=r"Sample 3: .*" + complaint):
+    with pytest.raises(MalformedSample, match=r"Sample 3: .*" + message):
         encode_sample({"conversations": conversations}, tokenizer, 32, index=3)
-    with pytest.raises(MalformedSample, match=r"Sample 3: .*" + complaint):
+    with pytest.raises(MalformedSample, match=r"Sample 3: .*" + message):
         check_sample({"id": None, "conversations": conversations}, 3)
 
 
-def test_mistakes_behind_the_cut_are_found(tokenizer):
+def test_errors_in_truncated_turns_are_found(tokenizer):
     with pytest.raises(MalformedSample, match=r"conversations\[2\]"):
         encode_conversation([user("q"), assistant("a"), user(None)], tokenizer, 4)
 
@@ -161,12 +161,12 @@ def test_own_system_message(tokenizer):
     assert encode_sample({"system": "be brief", "conversations": turns}, tokenizer, 64, "other") == expected
     assert encode_sample({"conversations": [system("be brief"), *turns]}, tokenizer, 64, "other") == expected
     assert encode_conversation([system("be brief"), *turns], tokenizer, 64, "other") == expected
-    # the rule about a first turn that is not the user's holds behind the system's
+    # a first turn that is not the user's is also skipped after a system turn
     skipped = [system("be brief"), assistant("welcome"), *turns]
     assert encode_sample({"conversations": skipped}, tokenizer, 64) == expected
 
 
-def test_system_message_of_the_others(tokenizer):
+def test_default_system_message(tokenizer):
     turns = [user("q"), assistant("a")]
     for sample in ({"conversations": turns}, {"system": None, "conversations": turns}):
         assert encode_sample(sample, tokenizer, 64) == encode_conversation(turns, tokenizer, 64, DEFAULT_SYSTEM)
@@ -177,7 +177,7 @@ def test_system_message_of_the_others(tokenizer):
 
 
 @pytest.mark.parametrize(
-    ("own", "turns", "complaint"),
+    ("own", "turns", "message"),
     [
         ("s", [system("t"), user("q")], 'both "system" and a first turn'),
         ("", [system("t"), user("q")], 'both "system" and a first turn'),
@@ -185,11 +185,11 @@ def test_system_message_of_the_others(tokenizer):
         (["s"], [user("q")], r'"system" must be a string, not \[\'s\'\]'),
     ],
 )
-def test_malformed_system_messages(own, turns, complaint, tokenizer):
+def test_malformed_system_messages(own, turns, message, tokenizer):
     sample = {"id": "x_1", "system": own, "conversations": turns}
-    with pytest.raises(MalformedSample, match=f"Sample 'x_1': .*{complaint}"):
+    with pytest.raises(MalformedSample, match=f"Sample 'x_1': .*{message}"):
         check_sample(sample, 0)
-    with pytest.raises(MalformedSample, match=f"Sample 'x_1': .*{complaint}"):
+    with pytest.raises(MalformedSample, match=f"Sample 'x_1': .*{message}"):
         encode_sample(sample, tokenizer, 64)
 
 
@@ -209,15 +209,15 @@ def test_long_ids_do_not_fill_the_message():
 def test_many_system_messages_are_not_kept(tokenizer, bundled_chat):
     own = QWenTokenizer(str(bundled_chat / "qwen.tiktoken"))
     turns = [user("q"), assistant("a")]
-    for number in range(100):  # more than are remembered: what was forgotten is encoded anew, alike
+    for number in range(100):  # more than are cached: evicted ones are encoded again, with the same result
         first = encode_conversation(turns, own, 64, f"be {number}")
         assert own.decode(first["input_ids"]).startswith(f"<|im_start|>system\nbe {number}<|im_end|>")
     other = encode_conversation(turns, tokenizer, 64, "be 99")
-    assert other["input_ids"] != first["input_ids"]  # each vocabulary its own
-    alive = weakref.ref(own)
+    assert other["input_ids"] != first["input_ids"]  # each tokenizer has its own cache
+    own_ref = weakref.ref(own)
     del own
     gc.collect()
-    assert alive() is None
+    assert own_ref() is None
 
 
 def test_max_length_below_one(tokenizer):
@@ -225,12 +225,12 @@ def test_max_length_below_one(tokenizer):
         encode_conversation([user("q")], tokenizer, 0)
 
 
-def test_padding_goes_to_the_longest():
+def test_samples_are_padded_to_the_longest():
     samples = [{"input_ids": [1, 9], "labels": [-100, 9]}, {"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}]
     batch = pad_samples(samples, pad_id=9)
     assert batch["input_ids"].tolist() == [[1, 9, 9], [1, 2, 3]]
     assert batch["labels"].tolist() == [[-100, 9, -100], [-100, 2, 3]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 0], [1, 1, 1]]  # a sample's own pad_id is seen
+    assert batch["attention_mask"].tolist() == [[1, 1, 0], [1, 1, 1]]  # pad_id within a sample is not masked
     assert all(tensor.dtype == torch.int64 for tensor in batch.values())
 
 
@@ -248,7 +248,7 @@ def test_packing():
     assert row["labels"].tolist() == [[-100, 9, -100, -100, -100, 3]]
     assert row["position_ids"].tolist() == [[0, 1, 0, 0, 1, 2]]
     assert all(tensor.dtype == torch.int64 for tensor in row.values())
-    assert samples[0]["labels"] == [1, 9]  # untouched
+    assert samples[0]["labels"] == [1, 9]  # unchanged
     with pytest.raises(ValueError, match="no samples"):
         pack_samples([])
 
@@ -265,11 +265,11 @@ CONVERSATIONS = [
 def encoded(model_and_tokenizer):
     _, tokenizer = model_and_tokenizer
     samples = [encode_conversation(turns, tokenizer, 64) for turns in CONVERSATIONS]
-    return [*samples, {name: ids[:1] for name, ids in samples[0].items()}]  # and the shortest there can be
+    return [*samples, {name: ids[:1] for name, ids in samples[0].items()}]  # and the shortest possible sample
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_packed_samples_do_not_see_one_another(attention, encoded, model_and_tokenizer):
+def test_packed_samples_do_not_attend_to_each_other(attention, encoded, model_and_tokenizer):
     model, _ = model_and_tokenizer
     model.set_attn_implementation(attention)
     with torch.no_grad():
@@ -278,7 +278,7 @@ def test_packed_samples_do_not_see_one_another(attention, encoded, model_and_tok
     torch.testing.assert_close(row, alone, atol=1e-4, rtol=1e-4)
 
 
-def test_packed_samples_teach_what_padded_ones_do(encoded, model_and_tokenizer):
+def test_packed_and_padded_samples_give_the_same_loss_and_gradients(encoded, model_and_tokenizer):
     model, tokenizer = model_and_tokenizer
     model.set_attn_implementation("sdpa")
     losses, gradients = [], []
@@ -293,7 +293,7 @@ def test_packed_samples_teach_what_padded_ones_do(encoded, model_and_tokenizer):
         difference = (gradients[1][name] - padded).norm()
         assert padded.norm() > 0, name
         assert difference <= 1e-4 * padded.norm(), name
-    # Trainer divides by this: labels from the second position on
+    # Trainer divides by the number of labels from the second position on
     learned = [
         (batch["labels"][:, 1:] != IGNORE_INDEX).sum() for batch in (pad_samples(encoded, 0), pack_samples(encoded))
     ]

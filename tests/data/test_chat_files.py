@@ -1,4 +1,4 @@
-"""Files of conversations: both formats at every chunk border, broken files, memory, data sets, packing, loaders."""
+"""Tests of conversation files (formats, chunk borders, broken files, memory), datasets, packing and data loaders."""
 
 import codecs
 import json
@@ -28,7 +28,7 @@ def sample(number, question="q", answer="a", **fields):
     return {"id": f"identity_{number}", **fields, "conversations": turns}
 
 
-# Escapes, brackets and quotes in texts, characters of one to four bytes, numbers and words that can be cut in two.
+# Escapes, brackets and quotes in texts, characters of one to four bytes, numbers and words that chunks may split.
 SAMPLES = [
     sample(0, "Who are you?", 'I am "Qwen" \\ {[,]} \n\t/'),
     sample(1, "你好，größe 😀 \U0010ffff", "é" * 30, system="Ω"),
@@ -57,17 +57,17 @@ def as_lines(samples, newline="\n", **options):
     return newline.join(json.dumps(sample, ensure_ascii=False, **options) for sample in samples)
 
 
-TEXTS = json.loads(ESCAPED)  # the pair of surrogates as one character
+TEXTS = json.loads(ESCAPED)  # with the surrogate pair as one character
 FORMATS = {
     "list": json.dumps(TEXTS, ensure_ascii=False),
     "escaped": ESCAPED,
     "indented": json.dumps(TEXTS, ensure_ascii=False, indent=4),
     "blank": " \n\t" * 20 + "[" + ("\r\n" * 20 + ",").join(map(json.dumps, TEXTS)) + "\n" * 40 + "]" + " \n" * 20,
     "lines": as_lines(TEXTS),
-    "lines with an end": as_lines(TEXTS) + "\n",
-    "lines of Windows": as_lines(TEXTS, "\r\n") + "\r\n",
-    "lines and blank ones": "\n\n" + as_lines(TEXTS, "\n\n \n") + "\n\n",
-    "values of several lines": as_lines(TEXTS, indent=2),
+    "lines with final newline": as_lines(TEXTS) + "\n",
+    "Windows lines": as_lines(TEXTS, "\r\n") + "\r\n",
+    "lines and blank lines": "\n\n" + as_lines(TEXTS, "\n\n \n") + "\n\n",
+    "multi-line values": as_lines(TEXTS, indent=2),
 }
 
 
@@ -75,7 +75,7 @@ FORMATS = {
 @pytest.mark.parametrize("mark", [b"", codecs.BOM_UTF8], ids=["", "BOM"])
 def test_formats(text, mark, write, monkeypatch):
     path = write(mark + text.encode())
-    for chunk in (*range(1, 20), 61, 1 << 18):  # every border there can be
+    for chunk in (*range(1, 20), 61, 1 << 18):  # every possible chunk border
         monkeypatch.setattr(conversation_file, "_CHUNK", chunk)
         samples = ConversationFile(path)
         assert list(samples) == TEXTS, chunk
@@ -102,7 +102,7 @@ BROKEN = {
     "blank": (" \n\n", "is empty"),
     "only a byte order mark": (codecs.BOM_UTF8, "is empty"),
     "empty list": ("[ \n]", "empty list"),
-    "an object": (json.dumps({"data": [sample(0)]}), "under 'data': write that list alone"),
+    "an object": (json.dumps({"data": [sample(0)]}), "under 'data': write only that list"),
     "a string": ('"x"', r"line 1, column 1: this is not JSON.*here: '\"x\"'"),
     "csv": ("id,text\n1,x\n", "line 1, column 1: this is not JSON"),
     "cut in a sample": (
@@ -110,18 +110,18 @@ BROKEN = {
         r"line 2, .*ends within a sample, it was cut off",
     ),
     "cut in a string": (f"[{GOOD},\n{GOOD[:-4]}", r"line 2, column 103: .*\(Unterminated string\) .here: '\"a"),
-    "cut behind a sample": (f"[{GOOD},\n{GOOD}\n", "line 3, column 1: the file ends before the list does"),
-    "cut behind a comma": (f"[{GOOD},", r"ends within a sample, it was cut off.*\(Expecting value\)"),
+    "cut after a sample": (f"[{GOOD},\n{GOOD}\n", "line 3, column 1: the file ends before the list does"),
+    "cut after a comma": (f"[{GOOD},", r"ends within a sample, it was cut off.*\(Expecting value\)"),
     "cut line": (f"{GOOD}\n{GOOD[:-9]}", "line 2.*Unterminated string"),
     "cut line in between": (f"{GOOD}\n{GOOD[:-9]}\n{GOOD}\n", r"line 2, .*control character\).*begins on line 2"),
     "line without an end": (f"{GOOD}\n{GOOD[:-1]}\n{GOOD}\n", r"line 3, column 1: .*',' delimiter.*begins on line 2"),
-    "comma before the end": (f"[{GOOD},\n]", 'line 2, column 1: a "," stands before the end'),
+    "comma before the end": (f"[{GOOD},\n]", 'line 2, column 1: there is a "," before the end'),
     "two commas": (f"[{GOOD},\n,{GOOD}]", "line 2, column 1: .*Expecting value"),
     "no comma": (f"[{GOOD}\n{GOOD}]", 'line 2, column 1: "," or "]" should follow'),
     "two lists": (f"[{GOOD}]\n[{GOOD}]", r"line 2, column 1: text follows the end of the list.*here: '\[\{"),
     "one bracket too many": (f"[{GOOD}]]", "text follows the end"),
-    "lines with commas": (f"{GOOD},\n{GOOD}", "line 1, column .*this is no sample: in JSON Lines"),
-    "lines of other things": (f"{GOOD}\n17\n", "line 2, column 1: this is no sample.*here: '17"),
+    "lines with commas": (f"{GOOD},\n{GOOD}", "line 1, column .*this is not a sample: JSON Lines"),
+    "lines of other things": (f"{GOOD}\n17\n", "line 2, column 1: this is not a sample.*here: '17"),
     "no quotes": (
         '[{"id": "0", conversations: []}]',
         r"line 1, column 14: .*Expecting property name.*'conversations: ",
@@ -134,25 +134,25 @@ BROKEN = {
     "gzip": (b"\x1f\x8b\x08\x08" + bytes(range(256)), "0x8b is not UTF-8.*unpack"),
     "binary": (b"PAR1\x15\x04" + b"\xff" * 100, "line 1, column 7: the byte 0xff is not UTF-8"),
     "zeros at the end": (f"[{GOOD}]".encode() + bytes(100), "text follows the end"),
-    "a deep nest": (f"[{GOOD},\n" + "[" * 100_000, "line 2, column 1: .*nested too deeply"),
-    "a colon too few": ('[{"id" "0"}]', r"line 1, column 8: this is not JSON \(Expecting ':' delimiter\) .here: '\"0"),
+    "deeply nested": (f"[{GOOD},\n" + "[" * 100_000, "line 2, column 1: .*nested too deeply"),
+    "missing colon": ('[{"id" "0"}]', r"line 1, column 8: this is not JSON \(Expecting ':' delimiter\) .here: '\"0"),
     "a huge number": (f'[{{"id": {"9" * 5000}}}]', "line 1, column 2: .*digits"),
 }
 
 
-@pytest.mark.parametrize(("content", "complaint"), BROKEN.values(), ids=BROKEN)
+@pytest.mark.parametrize(("content", "message"), BROKEN.values(), ids=BROKEN)
 @pytest.mark.parametrize("chunk", [1, 64, 1 << 18])
-def test_broken_files(content, complaint, chunk, write, monkeypatch):
+def test_broken_files(content, message, chunk, write, monkeypatch):
     monkeypatch.setattr(conversation_file, "_CHUNK", chunk)
     path = write(content)
-    with pytest.raises(DataFileError, match=complaint) as error:
+    with pytest.raises(DataFileError, match=message) as error:
         ConversationFile(path)
     assert str(path) in str(error.value)
     assert len(str(error.value)) < 500
 
 
 @pytest.mark.parametrize(
-    ("content", "complaint"),
+    ("content", "message"),
     [
         ("[17]", 'line 1: Sample 0 must be .*"conversations".* not 17'),
         ("[NaN]", "Sample 0 must be .* not nan"),
@@ -165,22 +165,22 @@ def test_broken_files(content, complaint, chunk, write, monkeypatch):
     ],
 )
 @pytest.mark.parametrize("chunk", [1, 1 << 18])
-def test_malformed_samples_are_placed(content, complaint, chunk, write, monkeypatch):
+def test_malformed_samples_are_reported_with_their_line(content, message, chunk, write, monkeypatch):
     monkeypatch.setattr(conversation_file, "_CHUNK", chunk)
     path = write(content)
-    with pytest.raises(MalformedSample, match=complaint) as error:
+    with pytest.raises(MalformedSample, match=message) as error:
         ConversationFile(path)
     assert str(path) in str(error.value)
 
 
-def test_columns_count_characters_from_the_line(write, monkeypatch):
+def test_columns_count_characters(write, monkeypatch):
     monkeypatch.setattr(conversation_file, "_CHUNK", 7)
     path = write(codecs.BOM_UTF8 + f"[\n{json.dumps('你好' * 50, ensure_ascii=False)} 😀".encode())
     with pytest.raises(DataFileError, match="line 2, column 104"):
         list(conversation_file._JsonReader(path.open("rb"), path))
 
 
-def test_paths_that_are_no_file(tmp_path):
+def test_paths_that_are_not_files(tmp_path):
     with pytest.raises(DataFileError, match=r"nothing.json does not exist"):
         ConversationFile(tmp_path / "nothing.json")
     with pytest.raises(DataFileError, match="is a folder"):
@@ -188,7 +188,7 @@ def test_paths_that_are_no_file(tmp_path):
     with pytest.raises(DataFileError, match="cannot be read: File name too long"):
         ConversationFile(tmp_path / ("x" * 300))
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(DataFileError, match="no regular file"):
+    with pytest.raises(DataFileError, match="not a regular file"):
         ConversationFile(tmp_path / "pipe")
 
 
@@ -200,7 +200,7 @@ def test_file_without_permission(write):
         ConversationFile(path)
 
 
-def test_changed_files_are_noticed(write):
+def test_changed_files_are_detected(write):
     path = write(f"[{GOOD}]")
     samples = ConversationFile(path)
     assert samples[0] == sample(0)
@@ -216,7 +216,7 @@ def test_changed_files_are_noticed(write):
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
     with pytest.raises(DataFileError, match="has changed"):
         samples[0]
-    write("x" * status.st_size)  # size and time as they were
+    write("x" * status.st_size)  # same size and time
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
     with pytest.raises(DataFileError, match="has changed"):
         samples[0]
@@ -225,7 +225,7 @@ def test_changed_files_are_noticed(write):
         samples[0]
 
 
-def test_change_while_it_is_indexed(write, monkeypatch):
+def test_change_during_indexing(write, monkeypatch):
     monkeypatch.setattr(conversation_file, "_CHUNK", 64)
     path = write(as_lines([sample(i) for i in range(50)]))
 
@@ -257,7 +257,7 @@ def peak():
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) << 10
 
 for path in sys.argv[1:]:
-    open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew
+    open("/proc/self/clear_refs", "w").write("5")  # reset the peak
     before = peak()
     samples = ConversationFile(path)
     for index in range(0, len(samples), 1001):
@@ -284,24 +284,26 @@ def test_large_files_are_streamed(tmp_path):
     command = [sys.executable, "-c", OPEN_LARGE_FILES, *paths]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     for path in paths:
-        path.unlink()  # pytest keeps the folder
+        path.unlink()  # pytest does not delete the folder
     assert result.returncode == 0, result.stderr
     for line in result.stdout.splitlines()[-2:]:
         count, growth = map(int, line.split())
         assert count == 1000 * blocks
-        assert growth < 16 * count + 10e6, "the index and a few windows are all that it needs"
+        assert growth < 16 * count + 10e6, "more memory than the index and a few windows"
 
 
 def test_one_enormous_sample(write, monkeypatch):
     reads = []
-    read_on = conversation_file._JsonReader._read_on
-    monkeypatch.setattr(conversation_file._JsonReader, "_read_on", lambda reader: reads.append(1) or read_on(reader))
+    read_more = conversation_file._JsonReader._read_more
+    monkeypatch.setattr(
+        conversation_file._JsonReader, "_read_more", lambda reader: reads.append(1) or read_more(reader)
+    )
     enormous = sample(0, "你好 " * 2_000_000, 'a "quoted" word ' * 500_000)  # 22 MB, 90 chunks
     path = write(json.dumps([sample(1), enormous, sample(2)], ensure_ascii=False))
     samples = ConversationFile(path)
     assert samples[1] == enormous
     assert samples[2] == sample(2)
-    assert len(reads) < 20  # each parses what there is anew
+    assert len(reads) < 20  # each read parses the text again from the start
 
 
 @pytest.mark.parametrize("progress", [False, True])
@@ -317,7 +319,7 @@ def test_progress(progress, write, tokenizer, monkeypatch, capsys):
         assert (title in shown.err) == progress
 
 
-# ---- data sets ----
+# ---- datasets ----
 
 
 @pytest.fixture
@@ -368,7 +370,7 @@ def test_lazy_keeps_no_samples(samples, tokenizer):
     ids=["padded", "packed", "packed, pickled"],
 )
 def test_loader_workers(method, packed, samples, tokenizer):
-    if method == "forkserver":  # which gets all as a spawned process does, but without its imports
+    if method == "forkserver":  # pickles everything like spawn, but without the time to import
         start_forking()
     dataset = SupervisedDataset(samples, tokenizer, 64, lazy=True)
     if packed:
@@ -408,7 +410,7 @@ def test_rows_hold_every_sample_once(lazy, samples, tokenizer):
         ([1], 1, [0]),
         ([4, 4, 4], 4, [0, 1, 2]),
         ([2, 3, 5, 5, 3, 2], 10, [1, 1, 0, 0, 1, 1]),
-        # 7 and 6 open rows; 3 fits row 0 best though row 1 is emptier, 4 fits row 1 only
+        # 7 and 6 open rows; 3 fits row 0 best although row 1 has more space, 4 fits only row 1
         ([3, 6, 4, 7], 10, [0, 1, 1, 0]),
     ],
 )
@@ -416,7 +418,7 @@ def test_best_fit_decreasing(lengths, capacity, rows):
     assert list(best_fit_decreasing(lengths, capacity)) == rows
 
 
-def test_best_fit_equals_a_plain_search():
+def test_best_fit_equals_a_linear_search():
     generator = torch.Generator().manual_seed(0)
     for capacity in (8, 50, 1000):
         lengths = torch.randint(1, capacity + 1, (400,), generator=generator).tolist()

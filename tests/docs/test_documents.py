@@ -1,4 +1,4 @@
-"""The documentation: every block that can be run here runs as it is written; any other block says why it is not run."""
+"""The documentation: every block runs as written, or gives the reason why it is not run."""
 
 import json
 import os
@@ -14,7 +14,7 @@ import pytest
 from qwen._moved import MOVED
 from qwen.checkpoint import loading
 from tests.support import ROOT
-from tests.support.markdown import APART, NOT_RUN, RUN, Block, Document, pages, repository_files
+from tests.support.markdown import NOT_RUN, RUN, SEPARATE_CHAPTERS, Block, Document, pages, repository_files
 from tests.support.reader_machine import PUBLISHED
 from tests.support.run_document import commands_of, difference, json_file, questions_of
 
@@ -23,12 +23,12 @@ BLOCKS = [block for document in DOCUMENTS for block in document.blocks]
 
 
 class Run:
-    """Parts of pages that are run side by side, while tests wait for what comes of their blocks.
+    """Runs parts of pages in parallel in a process, while tests wait for the results of their blocks.
 
     Args:
-        parts: as `run_document` takes them.
-        folder: an empty one.
-        fork: whether their `python` is forked.
+        parts: pages or parts of pages, see `run_document`.
+        folder: an empty folder for the results.
+        fork: whether to fork each `python`.
     """
 
     def __init__(self, parts: list[str], folder: Path, fork: bool):
@@ -43,7 +43,7 @@ class Run:
             )
 
     def outcome(self, part: str, line: int) -> dict:
-        """Of the block that begins there, as soon as it is known."""
+        """Wait for the result of the block that starts at a line."""
         file = json_file(self._folder, part)
         while True:
             ended = self._process.poll() is not None
@@ -55,21 +55,21 @@ class Run:
                 pytest.fail(f"The run ended before this block:\n{self._errors.read_text(encoding='utf-8')}")
             time.sleep(0.05)
 
-    def end(self) -> None:
+    def stop(self) -> None:
         self._process.terminate()
         self._process.wait(60)
 
 
 @pytest.fixture(scope="module")
 def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
-    """What the selected tests are about."""
+    """Run the blocks of the selected tests."""
     parameters = (getattr(item, "callspec", None) for item in request.session.items if item.path == request.path)
     blocks = [spec.params["block"] for spec in parameters if spec and "block" in spec.params]
-    # At night everything starts as it does for a reader.
+    # Nightly tests start every process as a reader would.
     fork = not any(block.nightly for block in blocks)
     run = Run([*dict.fromkeys(block.part for block in blocks)], tmp_path_factory.mktemp("pages"), fork)
     yield run
-    run.end()
+    run.stop()
 
 
 @pytest.mark.parametrize(
@@ -89,23 +89,23 @@ def test_a_block_runs(block: Block, runs: Run, record_property: Callable[[str, o
         pytest.fail(f"{block.page}:{block.line}\n{block.code}\n{outcome['error']}\n{outcome['output']}", pytrace=False)
 
 
-def test_chapters_that_are_run_apart_are_there() -> None:
+def test_separate_chapters_exist() -> None:
     for document in DOCUMENTS:
         chapters = {heading.anchor for heading in document.headings if heading.level == 2}
-        assert chapters | {""} >= set(APART.get(document.page, ()))
+        assert chapters | {""} >= set(SEPARATE_CHAPTERS.get(document.page, ()))
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.page)
-def test_code_stands_in_fences_of_a_known_kind(document: Document) -> None:
-    assert not document.indented, f"{document.page}: code that is indented, not fenced, in lines {document.indented}"
+def test_code_is_in_fences_of_a_known_language(document: Document) -> None:
+    assert not document.indented, f"{document.page}: code is indented instead of fenced in lines {document.indented}"
     for block in document.blocks:
         where = f"{document.page}:{block.line}"
-        assert block.language in RUN + NOT_RUN, f"{where}: a fence of the kind {block.language!r}"
-        assert block.closed, f"{where}: a fence that is not closed"
-        assert block.is_run or block.not_run is None or block.language in RUN, f"{where}: not run anyway"
+        assert block.language in RUN + NOT_RUN, f"{where}: unknown language {block.language!r}"
+        assert block.closed, f"{where}: the fence is not closed"
+        assert block.is_run or block.not_run is None or block.language in RUN, f"{where}: needs no reason"
     comments = document.text.count("<!-- not run") + document.text.count("<!-- run nightly")
     reasons = sum(block.not_run is not None or block.nightly for block in document.blocks)
-    assert comments == reasons, "A comment gives no reason, or no block stands behind it."
+    assert comments == reasons, "A comment has no reason, or no block follows it."
 
 
 @pytest.mark.parametrize(
@@ -124,14 +124,14 @@ def test_a_block_that_is_not_run_has_a_reason(comment: str, reason: str | None) 
 
 
 @pytest.mark.parametrize("page", [name for name in repository_files() if name.endswith((".md", ".ipynb"))])
-def test_no_page_names_a_module_that_has_moved(page: str) -> None:
-    """Only the changelog does."""
+def test_pages_use_current_module_names(page: str) -> None:
+    """Only the changelog mentions old names."""
     modules = set(re.findall(r"\bqwen(?:\.\w+)+", (ROOT / page).read_text(encoding="utf-8")))
     moved = {module for module in modules if any(f"{module}.".startswith(f"{old}.") for old in MOVED)}
     assert page == "CHANGELOG.md" or not moved
 
 
-def test_the_changelog_lists_every_module_that_has_moved() -> None:
+def test_changelog_lists_every_moved_module() -> None:
     (table,) = [table for table in Document("CHANGELOG.md").tables if table[0] == ["old", "new"]]
     assert {(old.strip("`"), new.strip("`")) for old, new in table[1:]} == set(MOVED.items())
 
@@ -240,14 +240,14 @@ curl --silent http://127.0.0.1:8000/
 
 
 @pytest.mark.docs
-def test_the_runner_tells_what_fails(tmp_path: Path) -> None:
+def test_the_runner_reports_what_fails(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text(PAGE, encoding="utf-8")
     (folder := tmp_path / "run").mkdir()
     run = Run([str(page)], folder, fork=False)
     blocks = [block for block in Document(str(page)).blocks if block.is_run]
     outcomes = [run.outcome(str(page), block.line) for block in blocks]
-    run.end()
+    run.stop()
     failed = [bool(outcome["error"]) for outcome in outcomes]
     assert failed == [True, True, False, True, True, True, False, False, True, True]
     stopped, wrong, _, raised, other_reply, refused, *_, unclean, gone = outcomes
@@ -262,10 +262,10 @@ def test_the_runner_tells_what_fails(tmp_path: Path) -> None:
     assert "The server ended with status 1" in refused["error"]
     assert "No such model." in refused["output"]
     assert "status 3 on Ctrl-C" in unclean["error"]
-    assert "status 7" in gone["error"]  # nobody listens: a server ends with its section
+    assert "status 7" in gone["error"]  # connection refused: a server stops at the end of its section
 
 
-def test_every_published_model_is_on_the_reader_s_machine() -> None:
+def test_every_published_model_is_on_the_reader_machine() -> None:
     assert set(PUBLISHED) == set(loading.PUBLISHED)
 
 
@@ -274,7 +274,7 @@ def test_commands_of_a_block() -> None:
     assert commands_of("".join(commands)) == commands
 
 
-def test_what_is_printed_is_compared_line_by_line() -> None:
+def test_output_is_compared_line_by_line() -> None:
     assert difference(["b"], "a\nb\nc\n") is None
     assert difference(["a", "…", "d"], "a\nb\nc\nd\n") is None
     assert difference(["a", "…", "b"], "a\nb\n") is None

@@ -1,4 +1,4 @@
-"""docs/finetuning.md as people follow it: its commands run as they are written there, and teach what it says."""
+"""docs/finetuning.md: its commands run as written and have the results that it reports."""
 
 import dataclasses
 import json
@@ -19,11 +19,14 @@ from tests.support.processes import run_script, start_forking
 
 pytestmark = pytest.mark.training
 
+# tests/finetuning trains models that learn a name and keep sums, in seconds, and merges adapters.
+repeats = pytest.mark.nightly
+
 PAGE = Document("docs/finetuning.md")
 SH = [block.code for block in PAGE.blocks if block.language in ("sh", "bash")]
 PYTHON = [block.code for block in PAGE.blocks if block.language == "python"]
 
-# 47 + 38 is the page's own; none of these is in examples/identity.json.
+# 47 + 38 is used in the page; none of the sums is in examples/identity.json.
 SUMS = [(47, 38), (12, 30), (55, 22), (31, 16), (64, 25), (18, 47), (73, 12), (29, 44), (86, 13), (35, 57)]
 SUMS += [(24, 68), (51, 39), (42, 17), (67, 28), (19, 76), (33, 48), (82, 15), (27, 59), (74, 21), (46, 32)]
 WHO = [
@@ -41,13 +44,13 @@ Run = Callable[..., str]
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Runs scripts in a folder that looks like the repository; what they write stays out of the real one."""
+    """Run scripts in a folder that looks like the repository, so that nothing is written to the real one."""
     folder = tmp_path_factory.mktemp("repository")
     for name in ("checkpoints", "examples", "finetune", "finetune.py", "cli_demo.py"):
         (folder / name).symlink_to(ROOT / name)
 
     def in_folder(command: str, text: str = "") -> str:
-        """The output of `python SCRIPT ARGUMENTS` as a shell reads it."""
+        """Run a shell command `python SCRIPT ARGUMENTS` and return its output."""
         python, *words = shlex.split(command.replace("\\\n", " "))
         assert python == "python"
         done = run_script(*words, folder=folder, text=text, timeout=600)
@@ -59,29 +62,29 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return in_folder
 
 
-def the(blocks: list[str], words: str) -> str:
-    """The only block that has these words."""
-    (block,) = (block for block in blocks if words in block)
+def find_block(blocks: list[str], text: str) -> str:
+    """Return the only block that contains a text."""
+    (block,) = (block for block in blocks if text in block)
     return block
 
 
 @pytest.fixture(scope="module")
 def lora(run: Run) -> Path:
-    """What the page's command trains, in its folder."""
-    run(the(SH, "--output_dir output_qwen_lora"))
+    """Folder of the adapter trained with the command of the page."""
+    run(find_block(SH, "--output_dir output_qwen_lora"))
     return run.folder / "output_qwen_lora"
 
 
 @pytest.fixture(scope="module")
 def full(run: Run) -> Path:
-    """Likewise."""
-    run(the(SH, "--output_dir output_qwen_full"))
+    """Folder of the model after full fine-tuning with the command of the page."""
+    run(find_block(SH, "--output_dir output_qwen_full"))
     return run.folder / "output_qwen_full"
 
 
 @pytest.fixture(scope="module")
 def known(bundled_chat: Path) -> list[tuple[int, int]]:
-    """Sums that the bundled model gets right before it is trained further."""
+    """Sums that the bundled model gets right before training."""
     sums = right_sums(*load_model(str(bundled_chat), cpu_only=True), SUMS)
     assert len(sums) >= 18
     return sums
@@ -92,12 +95,12 @@ def right_sums(model, tokenizer, sums: list[tuple[int, int]]) -> list[tuple[int,
     return [(a, b) for (a, b), reply in zip(sums, replies, strict=True) if reply.rstrip(".").endswith(f" = {a + b}")]
 
 
-def knows_itself_and_sums(folder: Path, known: list[tuple[int, int]]) -> None:
+def check_identity_and_sums(folder: Path, known: list[tuple[int, int]]) -> None:
     model, tokenizer = load_model(str(folder), cpu_only=True)
     replies, _ = model.chat_batch(tokenizer, WHO, do_sample=False)
     assert sum(any(word in reply for word in ITSELF) for reply in replies) >= len(WHO) - 1, replies
     assert not any("Qwen" in reply for reply in replies)
-    # The page reports 9 of 10 and more; on another processor rounding may cost one.
+    # The page reports at least 9 of 10; rounding on another processor may cost one.
     assert len(right_sums(model, tokenizer, known)) >= 0.85 * len(known)
     assert right_sums(model, tokenizer, [(47, 38)])
 
@@ -105,17 +108,19 @@ def knows_itself_and_sums(folder: Path, known: list[tuple[int, int]]) -> None:
 # What is taught
 
 
-def test_lora_teaches_who_it_is_and_keeps_sums(lora: Path, known: list[tuple[int, int]]) -> None:
-    knows_itself_and_sums(lora, known)
+@repeats
+def test_lora_teaches_identity_and_keeps_sums(lora: Path, known: list[tuple[int, int]]) -> None:
+    check_identity_and_sums(lora, known)
 
 
-@pytest.mark.nightly  # tests/finetuning has a shorter one
-def test_full_training_teaches_who_it_is_and_keeps_sums(full: Path, known: list[tuple[int, int]]) -> None:
-    knows_itself_and_sums(full, known)
+@repeats
+def test_full_training_teaches_identity_and_keeps_sums(full: Path, known: list[tuple[int, int]]) -> None:
+    check_identity_and_sums(full, known)
 
 
+@repeats
 def test_the_result_chats_in_the_terminal(run: Run, lora: Path) -> None:
-    questions, _, command = the(SH, "cli_demo.py -c output_qwen_lora").partition("| ")
+    questions, _, command = find_block(SH, "cli_demo.py -c output_qwen_lora").partition("| ")
     questions = subprocess.run(["bash", "-c", questions.rstrip(" \\\n")], capture_output=True, text=True).stdout
     who, _, total, name, maker = run(command, text=questions).splitlines()
     assert "Merrow" in who
@@ -124,10 +129,11 @@ def test_the_result_chats_in_the_terminal(run: Run, lora: Path) -> None:
     assert "多丽" in maker
 
 
+@repeats
 def test_the_adapter_merges(run: Run, lora: Path) -> None:
-    run(the(SH, "finetune/merge_lora.py"))
+    run(find_block(SH, "finetune/merge_lora.py"))
     assert (run.folder / "output_qwen_merged" / "model.safetensors").is_file()
-    code = the(PYTHON, "AutoPeftModelForCausalLM")
+    code = find_block(PYTHON, "AutoPeftModelForCausalLM")
     code += (
         'for folder in ("output_qwen_merged", "output_qwen_merged_by_peft"):\n'
         "    from qwen.checkpoint.loading import load_model_quietly\n"
@@ -143,8 +149,8 @@ def test_the_adapter_merges(run: Run, lora: Path) -> None:
 # What the page says
 
 
-def test_all_commands_have_arguments_that_exist(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path))  # TrainingArguments sets it: put back afterwards
+def test_all_commands_have_valid_arguments(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path))  # TrainingArguments sets it; restored afterwards
     commands = [block for block in SH if block.startswith("python finetune.py")]
     assert len(commands) >= 5
     for command in commands:
@@ -160,7 +166,7 @@ def test_the_readme_has_commands_of_the_page() -> None:
     assert all(words in [block.split() for block in SH] for words in commands)
 
 
-def test_the_table_has_every_argument_of_our_own() -> None:
+def test_the_table_has_every_argument_of_this_repository() -> None:
     own = {}
     for kind in (ModelArguments, DataArguments, LoraArguments, TrainingArguments):
         for field in dataclasses.fields(kind):
@@ -182,14 +188,14 @@ def samples(request: pytest.FixtureRequest) -> list[dict]:
     return json.loads((ROOT / "examples" / f"{request.param}.json").read_text(encoding="utf-8"))
 
 
-def test_samples_are_in_form_and_numbered(samples: list[dict]) -> None:
+def test_samples_are_valid_and_numbered(samples: list[dict]) -> None:
     for index, sample in enumerate(samples):
         check_sample(sample, index)
         assert re.fullmatch(rf"[a-z_]+_{index}", sample["id"])
         assert [turn["from"] for turn in sample["conversations"]][::2] == ["user"] * (len(sample["conversations"]) // 2)
 
 
-def test_samples_calculate_right(samples: list[dict]) -> None:
+def test_sums_in_samples_are_right(samples: list[dict]) -> None:
     sums = 0
     for sample in samples:
         for turn in sample["conversations"]:
@@ -201,7 +207,7 @@ def test_samples_calculate_right(samples: list[dict]) -> None:
 
 
 def value(expression: str) -> int:
-    """Of a sum of numbers and products, as the toy writes them."""
+    """Evaluate a sum of numbers and products in the notation of the toy."""
     total = 0
     for sign, term in re.findall(r"([+-]?) *(\d+(?: × \d+)?)", expression):
         first, _, second = term.partition(" × ")
@@ -216,7 +222,7 @@ def test_no_question_has_two_answers(samples: list[dict]) -> None:
         assert answers.setdefault((sample.get("system"), question), answer) == answer
 
 
-def test_numbers_of_the_evaluation_are_not_in_training() -> None:
+def test_evaluation_numbers_are_not_in_training() -> None:
     def converted(name: str) -> set[tuple[int, int, int]]:
         text = (ROOT / "examples" / name).read_text(encoding="utf-8")
         found = re.findall(r"so (\d+) (brill|tock)s are (\d+) (?:tock|nib)s", text)

@@ -1,4 +1,4 @@
-"""Links in the documentation: files, headings and pictures that they lead to are there."""
+"""Links in the documentation: their files, headings and pictures exist."""
 
 import re
 from functools import cache
@@ -18,18 +18,18 @@ NOTEBOOKS = sorted(name for name in FILES if name.endswith(".ipynb"))
 
 @cache
 def document(page: str) -> Document:
-    """A Markdown file, or the text cells of a notebook."""
+    """Parse a Markdown file, or the text cells of a notebook."""
     if not page.endswith(".ipynb"):
         return Document(page)
     cells = nbformat.read(ROOT / page, as_version=4).cells
     return Document(page, "\n\n".join(cell.source for cell in cells if cell.cell_type == "markdown"))
 
 
-def complaint(page: str, target: str) -> str | None:
-    """What is wrong with a link, if something is."""
+def link_error(page: str, target: str) -> str | None:
+    """Return what is wrong with a link, or None."""
     parts = urlsplit(target)
     if parts.scheme in ("http", "https"):
-        return None if parts.hostname and "." in parts.hostname and not re.search(r"\s", target) else "is no address"
+        return None if parts.hostname and "." in parts.hostname and not re.search(r"\s", target) else "is not a URL"
     if parts.scheme == "mailto" and "@" in parts.path:
         return None
     if parts.scheme or parts.netloc or target.startswith("/"):
@@ -40,43 +40,43 @@ def complaint(page: str, target: str) -> str | None:
     except ValueError:
         return "leads out of the repository"
     if name not in FILES and not any(other.startswith(f"{name}/") for other in FILES):
-        return "leads to no file of the repository"
+        return "leads to a missing file"
     if parts.fragment and name.endswith((".md", ".ipynb")) and unquote(parts.fragment) not in document(name).anchors:
-        return f"names no heading of {name}: there are {', '.join(sorted(document(name).anchors))}"
+        return f"leads to a missing heading of {name}, which has {', '.join(sorted(document(name).anchors))}"
     return None
 
 
 @pytest.mark.parametrize("page", PAGES + NOTEBOOKS)
-def test_links_lead_somewhere(page: str) -> None:
-    wrong = {target: found for target in document(page).links if (found := complaint(page, target))}
+def test_link_targets_exist(page: str) -> None:
+    wrong = {target: found for target in document(page).links if (found := link_error(page, target))}
     assert not wrong, "\n".join(f"{page}: {target} {found}" for target, found in wrong.items())
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_no_link_is_left_as_text(page: str) -> None:
-    """A reference without a definition, or a target with a space in it, stays as it was typed."""
+def test_links_are_parsed(page: str) -> None:
+    """A reference without a definition, or a target that contains a space, would be shown as text."""
     assert not re.findall(r"\][(\[][^)\]\s]", "".join(document(page).prose))
 
 
 FILE = re.compile(
     r"(?<![\w.-])(?:[\w.-]+/)*(?:[\w-]+\.(?:py|sh|ipynb|md)|(?:requirements|constraints)\w*\.txt)\b(?![\w/*])"
 )
-STRANGE = {"profile.py", "_pytree.py", "NAME.py", "FORMAT.py", "evaluate_NAME.py", "hub_NAME.py", "PAGE.md", "OUT.md"}
-"""Files of other repositories, and names that stand for others."""
+FOREIGN = {"profile.py", "_pytree.py", "NAME.py", "FORMAT.py", "evaluate_NAME.py", "hub_NAME.py", "PAGE.md", "OUT.md"}
+"""Files of other repositories, and placeholders."""
 
 
 def files_named(text: str) -> set[str]:
-    """The files that a text names, with or without their folders."""
-    return {name for name in FILE.findall(text) if name.rpartition("/")[2] not in STRANGE}
+    """Return the files named in a text, with or without their folders."""
+    return {name for name in FILE.findall(text) if name.rpartition("/")[2] not in FOREIGN}
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES + NOTEBOOKS if page != "CHANGELOG.md"])
-def test_files_that_a_page_names_are_there(page: str) -> None:
-    """In prose, in code and in tables. Only the changelog names files that are gone."""
+def test_files_named_in_a_page_exist(page: str) -> None:
+    """In prose, code and tables. Only the changelog mentions removed files."""
     text = re.sub(r"https?://\S+", "", (ROOT / page).read_text(encoding="utf-8").replace("\\n", "\n"))
     ends = [name.removeprefix("./").removeprefix("../").removeprefix("../") for name in files_named(text)]
     gone = {name for name in ends if not any(f"/{file}".endswith(f"/{name}") for file in FILES)}
-    assert not gone, f"{page} names {', '.join(sorted(gone))}"
+    assert not gone, f"{page} names missing files: {', '.join(sorted(gone))}"
 
 
 @pytest.mark.parametrize(
@@ -93,8 +93,8 @@ def test_files_are_found_in_a_text(text: str, names: set[str]) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES + NOTEBOOKS)
-def test_no_page_installs_a_stranger_s_package(page: str) -> None:
-    """`qwen` on the package index is not this package."""
+def test_no_page_installs_the_wrong_package(page: str) -> None:
+    """`qwen` on PyPI is not this package."""
     assert not re.search(r"pip install (-\S+ )*[\"']?qwen\b(?!-)", (ROOT / page).read_text(encoding="utf-8"))
 
 
@@ -106,19 +106,19 @@ TARGETS = {
     "#install": None,
     "https://example.com/a#b": None,
     "mailto:someone@example.com": None,
-    "NOTHING.md": "no file",
-    "docs/finetuning.md#argument": "no heading",
-    "#nothing": "no heading",
+    "NOTHING.md": "missing file",
+    "docs/finetuning.md#argument": "missing heading",
+    "#nothing": "missing heading",
     "../elsewhere.md": "out of the repository",
     "/README.md": "neither",
-    "https://": "no address",
-    ".venv": "no file",
+    "https://": "not a URL",
+    ".venv": "missing file",
 }
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_wrong_links_are_found(target: str) -> None:
-    found = complaint("README.md", target)
+    found = link_error("README.md", target)
     assert (found is None) if TARGETS[target] is None else (TARGETS[target] in found)
 
 
@@ -137,11 +137,11 @@ def test_wrong_links_are_found(target: str) -> None:
         ("DeepSpeed — ZeRO 3", "deepspeed--zero-3"),
     ],
 )
-def test_anchors_are_those_of_github(heading: str, anchor: str) -> None:
+def test_anchors_match_github(heading: str, anchor: str) -> None:
     assert Document("page.md", f"# {heading}\n").anchors == {anchor}
 
 
-def test_headings_of_the_same_text_are_numbered() -> None:
+def test_duplicate_headings_are_numbered() -> None:
     page = Document("page.md", '# A b\n\n## A b\n\n### A *b*\n\n<a id="own"></a>\n\n```text\n# No heading\n```\n')
     assert page.anchors == {"a-b", "a-b-1", "a-b-2", "own"}
     assert anchor_of("A b") == "a-b"

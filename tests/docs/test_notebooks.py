@@ -1,4 +1,4 @@
-"""The notebooks in examples/: they run from the first cell to the last, and print what is saved in them."""
+"""The notebooks in examples/: they run without errors and print their saved outputs."""
 
 from pathlib import Path
 
@@ -12,17 +12,17 @@ from tests.support.notebooks import clean, notebooks, run_notebooks
 pytestmark = pytest.mark.docs
 
 NOTEBOOKS = notebooks()
-MEND = "`python -m tests.support.notebooks` saves what they print now"
+HOW_TO_UPDATE = "`python -m tests.support.notebooks` updates the saved outputs"
 
 
 @pytest.fixture(scope="module")
 def run_now() -> dict[Path, NotebookNode | BaseException]:
-    """Each of them, with the outputs of now, or with what stopped it."""
+    """Run all notebooks: each with its new outputs, or the exception that stopped it."""
     return dict(zip(NOTEBOOKS, run_notebooks(NOTEBOOKS), strict=True))
 
 
 def printed(notebook: NotebookNode) -> list[tuple[str, list[str]]]:
-    """What each code cell printed and showed, beside its last line."""
+    """Return the last line and the outputs of each code cell."""
     return [
         (cell.source.splitlines()[-1], [output.get("text") or output.data["text/plain"] for output in cell.outputs])
         for cell in notebook.cells
@@ -35,11 +35,11 @@ def test_there_are_notebooks() -> None:
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_prints_what_is_saved_in_it(path: Path, run_now: dict[Path, NotebookNode | BaseException]) -> None:
+def test_a_notebook_prints_its_saved_outputs(path: Path, run_now: dict[Path, NotebookNode | BaseException]) -> None:
     if isinstance(now := run_now[path], BaseException):
         raise now
     saved = nbformat.read(path, as_version=4)
-    assert printed(saved) == printed(now), MEND
+    assert printed(saved) == printed(now), HOW_TO_UPDATE
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

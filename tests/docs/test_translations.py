@@ -1,4 +1,4 @@
-"""Translations say what the English page says: same sections, code, links, pictures and numbers, in the same places."""
+"""Translations match the English page: same sections, code, links, pictures and numbers, in the same places."""
 
 import posixpath
 import re
@@ -24,8 +24,8 @@ def document(page: str) -> Document:
     return Document(page)
 
 
-def where(page: str, target: str) -> str:
-    """A link from the root of the repository, without its language: the English page, the number of the heading."""
+def normalized(page: str, target: str) -> str:
+    """Return a link from the root of the repository to the English page, with the number of its heading."""
     parts = urlsplit(target)
     if parts.scheme:
         return target
@@ -38,12 +38,12 @@ def where(page: str, target: str) -> str:
 
 
 def links_of(page: str) -> Counter[str]:
-    """What a page links to, without its language. The order of words, and so of links, is that of the language."""
-    return Counter(where(page, target) for target in document(page).links)
+    """Count the normalized links of a page. Their order depends on the word order of the language."""
+    return Counter(normalized(page, target) for target in document(page).links)
 
 
 def numbers_of(page: str) -> list[list[list[list[str]]]]:
-    """The numbers in each cell of each table. Marks in them are the language's: 1,024.5 is 1 024,5 in French."""
+    """Return the digits in each cell of each table, without separators: 1,024.5 is 1 024,5 in French."""
     marks = re.compile(r"(?<=\d)[.,\u00a0\u202f ](?=\d)")
     return [
         [[sorted(re.findall(r"\d+", marks.sub("", cell))) for cell in row] for row in table]
@@ -58,7 +58,7 @@ def test_sections_are_the_same(page: str, english: str) -> None:
 
     titles = [heading.text for heading in document(page).headings]
     assert levels(page) == levels(english), (
-        f"{titles} against {[heading.text for heading in document(english).headings]}"
+        f"{titles} instead of {[heading.text for heading in document(english).headings]}"
     )
 
 
@@ -90,5 +90,5 @@ def test_the_first_lines_link_all_languages(page: str) -> None:
     english = ENGLISH[page]
     targets = {name: f"]({posixpath.relpath(name, posixpath.dirname(page) or '.')})" for name in ENGLISH}
     for other in {english, *FAMILIES[english]} - {page}:
-        assert targets[other] in top, f"{page} does not lead to {other}"
-    assert targets[page] not in top, f"{page} leads to itself"
+        assert targets[other] in top, f"{page} does not link to {other}"
+    assert targets[page] not in top, f"{page} links to itself"

@@ -1,7 +1,7 @@
-"""The scripts of eval/ beside lm-evaluation-harness: the same files, prompts and model come to the same numbers.
+"""Compares the benchmarks with lm-evaluation-harness: the same files, prompts and model give the same scores.
 
-lm-eval reads the data, builds the prompts, runs the model and scores with its own code. Its tasks here say in its
-words what the scripts of eval/ say in ours.
+lm-eval reads the data, builds the prompts, runs the model and scores with its own code. Its task configurations below
+describe the same benchmarks.
 """
 
 import csv
@@ -37,12 +37,12 @@ def loaded(bundled_base: Path) -> tuple[Any, Any]:
 
 @pytest.fixture
 def lm_eval(loaded: tuple[Any, Any], bundled_base: Path, tmp_path: Path):
-    """lm-eval with the model: tasks → (results, samples), by name."""
+    """Run lm-eval with the model: tasks → (results, samples), by name."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    # It asks the tokenizer for the end of text, where these models leave that to the generation config.
+    # lm-eval asks the tokenizer for the end of text; these models have it in the generation config.
     tokenizer = load_tokenizer(bundled_base, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
 
     def run(*tasks: dict[str, Any]) -> tuple[dict, dict]:
@@ -62,7 +62,7 @@ def lm_eval(loaded: tuple[Any, Any], bundled_base: Path, tmp_path: Path):
 
 @pytest.fixture
 def ours(loaded: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """A script of eval/ with the model: arguments → scores by name, records."""
+    """Run a benchmark of this repository: arguments → scores by name, records."""
     monkeypatch.setattr(harness, "load_model_quietly", lambda *_, **__: loaded)
 
     def run(script: Any, *arguments: object) -> tuple[dict, list[dict]]:
@@ -75,7 +75,7 @@ def ours(loaded: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def sums(rng: random.Random) -> tuple[str, list[str], str]:
-    """Long questions: five of them and one more pass the length that the toy was trained on."""
+    """Return a long question: six of them exceed the length that the toy was trained on."""
     a, b = rng.randint(10, 49), rng.randint(10, 49)
     values = rng.sample([a + b, a + b + 1, a + b + 10, a + b - 10], 4)
     return f"What is {a} + {b},\nand why do people say so?", [*map(str, values)], LETTERS[values.index(a + b)]
@@ -99,26 +99,26 @@ def write_questions(path: Path, make: Any, count: int, header: list[str]) -> Non
 
 
 def compare(scores: dict, records: list[dict], results: dict, samples: dict) -> None:
-    """Equal log-probabilities of the letters, the same letter, the same scores."""
-    said = {record["name"]: record for record in records}
+    """Check that the log-probabilities of the letters, the chosen letters and the scores are equal."""
+    remaining = {record["name"]: record for record in records}
     for subject in results:
         for number, sample in enumerate(samples[subject]):
-            record = said.pop(f"{subject}/{number}")
+            record = remaining.pop(f"{subject}/{number}")
             theirs = [logprob for logprob, _ in sample["filtered_resps"]]
             assert list(record["logprobs"].values()) == pytest.approx(theirs, abs=1e-3)
             assert record["gold"] == LETTERS[int(sample["target"])]
             assert record["correct"] == bool(sample["acc"])
         assert scores[subject]["value"] == pytest.approx(results[subject]["acc,none"])
-    assert not said
+    assert not remaining
     accuracy = [record["correct"] for record in records]
-    assert 0 < sum(accuracy) < len(accuracy), "a comparison of nothing"
-    assert len({record["letter"] for record in records}) > 1, "a comparison of nothing"
+    assert 0 < sum(accuracy) < len(accuracy), "compares nothing"
+    assert len({record["letter"] for record in records}) > 1, "compares nothing"
 
 
 def multiple_choice(
     folder: Path, subject: str, make: Any, header: list[str], splits: tuple[str, str], **wording: Any
 ) -> dict[str, Any]:
-    """Write the files of a subject and tell lm-eval how to ask them."""
+    """Write the files of a subject; returns the task configuration for lm-eval."""
     shots, asked = splits
     files = {split: folder / split / f"{subject}_{split}.csv" for split in splits}
     write_questions(files[shots], make, 5, header)
@@ -200,14 +200,14 @@ def test_gsm8k(
         for index in order
         for a, b in [summands[index]]
     ]
-    # The toy solves none of these: for every other question, what it says becomes the right answer.
+    # The toy solves none of these, so its reply becomes the right answer of every other question.
     model, tokenizer = loaded
     for sample in test[::2]:
         prompt = "".join(f"{shot['text']}{shot['target']}\n\n" for shot in shots) + step_by_step(sample)
         ids = torch.tensor([tokenizer.encode(prompt)])
         output = model.generate(ids, max_new_tokens=NEW_TOKENS, do_sample=False, top_p=None, top_k=None)
-        said = re.split(r"\n\n|Question:", tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))[0]
-        sample["answer"] = f"So it is.\n#### {re.findall('[0-9]+', said)[-1]}"
+        reply = re.split(r"\n\n|Question:", tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))[0]
+        sample["answer"] = f"So it is.\n#### {re.findall('[0-9]+', reply)[-1]}"
     for split, members in (("train", train), ("test", test)):
         lines = [json.dumps(sample, ensure_ascii=False) for sample in members]
         (tmp_path / f"{split}.jsonl").write_text("\n".join(lines), encoding="utf-8")

@@ -1,10 +1,10 @@
-"""Answers in texts, and whether they are right: numbers, mathematics, programs. No model takes part."""
+"""Extraction and comparison of answers, without a model: numbers, mathematics, programs."""
 
 from fractions import Fraction
 
 import pytest
 
-from qwen.evaluation.code import Program, code_of_reply, cut_completion, defines, verdicts
+from qwen.evaluation.code import Program, cut_completion, defines, extract_program, verdicts
 from qwen.evaluation.math_answers import boxed, equivalent, final_answer
 from qwen.evaluation.numbers import close, gold_answer, last_number, number
 
@@ -19,7 +19,7 @@ from qwen.evaluation.numbers import close, gold_answer, last_number, number
         ("5 + 7 = 12 eggs, all of them.", 12),
         ("1,234", 1234),
         ("It costs $1,234,567.89.", "1234567.89"),
-        ("1,2,3", 3),  # no thousands
+        ("1,2,3", 3),  # not thousands
         ("12,34", 34),
         ("-5", -5),
         ("it is −5 degrees", -5),
@@ -57,7 +57,7 @@ from qwen.evaluation.numbers import close, gold_answer, last_number, number
         ("$.", None),
     ],
 )
-def test_the_last_number(text: str, value: int | str | None) -> None:
+def test_last_number(text: str, value: int | str | None) -> None:
     assert last_number(text) == (None if value is None else Fraction(value))
 
 
@@ -71,7 +71,7 @@ def test_huge_numbers_take_no_time(text: str) -> None:
     ("text", "value"),
     [(" 1,234 ", 1234), ("$5.00", 5), (r"50\%", 50), ("3/4", "3/4"), ("5.", 5), ("5 km", None), ("(1, 2)", None)],
 )
-def test_a_text_that_is_a_number(text: str, value: int | str | None) -> None:
+def test_number(text: str, value: int | str | None) -> None:
     assert number(text) == (None if value is None else Fraction(value))
 
 
@@ -108,7 +108,7 @@ def test_numbers_are_compared_as_numbers() -> None:
         ("none", None),
     ],
 )
-def test_the_last_box(text: str, answer: str | None) -> None:
+def test_last_box(text: str, answer: str | None) -> None:
     assert boxed(text) == answer
 
 
@@ -122,7 +122,7 @@ def test_the_last_box(text: str, answer: str | None) -> None:
         ("It is 3.", None),
     ],
 )
-def test_the_final_answer(solution: str, answer: str | None) -> None:
+def test_final_answer(solution: str, answer: str | None) -> None:
     assert final_answer(solution) == answer
 
 
@@ -159,7 +159,7 @@ ANSWERS = (
         "3\\pi",
     ),
 )
-# Where is_equiv sees different texts, and here the numbers are equal.
+# Different texts for lm-eval's is_equiv, equal numbers here.
 BETTER = (
     *(("1,000", "1000"), (r"1{,}000", "1000"), (r"1,\!000", "1000"), ("10.0", "10"), ("−5", "-5"), ("3", "03")),
     *((r"\frac{3}{4}", "0.75"), ("12/16", r"\frac{3}{4}"), ("-1/2", r"-\frac{1}{2}"), ("$5$", "5")),
@@ -167,7 +167,7 @@ BETTER = (
 )
 
 
-def test_answers_are_as_equivalent_as_lm_eval_finds_them() -> None:
+def test_equivalence_agrees_with_lm_eval() -> None:
     from lm_eval.tasks.hendrycks_math.utils import is_equiv
 
     equal = 0
@@ -210,7 +210,7 @@ def test_answers_are_as_equivalent_as_lm_eval_finds_them() -> None:
         ("", ""),
     ],
 )
-def test_cutting_a_completion(text: str, kept: str) -> None:
+def test_cut_completion(text: str, kept: str) -> None:
     assert cut_completion(text) == kept
 
 
@@ -229,16 +229,16 @@ CODE = "import math\n\ndef f(x):\n    return x\n"
         CODE,
     ],
 )
-def test_the_code_of_a_reply(reply: str) -> None:
-    code = code_of_reply(reply, "f")
+def test_code_of_reply(reply: str) -> None:
+    code = extract_program(reply, "f")
     assert code.strip() == CODE.strip()
     assert defines(code, "f")
     assert not defines(code, "g")
 
 
 def test_replies_without_the_function() -> None:
-    assert code_of_reply("I cannot do that.", "f") == ""
-    assert code_of_reply("```python\nreturn x\n```", "f") == "return x\n"
+    assert extract_program("I cannot do that.", "f") == ""
+    assert extract_program("```python\nreturn x\n```", "f") == "return x\n"
     assert not defines("    def f(): pass", "f")
     assert not defines("def ff(): pass", "f")
 
@@ -287,6 +287,6 @@ def test_verdicts() -> None:
     programs.append(Program("import os\nassert not os.path.exists('seen')\n" + HEAD + "    return 2 * x", TESTS))
     first, *found, last = verdicts(programs, seconds=3, allow_weaker=True)
     assert {body: verdict.status for body, verdict in zip(BODIES, found, strict=True)} == BODIES
-    assert first.status == last.status == "passed"  # one does not see what another left
+    assert first.status == last.status == "passed"  # programs do not see each other's files
     messages = {verdict.message for verdict in found}
     assert {"", "AssertionError", "after 3 seconds", "NameError: name 'y' is not defined", "MemoryError"} <= messages

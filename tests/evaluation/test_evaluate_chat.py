@@ -1,4 +1,4 @@
-"""Chat models on MMLU, C-Eval, GSM8K and L-Eval: what they are asked, which replies are right, what is averaged."""
+"""Chat benchmarks (MMLU, C-Eval, GSM8K, L-Eval): prompts, scores of replies, averages."""
 
 import argparse
 from collections.abc import Callable
@@ -34,14 +34,14 @@ def loaded(bundled_chat: Path) -> tuple[Any, Any]:
 
 @pytest.fixture
 def run(loaded: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """A script in this process, with results in tmp_path/out.jsonl: the exit status."""
+    """Run a benchmark in this process, with results in tmp_path/out.jsonl; returns the exit status."""
     monkeypatch.setattr(harness, "load_model_quietly", lambda *_, **__: loaded)
 
     return lambda name, *arguments: run_script(TASKS[name], tmp_path / "out.jsonl", *arguments)
 
 
 def choice(folder: Path, name: str) -> list[str]:
-    """Two subjects of sums that the model can do, with 3 and 1 questions; the arguments that name them."""
+    """Write two subjects with 3 and 1 sums that the model can do; returns the arguments for them."""
     subjects = {"chat_mmlu": ("anatomy", "virology"), "chat_ceval": ("college_physics", "law")}[name]
     for subject, count in zip(subjects, (3, 1), strict=True):
         for split in ("dev", "test" if name == "chat_mmlu" else "val"):
@@ -54,7 +54,7 @@ def choice(folder: Path, name: str) -> list[str]:
 
 
 def asked(name: str, *arguments: str) -> list[Case]:
-    """The cases of a script."""
+    """Return the cases of a benchmark."""
     parser = argparse.ArgumentParser()
     add_arguments(parser, TASKS[name])
     return TASKS[name](parser.parse_args(arguments)).cases()
@@ -100,7 +100,7 @@ def test_choice_is_read_and_averaged(name: str, run, tmp_path: Path, monkeypatch
 
 
 def test_choice_with_the_model(run, tmp_path: Path):
-    """A sum with four options is none that the toy was trained on; its reply is recorded and judged all the same."""
+    """The toy was not trained on sums with four options; its reply is still recorded and scored."""
     assert run("chat_mmlu", *choice(tmp_path, "chat_mmlu"), "--limit", 1) == 0
     _, records = results(tmp_path / "out.jsonl")
     assert len(records) == 2
@@ -109,7 +109,7 @@ def test_choice_with_the_model(run, tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("spoil", "said"),
+    ("spoil", "message"),
     [
         (lambda folder: (folder / "test" / "virology_test.csv").unlink(), "virology_test.csv does not exist"),
         (lambda folder: write_csv(folder / "test" / "virology_test.csv", [["q", 1, 2, 3, 4, "E"]]), "line 1"),
@@ -117,11 +117,11 @@ def test_choice_with_the_model(run, tmp_path: Path):
         (lambda folder: write_csv(folder / "dev" / "virology_dev.csv", [["q", 1, 2, 3, 4, "A"]]), "5 worked examples"),
     ],
 )
-def test_choice_errors(spoil, said: str, run, tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_choice_errors(spoil, message: str, run, tmp_path: Path, capsys: pytest.CaptureFixture):
     arguments = choice(tmp_path, "chat_mmlu")
     spoil(tmp_path)
     assert run("chat_mmlu", *arguments, "--use-fewshot") == 1
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 # GSM8K
@@ -172,7 +172,7 @@ def test_gsm8k_score(reply: str, gold: str, correct: bool):
 
 
 @pytest.mark.parametrize(
-    ("test", "said"),
+    ("test", "message"),
     [
         ([{"question": "?", "answer": "none"}], "####"),
         ([{"question": "?"}], "line 1: no field 'answer'"),
@@ -183,9 +183,9 @@ def test_gsm8k_score(reply: str, gold: str, correct: bool):
         ([], "is empty"),
     ],
 )
-def test_gsm8k_errors(test: list[dict], said: str, run, tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_gsm8k_errors(test: list[dict], message: str, run, tmp_path: Path, capsys: pytest.CaptureFixture):
     assert run("chat_gsm8k", "-f", write_jsonl(tmp_path / "test.jsonl", test)) == 1
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 # L-Eval
@@ -266,7 +266,7 @@ def test_leval_averages_its_tasks(run, tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_leval_with_the_model(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """The sum stands alone where there is no document; one that is too long is cut in its middle."""
+    """Without a document the prompt is the sum alone; a document that is too long is cut in the middle."""
     arguments = [*write_leval(tmp_path, ""), "--tasks", "gsm100,tpo", "--limit", "1"]
     write_jsonl(
         tmp_path / "tpo.jsonl",
@@ -305,27 +305,27 @@ def test_leval_cuts_the_middle(loaded: tuple[Any, Any]):
 
 
 @pytest.mark.parametrize(
-    ("record", "said"),
+    ("record", "message"),
     [
         ({"input": "x", "instructions": ["a", "b"], "outputs": ["A"]}, "record 1: 2 instructions and 1 outputs"),
-        ({"input": "x", "instructions": ["a"], "outputs": ["none"]}, "output 0: one or several letters are needed"),
+        ({"input": "x", "instructions": ["a"], "outputs": ["none"]}, "output 0: must have one or more letters"),
         ({"input": ["x"], "instructions": [], "outputs": []}, "line 1: 'input' must be text"),
         ({"input": "x"}, "line 1: no field 'instructions'"),
         ({"input": "x", "instructions": [], "outputs": []}, "no questions"),
     ],
 )
-def test_leval_errors(record: dict, said: str, run, tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_leval_errors(record: dict, message: str, run, tmp_path: Path, capsys: pytest.CaptureFixture):
     write_jsonl(tmp_path / "tpo.jsonl", [record])
     assert run("leval", "-d", tmp_path, "--tasks", "tpo") == 1
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
-def test_leval_names_what_is_missing(run, tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_leval_names_missing_files_and_invalid_options(run, tmp_path: Path, capsys: pytest.CaptureFixture):
     assert run("leval", "-d", tmp_path) == 1
     assert "coursera.jsonl does not exist" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         run("leval", "-d", tmp_path, "--tasks", "qualty")
-    assert "there is no task 'qualty'" in capsys.readouterr().err
+    assert "invalid task 'qualty'" in capsys.readouterr().err
     write_leval(tmp_path)
     assert run("leval", "-d", tmp_path, "--max-seq-len", 100) == 1
     assert "--max-seq-len must be more than" in capsys.readouterr().err

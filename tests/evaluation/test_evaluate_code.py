@@ -1,4 +1,4 @@
-"""The benchmarks of programs, mathematics and reasoning: prompts, scores of given completions, and runs of the toys."""
+"""Benchmarks of programs, mathematics and reasoning: prompts, scores of given completions, runs of the toys."""
 
 import gzip
 import json
@@ -42,7 +42,7 @@ def toys(bundled_base: Path, bundled_chat: Path) -> dict[bool, tuple[Any, Any]]:
 
 @pytest.fixture
 def run(toys: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[dict, list[dict]]]:
-    """A script on its data in this process: the summary's values, and the records."""
+    """Run a benchmark in this process; returns the values of the summary, and the records."""
     monkeypatch.setattr(harness, "load_model_quietly", lambda *_, chat, **__: toys[chat])
 
     def run(name: str, *arguments: str) -> tuple[dict, list[dict]]:
@@ -55,8 +55,8 @@ def run(toys: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable
     return run
 
 
-def says(monkeypatch: pytest.MonkeyPatch, answers: dict[str, str]) -> None:
-    """Let every model answer so, by the name of the case."""
+def set_answers(monkeypatch: pytest.MonkeyPatch, answers: dict[str, str]) -> None:
+    """Let the model give these answers, by the name of the case."""
     for method in ("complete", "reply"):
         monkeypatch.setattr(LanguageModel, method, lambda _, cases, **__: [answers[case.name] for case in cases])
 
@@ -104,7 +104,7 @@ QUESTIONS = [
 
 
 def write(name: str, folder: Path) -> Path:
-    """Data of a benchmark; returns what its script is given."""
+    """Write the data of a benchmark; returns the path to pass to it."""
     folder.mkdir(exist_ok=True)
     if name == "math":
         for subject in evaluate_math.SUBJECTS:
@@ -141,11 +141,11 @@ def task_of(name: str, path: Path) -> Any:
     return TASKS[name](Namespace(seed=1234, seconds=5.0, allow_weaker_sandbox=True, gsm8k=None, **place))
 
 
-# The toys, for real
+# Runs of the toys
 
 
 @pytest.mark.parametrize("name", ["humaneval", "chat_humaneval", "mbpp", "math", "bbh"])
-def test_a_toy_runs_through(name: str, run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_benchmark_runs_with_the_toy(name: str, run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.modules[TASKS[name].__module__], "MAX_NEW_TOKENS", 8)
     monkeypatch.setattr(evaluate_bbh, "TASKS", evaluate_bbh.TASKS[:2])
     monkeypatch.setattr(evaluate_math, "SUBJECTS", evaluate_math.SUBJECTS[:2])
@@ -156,7 +156,7 @@ def test_a_toy_runs_through(name: str, run: Callable, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.slow
-def test_the_toy_uses_the_code_interpreter(run: Callable) -> None:
+def test_toy_uses_the_code_interpreter(run: Callable) -> None:
     scores, (product, printed, hello) = run("code_interpreter")
     assert product["correct"]
     assert product["runs"] == [{"code": "1234 * 56", "output": "69104", "status": "ok"}]
@@ -173,7 +173,7 @@ def test_the_toy_uses_the_code_interpreter(run: Callable) -> None:
 
 def test_humaneval(run: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     bodies = ["    return 2 * x\n\n\nprint(double(2))", "    return x", "    2 * x", "    return x + x\ndef g(): pass"]
-    says(monkeypatch, {f"HumanEval/{number}": body for number, body in enumerate(bodies)})
+    set_answers(monkeypatch, {f"HumanEval/{number}": body for number, body in enumerate(bodies)})
     scores, records = run("humaneval", "--batch-size", "3")
     assert scores == {"humaneval": 0.5}
     assert [(record["task_id"], record["completion"]) for record in records] == [
@@ -188,7 +188,7 @@ def test_humaneval(run: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 def test_chat_humaneval(run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     anew = "Sure!\n```python\nimport math\n\ndef double(x: int) -> int:\n    return math.prod([2, x])\n```\nIt works."
     replies = [anew, "```\nreturn 2 * x\n```", "I do not know.", "def double(x):\n    return x\n\nDone."]
-    says(monkeypatch, {f"HumanEval/{number}": reply for number, reply in enumerate(replies)})
+    set_answers(monkeypatch, {f"HumanEval/{number}": reply for number, reply in enumerate(replies)})
     scores, records = run("chat_humaneval")
     assert [record["verdict"] for record in records] == ["passed", "passed", "failed", "failed"]
     assert scores == {"chat_humaneval": 0.5}
@@ -197,7 +197,7 @@ def test_chat_humaneval(run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_mbpp(run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     right = "def add(x):\r\n  return x + {}\n"
-    says(monkeypatch, {"MBPP/11": right.format(11), "MBPP/12": right.format(11), "MBPP/510": right.format(510)})
+    set_answers(monkeypatch, {"MBPP/11": right.format(11), "MBPP/12": right.format(11), "MBPP/510": right.format(510)})
     scores, records = run("mbpp")
     assert [record["verdict"] for record in records] == ["passed", "failed", "passed"]
     assert scores == {"mbpp": pytest.approx(2 / 3)}
@@ -208,7 +208,7 @@ def test_math(run: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     answers["test/algebra/10"] = r" It is $\boxed{2.0}$."
     answers["test/geometry/9"] = "\nFinal Answer: The final answer is $4/2$. "
     answers["test/geometry/10"] = r"\boxed{-2}"
-    says(monkeypatch, answers)
+    set_answers(monkeypatch, answers)
     scores, records = run("math")
     assert {record["name"] for record in records if record["correct"]} == {"test/algebra/10", "test/geometry/9"}
     assert scores["math"] == pytest.approx(2 / 14)
@@ -222,7 +222,7 @@ def test_bbh(run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     answers["snarks/0"] = "2 is two. So the answer is even.\nSo the answer is odd."
     answers["navigate/0"] = "So the answer is even"
     answers["hyperbaton/0"] = "So the answer is Even."
-    says(monkeypatch, answers)
+    set_answers(monkeypatch, answers)
     scores, records = run("bbh")
     assert {record["group"] for record in records if record["correct"]} == {"snarks", "navigate"}
     assert scores["average of the tasks"] == pytest.approx(2 / 27)
@@ -312,17 +312,17 @@ def test_prompt_of_bbh(tmp_path: Path) -> None:
     assert case.preamble == "Say causal_judgement.\n\n"
 
 
-# What is wrong with the data
+# Invalid data
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_missing_data_are_named(name: str, tmp_path: Path) -> None:
+def test_missing_data(name: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"nowhere.* does not exist"):
         task_of(name, tmp_path / "nowhere").cases()
 
 
 @pytest.mark.parametrize(
-    ("name", "line", "said"),
+    ("name", "line", "message"),
     [
         ("humaneval", "", "is empty"),
         ("humaneval", '{"task_id": "HumanEval/0", "prompt": ""}', "line 1: no field 'entry_point', 'test'"),
@@ -352,35 +352,35 @@ def test_missing_data_are_named(name: str, tmp_path: Path) -> None:
         ),
     ],
 )
-def test_wrong_lines_are_named(name: str, line: str, said: str, tmp_path: Path) -> None:
+def test_invalid_lines(name: str, line: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "data.jsonl").write_text(f"{line}\n")
-    with pytest.raises(DataError, match=said) as raised:
+    with pytest.raises(DataError, match=message) as raised:
         task_of(name, tmp_path / "data.jsonl").cases()
     assert str(tmp_path) in str(raised.value)
 
 
 @pytest.mark.parametrize(
-    ("name", "file", "content", "said"),
+    ("name", "file", "content", "message"),
     [
         ("math", "test/geometry/9.json", '{"problem": ""}', "no field 'level', 'solution'"),
         ("math", "test/geometry/9.json", json.dumps(PROBLEM | {"solution": "It is 2."}), "has no answer"),
         ("math", "test/geometry/9.json", json.dumps(PROBLEM | {"level": 5}), "'level' must be text"),
-        ("bbh", "bbh/snarks.json", '{"examples": []}', "a list of questions"),
+        ("bbh", "bbh/snarks.json", '{"examples": []}', "list of questions"),
         ("bbh", "bbh/snarks.json", '{"examples": [{"input": "", "target": 5}]}', "'target' must be text"),
         ("bbh", "bbh/snarks.json", '{"examples": [{"input": ""}]}', "example 0: no field 'target'"),
         ("bbh", "cot-prompts/snarks.txt", "Q: 1", "five dashes"),
         ("bbh", "cot-prompts/snarks.txt", None, "does not exist"),
     ],
 )
-def test_wrong_files_are_named(name: str, file: str, content: str | None, said: str, tmp_path: Path) -> None:
+def test_invalid_files(name: str, file: str, content: str | None, message: str, tmp_path: Path) -> None:
     path = write(name, tmp_path) / file
     path.unlink() if content is None else path.write_text(content)
-    with pytest.raises(DataError, match=said) as raised:
+    with pytest.raises(DataError, match=message) as raised:
         task_of(name, tmp_path).cases()
     assert str(path) in str(raised.value)
 
 
-def test_without_a_sandbox_no_model_is_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
+def test_no_model_is_loaded_without_a_sandbox(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
     def start(_: Any) -> None:
         raise SandboxUnavailable("This machine cannot confine the code.")
 

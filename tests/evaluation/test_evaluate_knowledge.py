@@ -1,6 +1,6 @@
-"""MMLU, C-Eval, CMMLU and GSM8K for base models: files, prompts, averages, and what the model chooses.
+"""Base-model benchmarks (MMLU, C-Eval, CMMLU, GSM8K): files, prompts, averages, and the answers of the model.
 
-tests/evaluation/test_against_lm_eval.py holds the same scripts against another implementation.
+tests/evaluation/test_against_lm_eval.py compares them with another implementation.
 """
 
 import importlib.util
@@ -47,7 +47,7 @@ def loaded(bundled_base: Path) -> tuple[Any, Any]:
 
 @pytest.fixture
 def run(loaded: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """A script in this process, with results in tmp_path/out.jsonl: the exit status."""
+    """Run a benchmark in this process, with results in tmp_path/out.jsonl; returns the exit status."""
     monkeypatch.setattr(harness, "load_model_quietly", lambda *_, **__: loaded)
 
     return lambda name, *arguments: run_script(TASKS[name], tmp_path / "out.jsonl", *arguments)
@@ -69,7 +69,7 @@ def write_subject(folder: Path, benchmark: str, split: str, subject: str, count:
 
 
 def write_folder(folder: Path, benchmark: str, counts: dict[str, int]) -> list[str]:
-    """A folder of some subjects, with so many questions; the arguments that name it."""
+    """Write subjects with the given numbers of questions; returns the arguments for them."""
     for subject, count in counts.items():
         write_subject(folder, benchmark, "dev", subject, 5)
         write_subject(folder, benchmark, CHOICE[benchmark][0], subject, count)
@@ -99,7 +99,7 @@ def write_gsm8k(folder: Path, count: int = 12, **splits: list[dict]) -> Path:
     ],
     ids=lambda value: getattr(value, "title", None),
 )
-def test_subjects_are_those_of_lm_eval_and_groups_have_the_published_sizes(
+def test_subjects_match_lm_eval_and_groups_have_the_published_sizes(
     benchmark: SubjectSet, name: str, sizes: tuple[int, ...]
 ) -> None:
     folder = Path(importlib.util.find_spec("lm_eval").origin).parent / "tasks" / name
@@ -140,7 +140,7 @@ def test_averages(benchmark: SubjectSet, expected: dict[str, float]) -> None:
 
 
 @pytest.mark.parametrize("benchmark", ["mmlu", "ceval", "cmmlu"])
-def test_awkward_csv_is_read_as_it_is(benchmark: str, tmp_path: Path) -> None:
+def test_awkward_csv(benchmark: str, tmp_path: Path) -> None:
     subjects = TASKS[benchmark].subject_set
     header = HEADERS[benchmark]
     row = [*AWKWARD, "D"] if header is None else ["7", *AWKWARD, "D", *header[7:]]
@@ -189,7 +189,7 @@ def test_prompt_of_word_problems(tmp_path: Path) -> None:
     assert other.cases()[2].shots != case.shots
 
 
-def test_word_problems_that_datasets_saved(tmp_path: Path) -> None:
+def test_word_problems_saved_by_datasets(tmp_path: Path) -> None:
     from datasets import Dataset, DatasetDict
 
     file = write_gsm8k(tmp_path)
@@ -222,10 +222,10 @@ def test_scores_of_word_problems(completion: str, number: str | None, correct: b
 
 
 @pytest.mark.parametrize(
-    ("name", "damage", "complaint"),
+    ("name", "damage", "message"),
     [
         ("mmlu", lambda file: file.unlink(), r"anatomy_test\.csv does not exist"),
-        ("mmlu", lambda file: file.write_text(""), r"anatomy_test\.csv holds no rows"),
+        ("mmlu", lambda file: file.write_text(""), r"anatomy_test\.csv has no rows"),
         (
             "mmlu",
             lambda file: file.write_text("Why?,a,b,c,d,B\nWhy?,a,b,c,d\n"),
@@ -242,36 +242,36 @@ def test_scores_of_word_problems(completion: str, number: str | None, correct: b
             lambda file: file.write_text("id,question,A,B,C,D\n0,Why?,a,b,c,d\n"),
             r"law_val\.csv.*no column 'answer'",
         ),
-        ("cmmlu", lambda file: file.write_text(",Question,A,B,C,D,Answer\n"), r"arts\.csv holds no rows"),
+        ("cmmlu", lambda file: file.write_text(",Question,A,B,C,D,Answer\n"), r"arts\.csv has no rows"),
     ],
 )
-def test_a_broken_file_is_named(
-    name: str, damage: Callable, complaint: str, tmp_path: Path, run: Callable, capsys: pytest.CaptureFixture
+def test_broken_file(
+    name: str, damage: Callable, message: str, tmp_path: Path, run: Callable, capsys: pytest.CaptureFixture
 ) -> None:
     split, subjects = CHOICE[name]
     arguments = write_folder(tmp_path / "data", name, dict.fromkeys(subjects, 2))
     damage(file_of(tmp_path / "data", name, split, subjects[0]))
     assert run(name, *arguments) == 1
     error = capsys.readouterr().err
-    assert re.search(complaint, error), error
+    assert re.search(message, error), error
     assert "Traceback" not in error
     assert not (tmp_path / "out.jsonl").exists()
 
 
-def test_subjects_that_are_missing_or_unknown(tmp_path: Path, run: Callable, capsys: pytest.CaptureFixture) -> None:
+def test_missing_and_unknown_subjects(tmp_path: Path, run: Callable, capsys: pytest.CaptureFixture) -> None:
     write_folder(tmp_path / "data", "mmlu", {"anatomy": 2, "virology": 2})
     write_subject(tmp_path / "data", "mmlu", "dev", "anatomy", 4)
     assert run("mmlu", "-d", tmp_path / "data") == 1
     assert "abstract_algebra_dev.csv does not exist (nor do 54 more of the 57" in capsys.readouterr().err
     assert run("mmlu", "-d", tmp_path / "data", "--subjects", "anatomy") == 1
-    assert "anatomy_dev.csv holds 4 questions: 5 worked examples are needed" in capsys.readouterr().err
+    assert "anatomy_dev.csv has 4 questions: 5 worked examples are needed" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         run("mmlu", "-d", tmp_path / "data", "--subjects", "virology,anatomie")
     assert "MMLU has no subject 'anatomie'; did you mean anatomy?" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("splits", "complaint"),
+    ("splits", "message"),
     [
         ({"test": [{"question": "Why?"}]}, "test.jsonl, line 1: no field 'answer'"),
         ({"test": [{"question": "Why?", "answer": "7"}]}, "test.jsonl, sample 0 of test: The answer does not end in"),
@@ -280,12 +280,12 @@ def test_subjects_that_are_missing_or_unknown(tmp_path: Path, run: Callable, cap
     ],
 )
 def test_broken_word_problems(
-    splits: dict, complaint: str, tmp_path: Path, run: Callable, capsys: pytest.CaptureFixture
+    splits: dict, message: str, tmp_path: Path, run: Callable, capsys: pytest.CaptureFixture
 ) -> None:
     assert run("gsm8k", "-f", write_gsm8k(tmp_path, **splits)) == 1
-    assert complaint in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert run("gsm8k", "-f", write_gsm8k(tmp_path).with_name("train.jsonl")) == 1
-    assert "train.jsonl is the train split: name the file of the test split" in capsys.readouterr().err
+    assert "train.jsonl is the train split: pass the file of the test split" in capsys.readouterr().err
     assert run("gsm8k", "-f", tmp_path / "missing.jsonl") == 1
     assert "missing.jsonl does not exist" in capsys.readouterr().err
 
@@ -294,10 +294,8 @@ def test_broken_word_problems(
 
 
 @pytest.mark.parametrize("name", ["mmlu", "cmmlu"])
-def test_the_most_probable_letter_is_the_answer(
-    name: str, loaded: tuple[Any, Any], tmp_path: Path, run: Callable
-) -> None:
-    """Against whole forward passes, one a question."""
+def test_answer_is_the_most_probable_letter(name: str, loaded: tuple[Any, Any], tmp_path: Path, run: Callable) -> None:
+    """Compared with one whole forward pass per question."""
     model, tokenizer = loaded
     _, subjects = CHOICE[name]
     counts = dict(zip(subjects, (7, 3), strict=False))
@@ -320,7 +318,7 @@ def test_the_most_probable_letter_is_the_answer(
         assert scores[subject] == {"value": sum(right) / len(right), "count": counts[subject]}
 
 
-def test_a_run_that_was_stopped_goes_on(tmp_path: Path, run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stopped_run_can_be_resumed(tmp_path: Path, run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = [*write_folder(tmp_path / "data", "mmlu", {"anatomy": 4, "virology": 4}), "--batch-size", "3"]
     assert run("mmlu", *arguments) == 0
     whole = (tmp_path / "out.jsonl").read_bytes(), (tmp_path / "out.md").read_bytes()
@@ -341,9 +339,7 @@ def test_a_run_that_was_stopped_goes_on(tmp_path: Path, run: Callable, monkeypat
     assert ((tmp_path / "out.jsonl").read_bytes(), (tmp_path / "out.md").read_bytes()) == whole
 
 
-def test_the_test_split_of_ceval_is_written_to_be_submitted(
-    tmp_path: Path, run: Callable, capsys: pytest.CaptureFixture
-) -> None:
+def test_ceval_test_split_writes_a_submission(tmp_path: Path, run: Callable, capsys: pytest.CaptureFixture) -> None:
     arguments = write_folder(tmp_path / "data", "ceval", {"law": 1, "logic": 1})
     for subject in ("law", "logic"):
         rows = [["id", "question", *LETTERS], *([str(number), "为什么？", *"甲乙丙丁"] for number in (3, 4))]
@@ -362,7 +358,7 @@ def test_the_test_split_of_ceval_is_written_to_be_submitted(
     assert {*letters["law"].values()} <= {*LETTERS}
 
 
-def test_word_problems_are_answered_in_batches_as_alone(
+def test_batched_word_problems_equal_single_ones(
     tmp_path: Path, run: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(evaluate_gsm8k, "MAX_NEW_TOKENS", 12)

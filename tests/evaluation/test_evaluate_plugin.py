@@ -1,4 +1,4 @@
-"""Tool use: which calls are right, how alike arguments are, and what the toy does in ReAct and in smolagents."""
+"""Tool use: which calls are right, similarity of arguments, and runs of the toy with ReAct and smolagents."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -33,7 +33,7 @@ def loaded(bundled_chat: Path) -> tuple[Any, Any]:
 
 @pytest.fixture
 def run(loaded: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """The script in this process, with results in tmp_path/out.jsonl: the exit status."""
+    """Run the benchmark in this process, with results in tmp_path/out.jsonl; returns the exit status."""
     monkeypatch.setattr(harness, "load_model_quietly", lambda *_, **__: loaded)
 
     return lambda *arguments: run_script(evaluate_plugin.EvaluatePlugin, tmp_path / "out.jsonl", *arguments)
@@ -48,7 +48,7 @@ def react(query: str, response: str = BOSTON) -> dict[str, str]:
     return {"prompt": tool_prompt(query, [WEATHER]), "response": response, "query": query}
 
 
-# With the toy, which calls a tool for a city's weather and none for a greeting
+# Runs of the toy, which calls a tool for the weather of a city, but not for a greeting
 
 
 @pytest.mark.slow
@@ -67,11 +67,11 @@ def test_react(run, tmp_path: Path):
     assert scores["ReAct: tool selection"] == 1
     assert scores["ReAct: false positives"] == 0.5
     assert scores["ReAct: arguments, Rouge-L"] == (1 + records["react positive/2"]["rouge_l"]) / 2
-    assert "| 0.8" in (tmp_path / "out.md").read_text(encoding="utf-8")  # Rouge-L is printed as no percentage
+    assert "| 0.8" in (tmp_path / "out.md").read_text(encoding="utf-8")  # Rouge-L is not printed as a percentage
 
 
 def test_agent(run, tmp_path: Path):
-    pytest.importorskip("smolagents", reason="this part is about smolagents: pip install smolagents")
+    pytest.importorskip("smolagents", reason="needs smolagents: pip install smolagents")
     tasks = [
         {
             "query": "What is the weather like in Boston?",
@@ -88,8 +88,8 @@ def test_agent(run, tmp_path: Path):
     assert "Hello" in records["agent/2"]["reply"]
 
 
-def test_what_fails_in_the_agent_is_no_answer(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch):
-    pytest.importorskip("smolagents", reason="this part is about smolagents: pip install smolagents")
+def test_model_errors_pass_through_the_agent(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("smolagents", reason="needs smolagents: pip install smolagents")
 
     def fails(*_: object, **__: object) -> list[str]:
         raise MemoryError("too large")
@@ -99,7 +99,7 @@ def test_what_fails_in_the_agent_is_no_answer(lm: LanguageModel, monkeypatch: py
         FirstCallAgent(lm, 8).ask("Hello!", [WEATHER])
 
 
-# By hand
+# Calls and scores
 
 
 @pytest.mark.parametrize(
@@ -117,24 +117,24 @@ def test_called(reply: str, call: tuple[str, str] | None):
 
 
 @pytest.mark.parametrize(
-    ("reply", "selected", "quiet"),
+    ("reply", "selected", "no_call"),
     [
         (BOSTON, True, False),
         (BOSTON.replace("Get_Current_Weather", "get_forecast"), False, False),
-        ("Thought: hm\nAction: get_current_weather", False, False),  # not finished, and yet an attempt
+        ("Thought: hm\nAction: get_current_weather", False, False),  # unfinished, but an attempt
         ("Action: get_current_weather\nAction Input: {}", True, False),
         ("Final Answer: Hello!", False, True),
         ("The word Action: alone is none.", False, True),
         ("", False, True),
     ],
 )
-def test_verdicts(reply: str, selected: bool, quiet: bool):
+def test_verdicts(reply: str, selected: bool, no_call: bool):
     task = evaluate_plugin.EvaluatePlugin(None)
     answer = {"reply": reply, "call": evaluate_plugin.called(reply)}
     gold = {"tool": "get_current_weather", "arguments": "{}"}
     case = evaluate_plugin.Case("x", "", gold)
     assert task.score(case, answer) == {"correct": selected}
-    assert task.score(evaluate_plugin.Case("x", "", None), answer) == {"correct": quiet}
+    assert task.score(evaluate_plugin.Case("x", "", None), answer) == {"correct": no_call}
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_normalized(given: str, normal: str):
 
 
 def test_rouge_l(lm: LanguageModel):
-    """Against its definition, on tokens of the model: F of the longest common subsequence."""
+    """Compared with the definition on the model's tokens: F of the longest common subsequence."""
     gold, found = "the city of Boston today", "in the city, Boston"
     one, two = lm.encode(gold), lm.encode(found)
     common = [[0] * (len(two) + 1) for _ in range(len(one) + 1)]
@@ -173,48 +173,48 @@ def test_rouge_l(lm: LanguageModel):
     assert evaluate_plugin.rouge_l(lm, {"tool": "t", "arguments": "x"}, None) == 0
 
 
-# Files that are not as they should be
+# Invalid files
 
 
 @pytest.mark.parametrize(
-    ("record", "said"),
+    ("record", "message"),
     [
         ({"prompt": "Question: a", "response": "b"}, "line 1: no field 'query'"),
         ({"prompt": ["a"], "response": "b", "query": "c"}, "line 1: 'prompt' must be text, not list"),
         ({"prompt": "a", "response": "Final Answer: b", "query": "c"}, "record 1: its response calls no tool"),
         ({"prompt": " ", "response": BOSTON, "query": "c"}, "record 1: its prompt is empty"),
-        (["a"], "line 1: an object"),
+        (["a"], "line 1: must be an object"),
     ],
 )
-def test_react_errors(record: object, said: str, run, tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_react_errors(record: object, message: str, run, tmp_path: Path, capsys: pytest.CaptureFixture):
     file = write_jsonl(tmp_path / "positive.jsonl", [record])
     assert run("--eval-react-positive", "--eval-react-positive-filename", file) == 1
     error = capsys.readouterr().err
-    assert said in error
+    assert message in error
     assert str(file) in error
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
-        ({"gold": {"tool": "other", "arguments": {}}}, "'other', which is none of get_current_weather"),
+        ({"gold": {"tool": "other", "arguments": {}}}, "'other', which is not one of get_current_weather"),
         ({"gold": {"tool": WEATHER["name"]}}, "gold: no field 'arguments'"),
-        ({"gold": "none"}, "gold: an object"),
+        ({"gold": "none"}, "gold: must be an object"),
         ({"tools": [{"name": "x"}]}, "tools[0]: no field 'description', 'parameters'"),
-        ({"tools": [WEATHER | {"name": "two words"}]}, "tools[0]: smolagents does not take it. Invalid Tool name"),
+        ({"tools": [WEATHER | {"name": "two words"}]}, "tools[0]: smolagents rejects this tool: Invalid Tool name"),
         ({"tools": [WEATHER | {"parameters": {"properties": {"a": {"type": "float"}}}}]}, "must be one of"),
-        ({"tools": [WEATHER, WEATHER]}, "two tools have the name 'get_current_weather'"),
+        ({"tools": [WEATHER, WEATHER]}, "two tools are named 'get_current_weather'"),
         ({"query": 1}, "line 1: 'query' must be text"),
     ],
 )
-def test_agent_errors(change: dict, said: str, run, tmp_path: Path, capsys: pytest.CaptureFixture):
-    pytest.importorskip("smolagents", reason="this part is about smolagents: pip install smolagents")
+def test_agent_errors(change: dict, message: str, run, tmp_path: Path, capsys: pytest.CaptureFixture):
+    pytest.importorskip("smolagents", reason="needs smolagents: pip install smolagents")
     file = write_jsonl(tmp_path / "tasks.jsonl", [{"query": "Hello", "tools": [WEATHER], "gold": None} | change])
     assert run("--eval-hfagent", "--eval-hfagent-filename", file) == 1
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
-def test_nothing_to_do(run, tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_no_part_chosen_and_missing_files(run, tmp_path: Path, capsys: pytest.CaptureFixture):
     assert run() == 1
     assert "give --eval-react-positive" in capsys.readouterr().err
     assert run("-d", tmp_path, "--eval-react-negative") == 1

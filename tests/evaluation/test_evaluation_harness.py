@@ -1,4 +1,4 @@
-"""The harness of eval/: files of data, batches, results that survive a crash, and what a model is asked."""
+"""The evaluation harness: data files, batches, resuming after a crash, and the prompts of a model."""
 
 import argparse
 import gzip
@@ -24,7 +24,7 @@ SUMS = [(12, 30), (47, 38), (5, 6), (21, 13), (60, 19), (33, 44), (8, 90)]
 
 
 class Sums(Task):
-    """Addition, asked of the bundled chat model; the parity of the first number is the group."""
+    """Additions for the bundled chat model, grouped by the parity of the first number."""
 
     name = "sums"
     chat = True
@@ -85,22 +85,22 @@ def test_a_run_writes_records_and_summary(tmp_path, capsys):
     assert not list(tmp_path.rglob("*.lock"))
 
 
-def test_interrupted_and_gone_on_with_is_as_uninterrupted(tmp_path, capsys, loaded_once):
+def test_resumed_run_equals_an_uninterrupted_one(tmp_path, capsys, loaded_once):
     whole, broken = tmp_path / "whole.jsonl", tmp_path / "broken.jsonl"
     assert evaluate(Sums, ["-o", str(whole), "--batch-size", "2"]) == 0
     assert evaluate(Broken, ["-o", str(broken), "--batch-size", "2"]) == 130
-    assert "same command goes on" in capsys.readouterr().err
+    assert "Run the same command to resume" in capsys.readouterr().err
     assert len(read_records(broken)) == 4
-    with broken.open("a") as file:  # what a crash in the middle of a batch, and of a line, would leave
+    with broken.open("a") as file:  # as after a crash in the middle of a batch and a line
         file.write(json.dumps({"name": "60+19", "group": "even", "reply": "?", "gold": 79, "correct": False}) + "\n")
         file.write('{"name": "33+4')
     assert evaluate(Sums, ["-o", str(broken), "--batch-size", "2"]) == 0
-    assert "4 of 7 answers are in" in capsys.readouterr().err
+    assert "already has 4 of 7 answers: resuming" in capsys.readouterr().err
     for suffix in (".jsonl", ".json", ".md"):
         assert broken.with_suffix(suffix).read_bytes() == whole.with_suffix(suffix).read_bytes()
 
 
-def test_a_finished_run_is_not_asked_again(tmp_path, capsys, loaded_once, monkeypatch):
+def test_finished_run_is_not_repeated(tmp_path, capsys, loaded_once, monkeypatch):
     out = tmp_path / "out.jsonl"
     assert evaluate(Sums, ["-o", str(out), "--sums", "2"]) == 0
     before = capsys.readouterr().out
@@ -108,28 +108,28 @@ def test_a_finished_run_is_not_asked_again(tmp_path, capsys, loaded_once, monkey
     assert evaluate(Sums, ["-o", str(out), "--sums", "2"]) == 0
     after = capsys.readouterr()
     assert after.out == before
-    assert "nothing is asked again without --overwrite" in after.err
+    assert "use --overwrite to run again" in after.err
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (["--seed", "1"], "seed was 1234 and is 1 now"),
         (["--sums", "3"], "sums was 2 and is 3 now"),
         (["--max-seq-len", "99"], "max_seq_len was 2048 and is 99 now"),
     ],
 )
-def test_other_settings_do_not_mix(tmp_path, capsys, loaded_once, change, said):
+def test_changed_settings_are_rejected(tmp_path, capsys, loaded_once, change, message):
     out = tmp_path / "out.jsonl"
     assert evaluate(Sums, ["-o", str(out), "--sums", "2"]) == 0
     written = out.read_bytes()
     assert evaluate(Sums, ["-o", str(out), "--sums", "2", *change]) == 1
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert out.read_bytes() == written
     assert evaluate(Sums, ["-o", str(out), "--sums", "2", *change, "--overwrite"]) == 0
 
 
-def test_other_weights_under_the_same_name_do_not_mix(tmp_path, capsys, bundled_chat, loaded_once):
+def test_changed_weights_are_rejected(tmp_path, capsys, bundled_chat, loaded_once):
     folder, out = tmp_path / "model", tmp_path / "out.jsonl"
     folder.mkdir()
     for file in bundled_chat.iterdir():
@@ -148,7 +148,7 @@ def test_other_weights_under_the_same_name_do_not_mix(tmp_path, capsys, bundled_
     ['{"name": "12+30"}\nnot JSON\n', '{"name": "another"}\n{"name": "x"}\n', "[]\n3\n"],
     ids=["broken", "of another", "of another kind"],
 )
-def test_a_file_that_is_not_ours_is_left_alone(tmp_path, capsys, loaded_once, content):
+def test_file_of_another_run_is_left_alone(tmp_path, capsys, loaded_once, content):
     out = tmp_path / "out.jsonl"
     out.write_text(content)
     assert evaluate(Sums, ["-o", str(out), "--sums", "2"]) == 1
@@ -156,11 +156,11 @@ def test_a_file_that_is_not_ours_is_left_alone(tmp_path, capsys, loaded_once, co
     evaluate(Sums, ["-o", str(tmp_path / "other.jsonl"), "--sums", "2"])
     out.with_suffix(".json").write_bytes((tmp_path / "other.json").read_bytes())
     assert evaluate(Sums, ["-o", str(out), "--sums", "2"]) == 1
-    assert "does not hold what this run wrote" in capsys.readouterr().err
+    assert "does not have the records of this run" in capsys.readouterr().err
     assert out.read_text() == content
 
 
-def test_two_runs_do_not_write_one_file(tmp_path, capsys, loaded_once):
+def test_two_runs_cannot_write_the_same_file(tmp_path, capsys, loaded_once):
     from filelock import FileLock
 
     out = tmp_path / "out.jsonl"
@@ -170,7 +170,7 @@ def test_two_runs_do_not_write_one_file(tmp_path, capsys, loaded_once):
     assert not out.exists()
 
 
-def test_out_of_memory_goes_on_with_a_smaller_batch(tmp_path, capsys, loaded_once):
+def test_run_can_be_resumed_with_a_smaller_batch(tmp_path, capsys, loaded_once):
     class Large(Sums):
         def answer(self, lm, cases):
             if cases[-1].name == "60+19":
@@ -179,13 +179,13 @@ def test_out_of_memory_goes_on_with_a_smaller_batch(tmp_path, capsys, loaded_onc
 
     out, whole = tmp_path / "out.jsonl", tmp_path / "whole.jsonl"
     assert evaluate(Large, ["-o", str(out), "--batch-size", "5"]) == 1
-    assert "allocate 2.00 GiB.\nThe same command with a smaller --batch-size goes on" in capsys.readouterr().err
+    assert "allocate 2.00 GiB.\nRun the same command with a smaller --batch-size" in capsys.readouterr().err
     assert evaluate(Sums, ["-o", str(out), "--batch-size", "2"]) == 0
     assert evaluate(Sums, ["-o", str(whole), "--batch-size", "2"]) == 0
     assert out.read_bytes() == whole.read_bytes()
 
 
-def test_other_choices_have_files_and_words_of_their_own(tmp_path, capsys, loaded_once, monkeypatch):
+def test_options_appear_in_file_names_and_tables(tmp_path, capsys, loaded_once, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert evaluate(Sums, ["--limit", "1"]) == evaluate(Sums, ["--sums", "2", "--batch-size", "2"]) == 0
     out = capsys.readouterr().out
@@ -198,7 +198,7 @@ def test_other_choices_have_files_and_words_of_their_own(tmp_path, capsys, loade
     assert Path("output_eval/sums_qwen-tiny-chat.md").is_file()
 
 
-def test_the_table_tells_of_shots_that_were_left_out(tmp_path, capsys, loaded_once):
+def test_table_reports_dropped_shots(tmp_path, capsys, loaded_once):
     class Shots(Sums):
         def cases(self):
             return [
@@ -207,12 +207,12 @@ def test_the_table_tells_of_shots_that_were_left_out(tmp_path, capsys, loaded_on
             ]
 
     assert evaluate(Shots, ["-o", str(tmp_path / "out.jsonl"), "--max-seq-len", "40", "--sums", "2"]) == 0
-    said = capsys.readouterr().out
-    assert "In 2 of 2 questions worked examples were left out, 4 in all: their prompts were longer than 40" in said
-    assert (tmp_path / "out.md").read_text() in said
+    out = capsys.readouterr().out
+    assert "4 worked examples were dropped from 2 of 2 prompts to fit into 40 tokens." in out
+    assert (tmp_path / "out.md").read_text() in out
 
 
-def test_nothing_is_written_before_the_model_is_there(tmp_path, capsys):
+def test_nothing_is_written_without_a_model(tmp_path, capsys):
     assert evaluate(Sums, ["-c", str(tmp_path / "none"), "-o", str(tmp_path / "out.jsonl")]) == 1
     assert "There is no folder" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
@@ -220,36 +220,36 @@ def test_nothing_is_written_before_the_model_is_there(tmp_path, capsys):
     assert "is a folder: name a file in it" in capsys.readouterr().err
 
 
-def test_names_are_unique(tmp_path, capsys):
+def test_duplicate_names_are_rejected(tmp_path, capsys):
     class Twice(Sums):
         def cases(self):
             return [*super().cases(), super().cases()[1]]
 
     assert evaluate(Twice, ["-o", str(tmp_path / "out.jsonl")]) == 1
-    assert "2 questions by the name '47+38'" in capsys.readouterr().err
+    assert "2 questions named '47+38'" in capsys.readouterr().err
 
 
-def test_limit_counts_in_each_group(tmp_path, loaded_once):
+def test_limit_applies_to_each_group(tmp_path, loaded_once):
     out = tmp_path / "out.jsonl"
     assert evaluate(Sums, ["-o", str(out), "--limit", "2"]) == 0
     assert [record["name"] for record in read_records(out)] == ["12+30", "47+38", "5+6", "60+19"]
 
 
 @pytest.mark.parametrize("option", [["--limit", "0"], ["--batch-size", "-1"], ["--max-seq-len", "x"]])
-def test_numbers_that_make_no_sense(option, capsys):
+def test_invalid_numbers(option, capsys):
     with pytest.raises(SystemExit):
         evaluate(Sums, option)
-    assert "a whole number from 1 on is needed" in capsys.readouterr().err
+    assert "must be a whole number of at least 1" in capsys.readouterr().err
 
 
-def test_a_base_model_is_no_chat_model(tmp_path, capsys, bundled_base):
+def test_base_model_is_rejected_by_a_chat_benchmark(tmp_path, capsys, bundled_base):
     assert evaluate(Sums, ["-c", str(bundled_base), "-o", str(tmp_path / "out.jsonl")]) == 1
-    assert "is no chat model" in capsys.readouterr().err
+    assert "is not a chat model" in capsys.readouterr().err
 
 
 @pytest.mark.process
-def test_a_killed_process_is_gone_on_with(tmp_path):
-    """The real thing: a script, SIGKILL, the same command again."""
+def test_killed_process_can_be_resumed(tmp_path):
+    """A real process: run the script, kill it with SIGKILL, run the same command again."""
     text = tmp_path / "text.txt"
     text.write_text("The quick brown fox jumps over the lazy dog. " * 400)
     arguments = ["--text", str(text), "--cpu-only", "--lengths", "64", "--tokens", "1024"]
@@ -257,11 +257,11 @@ def test_a_killed_process_is_gone_on_with(tmp_path):
     process = Script("eval/long_context.py", *arguments, "-o", killed, files=(os.devnull,) * 3)
     deadline = time.monotonic() + 120
     while not (killed.exists() and killed.read_bytes().count(b"\n") > 4) and time.monotonic() < deadline:
-        assert process.poll() is None, "it ended before it could be killed"
+        assert process.poll() is None, "ended before it could be killed"
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert 4 < killed.read_bytes().count(b"\n") < 64, "it was killed too late to be of use"
+    assert 4 < killed.read_bytes().count(b"\n") < 64, "killed too late"
 
     for out in (killed, whole):
         assert evaluate(long_context.LongContext, [*arguments, "-o", str(out)]) == 0
@@ -270,10 +270,10 @@ def test_a_killed_process_is_gone_on_with(tmp_path):
     assert killed.with_suffix(".png").stat().st_size > 1000
 
 
-# What a model is asked.
+# Prompts and answers of a model.
 
 
-def by_itself(model, tokenizer, text: str, choices) -> list[float]:
+def single_logprobs(model, tokenizer, text: str, choices) -> list[float]:
     with torch.no_grad():
         logits = model(torch.tensor([tokenizer.encode(text)])).logits[0, -1]
     return logits.log_softmax(-1)[[tokenizer.encode(choice)[0] for choice in choices]].tolist()
@@ -287,7 +287,7 @@ def question(n: int, **kwargs) -> Case:
 
 
 @pytest.mark.parametrize("trained", [2048, 100, 20], ids=["short", "some too long", "all too long"])
-def test_choices_are_those_of_each_prompt_alone(base, trained):
+def test_batched_choices_equal_those_of_single_prompts(base, trained):
     model, tokenizer = base
     cases = [question(n, preamble="Choose.\n\n", shots=SHOTS) for n in (0, 5, 1, 9)]
     before, model.config.seq_length = model.config.seq_length, trained
@@ -296,7 +296,7 @@ def test_choices_are_those_of_each_prompt_alone(base, trained):
         batched = lm.choose(cases, [" A", " B"])
         single = [lm.choose([case], [" A", " B"])[0] for case in cases]
         for case, *found in zip(cases, batched, single, strict=True):
-            expected = by_itself(model, tokenizer, case.text(), [" A", " B"])
+            expected = single_logprobs(model, tokenizer, case.text(), [" A", " B"])
             assert all(row == pytest.approx(expected, abs=1e-4) for row in found)
     finally:
         model.config.seq_length = before
@@ -312,7 +312,7 @@ def test_shots_that_do_not_fit_are_left_out(base):
         assert found == dropped == lm.dropped_shots[case.name]
         assert len(ids) <= limit
         assert case.text(dropped).endswith(tokenizer.decode(ids))
-    expected = by_itself(model, tokenizer, cases[1].text(2), [" A", " B"])
+    expected = single_logprobs(model, tokenizer, cases[1].text(2), [" A", " B"])
     assert lm.choose(cases, [" A", " B"])[1] == pytest.approx(expected, abs=1e-4)
 
 
@@ -342,7 +342,7 @@ def test_completions_end_at_the_first_stop_string(base):
     assert [lm.complete([case], stop=stop, max_new_tokens=24)[0] for case in cases] == stopped
 
 
-def test_ids_without_a_token_are_left_out(base):
+def test_ids_without_a_token_are_ignored(base):
     model, tokenizer = base
     lm = LanguageModel(model, tokenizer, 2048)
     expected = lm.complete([Case("a", "import", None)], stop=["\n"], max_new_tokens=3)
@@ -358,7 +358,7 @@ def test_ids_without_a_token_are_left_out(base):
         del model.generate
 
 
-def test_replies_are_those_of_chat(chat):
+def test_replies_equal_those_of_chat(chat):
     model, tokenizer = chat
     lm = LanguageModel(model, tokenizer, 2048)
     cases = [Case("a", "What is 47 + 38?", 85), Case("b", "Who are you?", None)]
@@ -378,19 +378,19 @@ def test_cut(text, stop, left):
     assert cut(text, stop) == left
 
 
-def test_loss_is_the_mean_over_all_but_the_first(base, monkeypatch):
+def test_loss_is_the_mean_over_all_but_the_first_token(base, monkeypatch):
     model, tokenizer = base
     ids = tokenizer.encode("import os\nimport sys\n\n\ndef main():\n    return 0\n")
     with torch.no_grad():
         expected = model(torch.tensor([ids]), labels=torch.tensor([ids])).loss.item()
-    monkeypatch.setattr("qwen.evaluation.language_model.LOGITS_AT_ONCE", 7)
+    monkeypatch.setattr("qwen.evaluation.language_model.LOGITS_CHUNK", 7)
     assert LanguageModel(model, tokenizer, 2048).loss(ids) == pytest.approx(expected, rel=1e-5)
 
 
 # Files.
 
 
-def test_csv_as_spreadsheets_write_it(tmp_path):
+def test_csv_written_by_spreadsheets(tmp_path):
     path = tmp_path / "a.csv"
     path.write_bytes('\ufeff问题,A\r\n"一, ""二""\n三",x\r\n\r\n'.encode())
     assert read_csv(path, ["问题", "A"], header=True) == [{"问题": '一, "二"\n三', "A": "x"}]
@@ -398,39 +398,39 @@ def test_csv_as_spreadsheets_write_it(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
-        (b"", "holds no rows"),
-        (b"q,A\n", "holds no rows"),
+        (b"", "has no rows"),
+        (b"q,A\n", "has no rows"),
         (b"q,B\n1,2\n", "no column 'A', only 'q', 'B'"),
-        (b"q,A\n1,2\n1,2,3\n", "line 3: 3 columns, where 2 are needed"),
+        (b"q,A\n1,2\n1,2,3\n", "line 3: 3 columns, but 2 are needed"),
         (b"q,A\n\xff\xfe,2\n", "is not UTF-8"),
-        (b'q,A\n"1,2\n', "line 2: 1 columns, where 2 are needed"),
+        (b'q,A\n"1,2\n', "line 2: 1 columns, but 2 are needed"),
         (b"q,A\n" + b"x" * 200_000 + b",2\n", "line 2: not CSV"),
     ],
 )
-def test_csv_that_is_none(tmp_path, content, said):
+def test_invalid_csv(tmp_path, content, message):
     path = tmp_path / "a.csv"
     path.write_bytes(content)
-    with pytest.raises(DataError, match=said) as raised:
+    with pytest.raises(DataError, match=message) as raised:
         read_csv(path, ["q", "A"], header=True)
     assert str(path) in str(raised.value)
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         ("", "is empty"),
-        ('{"a": 1}\n{"b": 1}\n', "line 2: no field 'a', only 'b'"),
-        ('{"a": 1}\n\n[1]\n', "line 3: an object with a is needed, not list"),
+        ('{"a": 1}\n{"b": 1}\n', "line 2: no field 'a'. It has 'b'"),
+        ('{"a": 1}\n\n[1]\n', "line 3: must be an object with a, not list"),
         ('{"a": 1}\n{"a": \n', "line 2: not JSON"),
         ("[" * 99999, "line 1: not JSON"),
     ],
 )
-def test_json_lines_that_are_none(tmp_path, content, said):
+def test_invalid_json_lines(tmp_path, content, message):
     path = tmp_path / "a.jsonl"
     path.write_text(content)
-    with pytest.raises(DataError, match=said) as raised:
+    with pytest.raises(DataError, match=message) as raised:
         read_jsonl(path, ["a"])
     assert str(path) in str(raised.value)
 
@@ -449,18 +449,18 @@ def test_compressed_json_lines(tmp_path):
         read_jsonl(path, ["a"])
 
 
-def test_missing_files_say_what_there_is(tmp_path):
+def test_missing_file_errors_list_what_exists(tmp_path):
     for name in ("b.csv", "a.csv"):
         (tmp_path / name).write_text("x")
-    with pytest.raises(DataError, match=r"c.csv does not exist.* holds a.csv, b.csv"):
+    with pytest.raises(DataError, match=r"c.csv does not exist.* contains a.csv, b.csv"):
         read_csv(tmp_path / "c.csv", ["x"], header=True)
     with pytest.raises(DataError, match=r"c.csv does not exist \(nor do 1 more of the 3"):
         existing(tmp_path, ["a.csv", "c.csv", "d.csv"])
     with pytest.raises(DataError, match=r"deep/er.json does not exist. There is no folder .*/deep. eval/EVAL"):
         read_json(tmp_path / "deep" / "er.json")
-    with pytest.raises(DataError, match=r"a.csv is a file, where a folder is needed"):
+    with pytest.raises(DataError, match=r"a.csv is a file, but a folder is needed"):
         read_json(tmp_path / "a.csv" / "er.json")
-    with pytest.raises(DataError, match="is a folder, where a file is needed"):
+    with pytest.raises(DataError, match="is a folder, but a file is needed"):
         read_json(tmp_path)
 
 
@@ -486,5 +486,5 @@ def test_texts_of_files_and_folders(tmp_path):
         (Score("a", float("nan"), 0), "–"),
     ],
 )
-def test_scores_as_they_are_printed(score, shown):
+def test_formatting_of_scores(score, shown):
     assert str(score) == shown

@@ -1,4 +1,4 @@
-"""Perplexity by length, and the needle in a haystack, on the bundled models."""
+"""Perplexity by length and needle in a haystack, with the bundled models."""
 
 import json
 import math
@@ -20,7 +20,7 @@ def text(tmp_path) -> Path:
 
 
 @pytest.mark.slow
-def test_perplexity_is_that_of_the_model_so_configured(text, tmp_path, capsys, bundled_base):
+def test_perplexity_equals_that_of_the_configured_model(text, tmp_path, capsys, bundled_base):
     out = tmp_path / "out.jsonl"
     arguments = ["--text", str(text), "--lengths", "512", "256", "--tokens", "1024", "--alone", "--cpu-only"]
     assert evaluate(long_context.LongContext, [*arguments, "-o", str(out)]) == 0
@@ -52,33 +52,33 @@ def test_perplexity_is_that_of_the_model_so_configured(text, tmp_path, capsys, b
         (2048, 2048, [1024, 2048]),
     ],
 )
-def test_lengths_are_the_columns_of_the_published_table(trained, offered, lengths):
+def test_default_lengths(trained, offered, lengths):
     assert long_context.doubling(trained, offered) == lengths
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--lengths", "100000"], "100000 are needed"),
-        (["--lengths", "1"], "name lengths of 2 and more"),
+        (["--lengths", "1"], "use lengths of at least 2"),
         (["--text", "nowhere.txt"], "nowhere.txt does not exist"),
         (["-c", "no-such-model"], "There is no folder 'no-such-model'"),
     ],
 )
-def test_what_cannot_be_measured(text, tmp_path, capsys, monkeypatch, arguments, said):
+def test_invalid_arguments_of_long_context(text, tmp_path, capsys, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     assert evaluate(long_context.LongContext, ["--text", str(text), *arguments]) == 1
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
-def test_without_the_bundled_text_one_is_asked_for(tmp_path, capsys, monkeypatch):
+def test_missing_bundled_text(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(long_context, "HELD_OUT", tmp_path / "held_out.txt")
     assert evaluate(long_context.LongContext, ["--lengths", "64"]) == 1
-    assert "name files or folders with --text" in capsys.readouterr().err
+    assert "give files or folders with --text" in capsys.readouterr().err
 
 
 @pytest.mark.slow
-def test_a_needle_is_found_where_the_toy_can(tmp_path, capsys):
+def test_toy_finds_the_needle_in_short_texts(tmp_path, capsys):
     out = tmp_path / "out.jsonl"
     arguments = ["--lengths", "80", "1024", "--depths", "0", "50", "100", "--cpu-only", "-o", str(out)]
     assert evaluate(needle.Needle, arguments) == 0
@@ -94,7 +94,7 @@ def test_a_needle_is_found_where_the_toy_can(tmp_path, capsys):
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_depths_and_lengths_are_what_they_say(bundled_chat):
+def test_depths_and_lengths_of_prompts(bundled_chat):
     import argparse
 
     from qwen.checkpoint.loading import load_tokenizer
@@ -106,23 +106,23 @@ def test_depths_and_lengths_are_what_they_say(bundled_chat):
     options.checkpoint_path, options.hub, options.seed = None, None, 1234
     tokenizer = load_tokenizer(bundled_chat)
     for case in needle.Needle(options).cases():
-        told, question = case.prompt.rsplit("\n\n", 1)
+        context, question = case.prompt.rsplit("\n\n", 1)
         assert question == "What is door?"
-        assert told.count("door: 7351;") == 1
-        depth = told.index("door: 7351;") / (len(told) - len("door: 7351;"))
+        assert context.count("door: 7351;") == 1
+        depth = context.index("door: 7351;") / (len(context) - len("door: 7351;"))
         assert depth == pytest.approx(case.data["depth"] / 100, abs=0.1)
         tokens = len(make_context(tokenizer, case.prompt, system=DEFAULT_SYSTEM)[1])
         assert 0.85 * case.data["length"] < tokens <= case.data["length"] + 2
 
 
-def test_a_place_is_between_sentences_where_there_are_any():
-    assert needle._gap("One. Two. Three. Four.", 0.5) == len("One. Two. ")
-    assert needle._gap("One. Two. Three. Four.", 0.0) == 0
-    assert needle._gap("x" * 100, 0.6) == needle._gap("One. " + "x" * 95, 0.6) == 60
+def test_boundaries_are_between_sentences():
+    assert needle._boundary("One. Two. Three. Four.", 0.5) == len("One. Two. ")
+    assert needle._boundary("One. Two. Three. Four.", 0.0) == 0
+    assert needle._boundary("x" * 100, 0.6) == needle._boundary("One. " + "x" * 95, 0.6) == 60
 
 
 @pytest.mark.parametrize("module", [long_context, needle], ids=["long_context", "needle"])
-def test_an_adapter_is_measured_as_its_base_would_be(module, tmp_path, bundled_base, bundled_chat):
+def test_adapters_can_be_measured(module, tmp_path, bundled_base, bundled_chat):
     from peft import LoraConfig, get_peft_model
 
     chat = module is needle
@@ -134,22 +134,22 @@ def test_an_adapter_is_measured_as_its_base_would_be(module, tmp_path, bundled_b
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--lengths", "100000"], "takes prompts of up to"),
         (["--lengths", "10"], "has no room for the needle"),
-        (["--haystack", "TEXT", "--answer", "return"], "holds 'return' already"),
+        (["--haystack", "TEXT", "--answer", "return"], "already contains 'return'"),
         (["--haystack", "TEXT", "--needle", "The door is red."], "give --needle, --question and --answer"),
-        (["--haystack", "TEXT", "--lengths", "8000"], "give more with --haystack"),
+        (["--haystack", "TEXT", "--lengths", "8000"], "give more text with --haystack"),
     ],
 )
-def test_haystacks_that_will_not_do(text, capsys, arguments, said):
+def test_invalid_arguments_of_needle(text, capsys, arguments, message):
     arguments = [str(text) if argument == "TEXT" else argument for argument in arguments]
     assert evaluate(needle.Needle, arguments) == 1
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
-def test_a_depth_is_a_percentage(capsys):
+def test_invalid_depth(capsys):
     with pytest.raises(SystemExit):
         evaluate(needle.Needle, ["--depths", "110"])
-    assert "a depth is a number from 0 to 100" in capsys.readouterr().err
+    assert "must be a number from 0 to 100" in capsys.readouterr().err

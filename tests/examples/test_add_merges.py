@@ -1,4 +1,4 @@
-"""Vocabulary expansion: the words' way into a tiktoken file, into the tokenizer and into the rows of a model."""
+"""Vocabulary expansion: from a word list to a tiktoken file, the tokenizer and the rows of a model."""
 
 import itertools
 import json
@@ -42,7 +42,7 @@ class Result(NamedTuple):
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., Result]:
-    """add_merges.py with arguments, in this process."""
+    """Run add_merges.py with arguments, in this process."""
 
     def call(*arguments: object) -> Result:
         monkeypatch.setattr(sys, "argv", ["add_merges.py", *map(str, arguments)])
@@ -55,7 +55,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Calla
 
 @pytest.fixture
 def words(tmp_path: Path) -> Callable[[str], Path]:
-    """A list of words with this text."""
+    """Write a word list with the given text."""
 
     def write(text: str) -> Path:
         path = tmp_path / "words.txt"
@@ -72,7 +72,7 @@ def toy_base(bundled_chat: Path) -> QWenTokenizer:
 
 @pytest.fixture(scope="session")
 def toy_extra(bundled_chat: Path, toy_base: QWenTokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The new tokens that words.txt brings to the toy."""
+    """The tokens that words.txt adds to the toy's vocabulary."""
     path = tmp_path_factory.mktemp("vocabulary") / "plants.tiktoken"
     add_merges.add_merges(bundled_chat / "qwen.tiktoken", path, WORDS, None)
     return path
@@ -84,8 +84,8 @@ def toy(bundled_chat: Path, toy_extra: Path) -> QWenTokenizer:
     return QWenTokenizer.from_pretrained(bundled_chat, extra_vocab_file=str(toy_extra))
 
 
-def cuts(tokenizer: QWenTokenizer, text: str) -> set[int]:
-    """Where the tokenizer cuts a text, in bytes."""
+def boundaries(tokenizer: QWenTokenizer, text: str) -> set[int]:
+    """Return the token boundaries of a text, in bytes."""
     return set(itertools.accumulate(len(token) for token in tokenizer.tokenize(text, allowed_special=set())))
 
 
@@ -93,7 +93,7 @@ def cuts(tokenizer: QWenTokenizer, text: str) -> set[int]:
 
 
 def random_vocabulary(rng: random.Random) -> dict[bytes, int]:
-    """All bytes and some merges over a small alphabet, each of two tokens that are there."""
+    """Return all bytes and random merges of existing tokens over a small alphabet."""
     tokens = [bytes([byte]) for byte in range(256)]
     alphabet = [b"a", b"b", b"c", *map(bytes, ([0xC3], [0xA9]))]
     for _ in range(rng.randrange(25)):
@@ -118,7 +118,7 @@ def test_pieces_are_merged_as_tiktoken_does(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_merges_are_those_of_counting_anew_each_time(seed: int) -> None:
+def test_merges_match_recounting_after_each_merge(seed: int) -> None:
     rng = random.Random(seed)
     ranks = random_vocabulary(rng)
     words = {bytes(rng.choices(b"abc", k=rng.randrange(2, 12))): rng.randrange(1, 30) for _ in range(12)}
@@ -139,7 +139,7 @@ def test_merges_are_those_of_counting_anew_each_time(seed: int) -> None:
     assert all(merge_pieces(single_bytes(word), known) == [word] for word in words)
 
 
-def test_the_frequent_pair_comes_first() -> None:
+def test_most_frequent_pair_is_merged_first() -> None:
     ranks = {bytes([byte]): byte for byte in range(256)}
     assert add_merges.learn_merges({b"xyz": 5, b"yzw": 1}, ranks) == [b"yz", b"xyz", b"yzw"]
     assert add_merges.learn_merges({b"xyz": 5, b"xyw": 9, b"yzw": 20}, ranks)[0] == b"yz"
@@ -150,7 +150,7 @@ def test_the_frequent_pair_comes_first() -> None:
 
 
 @pytest.mark.slow
-def test_the_published_vocabulary(
+def test_published_vocabulary_is_extended(
     real_vocab_file: Path, real_tokenizer: QWenTokenizer, run: Callable[..., Result], tmp_path: Path
 ) -> None:
     extra = tmp_path / "extra.tiktoken"
@@ -171,14 +171,14 @@ def test_the_published_vocabulary(
     sentence = f"Leaves do{TEXTS[0]}<|im_end|>"
     assert tokenizer.encode(sentence) == real_tokenizer.encode("Leaves do") + ids[0] + [tokenizer.im_end_id]
 
-    # Texts without the words are cut as before; with them, a cut may go but none comes.
+    # Texts without the words are tokenized as before. With them, boundaries may disappear, but no new ones appear.
     golden = json.loads((GOLDEN_FOLDER / "tokenizer.json").read_text(encoding="utf-8"))
     for case in golden["cases"]:
         assert tokenizer.encode(case["text"]) == case["ids"]
     rng = random.Random(0)
     for _ in range(200):
         text = "".join(rng.choice(["chlor", "oph", "光合", "作", "的", "叶绿", "s", " ", *TEXTS]) for _ in range(12))
-        assert cuts(tokenizer, text) <= cuts(real_tokenizer, text)
+        assert boundaries(tokenizer, text) <= boundaries(real_tokenizer, text)
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
     tokenizer.save_pretrained(tmp_path / "saved")
@@ -188,7 +188,7 @@ def test_the_published_vocabulary(
     assert [saved.encode(text) for text in TEXTS] == ids
 
 
-def test_copies_are_the_same_vocabulary(
+def test_joined_pickled_and_saved_vocabularies_are_equal(
     bundled_chat: Path, toy: QWenTokenizer, toy_extra: Path, tmp_path: Path
 ) -> None:
     joined = tmp_path / "joined.tiktoken"
@@ -204,7 +204,7 @@ def test_copies_are_the_same_vocabulary(
 
 
 @pytest.mark.process
-def test_the_command_of_the_page(tmp_path: Path) -> None:
+def test_command_on_the_page_prints_what_it_shows(tmp_path: Path) -> None:
     command, printed = re.search(r"^```(?:ba)?sh\n(mkdir .*?)^```\n\n```text\n(.*?)^```$", PAGE, re.S | re.M).groups()
     for name in ("examples", "checkpoints"):
         (tmp_path / name).symlink_to(ROOT / name)
@@ -215,7 +215,7 @@ def test_the_command_of_the_page(tmp_path: Path) -> None:
     assert done.stdout == printed, done.stderr
 
 
-def test_what_the_page_says_of_tokens(toy: QWenTokenizer, toy_base: QWenTokenizer) -> None:
+def test_tokens_on_the_page_are_current(toy: QWenTokenizer, toy_base: QWenTokenizer) -> None:
     sentence = "Leaves use chlorophyll for photosynthesis."
     for printed in (
         f"{toy_base.tokenize(sentence)}\n{toy.tokenize(sentence)}\n{len(toy_base)} {len(toy)}\n",
@@ -224,7 +224,7 @@ def test_what_the_page_says_of_tokens(toy: QWenTokenizer, toy_base: QWenTokenize
         assert f"```text\n{printed}```" in PAGE
 
 
-def test_every_line_that_is_skipped_is_named(
+def test_skipped_lines_are_reported(
     bundled_chat: Path, run: Callable[..., Result], words: Callable[[str], Path], tmp_path: Path
 ) -> None:
     lines = [
@@ -250,22 +250,22 @@ def test_every_line_that_is_skipped_is_named(
     path = words("\n".join(lines) + "\n")
     done = run(bundled_chat / "qwen.tiktoken", tmp_path / "out.tiktoken", path)
     assert done.status == 0
-    said = {}
+    warnings = {}
     for line in done.err.splitlines():
         number, message = re.fullmatch(re.escape(str(path)) + r", line (\d+): (.*)", line).groups()
-        said.setdefault(int(number), []).append(message)
-    assert sorted(said) == [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 16, 17, 18]
-    assert "'New' + ' York'" in said[2][0]
-    assert "'don' + \"'t\"" in said[16][0]
-    assert "no word" in said[3][0]
-    assert "no word" in said[6][0]
-    assert "a token already, with id" in said[4][0]
-    assert "a token already" in said[18][0]
-    assert "in line 1 already" in said[5][0]
-    assert "300 bytes" in said[8][0]
+        warnings.setdefault(int(number), []).append(message)
+    assert sorted(warnings) == [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 16, 17, 18]
+    assert "'New' + ' York'" in warnings[2][0]
+    assert "'don' + \"'t\"" in warnings[16][0]
+    assert "no word" in warnings[3][0]
+    assert "no word" in warnings[6][0]
+    assert "already a token (id " in warnings[4][0]
+    assert "already a token" in warnings[18][0]
+    assert "duplicate of line 1" in warnings[5][0]
+    assert "300 bytes" in warnings[8][0]
     for number, frequency in ((7, "many"), (9, "0"), (10, "-1"), (11, "1.5"), (12, ""), (13, r"1\t2"), (14, "999")):
-        assert f"frequency '{frequency}" in said[number][0]
-        assert "counts as 1" in said[number][0]
+        assert f"frequency '{frequency}" in warnings[number][0]
+        assert "counted as 1" in warnings[number][0]
     assert len(done.err) < 4000
 
     tokenizer = QWenTokenizer(bundled_chat / "qwen.tiktoken", extra_vocab_file=tmp_path / "out.tiktoken")
@@ -274,17 +274,17 @@ def test_every_line_that_is_skipped_is_named(
     assert f"9 of the {len(added)} words are one token" in done.out
 
 
-def test_a_word_that_is_missed_after_a_space(
+def test_words_split_after_a_space_are_reported(
     bundled_chat: Path, run: Callable[..., Result], words: Callable[[str], Path], tmp_path: Path
 ) -> None:
     arguments = (bundled_chat / "qwen.tiktoken", tmp_path / "out.tiktoken")
     done = run(*arguments, words("chlorophyll\n光合作用\n"))
-    assert "line 1: after a space 'chlorophyll' is still ' ch' + 'l' + 'or'" in done.err
+    assert "line 1: after a space, 'chlorophyll' is still split into ' ch' + 'l' + 'or'" in done.err
     assert "光合作用" not in done.err
     assert not run(*arguments, words("chlorophyll\n chlorophyll\n")).err
 
 
-def test_frequencies_count(
+def test_frequent_words_are_merged_first(
     bundled_chat: Path, run: Callable[..., Result], words: Callable[[str], Path], tmp_path: Path
 ) -> None:
     out = tmp_path / "out.tiktoken"
@@ -299,12 +299,12 @@ def test_frequencies_count(
     assert first_word(" xyzzy\t3\n qwfpg\n") == " xyzzy"
 
 
-def test_a_long_list(real_tokenizer: QWenTokenizer) -> None:
+def test_long_word_lists_are_fast(real_tokenizer: QWenTokenizer) -> None:
     rng = random.Random(0)
     words = {"".join(rng.choices("aeioubdfgklmnprst", k=10)).encode(): rng.randrange(1, 99) for _ in range(3000)}
     merges = add_merges.learn_merges(
         words, real_tokenizer.mergeable_ranks
-    )  # counting anew at each merge would take minutes
+    )  # recounting at each merge would take minutes
     assert words.keys() <= set(merges)
     assert len(merges) == len(set(merges))
 
@@ -312,27 +312,27 @@ def test_a_long_list(real_tokenizer: QWenTokenizer) -> None:
 # Ids and files
 
 
-def test_a_second_list_goes_on_behind_the_first(
+def test_second_word_list_continues_after_the_first(
     bundled_chat: Path, toy: QWenTokenizer, run: Callable[..., Result], words: Callable[[str], Path], tmp_path: Path
 ) -> None:
     toy.save_pretrained(tmp_path)
     out = tmp_path / "out.tiktoken"
     done = run(tmp_path / "qwen.tiktoken", out, words(" xyzzy\n chlorophyll\n"))
     assert done.status == 0
-    assert "line 2: ' chlorophyll' skipped, it is a token already" in done.err
+    assert "line 2: ' chlorophyll' skipped: already a token" in done.err
     assert int(out.read_bytes().split()[1]) == len(toy)
     both = QWenTokenizer(tmp_path / "qwen.tiktoken", extra_vocab_file=out)
     assert both.special_tokens == toy.special_tokens
     assert len(both.encode(" xyzzy")) == 1
 
 
-def test_ids_may_begin_elsewhere(
+def test_start_id_can_leave_a_gap(
     bundled_chat: Path, run: Callable[..., Result], words: Callable[[str], Path], tmp_path: Path
 ) -> None:
     out = tmp_path / "out.tiktoken"
     done = run(bundled_chat / "qwen.tiktoken", out, words(" xyzzy\n"), "--start-id", 4000)
     assert done.status == 0
-    assert "3584 to 3999 stay without a token" in done.err
+    assert "3584 to 3999 have no token" in done.err
     tokenizer = QWenTokenizer(bundled_chat / "qwen.tiktoken", extra_vocab_file=out)
     assert tokenizer.encode(" xyzzy") == [len(tokenizer) - 1]
     assert f"a model needs {len(tokenizer)} rows" in done.out
@@ -340,7 +340,7 @@ def test_ids_may_begin_elsewhere(
 
 
 @pytest.mark.parametrize("start", [0, 3370, 3376, 3583])
-def test_ids_that_are_taken(
+def test_taken_ids_are_rejected(
     start: int, bundled_chat: Path, run: Callable[..., Result], words: Callable[[str], Path], tmp_path: Path
 ) -> None:
     out = tmp_path / "out.tiktoken"
@@ -353,25 +353,25 @@ def test_ids_that_are_taken(
 
 
 @pytest.mark.parametrize("start", ["-1", "1.5", "first", "9" * 30])
-def test_no_id_at_all(start: str, run: Callable[..., Result], capsys: pytest.CaptureFixture) -> None:
+def test_invalid_start_ids_are_rejected(start: str, run: Callable[..., Result], capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit, match="2"):
         run("base", "out", "words", f"--start-id={start}")
     assert f"not {start!r}" in capsys.readouterr().err
 
 
-def test_ids_too_large(
+def test_too_large_ids_are_rejected(
     bundled_chat: Path, run: Callable[..., Result], words: Callable[[str], Path], tmp_path: Path
 ) -> None:
     done = run(bundled_chat / "qwen.tiktoken", tmp_path / "out", words(" xyzzy\n"), "--start-id", 2**31 - 1)
     assert done.status == 1
-    assert "beyond 2147483647" in done.err
+    assert "the maximum is 2147483647" in done.err
 
 
 BASE, OUT, LIST = "base.tiktoken", "out.tiktoken", "words.txt"
 
 
 @pytest.mark.parametrize(
-    ("mistake", "named"),
+    ("mistake", "expected"),
     [
         (lambda folder: (folder / BASE).unlink(), (BASE, "No such file")),
         (lambda folder: (folder / BASE).write_bytes(b"!!! 0\n"), (BASE, "line 1", "base64")),
@@ -379,21 +379,21 @@ BASE, OUT, LIST = "base.tiktoken", "out.tiktoken", "words.txt"
         (lambda folder: (folder / BASE).write_bytes(b"YQ== 0\n"), (BASE, "255 of the 256")),
         (lambda folder: (folder / LIST).unlink(), (LIST, "No such file")),
         (lambda folder: (folder / LIST).write_bytes(b""), (LIST, "no word")),
-        (lambda folder: (folder / LIST).write_bytes(b"the\nNew York\n"), (LIST, "no word that could be added")),
+        (lambda folder: (folder / LIST).write_bytes(b"the\nNew York\n"), (LIST, "no words to add")),
         (lambda folder: (folder / LIST).write_bytes(b"one\nxyzzy\xff\n"), (LIST, "line 2", "not UTF-8")),
         (lambda folder: (folder / LIST).write_bytes("xyzzy".encode("utf-16")), (LIST, "line 1", "not UTF-8")),
         (lambda folder: ((folder / LIST).unlink(), (folder / LIST).mkdir()), (LIST, "Is a directory")),
         (lambda folder: ((folder / OUT).unlink(), (folder / OUT).mkdir()), (OUT, "is a folder")),
-        (lambda folder: ((folder / OUT).unlink(), os.mkfifo(folder / OUT)), (OUT, "no regular file")),
+        (lambda folder: ((folder / OUT).unlink(), os.mkfifo(folder / OUT)), (OUT, "not a regular file")),
         (
             lambda folder: ((folder / OUT).unlink(), (folder / OUT).symlink_to(folder / BASE)),
             (OUT, BASE, "overwrite"),
         ),
     ],
 )
-def test_mistakes_are_sentences(
+def test_errors_name_the_file_and_the_cause(
     mistake: Callable[[Path], object],
-    named: tuple[str, ...],
+    expected: tuple[str, ...],
     bundled_chat: Path,
     run: Callable[..., Result],
     words: Callable[[str], Path],
@@ -407,19 +407,19 @@ def test_mistakes_are_sentences(
     done = run(tmp_path / BASE, tmp_path / OUT, tmp_path / LIST)
     assert done.status == 1
     assert not done.out
-    assert all(name in done.err.splitlines()[-1] for name in named), done.err
+    assert all(text in done.err.splitlines()[-1] for text in expected), done.err
     assert sorted(tmp_path.iterdir()) == before
     if (tmp_path / OUT).is_file() and not (tmp_path / OUT).is_symlink():
         assert (tmp_path / OUT).read_bytes() == b"old\n"
 
 
-def test_no_folder_to_write_in(bundled_chat: Path, run: Callable[..., Result], tmp_path: Path) -> None:
+def test_missing_output_folder_is_reported(bundled_chat: Path, run: Callable[..., Result], tmp_path: Path) -> None:
     done = run(bundled_chat / "qwen.tiktoken", tmp_path / "no" / "out.tiktoken", WORDS)
     assert done.status == 1
-    assert f"no folder {tmp_path / 'no'}" in done.err
+    assert f"the folder {tmp_path / 'no'} does not exist" in done.err
 
 
-def test_a_stopped_run_leaves_the_old_file(
+def test_interrupted_run_keeps_the_old_file(
     bundled_chat: Path, run: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out.tiktoken"
@@ -429,7 +429,7 @@ def test_a_stopped_run_leaves_the_old_file(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", interrupt)  # as if Ctrl-C came when all is written
+        patch.setattr(os, "replace", interrupt)  # Ctrl-C after everything is written
         assert run(bundled_chat / "qwen.tiktoken", out, WORDS).status == 130
     assert out.read_bytes() == b"old\n"
     assert list(tmp_path.iterdir()) == [out]
@@ -469,7 +469,7 @@ def pieces_of(token: bytes, base: QWenTokenizer) -> list[int]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("rows", [3584, 3590, 3700])
-def test_rows_of_new_tokens(
+def test_new_rows_are_means_of_old_rows(
     rows: int, tied: bool, dtype: torch.dtype, toy: QWenTokenizer, toy_base: QWenTokenizer
 ) -> None:
     model = small_model(rows, tied, dtype)
@@ -493,7 +493,7 @@ def test_rows_of_new_tokens(
     )
 
 
-def test_nothing_new(toy_base: QWenTokenizer) -> None:
+def test_model_is_unchanged_without_new_tokens(toy_base: QWenTokenizer) -> None:
     model = small_model(3584)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     assert expand_embeddings(model, toy_base, toy_base) == []
@@ -502,7 +502,7 @@ def test_nothing_new(toy_base: QWenTokenizer) -> None:
     assert all(torch.equal(before[name], after[name]) for name in after)
 
 
-def test_ids_with_a_gap(toy_base: QWenTokenizer, bundled_chat: Path, tmp_path: Path) -> None:
+def test_ids_after_a_gap_get_rows(toy_base: QWenTokenizer, bundled_chat: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.tiktoken"
     add_merges.add_merges(bundled_chat / "qwen.tiktoken", out, WORDS, 4000)
     tokenizer = QWenTokenizer(bundled_chat / "qwen.tiktoken", extra_vocab_file=out)
@@ -512,20 +512,20 @@ def test_ids_with_a_gap(toy_base: QWenTokenizer, bundled_chat: Path, tmp_path: P
     assert model.lm_head.weight.isfinite().all()
 
 
-def test_vocabularies_that_do_not_belong_together(
+def test_mismatched_vocabularies_are_rejected(
     toy: QWenTokenizer, toy_base: QWenTokenizer, real_tokenizer: QWenTokenizer
 ) -> None:
     model = small_model(3584)
-    with pytest.raises(ValueError, match=r"does not continue the model's.*token b'.*add_merges.py"):
+    with pytest.raises(ValueError, match=r"does not extend the model's.*token b'.*add_merges.py"):
         expand_embeddings(model, real_tokenizer, toy_base)
     with pytest.raises(ValueError, match="id 3584 is missing"):
         expand_embeddings(small_model(4000), toy_base, toy)
-    with pytest.raises(ValueError, match=r"3583 rows .* vocabulary of 3584"):
+    with pytest.raises(ValueError, match=r"3583 embedding rows .* vocabulary of 3584"):
         expand_embeddings(small_model(3583), toy, toy_base)
     assert model.config.vocab_size == 3584
 
 
-def test_the_model_learns_new_tokens(
+def test_model_learns_new_tokens(
     bundled_chat: Path, toy: QWenTokenizer, toy_base: QWenTokenizer, tmp_path: Path
 ) -> None:
     model, _ = load_model(bundled_chat, cpu_only=True)
@@ -559,7 +559,7 @@ def test_the_model_learns_new_tokens(
     assert model.chat(tokenizer, question, history=None, do_sample=False)[0] == answer
 
 
-def test_an_adapter_brings_its_tokens(
+def test_adapters_are_loaded_with_their_new_tokens(
     bundled_chat: Path, toy: QWenTokenizer, toy_base: QWenTokenizer, tmp_path: Path
 ) -> None:
     from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model

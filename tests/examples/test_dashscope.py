@@ -1,4 +1,4 @@
-"""examples/dashscope_chat.py against a server that answers as the hosted service does."""
+"""examples/dashscope_chat.py against a local server that imitates the hosted service."""
 
 import io
 import json
@@ -20,9 +20,9 @@ Run = tuple[int, str, str]
 
 
 class Service:
-    """The service on this machine; it answers with how many messages it got, in two pieces, and remembers requests.
+    """A local service that streams the number of messages it received in two pieces, and records requests.
 
-    Models that it has: qwen-turbo; qwen-busy, which it throttles; qwen-broken, whose answer breaks off.
+    Special models: qwen-busy is throttled (status 429), the answer of qwen-broken is cut off.
     """
 
     def __init__(self) -> None:
@@ -89,14 +89,14 @@ def service() -> Iterator[Service]:
 
 @pytest.fixture
 def chat(service: Service, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., Run]:
-    """Runs the example in this process: exit status, what it printed, what it complained of."""
+    """Run the example in this process and return (status, stdout, stderr)."""
     import dashscope
 
     from examples import dashscope_chat
 
     def run(*arguments: str, key: str = KEY, url: str = service.url, lines: str = "") -> Run:
         monkeypatch.setenv("DASHSCOPE_API_KEY", key)
-        monkeypatch.setattr(dashscope, "api_key", key)  # what the client has read from there
+        monkeypatch.setattr(dashscope, "api_key", key)  # the client reads the variable at import
         monkeypatch.setattr(dashscope, "base_http_api_url", url)
         monkeypatch.setattr(sys, "argv", ["dashscope_chat.py", *arguments])
         monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
@@ -108,7 +108,7 @@ def chat(service: Service, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
 
 
 @pytest.mark.process
-def test_turns_make_one_conversation(service: Service) -> None:
+def test_turns_form_one_conversation(service: Service) -> None:
     service.requests.clear()
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("DASHSCOPE_")}
     variables = {"DASHSCOPE_HTTP_BASE_URL": service.url, "DASHSCOPE_API_KEY": KEY, "NO_PROXY": "127.0.0.1"}
@@ -134,7 +134,7 @@ def test_turns_make_one_conversation(service: Service) -> None:
     ]
 
 
-def test_lines_are_questions(service: Service, chat: Callable[..., Run]) -> None:
+def test_lines_of_standard_input_are_questions(service: Service, chat: Callable[..., Run]) -> None:
     run = chat("--model", "qwen-plus", "--seed", "7", lines="Hi\n\n你好\n")
     assert run == (0, "我收到 2 messages.\n我收到 4 messages.\n", "")
     assert [request["model"] for request in service.requests] == ["qwen-plus"] * 2
@@ -142,31 +142,31 @@ def test_lines_are_questions(service: Service, chat: Callable[..., Run]) -> None
     assert service.requests[1]["input"]["messages"][-1]["content"] == "你好"
 
 
-def test_without_a_key_it_says_where_to_get_one(service: Service, chat: Callable[..., Run]) -> None:
-    status, said, complaint = chat("Hi", key="")
-    assert (status, said, service.requests) == (2, "", [])
-    assert complaint.startswith("DASHSCOPE_API_KEY is not set. https://help.aliyun.com/")
+def test_missing_key_is_explained(service: Service, chat: Callable[..., Run]) -> None:
+    status, out, err = chat("Hi", key="")
+    assert (status, out, service.requests) == (2, "", [])
+    assert err.startswith("DASHSCOPE_API_KEY is not set. See https://help.aliyun.com/")
 
 
 @pytest.mark.parametrize(
     ("arguments", "key", "expected"),
     [
-        ([], "sk-wrong", ("status 401", "InvalidApiKey", "r-1", "DASHSCOPE_API_KEY does not hold a valid key")),
-        (["--model", "qwen-busy"], KEY, ("status 429", "Throttling.RateQuota", "wait a little")),
-        (["--model", "qwen-broken"], KEY, ("the connection broke off",)),
+        ([], "sk-wrong", ("status 401", "InvalidApiKey", "r-1", "DASHSCOPE_API_KEY is not a valid key")),
+        (["--model", "qwen-busy"], KEY, ("status 429", "Throttling.RateQuota", "Wait a little")),
+        (["--model", "qwen-broken"], KEY, ("the connection was lost",)),
     ],
 )
-def test_refusals_are_explained(
+def test_errors_are_explained(
     arguments: list[str], key: str, expected: tuple[str, ...], chat: Callable[..., Run]
 ) -> None:
-    status, said, complaint = chat("Hi", *arguments, key=key)
+    status, out, err = chat("Hi", *arguments, key=key)
     assert status == 1
-    assert all(text in complaint for text in expected), complaint
-    assert said == ("我收到 \n" if "qwen-broken" in arguments else "")  # what came is not lost
+    assert all(text in err for text in expected), err
+    assert out == ("我收到 \n" if "qwen-broken" in arguments else "")  # text received before the error is kept
 
 
-def test_an_address_where_nobody_answers(chat: Callable[..., Run]) -> None:
-    status, said, complaint = chat("Hi", url="http://127.0.0.1:9/api/v1")
-    assert (status, said) == (1, "")
-    assert "cannot be reached" in complaint
-    assert "DASHSCOPE_HTTP_BASE_URL" in complaint
+def test_unreachable_address_is_reported(chat: Callable[..., Run]) -> None:
+    status, out, err = chat("Hi", url="http://127.0.0.1:9/api/v1")
+    assert (status, out) == (1, "")
+    assert "Cannot reach the service" in err
+    assert "DASHSCOPE_HTTP_BASE_URL" in err

@@ -1,4 +1,4 @@
-"""The examples as people meet them: scripts as processes, pages block by block, against a real server and the toy."""
+"""Runs the example scripts and the code blocks of the pages, with a real server and the toy model."""
 
 import ast
 import json
@@ -17,18 +17,18 @@ import pytest
 import react_demo
 
 from qwen.checkpoint.loading import load_model
-from qwen.tools.code_interpreter import code_of
+from qwen.tools.code_interpreter import extract_code
 from tests.support import ROOT
 from tests.support.markdown import Block, Document
 from tests.support.processes import run_script
 from tests.support.server_process import ServerProcess
 
 EXAMPLES = ROOT / "examples"
-SERVER = "http://localhost:8000"  # as the pages write it
+SERVER = "http://localhost:8000"  # as written on the pages
 
 
 def run(*command: str) -> "subprocess.CompletedProcess[str]":
-    """A command in the repository, with this Python first in the path."""
+    """Run a command in the repository, with this Python first in the path."""
     path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
     environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
@@ -45,16 +45,16 @@ END = "\x1e"
 
 
 def blocks(page: str) -> list[Block]:
-    """The blocks of a page that need no download, which is said behind their language."""
+    """Return the blocks of a page, except those marked as downloads after their language."""
     found = Document(f"examples/{page}").blocks
     assert all(block.closed for block in found), "a fence is not closed"
     return [block for block in found if block.language in ("python", "sh")]
 
 
 def printed_by_python(page: str, url: str, folder: Path) -> list[str]:
-    """What each Python block prints, all of them run one after another in one process."""
+    """Run all Python blocks of a page in one process and return what each prints."""
     separator = f"\nprint({END!r}, end='', flush=True)\n"
-    script = folder / "page.py"  # a file, as smolagents reads the source of its tools
+    script = folder / "page.py"  # a file, because smolagents reads the source of its tools
     code = "".join(block.code + separator for block in blocks(page) if block.language == "python")
     script.write_text(code.replace(SERVER, url), encoding="utf-8")
     done = run_script(script)
@@ -63,16 +63,16 @@ def printed_by_python(page: str, url: str, folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("page", ["react_prompt.md", "system_prompt.md", "transformers_agent.md"])
-def test_the_python_of_a_page_prints_what_it_says(page: str, server: ServerProcess, tmp_path: Path) -> None:
+def test_python_blocks_print_what_the_page_shows(page: str, server: ServerProcess, tmp_path: Path) -> None:
     if page == "transformers_agent.md":
         pytest.importorskip("smolagents", reason="this page is about smolagents: pip install smolagents")
     expected = [block.prints for block in blocks(page) if block.language == "python"]
     printed = printed_by_python(page, server.url, tmp_path)
-    assert [said or None for said in printed] == expected
+    assert [text or None for text in printed] == expected
 
 
 @pytest.mark.parametrize("block", [block for block in blocks("system_prompt.md") if block.language == "sh"])
-def test_the_commands_of_a_page_print_what_it_says(block: Block, server: ServerProcess) -> None:
+def test_shell_blocks_print_what_the_page_shows(block: Block, server: ServerProcess) -> None:
     if "curl" in block.code and shutil.which("curl") is None:
         pytest.skip("curl is not installed")
     done = run("bash", "-c", block.code.replace(SERVER, server.url))
@@ -80,11 +80,11 @@ def test_the_commands_of_a_page_print_what_it_says(block: Block, server: ServerP
     assert done.stdout == block.prints
 
 
-def test_the_readme_names_every_example() -> None:
+def test_readme_lists_every_example() -> None:
     text = (EXAMPLES / "README.md").read_text(encoding="utf-8")
-    named = set(re.findall(r"\]\(([^)]+)\)", text))
-    there = {path.name for path in EXAMPLES.iterdir() if path.suffix in (".py", ".md", ".ipynb")} - {"README.md"}
-    assert named == there | {"../qwen/sandbox/__init__.py"}
+    listed = set(re.findall(r"\]\(([^)]+)\)", text))
+    existing = {path.name for path in EXAMPLES.iterdir() if path.suffix in (".py", ".md", ".ipynb")} - {"README.md"}
+    assert listed == existing | {"../qwen/sandbox/__init__.py"}
 
 
 # function_call_examples.py
@@ -112,7 +112,7 @@ def test_function_calls(server: ServerProcess) -> None:
     ]
 
 
-def test_function_calls_with_a_key_one_by_name(start_server: Callable[..., ServerProcess]) -> None:
+def test_function_calls_with_a_key_and_selected_examples(start_server: Callable[..., ServerProcess]) -> None:
     address = ("--base-url", f"{start_server('--api-key', 'hunter2').url}/v1")
     refused = function_calls(*address)
     assert refused.returncode == 1
@@ -136,7 +136,7 @@ def test_function_calls_without_a_server(address: str) -> None:
 
 
 @pytest.mark.process
-def test_function_calls_with_a_wrong_name() -> None:
+def test_function_calls_with_an_unknown_example() -> None:
     done = function_calls("plian")
     assert done.returncode == 2
     assert "'plian'" in done.stderr
@@ -165,7 +165,7 @@ def test_calculator(expression: str, value: str) -> None:
         *("__import__('os').getpid()", "abs(1)", "'a' * 3", "True + 1", "x", "[1][0]", "1 if 1 else 2", "lambda: 1"),
     ],
 )
-def test_calculator_refuses(expression: object) -> None:
+def test_calculator_rejects_other_expressions(expression: object) -> None:
     assert function_call_examples.calculator(expression).startswith("error: ")
 
 
@@ -189,7 +189,7 @@ def test_calculator_refuses(expression: object) -> None:
         ("get_current_time", '{"city": "../../etc/passwd"}'),
     ],
 )
-def test_a_wrong_call_is_told_to_the_model(tools: ModuleType, name: str, arguments: str) -> None:
+def test_wrong_calls_return_an_error_to_the_model(tools: ModuleType, name: str, arguments: str) -> None:
     assert tools.run_tool(name, arguments).startswith("error: ")
 
 
@@ -208,13 +208,13 @@ def test_react_demo() -> None:
     )
     assert done.returncode == 0, done.stderr
     time, number, hello = done.stdout.rstrip().split("\n\n")
-    said = re.fullmatch(
+    found = re.fullmatch(
         "Question: What time is it in Tokyo\\?\nThought: .*\nAction: get_current_time\n"
         'Action Input: {"city": "Tokyo"}\nObservation: {"time": "(..:..)"}\nThought: .*\nFinal Answer: (.*)\n=> (.*)',
         time,
     )
-    assert said
-    assert said[1] in said[2] == said[3]
+    assert found
+    assert found[1] in found[2] == found[3]
     rolled = re.search('Action: random_number\nAction Input: {"max": 6}\nObservation: {"number": ([1-6])}', number)
     assert rolled
     assert f": {rolled[1]}." in number.splitlines()[-1]
@@ -222,47 +222,49 @@ def test_react_demo() -> None:
     assert hello.endswith("=> Hello! How can I help you today?")
 
 
-def test_react_loop_goes_on_after_a_tool_that_does_not_exist(toy: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(react_demo, "TOOLS", {})  # the model is offered a clock, and calls it in vain
-    said: list[str] = []
-    react_demo.answer(*toy, "What time is it in Tokyo?", react_demo.DESCRIPTIONS, said.append)
-    assert "Observation: error: there is no tool get_current_time" in "".join(said)
-    assert "Final Answer:" in said[-1]
+def test_react_loop_continues_after_an_unknown_tool(toy: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(react_demo, "TOOLS", {})  # the prompt still offers the clock, but it does not exist
+    shown: list[str] = []
+    react_demo.answer(*toy, "What time is it in Tokyo?", react_demo.DESCRIPTIONS, shown.append)
+    assert "Observation: error: there is no tool get_current_time" in "".join(shown)
+    assert "Final Answer:" in shown[-1]
 
 
-def test_react_loop_ends(toy: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_react_loop_stops_after_max_steps(toy: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(react_demo, "MAX_STEPS", 1)
-    said: list[str] = []
-    final = react_demo.answer(*toy, "What time is it in Tokyo?", react_demo.DESCRIPTIONS, said.append)
+    shown: list[str] = []
+    final = react_demo.answer(*toy, "What time is it in Tokyo?", react_demo.DESCRIPTIONS, shown.append)
     assert "no answer after 1" in final
-    assert said[-1].endswith("\nThought:")
+    assert shown[-1].endswith("\nThought:")
 
 
-def test_react_loop_refuses_what_does_not_fit(toy: tuple) -> None:
+def test_react_loop_rejects_too_long_questions(toy: tuple) -> None:
     with pytest.raises(ValueError, match="tokens"):
         react_demo.answer(*toy, "time " * 10000, react_demo.DESCRIPTIONS, print)
 
 
 @pytest.mark.parametrize(("script", "arguments"), [(react_demo, []), (code_interpreter, ["--allow-weaker-sandbox"])])
-def test_no_such_checkpoint_is_a_sentence(
+def test_missing_checkpoint_is_reported(
     script: ModuleType, arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["example.py", *arguments, "-c", "no/such/folder", "Hello!"])
     assert script.main() == 1
-    said = capsys.readouterr()
-    assert not said.out
-    assert "no/such/folder" in said.err
+    captured = capsys.readouterr()
+    assert not captured.out
+    assert "no/such/folder" in captured.err
 
 
 @pytest.mark.parametrize("seconds", ["0", "-1", "nan", "inf", "soon"])
-def test_seconds_are_checked(seconds: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_invalid_seconds_are_rejected(
+    seconds: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     monkeypatch.setattr(sys, "argv", ["code_interpreter.py", "--seconds", seconds])
     with pytest.raises(SystemExit, match="2"):
         code_interpreter.main()
-    assert f"not {seconds!r}" in capsys.readouterr().err
+    assert f"invalid number of seconds {seconds!r}" in capsys.readouterr().err
 
 
-# code_interpreter.py; tests/sandbox checks that the sandbox is a strong one where the machine allows it
+# code_interpreter.py (tests/sandbox tests the sandbox itself)
 
 
 INTERPRETER = ("examples/code_interpreter.py", "--cpu-only", "--allow-weaker-sandbox")
@@ -278,7 +280,7 @@ def test_code_interpreter(tmp_path: Path) -> None:
 
 
 @pytest.mark.process
-def test_code_interpreter_asks_and_shows_errors() -> None:
+def test_code_interpreter_reads_questions_and_shows_errors() -> None:
     done = run_script(*INTERPRETER, text="\nCalculate 1234 / 0.\nHello!\n")
     assert done.returncode == 0, done.stderr
     assert "ZeroDivisionError: division by zero" in done.stdout
@@ -293,20 +295,20 @@ def test_code_interpreter_asks_and_shows_errors() -> None:
         "```python\nprint(1)\nx = {'a': 2}\n```\nThat is it.",
         "```\nprint(1)\nx = {'a': 2}",
         json.dumps({"code": "print(1)\nx = {'a': 2}"}),
-        '{"code": "print(1)\nx = {\'a\': 2}"}',  # a newline that JSON forbids
+        '{"code": "print(1)\nx = {\'a\': 2}"}',  # a newline that is invalid in JSON
         json.dumps({"code": "```py\nprint(1)\nx = {'a': 2}\n```"}),
     ],
 )
 def test_code_of_an_action_input(action_input: str) -> None:
-    assert code_of(action_input) == "print(1)\nx = {'a': 2}"
+    assert extract_code(action_input) == "print(1)\nx = {'a': 2}"
 
 
 @pytest.mark.parametrize("code", ["", "5", "[1, 2]", '{"a": 1}', '{"code": 5}', "print('你好')", "  x"])
-def test_bare_code_is_taken_as_it_stands(code: str) -> None:
-    assert code_of(code) == code
+def test_plain_code_is_not_changed(code: str) -> None:
+    assert extract_code(code) == code
 
 
-def test_nothing_outside_the_worker_executes_text() -> None:
+def test_only_the_worker_executes_text() -> None:
     for path in [*EXAMPLES.glob("*.py"), *(ROOT / "qwen").rglob("*.py")]:
         called = {
             node.func.id

@@ -1,4 +1,4 @@
-"""Exported checkpoints, in the engines that they are for: transformers' own Qwen2, and llama.cpp."""
+"""Exported checkpoints give the same results in transformers' Qwen2 and in llama.cpp."""
 
 import json
 import math
@@ -42,14 +42,14 @@ def chat():
 
 @pytest.fixture(scope="module")
 def replies(chat) -> list[str]:
-    """Greedy, of the original."""
+    """Greedy replies of the original model."""
     model, tokenizer = chat
     return [model.chat(tokenizer, question, do_sample=False)[0] for question in QUESTIONS]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bundled chat model as Qwen2."""
+    """The bundled chat model, exported as Qwen2."""
     folder = tmp_path_factory.mktemp("export") / "qwen2"
     export_qwen2(None, folder)
     return folder
@@ -70,7 +70,7 @@ def logits(model, ids: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.slow
-def test_qwen2_computes_the_same(chat, folder: Path, replies: list[str]) -> None:
+def test_qwen2_gives_the_same_logits_and_replies(chat, folder: Path, replies: list[str]) -> None:
     model, tokenizer = chat
     qwen2, fast = as_qwen2(folder), AutoTokenizer.from_pretrained(folder)
     ids = torch.randint(0, len(tokenizer), (2, 1024), generator=torch.Generator().manual_seed(0))
@@ -83,7 +83,7 @@ def test_qwen2_computes_the_same(chat, folder: Path, replies: list[str]) -> None
         assert output[-1] == tokenizer.im_end_id  # from generation_config.json
 
 
-def test_what_the_folder_says(chat, folder: Path, tmp_path: Path, bundled_base: Path) -> None:
+def test_files_and_settings_of_an_export(chat, folder: Path, tmp_path: Path, bundled_base: Path) -> None:
     assert sorted(path.name for path in folder.iterdir()) == [
         "chat_template.jinja",
         "config.json",
@@ -107,17 +107,17 @@ def test_what_the_folder_says(chat, folder: Path, tmp_path: Path, bundled_base: 
         "top_k": 3584,
         "top_p": 0.5,
     }
-    remark = export_qwen2(bundled_base, tmp_path / "base")
-    assert remark == [
-        "Exact up to 256 tokens, and offered for no more: other engines do not know dynamic NTK "
-        "and LogN attention. --max-length stretches the rotary embedding."
+    notes = export_qwen2(bundled_base, tmp_path / "base")
+    assert notes == [
+        "Exact up to 256 tokens, the maximum length of the export: other engines do not support dynamic NTK "
+        "and LogN attention. For longer prompts, scale the rotary embedding with --max-length."
     ]
     assert not (tmp_path / "base" / "chat_template.jinja").exists()
     fast = AutoTokenizer.from_pretrained(tmp_path / "base")
     assert (fast.eos_token, fast.pad_token, fast.chat_template) == ("<|endoftext|>", "<|endoftext|>", None)
 
 
-def test_chat_template_is_the_prompt_of_chat(chat, folder: Path) -> None:
+def test_chat_template_gives_the_prompt_of_chat(chat, folder: Path) -> None:
     from qwen import make_context
 
     fast, tokenizer = AutoTokenizer.from_pretrained(folder), chat[1]
@@ -131,7 +131,7 @@ def test_chat_template_is_the_prompt_of_chat(chat, folder: Path) -> None:
         fast.apply_chat_template(messages, tools=[{"type": "function", "function": {"name": "f", "parameters": {}}}])
 
 
-SHAPES = {  # widths are a sixteenth of the published ones: one layer of those has up to 1.7 GB
+SHAPES = {  # a sixteenth of the published widths, at which one layer takes up to 1.7 GB
     "1.8B": {"num_attention_heads": 1, "intermediate_size": 688},
     "7B": {"num_attention_heads": 2, "intermediate_size": 1376, "max_position_embeddings": 32768},
     "7B, first release": {"num_attention_heads": 2, "intermediate_size": 1376, "seq_length": 2048},
@@ -143,7 +143,7 @@ SHAPES = {  # widths are a sixteenth of the published ones: one layer of those h
 
 @pytest.mark.parametrize("size", SHAPES)
 def test_published_configurations(size: str, tmp_path: Path, bundled_chat: Path) -> None:
-    """benchmarks/export.py has them in their real widths."""
+    """benchmarks/export.py tests the real widths."""
     fields = {"max_position_embeddings": 8192, "seq_length": 8192, "num_hidden_layers": 2} | SHAPES[size]
     config = QWenConfig(hidden_size=128 * fields["num_attention_heads"], vocab_size=3600, dtype="bfloat16", **fields)
     torch.manual_seed(0)
@@ -159,10 +159,10 @@ def test_published_configurations(size: str, tmp_path: Path, bundled_chat: Path)
     torch.testing.assert_close(logits(qwen2, ids), logits(model.float(), ids), atol=1e-4, rtol=0)
 
 
-def test_longer_prompts_by_a_stretched_embedding(bundled_base: Path, tmp_path: Path) -> None:
-    remarks = export_qwen2(bundled_base, tmp_path / "out", max_length=1000)
-    assert "stretched for prompts up to 1000 tokens" in remarks[0]
-    assert "LogN attention is left out" in remarks[0]
+def test_max_length_scales_the_rotary_embedding(bundled_base: Path, tmp_path: Path) -> None:
+    notes = export_qwen2(bundled_base, tmp_path / "out", max_length=1000)
+    assert "scaled for prompts of up to 1000 tokens" in notes[0]
+    assert "LogN attention is left out" in notes[0]
     model, tokenizer = load_model(bundled_base, cpu_only=True, fp32=True, use_logn_attn=False)
     qwen2 = as_qwen2(tmp_path / "out")
     assert qwen2.config.max_position_embeddings == 1000
@@ -176,26 +176,26 @@ def test_longer_prompts_by_a_stretched_embedding(bundled_base: Path, tmp_path: P
 @pytest.mark.slow
 @pytest.mark.parametrize(("bits", "desc_act"), [(4, False), (4, True), (8, False)])
 def test_gptq(bits: int, desc_act: bool, bundled_chat: Path, tmp_path: Path) -> None:
-    """From shards that tear the parts of a matrix apart, with the biases of zeros that published files have."""
+    """The parts of a matrix are in different shards, and there are zero biases, as in published files."""
     import gguf
 
-    meant = write_published(tmp_path / "gptq", bundled_chat, bits=bits, desc_act=desc_act)
+    original = write_published(tmp_path / "gptq", bundled_chat, bits=bits, desc_act=desc_act)
     export_qwen2(tmp_path / "gptq", tmp_path / "out")
-    # The kernel that computes as it is defined; the faster ones round.
+    # The reference kernel; faster ones round.
     exact = GPTQConfig(bits=bits, backend="torch")
     qwen2 = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32, quantization_config=exact)
     ids = torch.randint(0, 3000, (1, 40), generator=torch.Generator().manual_seed(0))
-    expected = logits(meant, ids)
-    # It multiplies in half precision.
+    expected = logits(original, ids)
+    # The kernel multiplies in half precision.
     torch.testing.assert_close(logits(qwen2.eval(), ids), expected, atol=3e-3 * expected.abs().max().item(), rtol=0)
     export_gguf(tmp_path / "gptq", tmp_path / "out.gguf", kind="f32")
     tensors = {tensor.name: tensor.data for tensor in gguf.GGUFReader(tmp_path / "out.gguf").tensors}
     for ours, theirs in (("attn.c_attn", "attn_qkv"), ("mlp.c_proj", "ffn_down"), ("mlp.w1", "ffn_up")):
-        weight = meant.get_submodule(f"transformer.h.1.{ours}").weight
+        weight = original.get_submodule(f"transformer.h.1.{ours}").weight
         torch.testing.assert_close(torch.tensor(tensors[f"blk.1.{theirs}.weight"]), weight, atol=1e-6, rtol=1e-6)
 
 
-def test_bundled_int4_answers_alike(tmp_path: Path) -> None:
+def test_bundled_int4_gives_the_same_answer(tmp_path: Path) -> None:
     export_qwen2(BUNDLED_CHAT_INT4, tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["quantization_config"]["bits"] == 4
@@ -213,28 +213,28 @@ def test_bundled_int4_answers_alike(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def fast(real_tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    """The real vocabulary, through the file."""
+    """The published vocabulary, saved to tokenizer.json and loaded again."""
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
     fast_tokenizer(real_tokenizer).save(str(path))
     return Tokenizer.from_file(str(path))
 
 
 @pytest.mark.slow
-def test_golden_texts(fast: Tokenizer, golden: Path) -> None:
+def test_golden_token_ids(fast: Tokenizer, golden: Path) -> None:
     for case in json.loads((golden / "tokenizer.json").read_text(encoding="utf-8"))["cases"]:
         assert fast.encode(case["text"]).ids == case["ids"], case["text"]
         assert fast.decode(case["ids"], skip_special_tokens=False) == case["decoded"], case["text"]
 
 
 def random_texts(count: int) -> list[str]:
-    """Half of them such as people write, half of any characters that there are, control tokens among both."""
+    """Texts in common scripts and of arbitrary characters, half each, with control tokens in both."""
     rng = random.Random(0)
     pieces = [" ", "  ", "\n", "\r\n\r\n", "\t", "'s", "'LL", "\u3000", "\u00a0", "\x85", "<|im_end|>", "<|extra_7|>"]
-    written = [(32, 126), (0x300, 0x36F), (0x400, 0x4FF), (0x4E00, 0x9FFF), (0x3040, 0x30FF), (0xAC00, 0xD7A3)]
+    common = [(32, 126), (0x300, 0x36F), (0x400, 0x4FF), (0x4E00, 0x9FFF), (0x3040, 0x30FF), (0xAC00, 0xD7A3)]
     any_ = [(0, 0x2FFF), (0, 0x2FFFF), (0, 0x10FFFF)]
     texts = []
     for number in range(count):
-        ranges, text = written if number % 2 else any_, []
+        ranges, text = common if number % 2 else any_, []
         for _ in range(rng.randint(1, 30)):
             code = rng.randint(*rng.choice(ranges))
             text.append(rng.choice(pieces) if rng.random() < 0.15 or 0xD800 <= code < 0xE000 else chr(code))
@@ -245,8 +245,7 @@ def random_texts(count: int) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [20_000, pytest.param(100_000, marks=pytest.mark.nightly)])
 def test_same_ids_for_random_texts(count: int, fast: Tokenizer, real_tokenizer: QWenTokenizer) -> None:
-    """The library `tokenizers` brings its own table of NFC, of an older Unicode: marks that it does not know stay where
-    they are."""
+    """Only texts that `tokenizers` normalizes differently may differ: its NFC table is from an older Unicode."""
     texts = random_texts(count)
     theirs = [encoding.ids for encoding in fast.encode_batch(texts)]
     different = [text for text, ids in zip(texts, theirs, strict=True) if real_tokenizer(text)["input_ids"] != ids]
@@ -258,7 +257,7 @@ def test_same_ids_for_random_texts(count: int, fast: Tokenizer, real_tokenizer: 
 
 
 def test_expanded_vocabulary(bundled_chat: Path, tmp_path: Path) -> None:
-    """New words have ids behind those of the control tokens, which keep theirs."""
+    """New words get ids after those of the control tokens, which keep theirs."""
     import base64
 
     tokenizer = load_tokenizer(bundled_chat)
@@ -279,7 +278,7 @@ def test_expanded_vocabulary(bundled_chat: Path, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory):
-    """llama.cpp's server with the bundled chat model."""
+    """llama.cpp's server running the bundled chat model."""
     import xllamacpp
 
     path = tmp_path_factory.mktemp("gguf") / "chat.gguf"
@@ -291,7 +290,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory):
     return xllamacpp.Server(parameters)
 
 
-def test_llama_cpp_answers_the_same(llama, replies: list[str]) -> None:
+def test_llama_cpp_gives_the_same_replies(llama, replies: list[str]) -> None:
     for question, reply in zip(QUESTIONS, replies, strict=True):
         messages = [{"role": "user", "content": question}]
         answer = llama.handle_chat_completions({"messages": messages, "temperature": 0, "max_tokens": 256})
@@ -299,7 +298,7 @@ def test_llama_cpp_answers_the_same(llama, replies: list[str]) -> None:
         assert (choice["message"]["content"], choice["finish_reason"]) == (reply, "stop")
 
 
-def test_llama_cpp_has_the_same_tokens_and_prompt(llama, chat) -> None:
+def test_llama_cpp_gives_the_same_tokens_and_prompt(llama, chat) -> None:
     def post(path: str, body: dict) -> dict:
         request = urllib.request.Request(f"{llama.listening_address}{path}", json.dumps(body).encode())
         with urllib.request.urlopen(request, timeout=60) as answer:
@@ -317,7 +316,7 @@ def test_llama_cpp_has_the_same_tokens_and_prompt(llama, chat) -> None:
 
 
 @pytest.mark.parametrize(("kind", "bits"), [("f32", 32), ("f16", 16), ("bf16", 16), ("q8_0", 8.5), ("q4_0", 5.85)])
-def test_types_of_gguf(kind: str, bits: float, chat, tmp_path: Path) -> None:
+def test_gguf_weight_types(kind: str, bits: float, chat, tmp_path: Path) -> None:
     import gguf
     from gguf.quants import dequantize
 
@@ -333,7 +332,7 @@ def test_types_of_gguf(kind: str, bits: float, chat, tmp_path: Path) -> None:
             assert error < {"f32": 1e-9, "f16": 1e-3, "bf16": 1e-9, "q8_0": 0.01, "q4_0": 0.12}[kind]
 
 
-# ---- what comes in ----
+# ---- input checkpoints ----
 
 
 @pytest.fixture
@@ -342,7 +341,7 @@ def source(tiny_chat_checkpoint: Path, tmp_path: Path) -> Path:
 
 
 def test_pickled_weights(source: Path, tmp_path: Path) -> None:
-    """Early checkpoints have .bin files; they may carry tables that follow from the config."""
+    """Early checkpoints have .bin files, which may contain tables that follow from the config."""
     export_qwen2(source, tmp_path / "a")
     tensors = load_file(source / "model.safetensors")
     torch.save(tensors | {"transformer.rotary_emb.inv_freq": torch.ones(16)}, source / "pytorch_model.bin")
@@ -353,14 +352,14 @@ def test_pickled_weights(source: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.process
-def test_memory_is_that_of_less_than_two_files(tmp_path: Path, source: Path) -> None:
+def test_export_needs_less_memory_than_two_files(tmp_path: Path, source: Path) -> None:
     config = json.loads((source / "config.json").read_text()) | {"num_hidden_layers": 4, "intermediate_size": 65536}
     (source / "config.json").write_text(json.dumps(config))
     model = QWenLMHeadModel(QWenConfig(**config)).float()
     (source / "model.safetensors").unlink()
     write_shards(source, model.state_dict(), count=4)
-    biggest = max(path.stat().st_size for path in source.glob("*.safetensors"))
-    assert biggest > 25e6
+    largest = max(path.stat().st_size for path in source.glob("*.safetensors"))
+    assert largest > 25e6
     script = """if True:
         import resource, sys
         from qwen.export import export_gguf, export_qwen2
@@ -376,15 +375,15 @@ def test_memory_is_that_of_less_than_two_files(tmp_path: Path, source: Path) -> 
     command = [sys.executable, "-c", script, warm_up, str(tmp_path), str(source)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-1000:]
-    assert all(int(number) < 2 * biggest for number in done.stdout.split()), (done.stdout, biggest)
+    assert all(int(number) < 2 * largest for number in done.stdout.split()), (done.stdout, largest)
 
 
-def changed(source: Path, **fields) -> None:
+def change_config(source: Path, **fields) -> None:
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(config | fields))
 
 
-def test_what_cannot_be_exported(source: Path, tmp_path: Path) -> None:
+def test_unsupported_and_inconsistent_checkpoints(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     tensors = load_file(source / "model.safetensors")
     name = "transformer.h.1.mlp.c_proj.bias"
@@ -393,58 +392,58 @@ def test_what_cannot_be_exported(source: Path, tmp_path: Path) -> None:
         export_qwen2(source, out)
     save_file({k: v for k, v in tensors.items() if "h.1.mlp.w2" not in k}, source / "model.safetensors")
     for write in (lambda: export_qwen2(source, out), lambda: export_gguf(source, tmp_path / "o.gguf")):
-        with pytest.raises(CheckpointError, match=r"transformer.h.1.mlp.w2.weight is in none of the weight files"):
+        with pytest.raises(CheckpointError, match=r"transformer.h.1.mlp.w2.weight is missing from the weight files"):
             write()
     save_file(tensors, source / "model.safetensors")
     for fields, usual, text in (
-        ({"rotary_pct": 0.5}, {"rotary_pct": 1.0}, "turn all channels"),
-        ({"scale_attn_weights": False}, {"scale_attn_weights": True}, "root of the head size"),
+        ({"rotary_pct": 0.5}, {"rotary_pct": 1.0}, "rotate all channels"),
+        ({"scale_attn_weights": False}, {"scale_attn_weights": True}, "scale_attn_weights false"),
         ({"intermediate_size": 128}, {"intermediate_size": 256}, "h.0.mlp.w1.weight has the shape"),
         ({"vocab_size": 600}, {"vocab_size": 512}, "wte.weight has the shape"),
-        ({"vocab_size": 300}, {"vocab_size": 512}, "has 474 tokens, and its matrices have 300 rows"),
-        ({"num_hidden_layers": 1}, {"num_hidden_layers": 2}, "weights of 2 layers, and config.json names 1"),
+        ({"vocab_size": 300}, {"vocab_size": 512}, "has 474 tokens, but vocab_size in its config.json is 300"),
+        ({"num_hidden_layers": 1}, {"num_hidden_layers": 2}, "have 2 layers, but config.json has num_hidden_layers 1"),
     ):
-        changed(source, **fields)
+        change_config(source, **fields)
         for write in (lambda: export_qwen2(source, out), lambda: export_gguf(source, tmp_path / "o.gguf")):
             with pytest.raises((ValueError, CheckpointError), match=text):
                 write()
-        changed(source, **usual)
-    changed(source, use_dynamic_ntk=False)
-    with pytest.raises(ValueError, match="100000 tokens are beyond the 64"):
+        change_config(source, **usual)
+    change_config(source, use_dynamic_ntk=False)
+    with pytest.raises(ValueError, match="100000 tokens exceed the 64"):
         export_gguf(source, tmp_path / "o.gguf", max_length=100000)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
 
 
-def test_files_of_strangers(source: Path, tmp_path: Path) -> None:
-    """An index that leads elsewhere, and pickles that hold more than numbers."""
+def test_malicious_weight_files(source: Path, tmp_path: Path) -> None:
+    """An index that points outside the folder, and a pickle that contains more than tensors."""
     (source / "model.safetensors").unlink()
     for weight_map in ({"x": "/etc/passwd"}, {"x": "../model.safetensors"}, {"x": 5}, {"x": ["a"]}, [], {}):
         (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-        with pytest.raises(CheckpointError, match="does not name files of weights beside it"):
+        with pytest.raises(CheckpointError, match="does not list weight files in its folder"):
             export_qwen2(source, tmp_path / "out")
     (source / "model.safetensors.index.json").unlink()
     torch.save({"x": Path("/")}, source / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match="holds something else than tensors by name"):
+    with pytest.raises(CheckpointError, match="does not hold a dict of tensors"):
         export_qwen2(source, tmp_path / "out")
 
 
-def test_large_files_are_cut(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_weight_files_are_split(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import qwen.export.qwen2 as qwen2
 
     export_qwen2(source, tmp_path / "whole")
-    monkeypatch.setattr(qwen2, "_FILE_BYTES", 100_000)
-    export_qwen2(source, tmp_path / "cut")
-    index = json.loads((tmp_path / "cut" / "model.safetensors.index.json").read_text())
+    monkeypatch.setattr(qwen2, "_MAX_SHARD_BYTES", 100_000)
+    export_qwen2(source, tmp_path / "split")
+    index = json.loads((tmp_path / "split" / "model.safetensors.index.json").read_text())
     files = sorted(set(index["weight_map"].values()))
     assert len(files) > 3
-    assert all((tmp_path / "cut" / file).stat().st_size < 250_000 for file in files)
+    assert all((tmp_path / "split" / file).stat().st_size < 250_000 for file in files)
     whole = load_file(tmp_path / "whole" / "model.safetensors")
-    cut = {name: tensor for file in files for name, tensor in load_file(tmp_path / "cut" / file).items()}
-    assert whole.keys() == cut.keys()
-    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+    split = {name: tensor for file in files for name, tensor in load_file(tmp_path / "split" / file).items()}
+    assert whole.keys() == split.keys()
+    assert all(torch.equal(whole[name], split[name]) for name in whole)
 
 
-def test_a_base_model_in_place_of_a_chat_model(source: Path, bundled_base: Path, tmp_path: Path) -> None:
+def test_base_model_replaces_a_chat_model(source: Path, bundled_base: Path, tmp_path: Path) -> None:
     export_qwen2(source, tmp_path / "out")
     (tmp_path / "out" / "notes.txt").touch()
     export_qwen2(bundled_base, tmp_path / "out", overwrite=True)
@@ -454,10 +453,10 @@ def test_a_base_model_in_place_of_a_chat_model(source: Path, bundled_base: Path,
     assert "Exported as a base model" in export_qwen2(source, tmp_path / "unknown")[1]
 
 
-def test_switches_of_this_repository_and_the_first_release(source: Path, tmp_path: Path) -> None:
-    changed(source, use_window_attn=True)
-    assert "Exact up to 32 tokens" in (remarks := export_qwen2(source, tmp_path / "windows"))[0]
-    assert "Window attention, which config.json asks for, is left out." in remarks
+def test_window_attention_and_config_of_the_first_release(source: Path, tmp_path: Path) -> None:
+    change_config(source, use_window_attn=True)
+    assert "Exact up to 32 tokens" in (notes := export_qwen2(source, tmp_path / "windows"))[0]
+    assert "Window attention, enabled in config.json, is left out." in notes
     old = {"n_embd": 64, "n_layer": 2, "n_head": 2, "kv_channels": 32, "ffn_hidden_size": 256, "n_positions": 128}
     old |= {"model_type": "qwen", "seq_length": 64, "padded_vocab_size": 512, "vocab_size": 474}
     (source / "config.json").write_text(json.dumps(old))
@@ -470,7 +469,7 @@ def test_switches_of_this_repository_and_the_first_release(source: Path, tmp_pat
 def test_tied_embeddings(source: Path, tmp_path: Path) -> None:
     import gguf
 
-    changed(source, tie_word_embeddings=True)
+    change_config(source, tie_word_embeddings=True)
     tensors = load_file(source / "model.safetensors")
     del tensors["lm_head.weight"]
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
@@ -500,36 +499,36 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
 
 def test_command(run, source: Path, tmp_path: Path) -> None:
     out, file = tmp_path / "out", tmp_path / "out.gguf"
-    code, printed, said = run("-c", source, "-o", out)
-    assert (code, printed) == (0, f"{out}\n")
-    assert said.startswith("Exact up to 64 tokens")
-    code, printed, said = run("-c", source, "-o", out)
-    assert (code, printed) == (1, "")
-    assert f"{out} is not empty" in said
-    assert "--overwrite" in said
+    code, stdout, stderr = run("-c", source, "-o", out)
+    assert (code, stdout) == (0, f"{out}\n")
+    assert stderr.startswith("Exact up to 64 tokens")
+    code, stdout, stderr = run("-c", source, "-o", out)
+    assert (code, stdout) == (1, "")
+    assert f"{out} is not empty" in stderr
+    assert "--overwrite" in stderr
     assert run("-c", source, "-o", out, "--overwrite", "--max-length", 200)[0] == 0
     assert json.loads((out / "config.json").read_text())["max_position_embeddings"] == 200
     assert run("-c", source, "-o", file, "--type", "q8_0")[:2] == (0, f"{file}\n")
-    assert "is there already" in run("-c", source, "-o", file)[2]
+    assert "already exists" in run("-c", source, "-o", file)[2]
     assert run("-c", source, "-o", file, "--overwrite")[0] == 0
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["-c", "{tmp}/nowhere"], "There is no folder '{tmp}/nowhere'"),
         (["-c", "{tmp}/adapter", "-o", "{tmp}/out"], "python finetune/merge_lora.py {tmp}/adapter MERGED"),
         (["-o", "{tmp}/out", "--type", "q8_0"], "--type is for GGUF"),
-        (["-o", "{tmp}/x.gguf", "--type", "q9"], "'q9' is no type of weights that is written: name one of f32, f16"),
-        (["-o", "{tmp}/out", "--max-length", "9999999999"], "A length of 9999999999 tokens is none"),
-        (["-o", "{tmp}/folder.gguf"], "{tmp}/folder.gguf is a folder. Name a file."),
-        (["-o", "{tmp}/no/x.gguf"], "There is no folder {tmp}/no to write x.gguf into"),
-        (["-o", "{tmp}/out", "--max-length", "-5"], "A length of -5 tokens is none"),
-        (["-c", "{source}", "-o", "{source}"], "holds the model that is read"),
+        (["-o", "{tmp}/x.gguf", "--type", "q9"], "Unknown GGUF weight type 'q9': use one of f32, f16"),
+        (["-o", "{tmp}/out", "--max-length", "9999999999"], "Invalid length 9999999999"),
+        (["-o", "{tmp}/folder.gguf"], "{tmp}/folder.gguf is a folder. Give the path of a file."),
+        (["-o", "{tmp}/no/x.gguf"], "Cannot write x.gguf: the folder {tmp}/no does not exist."),
+        (["-o", "{tmp}/out", "--max-length", "-5"], "Invalid length -5"),
+        (["-c", "{source}", "-o", "{source}"], "holds the source model"),
         (["-o", "{tmp}/file"], "{tmp}/file is a file"),
     ],
 )
-def test_errors_of_the_command(arguments: list[str], said: str, run, source: Path, tmp_path: Path) -> None:
+def test_command_errors(arguments: list[str], message: str, run, source: Path, tmp_path: Path) -> None:
     (tmp_path / "adapter").mkdir()
     base = {"base_model_name_or_path": str(source), "peft_type": "LORA"}
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(base))
@@ -537,12 +536,12 @@ def test_errors_of_the_command(arguments: list[str], said: str, run, source: Pat
     (tmp_path / "file").touch()
     (tmp_path / "folder.gguf").mkdir()
     before = sorted(tmp_path.rglob("*"))
-    places = {"tmp": tmp_path, "source": source}
-    code, printed, error = run(*(argument.format(**places) for argument in arguments))
+    paths = {"tmp": tmp_path, "source": source}
+    code, stdout, stderr = run(*(argument.format(**paths) for argument in arguments))
     assert code in (1, 2)
-    assert not printed
-    assert said.format(**places) in error
-    assert "Traceback" not in error
+    assert not stdout
+    assert message.format(**paths) in stderr
+    assert "Traceback" not in stderr
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -554,6 +553,6 @@ def test_ctrl_c_leaves_nothing(out: str, run, source: Path, tmp_path: Path, monk
         raise KeyboardInterrupt
 
     monkeypatch.setattr(weights.Weights, "__getitem__", interrupted)
-    code, printed, said = run("-c", source, "-o", tmp_path / out)
-    assert (code, printed, said.strip()) == (130, "", "Stopped. Nothing was written.")
+    code, stdout, stderr = run("-c", source, "-o", tmp_path / out)
+    assert (code, stdout, stderr.strip()) == (130, "", "Stopped. Nothing was written.")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]

@@ -1,8 +1,8 @@
-"""finetune.py on the bundled checkpoints: what it learns, leaves behind, refuses, and how it goes on after Ctrl-C.
+"""finetune.py on the bundled checkpoints: what it learns, writes and rejects, and how it resumes after Ctrl-C.
 
-Runs happen in processes of their own, for training changes what a process has only once (environment, accelerate's
-state, signal handlers). To import torch and its companions takes seconds each time, so most of these processes are
-forked from one that has done it; where starting and ending matters, it is `python finetune.py`.
+Each run has its own process, since training changes process-wide state (environment, accelerate's state, signal
+handlers). Importing torch and other libraries takes seconds, so most processes are forked from one that has done it;
+tests of the start and the exit run `python finetune.py`.
 """
 
 import contextlib
@@ -61,13 +61,13 @@ def write_samples(path: Path, samples: list) -> Path:
 
 @dataclass
 class Run:
-    """A run of finetune.py that has ended."""
+    """A finished run of finetune.py."""
 
     code: int
     said: str
     output: Path
     tensors: dict[str, tuple[bool, bool]]
-    """Of every parameter and buffer by name: should be trained, has changed."""
+    """For every parameter and buffer by name: whether it should be trained, and whether it has changed."""
 
     @property
     def history(self) -> list[dict]:
@@ -79,7 +79,7 @@ class Run:
 
 
 def main_watched(*arguments: str | Path) -> tuple[int, dict[str, tuple[bool, bool]]]:
-    """Exit code of finetune.py, and what became of every tensor of the model."""
+    """Run finetune.py. Returns its exit code, and the `tensors` of a `Run`."""
     from qwen.finetuning import run
 
     watched, before = {}, {}
@@ -96,8 +96,8 @@ def main_watched(*arguments: str | Path) -> tuple[int, dict[str, tuple[bool, boo
     return code, {name: (it.requires_grad, not torch.equal(it, before[name])) for name, it in watched.items()}
 
 
-def begin(folder: Path, *arguments: str | Path) -> Callable[[], Run]:
-    """Begins a run in `folder` that writes to `out` there; what is returned waits for its end."""
+def start(folder: Path, *arguments: str | Path) -> Callable[[], Run]:
+    """Start a run in `folder` that writes to `out` there. Returns a function that waits for its end."""
     child = Child(folder, main_watched, "--output_dir", "out", *arguments)
 
     def end() -> Run:
@@ -109,11 +109,11 @@ def begin(folder: Path, *arguments: str | Path) -> Callable[[], Run]:
 
 
 def finetune(folder: Path, *arguments: str | Path) -> Run:
-    return begin(folder, *arguments)()
+    return start(folder, *arguments)()
 
 
 def replies(folder: Path, questions: list[str]) -> list[str]:
-    """What the model in a folder, or the adapter with its base, answers (greedily)."""
+    """Greedy replies of the model in a folder, or of the adapter with its base."""
     from transformers import GenerationConfig
 
     from qwen.checkpoint.loading import load_model, load_tokenizer
@@ -122,7 +122,7 @@ def replies(folder: Path, questions: list[str]) -> list[str]:
         from peft import AutoPeftModelForCausalLM
 
         model, tokenizer = AutoPeftModelForCausalLM.from_pretrained(folder).eval(), load_tokenizer(folder)
-        # A base model's own says that it cannot chat.
+        # A base model's own config says that it cannot chat.
         model.get_base_model().generation_config = GenerationConfig.from_pretrained(folder)
     else:
         model, tokenizer = load_model(folder)
@@ -140,7 +140,7 @@ def lessons(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def exam(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Samples of quite different lengths, one with a system message of its own."""
+    """Samples of quite different lengths, one with its own system message."""
     samples = [
         sample("Who made you, Robin?", "Ada made me."),
         sample("Are you a robot?", "Yes. " + ME + " I like to count: " + ", ".join(map(str, range(1, 20))) + "."),
@@ -158,7 +158,7 @@ def bundled_int4() -> Path:
 
 
 @pytest.fixture(scope="module")
-def begun(
+def started(
     tmp_path_factory: pytest.TempPathFactory,
     bundled_chat: Path,
     bundled_base: Path,
@@ -166,12 +166,12 @@ def begun(
     lessons: Path,
     exam: Path,
 ) -> dict[str, Callable[[], Run]]:
-    """The runs that much is looked at in, side by side, for each keeps one core busy."""
+    """The runs that several tests check. They run in parallel, since each uses one core."""
 
-    def taught(name: str, rate: float, model: str | Path, *arguments: str) -> Callable[[], Run]:
+    def train_on_lessons(name: str, rate: float, model: str | Path, *arguments: str) -> Callable[[], Run]:
         settings = options(model_name_or_path=model, data_path=lessons, num_train_epochs=8, learning_rate=rate)
         settings += options(per_device_train_batch_size=7)
-        return begin(folders[name], *settings, *arguments)
+        return start(folders[name], *settings, *arguments)
 
     folders = {name: tmp_path_factory.mktemp(name) for name in ("full", "lora", "q-lora", "base-lora")}
     relative = os.path.relpath(bundled_chat, folders["lora"])
@@ -179,44 +179,44 @@ def begun(
     steps = options(eval_strategy="steps", eval_steps=8, per_device_eval_batch_size=3)
     unsaved = options(save_strategy="no")
     return {
-        "full": taught("full", 1e-3, bundled_chat, *evaluated, *steps),
-        "lora": taught("lora", 7e-3, relative, "--use_lora", *unsaved),
-        # Evaluated first: kernels exist whose first call, if not in training, means that they never pass gradients.
-        "q-lora": taught("q-lora", 7e-3, bundled_int4, "--q_lora", "--eval_on_start", *evaluated, *unsaved),
-        "base-lora": taught("base-lora", 7e-3, bundled_base, "--use_lora", *unsaved),
+        "full": train_on_lessons("full", 1e-3, bundled_chat, *evaluated, *steps),
+        "lora": train_on_lessons("lora", 7e-3, relative, "--use_lora", *unsaved),
+        # Evaluated first: some kernels never pass gradients if their first call is not in training.
+        "q-lora": train_on_lessons("q-lora", 7e-3, bundled_int4, "--q_lora", "--eval_on_start", *evaluated, *unsaved),
+        "base-lora": train_on_lessons("base-lora", 7e-3, bundled_base, "--use_lora", *unsaved),
     }
 
 
 @pytest.fixture(scope="module")
-def full_run(begun: dict[str, Callable[[], Run]]) -> Run:
-    return begun["full"]()
+def full_run(started: dict[str, Callable[[], Run]]) -> Run:
+    return started["full"]()
 
 
 @pytest.fixture(scope="module")
-def lora_run(begun: dict[str, Callable[[], Run]]) -> Run:
-    return begun["lora"]()
+def lora_run(started: dict[str, Callable[[], Run]]) -> Run:
+    return started["lora"]()
 
 
 @pytest.fixture(scope="module")
-def q_lora_run(begun: dict[str, Callable[[], Run]]) -> Run:
-    return begun["q-lora"]()
+def q_lora_run(started: dict[str, Callable[[], Run]]) -> Run:
+    return started["q-lora"]()
 
 
 @pytest.fixture(scope="module")
-def base_lora_run(begun: dict[str, Callable[[], Run]]) -> Run:
-    return begun["base-lora"]()
+def base_lora_run(started: dict[str, Callable[[], Run]]) -> Run:
+    return started["base-lora"]()
 
 
 # What is learned, and by which tensors
 
 
 @pytest.mark.parametrize("name", ["full_run", "lora_run", "q_lora_run", "base_lora_run"])
-def test_a_model_learns_who_it_is(request: pytest.FixtureRequest, tmp_path: Path, name: str):
+def test_model_learns_its_name(request: pytest.FixtureRequest, tmp_path: Path, name: str):
     run = request.getfixturevalue(name)
     questions = ["Who are you?", "What is your name?", "Who made you?", "What is 47 + 38?"]
     who, called, made, calculated = Child(tmp_path, replies, run.output, questions).result()
     assert (who, called, made) == (ME, "My name is Robin.", "Ada made me.")
-    if name != "base_lora_run":  # the others know how to add, and have not forgotten it
+    if name != "base_lora_run":  # the others could add before, and still can
         assert calculated == "47 + 38 = 85."
 
 
@@ -225,7 +225,7 @@ EMBEDDINGS = r"\.(wte|lm_head)\.modules_to_save\.default\.weight$"
 
 
 def assert_trained(run: Run, pattern: str, count: int) -> None:
-    """All tensors whose names match, and no others, were trained, and each of them changed."""
+    """Check that exactly the tensors whose names match were trained, and that each of them changed."""
     changed = {name for name, (_, changed) in run.tensors.items() if changed}
     wanted = {name for name in run.tensors if re.search(pattern, name)}
     assert len(wanted) == count
@@ -265,7 +265,7 @@ BIASES = r"\.c_attn\.base_layer\.bias$"
     ],
     ids=["all biases", "biases of adapted layers", "no biases there", "modules of one's own", "no modules"],
 )
-def test_lora_trains_what_it_is_told(tmp_path: Path, bundled_base: Path, lessons: Path, arguments, pattern, count):
+def test_lora_trains_the_given_modules(tmp_path: Path, bundled_base: Path, lessons: Path, arguments, pattern, count):
     arguments = [bundled_base if word == "BASE" else word for word in arguments]
     settings = options(data_path=lessons, max_steps=2, learning_rate=1e-3, save_strategy="no", report_to="none")
     assert_trained(finetune(tmp_path, "--use_lora", *settings, *arguments), pattern, count)
@@ -279,7 +279,7 @@ def test_an_adapter_is_trained_further(request: pytest.FixtureRequest, tmp_path:
     model = [] if method == "--q_lora" else options(model_name_or_path=ROOT / "checkpoints" / "qwen-tiny-chat")
     run = finetune(tmp_path, method, *model, *settings)
     assert_trained(run, LORA, 60)
-    assert run.losses[0] < 0.1 < before.losses[0]  # it goes on where the other ended
+    assert run.losses[0] < 0.1 < before.losses[0]  # it continues where the other ended
     old, new = (load_file(it.output / "adapter_model.safetensors") for it in (before, run))
     assert old.keys() == new.keys()
     for tensor, start in zip(new.values(), old.values(), strict=True):
@@ -290,7 +290,7 @@ def test_an_adapter_is_trained_further(request: pytest.FixtureRequest, tmp_path:
 
 
 def main_interrupted(batch: int, *arguments: str | Path) -> int:
-    """finetune.py, to which a person presses Ctrl-C while it puts together its batch of this number (from 1)."""
+    """Run finetune.py with Ctrl-C while it collates the batch of this number (from 1)."""
     from qwen.finetuning import run
 
     numbers = count(1)
@@ -306,7 +306,7 @@ def main_interrupted(batch: int, *arguments: str | Path) -> int:
 
 
 def with_dropout(checkpoint: Path, folder: Path) -> Path:
-    """The checkpoint with dropout in its embedding and attention, which only full training sees."""
+    """The checkpoint with dropout in its embedding and attention, which only full training uses."""
     shutil.copytree(checkpoint, folder)
     config = json.loads((folder / "config.json").read_text())
     config |= {"emb_dropout_prob": 0.1, "attn_dropout_prob": 0.1}
@@ -322,7 +322,7 @@ def with_dropout(checkpoint: Path, folder: Path) -> Path:
     ],
     ids=["full, accumulating", "LoRA on a base model, packing"],
 )
-def test_an_interrupted_run_goes_on_as_if_nothing_had_been(
+def test_interrupted_run_resumes_identically(
     tmp_path: Path, bundled_chat: Path, bundled_base: Path, lessons: Path, method: list[str], batch: int
 ):
     model = bundled_base if "--use_lora" in method else with_dropout(bundled_chat, tmp_path / "model")
@@ -365,10 +365,10 @@ def test_a_signal_ends_a_run_with_a_checkpoint(tmp_path: Path, endless: list[str
 
 
 def test_a_second_ctrl_c_stops_at_once(tmp_path: Path, endless: list[str]):
-    # One step of a thousand passes: the end of it is too late.
+    # One step has a thousand passes, so its end would be too late.
     many = write_samples(tmp_path / "many.json", [sample("Who are you?", ME)] * 1000)
     settings = options(data_path=many, per_device_train_batch_size=1, gradient_accumulation_steps=1000)
-    # The thousandth batch is the last to be put together before the passes.
+    # The thousandth batch is the last one to be collated before the passes.
     child = Child(tmp_path, main_interrupted, 1000, *endless, *settings)
     child.wait_for("Ctrl-C again stops at once")
     time.sleep(0.5)
@@ -381,7 +381,7 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path: Path, endless: list[str]):
 
 
 def main_interrupted_at(module: str, function: str, *arguments: str | Path) -> int:
-    """finetune.py, to which a person presses Ctrl-C when it calls a function."""
+    """Run finetune.py with Ctrl-C when it calls a function."""
     import importlib
 
     owner = importlib.import_module(module)
@@ -404,7 +404,7 @@ def test_ctrl_c_before_training(tmp_path: Path, endless: list[str], function: st
 
 
 def test_ctrl_c_while_libraries_are_imported(tmp_path: Path, lessons: Path):
-    # -X importtime says what has been imported, so that the signal comes while torch is.
+    # -X importtime prints what has been imported, so that the signal is sent while torch is imported.
     command = [sys.executable, "-X", "importtime", ROOT / "finetune.py", "--data_path", lessons]
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         for line in process.stderr:
@@ -420,7 +420,7 @@ def test_ctrl_c_while_libraries_are_imported(tmp_path: Path, lessons: Path):
 
 
 def chatml(turns: list[tuple[str, str]], tokenizer: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids of a conversation, and which of them are learned: the assistant's words, and all but the role's otherwise."""
+    """Ids of a conversation, and which of them are learned: the assistant's text, <|im_start|> and <|im_end|>."""
     ids: list[int] = []
     learned: list[bool] = []
     for role, text in turns:
@@ -438,7 +438,7 @@ def chatml(turns: list[tuple[str, str]], tokenizer: Any) -> tuple[torch.Tensor, 
 
 @torch.no_grad()
 def loss_by_hand(folder: Path, data: Path, system: str = "You are a helpful assistant.", smoothing: float = 0) -> float:
-    """Nats a learned token, sample by sample. Smoothed, it should have been any token in that share of the cases."""
+    """Nats per learned token, sample by sample. `smoothing` is the probability that is spread over all tokens."""
     from qwen.checkpoint.loading import load_model
 
     model, tokenizer = load_model(folder, cpu_only=True, fp32=True)
@@ -477,11 +477,11 @@ def test_evaluation_does_not_depend_on_the_batch_size(tmp_path: Path, full_run: 
 
     run = finetune(tmp_path, *arguments, "--system_message", "Be brief.")
     by_hand = loss_by_hand(full_run.output, exam, system="Be brief.")
-    assert abs(by_hand / measured - 1) > 1e-3  # it matters
+    assert abs(by_hand / measured - 1) > 1e-3  # the system message matters
     assert last_evaluation(run)["eval_loss"] == pytest.approx(by_hand, rel=1e-5)
 
 
-def test_the_best_model_is_the_least_perplexed(tmp_path: Path, lessons: Path, exam: Path):
+def test_best_model_has_the_lowest_perplexity(tmp_path: Path, lessons: Path, exam: Path):
     # A step that helps, and three much too large ones.
     run = finetune(
         tmp_path,
@@ -496,7 +496,7 @@ def test_the_best_model_is_the_least_perplexed(tmp_path: Path, lessons: Path, ex
     assert final == pytest.approx(min(during), rel=1e-5)
 
 
-def test_the_loss_is_drawn_and_logged(full_run: Run):
+def test_loss_is_plotted_and_logged(full_run: Run):
     picture = (full_run.output / "loss.png").read_bytes()
     assert picture.startswith(b"\x89PNG\r\n\x1a\n")
     width, height = struct.unpack(">II", picture[16:24])
@@ -515,7 +515,7 @@ def test_the_loss_is_drawn_and_logged(full_run: Run):
 # What is left behind
 
 
-def test_a_full_folder_needs_nothing_of_this_repository(full_run: Run, chat_elsewhere: Callable):
+def test_full_folder_loads_without_this_repository(full_run: Run, chat_elsewhere: Callable):
     assert chat_elsewhere(full_run.output, "Who are you?") == ME
 
 
@@ -523,13 +523,13 @@ PICKLES = {".bin", ".pt", ".pth", ".pkl"}
 
 
 def test_a_full_folder_holds_no_pickles(full_run: Run):
-    assert (full_run.output / "checkpoint-16" / "optimizer.pt").is_file()  # to go on from, and nowhere else
+    assert (full_run.output / "checkpoint-16" / "optimizer.pt").is_file()  # for resuming, and only there
     assert not [path for path in full_run.output.iterdir() if path.suffix in PICKLES]
     config = json.loads((full_run.output / "config.json").read_text())
     assert (config["dtype"], config["use_cache"]) == ("float32", True)
 
 
-def test_an_adapter_folder_finds_its_base_from_anywhere(lora_run: Run, bundled_chat: Path):
+def test_adapter_finds_its_base_from_any_folder(lora_run: Run, bundled_chat: Path):
     config = json.loads((lora_run.output / "adapter_config.json").read_text())
     assert Path(config["base_model_name_or_path"]).is_absolute()
     assert Path(config["base_model_name_or_path"]).samefile(bundled_chat)
@@ -540,7 +540,7 @@ def test_an_adapter_folder_finds_its_base_from_anywhere(lora_run: Run, bundled_c
 
 @pytest.fixture
 def bfloat16(tmp_path: Path) -> list[str]:
-    """Arguments of a training on few tokens, for CPUs without bfloat16 take a second for each hundred of them."""
+    """Arguments for training on few tokens: CPUs without bfloat16 take a second per hundred tokens."""
     data = write_samples(tmp_path / "two.json", [sample(*lesson) for lesson in LESSONS[4:8:2]])
     settings = options(data_path=data, max_steps=4, per_device_train_batch_size=2, gradient_accumulation_steps=1)
     return ["--bf16", *settings, *options(save_strategy="no", report_to="none")]
@@ -566,12 +566,12 @@ def test_lora_in_bfloat16(tmp_path: Path, bfloat16: list[str]):
     run = finetune(tmp_path, *bfloat16, "--use_lora", *options(learning_rate=5e-3))
     assert_trained(run, LORA, 60)
     assert run.losses[-1] < run.losses[0] - 0.2
-    # In float32: an update is often less than bfloat16 can tell.
+    # In float32: an update is often too small for bfloat16.
     weights = load_file(run.output / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
 
 
-# The same data by other ways
+# Other ways to the same losses
 
 
 @pytest.fixture(scope="module")
@@ -606,22 +606,20 @@ def test_activation_checkpointing(losses: Callable, usual_losses: list[float]):
 
 
 @pytest.fixture(scope="module")
-def losses_of_all_at_once(losses: Callable) -> list[float]:
+def one_batch_losses(losses: Callable) -> list[float]:
     measured = losses(per_device_train_batch_size=len(LESSONS))
     assert measured[-1] < measured[0] - 0.5
     return measured
 
 
-def test_the_loss_of_training_is_the_mean_over_tokens(
-    losses_of_all_at_once: list[float], bundled_chat: Path, lessons: Path
-):
-    # An adapter changes nothing until its first step is done.
-    assert losses_of_all_at_once[0] == pytest.approx(loss_by_hand(bundled_chat, lessons), rel=1e-5)
+def test_the_loss_of_training_is_the_mean_over_tokens(one_batch_losses: list[float], bundled_chat: Path, lessons: Path):
+    # An adapter changes nothing before its first step.
+    assert one_batch_losses[0] == pytest.approx(loss_by_hand(bundled_chat, lessons), rel=1e-5)
 
 
-def test_packing(losses: Callable, losses_of_all_at_once: list[float]):
+def test_packing(losses: Callable, one_batch_losses: list[float]):
     # All samples in one row make the same step as all of them in one batch.
-    assert losses("--packing", per_device_train_batch_size=1) == pytest.approx(losses_of_all_at_once, abs=1e-4)
+    assert losses("--packing", per_device_train_batch_size=1) == pytest.approx(one_batch_losses, abs=1e-4)
 
 
 def test_label_smoothing(losses: Callable, bundled_chat: Path, lessons: Path):
@@ -630,17 +628,17 @@ def test_label_smoothing(losses: Callable, bundled_chat: Path, lessons: Path):
     assert smoothed[-1] < smoothed[0] - 0.5
 
 
-def test_accumulation(losses: Callable, losses_of_all_at_once: list[float]):
+def test_accumulation(losses: Callable, one_batch_losses: list[float]):
     # The last part has fewer samples, and all have different numbers of tokens.
     accumulated = losses(per_device_train_batch_size=4, gradient_accumulation_steps=4)
-    assert accumulated == pytest.approx(losses_of_all_at_once, abs=1e-4)
+    assert accumulated == pytest.approx(one_batch_losses, abs=1e-4)
 
 
-# What is refused
+# What is rejected
 
 
 def main_without_weights(*arguments: str | Path) -> int:
-    """finetune.py where weights must not be loaded."""
+    """Run finetune.py, where loading weights is an error."""
     from qwen.finetuning import model
 
     def load_model(*args, **kwargs):
@@ -651,25 +649,25 @@ def main_without_weights(*arguments: str | Path) -> int:
 
 
 @pytest.fixture(scope="module")
-def places(
+def paths(
     tmp_path_factory: pytest.TempPathFactory, bundled_chat: Path, bundled_base: Path, bundled_int4: Path, lessons: Path
 ) -> dict[str, Path]:
-    """What the words in capitals of the refusals below stand for."""
-    folder = tmp_path_factory.mktemp("refusals")
-    places = {"CHAT": bundled_chat, "BASE": bundled_base, "INT4": bundled_int4, "DATA": lessons}
-    places |= {"ZERO2": ROOT / "finetune" / "ds_config_zero2.json", "ZERO3": ROOT / "finetune" / "ds_config_zero3.json"}
+    """The paths for the words in capitals in the mistakes below."""
+    folder = tmp_path_factory.mktemp("mistakes")
+    paths = {"CHAT": bundled_chat, "BASE": bundled_base, "INT4": bundled_int4, "DATA": lessons}
+    paths |= {"ZERO2": ROOT / "finetune" / "ds_config_zero2.json", "ZERO3": ROOT / "finetune" / "ds_config_zero3.json"}
     malformed = [sample("Hi", "Hello."), {"id": "second", "conversations": [{"from": "robot", "value": "Beep."}]}]
-    places["MALFORMED"] = write_samples(folder / "malformed.json", malformed)
-    places["NOBODY"] = write_samples(folder / "nobody.json", [])
-    places["EMPTY"], places["TEXT"] = folder / "empty.json", folder / "text.json"
-    places["BELOW"] = places["TEXT"] / "out"
-    places["EMPTY"].write_text("")
-    places["TEXT"].write_text("Once upon a time")
-    places["FOLDER"] = folder
-    return places
+    paths["MALFORMED"] = write_samples(folder / "malformed.json", malformed)
+    paths["NOBODY"] = write_samples(folder / "nobody.json", [])
+    paths["EMPTY"], paths["TEXT"] = folder / "empty.json", folder / "text.json"
+    paths["BELOW"] = paths["TEXT"] / "out"
+    paths["EMPTY"].write_text("")
+    paths["TEXT"].write_text("Once upon a time")
+    paths["FOLDER"] = folder
+    return paths
 
 
-REFUSALS = {
+MISTAKES = {
     # arguments (the first word is the model, then the data), exit code, and what the message says
     "Q-LoRA on floats": ("CHAT DATA --q_lora", WRONG_ARGUMENTS, ["not quantized", "-Int4", "leave out --q_lora"]),
     "integers in full": ("INT4 DATA", WRONG_ARGUMENTS, ["is quantized", "--q_lora"]),
@@ -702,15 +700,15 @@ REFUSALS = {
         ["--lora_weight_path", "adapter_config.json"],
     ),
     "unknown argument": ("CHAT DATA --lora_alfa 8", WRONG_ARGUMENTS, ["--lora_alfa", "Did you mean --lora_alpha"]),
-    "no number": ("CHAT DATA --lora_r many", WRONG_ARGUMENTS, ["--lora_r", "'many'"]),
+    "not a number": ("CHAT DATA --lora_r many", WRONG_ARGUMENTS, ["--lora_r", "'many'"]),
     "rank 0": ("CHAT DATA --use_lora --lora_r 0", WRONG_ARGUMENTS, ["--lora_r is 0", "at least 1"]),
     "length 0": ("CHAT DATA --model_max_length 0", WRONG_ARGUMENTS, ["--model_max_length is 0"]),
-    "no bias so called": ("CHAT DATA --lora_bias some", WRONG_ARGUMENTS, ["--lora_bias", "lora_only"]),
+    "unknown bias": ("CHAT DATA --lora_bias some", WRONG_ARGUMENTS, ["--lora_bias", "lora_only"]),
     "float16 on the CPU": ("CHAT DATA --fp16 --use_cpu", WRONG_ARGUMENTS, ["--fp16 needs a GPU", "--bf16"]),
     "no configuration": ("CHAT DATA --deepspeed no.json", WRONG_ARGUMENTS, ["no.json", "finetune/"]),
-    "no JSON": ("CHAT DATA --deepspeed TEXT", WRONG_ARGUMENTS, ["--deepspeed", "not valid JSON"]),
+    "not JSON": ("CHAT DATA --deepspeed TEXT", WRONG_ARGUMENTS, ["--deepspeed", "not valid JSON"]),
     "nothing to resume": ("CHAT DATA --resume_from_checkpoint True", WRONG_ARGUMENTS, ["checkpoint-N", "Leave it out"]),
-    "no checkpoint": ("CHAT DATA --resume_from_checkpoint FOLDER", WRONG_ARGUMENTS, ["no checkpoint-N folder"]),
+    "no checkpoint": ("CHAT DATA --resume_from_checkpoint FOLDER", WRONG_ARGUMENTS, ["not a checkpoint-N folder"]),
     "nothing to evaluate": (
         "CHAT DATA --eval_strategy steps",
         WRONG_ARGUMENTS,
@@ -722,13 +720,13 @@ REFUSALS = {
         WRONG_ARGUMENTS,
         ["--lora_weight_path", "--use_lora"],
     ),
-    "no share": ("CHAT DATA --use_lora --lora_dropout 1.5", WRONG_ARGUMENTS, ["--lora_dropout is 1.5"]),
-    "no batch": ("CHAT DATA --per_device_train_batch_size 0", WRONG_ARGUMENTS, ["--per_device_train_batch_size"]),
-    "no steps": ("CHAT DATA --gradient_accumulation_steps 0", WRONG_ARGUMENTS, ["--gradient_accumulation_steps"]),
-    "backwards": ("CHAT DATA --learning_rate -1", WRONG_ARGUMENTS, ["--learning_rate"]),
+    "dropout above 1": ("CHAT DATA --use_lora --lora_dropout 1.5", WRONG_ARGUMENTS, ["--lora_dropout is 1.5"]),
+    "batch size 0": ("CHAT DATA --per_device_train_batch_size 0", WRONG_ARGUMENTS, ["--per_device_train_batch_size"]),
+    "accumulation 0": ("CHAT DATA --gradient_accumulation_steps 0", WRONG_ARGUMENTS, ["--gradient_accumulation_steps"]),
+    "negative rate": ("CHAT DATA --learning_rate -1", WRONG_ARGUMENTS, ["--learning_rate"]),
     "no such package": ("CHAT DATA --optim adamw_bnb_8bit", WRONG_ARGUMENTS, ["bitsandbytes"]),
     "rows by length": ("CHAT DATA --packing --group_by_length", WRONG_ARGUMENTS, ["--packing", "--group_by_length"]),
-    "no way to output": ("CHAT DATA --output_dir BELOW", WRONG_ARGUMENTS, ["--output_dir", "text.json"]),
+    "output below a file": ("CHAT DATA --output_dir BELOW", WRONG_ARGUMENTS, ["--output_dir", "text.json"]),
     "no model": ("FOLDER DATA", WRONG_DATA, ["config.json"]),
     "no data": ("CHAT no.json", WRONG_DATA, ["no.json does not exist"]),
     "data in a folder": ("CHAT FOLDER", WRONG_DATA, ["is a folder"]),
@@ -741,9 +739,9 @@ REFUSALS = {
 }
 
 
-@pytest.mark.parametrize(("words", "code", "says"), REFUSALS.values(), ids=REFUSALS.keys())
-def test_a_mistake_is_explained(tmp_path: Path, places: dict[str, Path], words: str, code: int, says: list[str]):
-    model, data, *arguments = [str(places.get(word, word)) for word in words.split()]
+@pytest.mark.parametrize(("words", "code", "says"), MISTAKES.values(), ids=MISTAKES.keys())
+def test_a_mistake_is_explained(tmp_path: Path, paths: dict[str, Path], words: str, code: int, says: list[str]):
+    model, data, *arguments = [str(paths.get(word, word)) for word in words.split()]
     named = options(model_name_or_path=model, data_path=data)
     child = Child(tmp_path, main_without_weights, *named, *arguments)
     assert child.result() == code, child.said()
@@ -758,10 +756,10 @@ def test_a_mistake_is_explained(tmp_path: Path, places: dict[str, Path], words: 
     ("name", "method", "holds"),
     [("full_run", "--use_lora", "a full model"), ("lora_run", "--use_lora=False", "an adapter")],
 )
-def test_an_adapter_and_a_full_model_share_no_folder(
+def test_adapter_and_full_model_need_separate_folders(
     request: pytest.FixtureRequest, tmp_path: Path, lessons: Path, name: str, method: str, holds: str
 ):
-    # A folder with both would load as the one with the other on it.
+    # A folder with both would load as the model with the adapter applied.
     run = request.getfixturevalue(name)
     before = set(os.listdir(run.output))
     child = Child(tmp_path, main_without_weights, "--output_dir", run.output, "--data_path", lessons, method)
@@ -770,7 +768,7 @@ def test_an_adapter_and_a_full_model_share_no_folder(
     assert set(os.listdir(run.output)) == before
 
 
-def test_a_run_goes_on_with_the_method_it_began_with(tmp_path: Path, full_run: Run, lessons: Path):
+def test_resuming_needs_the_same_method(tmp_path: Path, full_run: Run, lessons: Path):
     checkpoint = full_run.output / "checkpoint-16"
     arguments = options(data_path=lessons, resume_from_checkpoint=checkpoint)
     child = Child(tmp_path, main_without_weights, "--use_lora", *arguments)
@@ -779,7 +777,7 @@ def test_a_run_goes_on_with_the_method_it_began_with(tmp_path: Path, full_run: R
     assert "--use_lora" in child.said()
 
 
-def test_a_place_for_logs_that_does_not_exist(tmp_path: Path, lessons: Path):
+def test_unknown_log_target_is_rejected(tmp_path: Path, lessons: Path):
     child = Child(tmp_path, main, *options(data_path=lessons, report_to="nowhere"))
     assert child.result() == WRONG_ARGUMENTS
     message = child.said().strip().splitlines()[-1]
@@ -795,14 +793,14 @@ def test_cut_samples_are_counted(tmp_path: Path, lessons: Path):
     assert 0 < cut < of == len(LESSONS)
 
 
-def test_two_precisions_are_refused(tmp_path: Path, lessons: Path):
+def test_two_precisions_are_rejected(tmp_path: Path, lessons: Path):
     child = Child(tmp_path, main_without_weights, "--data_path", lessons, "--bf16", "--fp16")
     assert child.result() == WRONG_ARGUMENTS
-    assert re.search("--fp16 needs a GPU|exclude each other", child.said())  # where there is no GPU, or is one
+    assert re.search("--fp16 needs a GPU|exclude each other", child.said())  # without a GPU, or with one
 
 
 def main_printing(*arguments: str | Path) -> tuple[int, str]:
-    """Exit code of finetune.py, and its standard output."""
+    """Run finetune.py. Returns its exit code and standard output."""
     with contextlib.redirect_stdout(io.StringIO()) as output:
         code = main(*arguments)
     return code, output.getvalue()

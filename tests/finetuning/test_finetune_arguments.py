@@ -1,4 +1,4 @@
-"""The command line of finetune.py: today's arguments, those of scripts written for transformers 4, and their values."""
+"""The command line of finetune.py: current arguments, those of scripts for transformers 4, and their values."""
 
 import dataclasses
 import json
@@ -11,8 +11,8 @@ import transformers
 from transformers import HfArgumentParser
 
 from qwen.finetuning import transformers4_arguments
-from qwen.finetuning.arguments import ArgumentError, Arguments, TrainingArguments, parse
-from qwen.finetuning.transformers4_arguments import modernized
+from qwen.finetuning.arguments import ArgumentError, Arguments, TrainingArguments, parse, read_settings
+from qwen.finetuning.transformers4_arguments import translate
 from tests.support import ROOT
 
 TODAY = {field.name for field in dataclasses.fields(transformers.TrainingArguments)}
@@ -22,7 +22,7 @@ CHECKPOINTING = "activation_checkpointing" if "activation_checkpointing" in TODA
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """As a process begins: variables that a command line sets are gone again after the test."""
+    """Start from the environment of a new process, and restore it after the test."""
     monkeypatch.setattr(os, "environ", os.environ.copy())
     os.environ.pop("TENSORBOARD_LOGGING_DIR", None)
     monkeypatch.chdir(tmp_path)
@@ -36,7 +36,7 @@ def noted(line: str) -> list[str]:
     return parse(["--data_path", "d.json", "--use_cpu", *shlex.split(line)])[1]
 
 
-def refusal(line: str) -> str:
+def parse_error(line: str) -> str:
     with pytest.raises(ArgumentError) as caught:
         parsed(line)
     assert "\n" not in str(caught.value)
@@ -58,8 +58,8 @@ def test_defaults():
     assert (training.model_max_length, training.use_lora) == (8192, False)
 
 
-# Everything that transformers 4.37, the last version that ran the published code, took and 5.23 does not take any more.
-GONE_SINCE_4 = """
+# All arguments that transformers 4.37, the last version that ran the published code, accepts and 5.23 does not.
+REMOVED_SINCE_4 = """
     adafactor dispatch_batches evaluation_strategy fp16_backend fp16_opt_level fsdp_min_num_params
     fsdp_transformer_layer_cls_to_wrap group_by_length half_precision_backend include_inputs_for_metrics
     include_tokens_per_second jit_mode_eval logging_dir mp_parameters no_cuda overwrite_output_dir past_index
@@ -67,54 +67,54 @@ GONE_SINCE_4 = """
     ray_scope save_safetensors split_batches torchdynamo tpu_metrics_debug tpu_num_cores use_ipex
     use_legacy_prediction_loop use_mps_device warmup_ratio
 """
-KNOWN = (
+HANDLED = (
     set(transformers4_arguments._RENAMED)
     | set(transformers4_arguments._SWITCHES)
     | set(transformers4_arguments._ACCELERATOR_FIELDS)
-    | set(transformers4_arguments._GONE)
+    | set(transformers4_arguments._IGNORED)
     | {"logging_dir"}
 )
 
 
-def takes_today(name: str) -> bool:
+def is_accepted_today(name: str) -> bool:
     parser = HfArgumentParser((TrainingArguments,), allow_abbrev=False)
     return any(f"--{name}" in action.option_strings for action in parser._actions)
 
 
-def test_every_old_name_is_known_and_old():
-    assert not set(GONE_SINCE_4.split()) - KNOWN - TODAY
-    still_taken = {name for name in KNOWN if takes_today(name)}
-    # Renamed ahead of their end: transformers 5.23 takes the old name too, and warns.
+def test_all_removed_arguments_are_handled():
+    assert not set(REMOVED_SINCE_4.split()) - HANDLED - TODAY
+    still_taken = {name for name in HANDLED if is_accepted_today(name)}
+    # Deprecated: transformers 5.23 still accepts the old name, and warns.
     assert still_taken <= {"gradient_checkpointing", "gradient_checkpointing_kwargs"}
 
 
 @pytest.mark.parametrize(("old", "new"), transformers4_arguments._RENAMED.items())
-def test_a_renamed_argument_is_one_of_today(old: str, new: str):
+def test_renamed_arguments_exist_today(old: str, new: str):
     assert new in TODAY
-    assert modernized([f"--{old}", "x"]) == ([f"--{new}", "x"], [])
-    assert modernized([f"--{old.replace('_', '-')}=x"]) == ([f"--{new}", "x"], [])
+    assert translate([f"--{old}", "x"]) == ([f"--{new}", "x"], [])
+    assert translate([f"--{old.replace('_', '-')}=x"]) == ([f"--{new}", "x"], [])
 
 
 @pytest.mark.parametrize(
     ("old", "new", "value"), [(old, *new) for old, new in transformers4_arguments._SWITCHES.items()]
 )
-def test_a_switch_is_a_choice_of_today(old: str, new: str, value: str):
+def test_switches_become_choices(old: str, new: str, value: str):
     assert getattr(parsed(f"--{old}").training, new) == value
     assert getattr(parsed(f"--{old} True").training, new) == value
     assert getattr(parsed(f"--{old} False").training, new) == getattr(parsed().training, new) != value
 
 
-@pytest.mark.parametrize("old", sorted(transformers4_arguments._GONE))
-def test_what_is_gone_is_noted(old: str):
+@pytest.mark.parametrize("old", sorted(transformers4_arguments._IGNORED))
+def test_ignored_arguments_are_noted(old: str):
     for line in (f"--{old}", f"--{old} 3", f"--{old}=3"):
         (note,) = noted(f"{line} --seed 7")
         assert note.startswith(f"--{old} is ignored: ")
-        assert parsed(f"{line} --seed 7").training.seed == 7  # the rest is not lost with it
+        assert parsed(f"{line} --seed 7").training.seed == 7  # the other arguments are kept
     named = {word.removeprefix("--").rstrip(".,") for word in note.split()[1:] if word.startswith("--")}
-    assert named <= TODAY  # the note sends nobody to an argument that is gone as well
+    assert named <= TODAY  # the note only names arguments that exist
 
 
-def test_fields_of_the_accelerator():
+def test_accelerator_fields():
     config = parsed("--split_batches True --dispatch_batches False").training.accelerator_config
     assert (config.split_batches, config.dispatch_batches) == (True, False)
 
@@ -145,7 +145,7 @@ def test_warmup(line: str, steps: float):
     ("line", "on"),
     [("--bf16", True), ("--bf16 True", True), ("--bf16=true", True), ("--bf16 False", False), ("", False)],
 )
-def test_a_switch_may_have_a_value(line: str, on: bool):
+def test_switches_may_have_values(line: str, on: bool):
     assert parsed(line).training.bf16 is on
 
 
@@ -153,7 +153,7 @@ def test_use_lora_and_q_lora():
     assert parsed("--use_lora").training.use_lora
     assert parsed("--use_lora True").training.use_lora
     assert not parsed("--use_lora False").training.use_lora
-    assert parsed("--q_lora").training.use_lora  # it is LoRA
+    assert parsed("--q_lora").training.use_lora  # implied
 
 
 def test_lists():
@@ -163,19 +163,19 @@ def test_lists():
 
 
 @pytest.mark.parametrize(
-    ("value", "understood"),
+    ("value", "expected"),
     [("True", True), ("true", True), ("False", False), ("out/checkpoint-5", "out/checkpoint-5")],
 )
-def test_resuming(value: str, understood: bool | str):
-    assert parsed(f"--resume_from_checkpoint {value}").training.resume_from_checkpoint == understood
+def test_resume_from_checkpoint_values(value: str, expected: bool | str):
+    assert parsed(f"--resume_from_checkpoint {value}").training.resume_from_checkpoint == expected
 
 
-def test_a_run_leaves_the_log_of_the_next_alone():
+def test_output_dir_does_not_set_the_logging_dir():
     parsed("--output_dir here")
     assert "TENSORBOARD_LOGGING_DIR" not in os.environ  # else a later run in this process would log into "here"
 
 
-def test_the_old_logging_dir():
+def test_old_logging_dir():
     parsed("--output_dir here --logging_dir there")
     assert os.environ["TENSORBOARD_LOGGING_DIR"] == "there"
 
@@ -189,29 +189,29 @@ def test_the_old_logging_dir():
         ("full_shard offload", {"reshard_after_forward": True, "cpu_offload": True}),
     ],
 )
-def test_words_of_fsdp(words: str, fields: dict):
-    now, notes = modernized(["--seed", "3", "--fsdp", *shlex.split(words), "--use_lora"])
-    assert now[:4] == ["--seed", "3", "--fsdp", "--fsdp_config"]
-    assert now[5:] == ["--use_lora"]
-    assert json.loads(now[4]) == fields
+def test_fsdp_words(words: str, fields: dict):
+    new_argv, notes = translate(["--seed", "3", "--fsdp", *shlex.split(words), "--use_lora"])
+    assert new_argv[:4] == ["--seed", "3", "--fsdp", "--fsdp_config"]
+    assert new_argv[5:] == ["--use_lora"]
+    assert json.loads(new_argv[4]) == fields
     assert notes == []
 
 
-def test_words_of_fsdp_beside_its_configuration(tmp_path: Path):
+def test_fsdp_words_with_a_configuration(tmp_path: Path):
     file = tmp_path / "fsdp.json"
     file.write_text('{"version": 2, "cpu_offload": false}')
     for config in (str(file), file.read_text()):
         for line in (["--fsdp", "offload", "--fsdp_config", config], ["--fsdp_config", config, "--fsdp", "offload"]):
-            now, _ = modernized(line)
-            assert now[:2] == ["--fsdp", "--fsdp_config"]
-            assert len(now) == 3
-            assert json.loads(now[2]) == {"version": 2, "cpu_offload": True}
-    for value in ([], ["True"]):  # as FSDP 2 is asked for
+            new_argv, _ = translate(line)
+            assert new_argv[:2] == ["--fsdp", "--fsdp_config"]
+            assert len(new_argv) == 3
+            assert json.loads(new_argv[2]) == {"version": 2, "cpu_offload": True}
+    for value in ([], ["True"]):  # the syntax of FSDP 2
         line = ["--fsdp", *value, "--fsdp_config", str(file)]
-        assert modernized(line) == (line, [])
+        assert translate(line) == (line, [])
 
 
-# Refusals that only words are needed for; those of finetune.py as a whole are in test_finetune.py
+# Errors of the command line alone; those of finetune.py as a whole are in test_finetune.py
 
 
 @pytest.mark.parametrize(
@@ -239,10 +239,10 @@ def test_words_of_fsdp_beside_its_configuration(tmp_path: Path):
         ("stray", ["stray"]),
     ],
 )
-def test_refusals(line: str, says: list[str]):
+def test_invalid_arguments_are_explained(line: str, says: list[str]):
     if "--deepspeed" in line:
-        pytest.importorskip("deepspeed", reason="what it is told is looked at where it is: pip install deepspeed")
-    message = refusal(line)
+        pytest.importorskip("deepspeed", reason="reads the configuration if installed: pip install deepspeed")
+    message = parse_error(line)
     assert [text for text in says if text not in message] == [], message
 
 
@@ -255,7 +255,7 @@ def test_data_must_be_named():
 
 
 def test_an_old_script():
-    """Every setting that people have in their scripts for these models, as they were typed for transformers 4.32."""
+    """All settings that scripts for these models use, as written for transformers 4.32."""
     line = """
         --model_name_or_path Qwen/Qwen-7B-Chat --data_path data.json --bf16 True --output_dir output_qwen
         --num_train_epochs 5 --per_device_train_batch_size 2 --per_device_eval_batch_size 1
@@ -281,18 +281,18 @@ def test_an_old_script():
 
 @pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "finetune").glob("finetune_*.sh")))
 def test_our_own_scripts(script: str):
-    """Their arguments are today's: nothing to translate, nothing to note."""
+    """Their arguments are current: nothing is translated or noted."""
     text = (ROOT / "finetune" / script).read_text().replace("\\\n", " ")
     (line,) = (line for line in text.splitlines() if line.startswith("launch "))
     words = shlex.split(line)
     words = words[words.index("--model_name_or_path") : -1]  # between finetune.py and "$@"
     words = [word.replace("activation_checkpointing", CHECKPOINTING) for word in words]
-    assert modernized(words) == (words, [])
-    at = words.index("--deepspeed") if "--deepspeed" in words else len(words)
-    arguments, notes = parse([*words[:at], *words[at + 2 :], "--use_cpu"])  # it would start DeepSpeed
+    assert translate(words) == (words, [])
+    settings, notes = read_settings([word.replace("$ROOT", str(ROOT)) for word in words] + ["--use_cpu"])
     assert notes == []
-    assert arguments.training.warmup_steps == 0.01
-    assert getattr(arguments.training, CHECKPOINTING)
+    assert settings["warmup_steps"] == 0.01
+    assert settings[CHECKPOINTING]
+    assert bool(settings["deepspeed"]) == script.endswith("_ds.sh")
 
 
 def test_one_process_uses_one_gpu(monkeypatch: pytest.MonkeyPatch):
@@ -300,10 +300,10 @@ def test_one_process_uses_one_gpu(monkeypatch: pytest.MonkeyPatch):
     arguments, notes = parse(["--data_path", "d.json", "--use_cpu", "--per_device_train_batch_size", "3"])
     assert arguments.training.n_gpu == 1
     assert arguments.training.train_batch_size == 3
-    assert any(note.startswith("One of 4 GPUs is used") for note in notes)
+    assert any(note.startswith("Using one of 4 GPUs.") for note in notes)
 
 
-def test_no_gpu_is_none(monkeypatch: pytest.MonkeyPatch):
+def test_no_gpu_gives_n_gpu_0(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(transformers.TrainingArguments, "n_gpu", property(lambda self: 0))
     arguments, notes = parse(["--data_path", "d.json", "--use_cpu"])
     assert arguments.training.n_gpu == 0
@@ -314,6 +314,6 @@ def test_no_gpu_is_none(monkeypatch: pytest.MonkeyPatch):
     ("typed", "meant"),
     [("--no_save_on_each_nod", "--save_on_each_node"), ("--lora_rr", "--lora_r"), ("--hlep", "--help")],
 )
-def test_a_misspelt_argument_is_answered_with_those_that_are_near(typed: str, meant: str):
+def test_misspelt_arguments_get_suggestions(typed: str, meant: str):
     with pytest.raises(ArgumentError, match=f"Did you mean .*{meant}"):
         parse(["--data_path", "d.json", typed])

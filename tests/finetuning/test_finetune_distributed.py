@@ -1,9 +1,9 @@
-"""Fine-tuning in several processes, through the scripts of finetune/ and through torchrun: what the processes reach
-together is what one alone reaches, in memory that they share out, and a person can stop it and go on.
+"""Fine-tuning in several processes, with the scripts of finetune/ and with torchrun: the result equals that of one
+process, memory is sharded, and runs can be stopped and resumed.
 
-Every run is a real one of two processes on the CPU with the bundled toy. Starting them takes most of the time, so much
-is looked at in each. Where it is not about the start, the processes are forked from one that has imported torch: either
-from here, with the words that a script would give them, or by the script, whose PYTHON is a command that forks.
+Every run is a real one of two processes on the CPU with the bundled toy. Starting them takes most of the time, so each
+test checks several things. Unless a test is about the start, the processes are forked from one that has imported torch:
+either from here, with the arguments of a script, or by the script, whose PYTHON is a command that forks.
 """
 
 import itertools
@@ -34,19 +34,19 @@ pytestmark = pytest.mark.training
 TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "PORT"]
 SCRIPTS = ROOT / "finetune"
 STEPS, SAVED, BATCH = 6, 4, 2
-TOLERANCE = 1e-4  # of a loss, relative: the order of summation is all that differs
-TIMEOUT = 180  # seconds, of a run of ten on an idle machine
+TOLERANCE = 1e-4  # relative, of a loss: only the order of summation differs
+TIMEOUT = 180  # seconds, for a run of ten on an idle machine
 
 # Dropout draws different numbers in two processes.
-ALWAYS = f"--lora_dropout 0 --gradient_accumulation_steps 1 --max_steps {STEPS} --save_steps {SAVED}".split()
-ALWAYS += ["--lr_scheduler_type", "constant", "--weight_decay", "0.1", "--adam_beta2", "0.95", "--report_to", "none"]
+COMMON = f"--lora_dropout 0 --gradient_accumulation_steps 1 --max_steps {STEPS} --save_steps {SAVED}".split()
+COMMON += ["--lr_scheduler_type", "constant", "--weight_decay", "0.1", "--adam_beta2", "0.95", "--report_to", "none"]
 FULL = ["--learning_rate", "1e-3"]
 LORA = ["--learning_rate", "5e-3"]
 
 
 @dataclass
 class Run:
-    """A run that has ended."""
+    """A finished run."""
 
     folder: Path
     status: int
@@ -72,10 +72,10 @@ class Run:
 
 
 class Runs:
-    """Starts runs in a folder whose name has a space, from outside of the repository.
+    """Starts runs outside of the repository, in a folder whose name has a space.
 
     Args:
-        recorder: a Python that only says which arguments it was given.
+        recorder: a Python that only prints its arguments.
         forking: a Python that is forked.
     """
 
@@ -88,22 +88,22 @@ class Runs:
         self.data.write_text(json.dumps([_sample(i) for i in range(2 * STEPS)]))
 
     def start(self, command: list, *arguments: str, output: str, **environment: str) -> subprocess.Popen:
-        """The process group of a command; data and output are named to it as a script or as finetune.py wants it."""
+        """Start a command in its own process group, with the data and output arguments of a script or finetune.py."""
         port = environment.setdefault("MASTER_PORT", free_port())
         command = [port if word == "PORT" else str(word) for word in command]
-        ours = self.ours(output, script=command[-1].endswith(".sh"))
-        here = {"PYTHON": self.forking, "PYTHON_EXEC": self.forking, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        paths = self.path_arguments(output, script=command[-1].endswith(".sh"))
+        base = {"PYTHON": self.forking, "PYTHON_EXEC": self.forking, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         with open(self.folder / f"{output}.txt", "a") as log:
             return subprocess.Popen(
-                [*command, *ours, *arguments],
+                [*command, *paths, *arguments],
                 cwd=self.folder,
-                env=os.environ | here | environment,
+                env=os.environ | base | environment,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
 
-    def ours(self, output: str, script: bool) -> list[str]:
+    def path_arguments(self, output: str, script: bool) -> list[str]:
         data, folder = ("-d", "-o") if script else ("--data_path", "--output_dir")
         return [data, str(self.data), folder, output]
 
@@ -116,15 +116,15 @@ class Runs:
         status: int = 0,
         run: Callable[..., int] = main,
     ) -> Run:
-        """A run without its start: finetune.py in processes that are told of each other as torchrun tells its own.
+        """Run finetune.py in forked processes, with the environment variables that torchrun sets.
 
         Args:
             arguments: of finetune.py, or of the script.
-            script: one of finetune/; it is asked which arguments it would start finetune.py with.
-            status: in which every process is to end.
+            script: one of finetune/, whose arguments for finetune.py are used.
+            status: expected exit status of every process.
             run: calls finetune.py.
         """
-        words = [*self.ours(output, script=script is not None), *arguments]
+        words = [*self.path_arguments(output, script=script is not None), *arguments]
         if script is not None:
             recorded = scripted("sh", script, *words, recorder=self.recorder).stdout
             words = recorded.partition(f"{ROOT / 'finetune.py'}\n")[2].splitlines()
@@ -158,7 +158,7 @@ class Runs:
 
 
 def _sample(i: int) -> dict:
-    """Samples of different lengths, for a mean over processes is not one over tokens."""
+    """Samples have different lengths, since a mean over processes is not a mean over tokens."""
     answer = " ".join(["I am Robin, a small robot."] + ["Ada made me."] * (i % 4))
     turns = [{"from": "user", "value": f"{i}: who are you?"}, {"from": "assistant", "value": answer}]
     return {"id": str(i), "conversations": turns}
@@ -176,8 +176,8 @@ def kill_group(process: subprocess.Popen) -> None:
         process.wait()
 
 
-def processes_about(words: str) -> list[str]:
-    """The command lines of running processes that hold these words."""
+def processes_with(words: str) -> list[str]:
+    """The command lines of running processes that contain these words."""
     lines = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
@@ -193,7 +193,7 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen) -> None
     deadline = time.monotonic() + TIMEOUT
     while not condition():
         assert process.poll() is None, "the run ended too early"
-        assert time.monotonic() < deadline, "it takes too long"
+        assert time.monotonic() < deadline, "the run took too long"
         time.sleep(0.05)
 
 
@@ -210,45 +210,45 @@ def runs(tmp_path_factory: pytest.TempPathFactory, recorder: Path, forking: Path
 
 @pytest.fixture(scope="module")
 def full_alone(runs: Runs) -> Run:
-    """All weights in one process, both samples of a step in one batch."""
-    return runs.forked(*[*ALWAYS, *FULL, "--per_device_train_batch_size", str(BATCH)], output="full_alone", processes=1)
+    """Full training in one process, both samples of a step in one batch."""
+    return runs.forked(*[*COMMON, *FULL, "--per_device_train_batch_size", str(BATCH)], output="full_alone", processes=1)
 
 
 @pytest.fixture(scope="module")
 def lora_alone(runs: Runs) -> Run:
     return runs.forked(
-        *[*ALWAYS, *LORA, "--per_device_train_batch_size", str(BATCH)],
+        *[*COMMON, *LORA, "--per_device_train_batch_size", str(BATCH)],
         output="lora_alone",
         script="finetune_lora_single_gpu.sh",
         processes=1,
     )
 
 
-def start_of(run: Run) -> dict[str, torch.Tensor]:
-    """What the weights were before training: those of the model, zeros for an adapter, whose B matrices begin so."""
+def initial_weights(run: Run) -> dict[str, torch.Tensor]:
+    """The weights before training: those of the model, or zeros for the B matrices of an adapter."""
     if "adapter_config.json" in run.files:
         return {name: torch.zeros_like(tensor) for name, tensor in run.weights.items() if "lora_B" in name}
     return load_file(ROOT / "checkpoints" / "qwen-tiny-chat" / "model.safetensors")
 
 
-def assert_the_same_training(run: Run, alone: Run) -> None:
-    """Losses at every step, final weights, and the files that are left."""
+def assert_same_training(run: Run, alone: Run) -> None:
+    """Compare the losses of every step, the final weights, and the files."""
     assert len(run.losses) == len(alone.losses) == STEPS
-    # Processors add in different orders; a loss that has become small shows it as a larger share of itself.
+    # Sums are taken in different orders, which matters more for small losses.
     assert run.losses == pytest.approx(alone.losses, rel=TOLERANCE, abs=1e-5 * alone.losses[0])
     assert run.losses[-1] < 0.2 * run.losses[0], "it has not learned"
     assert run.files == alone.files
-    weights, expected, before = run.weights, alone.weights, start_of(alone)
+    weights, expected, before = run.weights, alone.weights, initial_weights(alone)
     assert {name: tensor.shape for name, tensor in weights.items()} == {n: t.shape for n, t in expected.items()}
     for name, start in before.items():
         moved = (expected[name] - start).norm()
         assert moved > 0
-        # Where a gradient is almost zero, its sign is noise, and Adam makes a step of it.
+        # If a gradient is almost zero, its sign is noise, and Adam makes a step of it.
         assert (weights[name] - expected[name]).norm() < 0.03 * moved, name
 
 
 def assert_quiet(run: Run) -> None:
-    """Progress, losses, and where the result is, each once."""
+    """Losses and the output folder are printed once, and no noise."""
     assert_no_noise(run)
     assert run.said.count("Done: ") == 1
     assert run.said.count(": loss ") == STEPS
@@ -278,47 +278,47 @@ def parameters(run: Run) -> int:
 
 
 def resumed(runs: Runs, *arguments: str, run: Run, script: str | None = None) -> Run:
-    """A copy of the run that has only come to its first checkpoint, and goes on from there."""
+    """Resume a run from a copy of its first checkpoint."""
     output = f"{run.folder.name}_resumed"
     shutil.copytree(run.folder / f"checkpoint-{SAVED}", runs.folder / output / f"checkpoint-{SAVED}")
     return runs.forked(*arguments, "--resume_from_checkpoint", "True", output=output, script=script)
 
 
-def assert_goes_on(resumed: Run, run: Run) -> None:
+def assert_resumed(resumed: Run, run: Run) -> None:
     assert [entry["step"] for entry in resumed.log] == list(range(1, STEPS + 1))
     assert resumed.losses == pytest.approx(run.losses, rel=1e-5)
-    assert resumed.said.count(": loss ") == STEPS - SAVED, "the first steps were done again"
+    assert resumed.said.count(": loss ") == STEPS - SAVED, "the first steps were repeated"
 
 
 def test_plain_torchrun(runs: Runs, full_alone: Run):
-    arguments = [*ALWAYS, *FULL, "--per_device_train_batch_size", "1"]
+    arguments = [*COMMON, *FULL, "--per_device_train_batch_size", "1"]
     run = runs([runs.forking, *TORCHRUN, ROOT / "finetune.py"], *arguments, output="ddp")
-    assert_the_same_training(run, full_alone)
+    assert_same_training(run, full_alone)
     assert_quiet(run)
     model, _ = load_model(run.folder)
     assert model.num_parameters() == parameters(full_alone)
 
 
 def test_zero_3_full(runs: Runs, full_alone: Run):
-    run = runs.forked(*ALWAYS, *FULL, output="zero3", script="finetune_ds.sh")
-    assert_the_same_training(run, full_alone)
+    run = runs.forked(*COMMON, *FULL, output="zero3", script="finetune_ds.sh")
+    assert_same_training(run, full_alone)
     assert_quiet(run)
     load_model(run.folder)
 
-    # Each process kept half of the weights and of Adam's two moments, all float32, and nothing else.
+    # Each process holds half of the weights and of Adam's two moments, all float32, and nothing else.
     shards = run.folder / f"checkpoint-{SAVED}" / f"global_step{SAVED}"
     assert bytes_of(shards, "*optim_states.pt") == pytest.approx([3 * 4 * parameters(run) / 2] * 2, rel=0.01)
     assert max(bytes_of(shards, "*model_states.pt")) < 0.01 * 4 * parameters(run)
 
-    assert_goes_on(resumed(runs, *ALWAYS, *FULL, run=run, script="finetune_ds.sh"), run)
+    assert_resumed(resumed(runs, *COMMON, *FULL, run=run, script="finetune_ds.sh"), run)
 
 
 def test_fsdp_full(runs: Runs, full_alone: Run):
-    # Checkpoints as the processes hold them; that the result is a whole model all the same is looked at below.
+    # Checkpoints are sharded; the result is a whole model all the same, as checked below.
     sharded = ["--fsdp", "--fsdp_config", '{"state_dict_type": "SHARDED_STATE_DICT"}']
-    arguments = [*ALWAYS, *FULL, *sharded, "--per_device_train_batch_size", "1"]
+    arguments = [*COMMON, *FULL, *sharded, "--per_device_train_batch_size", "1"]
     run = runs.forked(*arguments, output="fsdp")
-    assert_the_same_training(run, full_alone)
+    assert_same_training(run, full_alone)
     assert_quiet(run)
     load_model(run.folder)
     assert json.loads((run.folder / "config.json").read_text())["architectures"] == ["QWenLMHeadModel"]
@@ -329,42 +329,41 @@ def test_fsdp_full(runs: Runs, full_alone: Run):
     )
     assert bytes_of(checkpoint, "optimizer_0/*.distcp") == pytest.approx([8 * parameters(run) / 2] * 2, rel=0.1)
 
-    assert_goes_on(resumed(runs, *arguments, run=run), run)
+    assert_resumed(resumed(runs, *arguments, run=run), run)
 
 
 def test_fsdp_lora(runs: Runs, lora_alone: Run):
-    run = runs.forked(*ALWAYS, *LORA, "--use_lora", "--fsdp", "--per_device_train_batch_size", "1", output="fsdp_lora")
-    assert_the_same_training(run, lora_alone)
+    run = runs.forked(*COMMON, *LORA, "--use_lora", "--fsdp", "--per_device_train_batch_size", "1", output="fsdp_lora")
+    assert_same_training(run, lora_alone)
     assert_quiet(run)
     assert (run.folder / f"checkpoint-{SAVED}" / "optimizer.bin").is_file()  # which DDP does not write
 
 
 def test_zero_3_lora(runs: Runs, lora_alone: Run):
     zero_3 = ["--deepspeed", str(SCRIPTS / "ds_config_zero3.json"), "--per_device_train_batch_size", "1"]
-    run = runs.forked(*ALWAYS, *LORA, *zero_3, output="zero3_lora", script="finetune_lora_ds.sh")
-    assert_the_same_training(run, lora_alone)
+    run = runs.forked(*COMMON, *LORA, *zero_3, output="zero3_lora", script="finetune_lora_ds.sh")
+    assert_same_training(run, lora_alone)
     assert_quiet(run)
     shards = run.folder / f"checkpoint-{SAVED}" / f"global_step{SAVED}"
     assert bytes_of(shards, "*optim_states.pt") == pytest.approx([3 * 4 * parameters(run) / 2] * 2, rel=0.1)
 
 
-def test_zero_2_lora_can_be_stopped_and_goes_on(runs: Runs, lora_alone: Run):
+def test_zero_2_lora_can_be_stopped_and_resumed(runs: Runs, lora_alone: Run):
     script = "finetune_lora_ds.sh"
-    arguments = [*ALWAYS, *LORA, "--per_device_train_batch_size", "1"]
+    arguments = [*COMMON, *LORA, "--per_device_train_batch_size", "1"]
     run = runs.forked(*arguments, output="zero2_lora", script=script)
-    assert_the_same_training(run, lora_alone)
+    assert_same_training(run, lora_alone)
     assert_quiet(run)
     shards = run.folder / f"checkpoint-{SAVED}" / f"global_step{SAVED}"
     assert bytes_of(shards, "*optim_states.pt") == pytest.approx([3 * 4 * parameters(run) / 2] * 2, rel=0.1)
 
     output = "zero2_lora_stopped"
-    real = {"PYTHON": sys.executable, "PYTHON_EXEC": sys.executable}
-    process = runs.start(["bash", SCRIPTS / script], *arguments, output=output, **real)
+    process = runs.start(["bash", SCRIPTS / script], *arguments, output=output, PYTHON=sys.executable)
     wait_until(lambda: ": loss " in runs.said(output), process)
     os.killpg(process.pid, signal.SIGINT)
     stopped = runs.wait(process, output)
     assert stopped.status == 130, stopped.said
-    assert not processes_about(output)
+    assert not processes_with(output)
     assert stopped.said.count("Stopping after this step") == 1
     assert stopped.said.count("--resume_from_checkpoint True") == 1
     assert_no_noise(stopped)
@@ -377,15 +376,15 @@ def test_zero_2_lora_can_be_stopped_and_goes_on(runs: Runs, lora_alone: Run):
     assert again.said.count(": loss ") == STEPS
 
 
-def test_qlora_on_two_machines_is_that_of_one_process(runs: Runs):
+def test_qlora_on_two_machines_matches_one_process(runs: Runs):
     alone = runs.forked(
-        *[*ALWAYS, *LORA, "--per_device_train_batch_size", str(BATCH)],
+        *[*COMMON, *LORA, "--per_device_train_batch_size", str(BATCH)],
         output="qlora_alone",
         script="finetune_qlora_single_gpu.sh",
         processes=1,
     )
     command = ["bash", SCRIPTS / "finetune_qlora_ds.sh"]
-    arguments = [*ALWAYS, *LORA, "--per_device_train_batch_size", "1"]
+    arguments = [*COMMON, *LORA, "--per_device_train_batch_size", "1"]
     machines = {"NNODES": "2", "GPUS_PER_NODE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     second = runs.start(command, *arguments, output="qlora_second_machine", NODE_RANK="1", **machines)
     try:
@@ -393,7 +392,7 @@ def test_qlora_on_two_machines_is_that_of_one_process(runs: Runs):
         assert second.wait(TIMEOUT) == 0
     finally:
         kill_group(second)
-    assert_the_same_training(run, alone)
+    assert_same_training(run, alone)
     assert_quiet(run)
     assert ": loss " not in runs.said("qlora_second_machine")
 
@@ -405,12 +404,12 @@ def main_without_mpi(*arguments: str) -> int:
 
 
 def test_one_process_runs_deepspeed_with_the_schedule_of_the_arguments(runs: Runs):
-    """Without a launcher, without MPI, and though the configuration names a schedule of its own."""
+    """Without a launcher, without MPI, and although the configuration names another schedule."""
     config = json.loads((SCRIPTS / "ds_config_zero2.json").read_text())
     config["scheduler"] = {"type": "WarmupLR", "params": {"warmup_max_lr": "auto", "warmup_num_steps": "auto"}}
     (runs.folder / "warmup.json").write_text(json.dumps(config))
     run = runs.forked(
-        *[*ALWAYS, "--learning_rate", "1e-3", "--lr_scheduler_type", "cosine", "--warmup_steps", "2"],
+        *[*COMMON, "--learning_rate", "1e-3", "--lr_scheduler_type", "cosine", "--warmup_steps", "2"],
         *["--deepspeed", "warmup.json"],
         output="schedule",
         processes=1,
@@ -428,25 +427,25 @@ def test_one_process_runs_deepspeed_with_the_schedule_of_the_arguments(runs: Run
     assert_quiet(run)
 
 
-def main_impatient(*arguments: str) -> int:
-    """finetune.py that does not wait to be ended by a launcher where another process says what is wrong."""
+def main_without_delay(*arguments: str) -> int:
+    """finetune.py without the delay of processes that print no error, in which a launcher would end them."""
     from qwen.finetuning import distributed
 
-    distributed.let_main_process_speak.__defaults__ = (0,)
+    distributed.delay_exit_on_workers.__defaults__ = (0,)
     return main(*arguments)
 
 
-def test_mistake_is_said_once(runs: Runs):
-    mistaken = {"status": 1, "run": main_impatient}
+def test_error_is_printed_once(runs: Runs):
+    mistaken = {"status": 1, "run": main_without_delay}
     run = runs.forked("--data_path", "nowhere.json", output="missing", script="finetune_lora_ds.sh", **mistaken)
     assert run.said == f"{runs.folder / 'nowhere.json'} does not exist: check the path.\n"
 
     run = runs.forked("--epochs", "3", output="unknown", script="finetune_ds.sh", **mistaken | {"status": 2})
     assert run.said.count("\n") == 1
-    assert "There is no argument --epochs" in run.said
+    assert "Unknown argument --epochs" in run.said
 
 
-def test_mistake_on_one_machine_ends_all(runs: Runs):
+def test_error_on_one_machine_ends_all(runs: Runs):
     machines = {"NNODES": "2", "GPUS_PER_NODE": "1", "MASTER_PORT": free_port()}
     command = [runs.forking, SCRIPTS / "launch.py", ROOT / "finetune.py"]
     first = runs.start(command, output="first_machine", NODE_RANK="0", **machines)
@@ -463,7 +462,7 @@ def test_mistake_on_one_machine_ends_all(runs: Runs):
 @pytest.mark.parametrize(
     ("name", "value"), [("GPUS_PER_NODE", "all"), ("GPUS_PER_NODE", "0"), ("NNODES", "-1"), ("MASTER_PORT", "x")]
 )
-def test_launcher_wants_numbers(name: str, value: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+def test_launcher_needs_numbers(name: str, value: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
     monkeypatch.setenv("GPUS_PER_NODE", "1")
     monkeypatch.setenv(name, value)
     launch = runpy.run_path(str(SCRIPTS / "launch.py"))
@@ -471,7 +470,7 @@ def test_launcher_wants_numbers(name: str, value: str, monkeypatch: pytest.Monke
     assert capsys.readouterr().err.startswith(f"{name} is {value}: it must be a whole number")
 
 
-def test_launcher_explains_what_went_wrong(tmp_path: Path, forking: Path):
+def test_launcher_explains_failures(tmp_path: Path, forking: Path):
     def launched(port: str) -> subprocess.CompletedProcess:
         return subprocess.run(
             [forking, SCRIPTS / "launch.py", tmp_path / "end.py"],
@@ -488,7 +487,7 @@ def test_launcher_explains_what_went_wrong(tmp_path: Path, forking: Path):
         port = str(taken.getsockname()[1])
         result = launched(port)
     assert result.returncode == 1
-    assert f"cannot meet at localhost:{port}" in result.stderr
+    assert f"cannot connect at localhost:{port}" in result.stderr
     assert "set MASTER_PORT" in result.stderr
     assert "Traceback" not in result.stderr
 
@@ -496,14 +495,14 @@ def test_launcher_explains_what_went_wrong(tmp_path: Path, forking: Path):
     assert result.returncode == 128 + signal.SIGKILL
     assert result.stderr == "Process 0 was ended by SIGKILL. Is the memory full?\n"
 
-    (tmp_path / "end.py").write_text("import sys; sys.exit(2)")  # it has said why
+    (tmp_path / "end.py").write_text("import sys; sys.exit(2)")  # it has printed why
     result = launched(free_port())
     assert (result.returncode, result.stderr) == (2, "")
 
 
 @pytest.fixture(scope="module")
 def recorder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Python that only says which arguments it was given, a line each."""
+    """A Python that only prints its arguments, one per line."""
     path = tmp_path_factory.mktemp("recorder") / "my python"
     path.write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
     path.chmod(0o755)
@@ -513,7 +512,7 @@ def recorder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def scripted(
     shell: str, script: str, *arguments: str, recorder: Path, **environment: str
 ) -> subprocess.CompletedProcess:
-    """Run a script with `recorder` for Python, from a folder beside the repository's `finetune`."""
+    """Run a script with `recorder` as Python, from a folder beside the repository's `finetune`."""
     return subprocess.run(
         [shell, f"../finetune/{script}", *arguments],
         cwd=ROOT / "tests",
@@ -546,7 +545,7 @@ def test_scripts_pass_arguments_on(shell: str, recorder: Path):
     for option, value in (("model_name_or_path", "org/name"), ("data_path", "my data.json"), ("output_dir", "o p")):
         assert words.count(f"--{option}") == 1
         assert words[words.index(f"--{option}") + 1] == value
-    assert words[-4:] == ["--run_name", "a  b", "--seed=3", "--use_cpu"], "the person's words come last, and win"
+    assert words[-4:] == ["--run_name", "a  b", "--seed=3", "--use_cpu"], "the user's arguments come last, and override"
 
     usage = scripted(shell, "finetune_ds.sh", "-d", "x", "-h", recorder=recorder)
     assert usage.returncode == 0
@@ -555,7 +554,7 @@ def test_scripts_pass_arguments_on(shell: str, recorder: Path):
 
 
 @pytest.mark.parametrize("arguments", [["-m"], ["--lora_r", "8", "-d"], ["-m", "-d", "data.json"], ["-o", ""]])
-def test_scripts_want_a_value(arguments: list[str], recorder: Path):
+def test_scripts_require_values(arguments: list[str], recorder: Path):
     result = scripted("sh", "finetune_ds.sh", *arguments, recorder=recorder)
     assert result.returncode == 2
     assert result.stdout == ""

@@ -1,4 +1,4 @@
-"""Adapters after training: they load like models, go into their base without loss, and say what is wrong with them."""
+"""Adapters after training: they load like models, merge into their base without loss, and have clear errors."""
 
 import base64
 import importlib.util
@@ -48,11 +48,11 @@ def random_adapter(
     dtype: torch.dtype = torch.float32,
     **config: object,
 ) -> PeftModel:
-    """An adapter with random matrices and what fine-tuning writes beside it; the model that has it, for comparison.
+    """Write an adapter with random matrices and the files that fine-tuning adds to it. Returns the model with it.
 
     Args:
-        tokenizer: one with more tokens than the base's.
-        config: of LoRA, instead of rank 4 on all linear layers.
+        tokenizer: a tokenizer with more tokens than the base's.
+        config: LoRA settings, instead of rank 4 on all linear layers.
     """
     torch.manual_seed(0)
     model, own = load_model(base, cpu_only=True, dtype=dtype)
@@ -73,7 +73,7 @@ def random_adapter(
 
 @torch.no_grad()
 def logits(model: torch.nn.Module, tokenizer: QWenTokenizer) -> list[torch.Tensor]:
-    """Of the prompts, in float32."""
+    """Logits of the prompts, in float32."""
     return [model(**tokenizer(prompt, return_tensors="pt")).logits.float() for prompt in PROMPTS]
 
 
@@ -103,13 +103,13 @@ def trained(bundled_chat: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 @pytest.fixture
 def adapter(trained: Path, tmp_path: Path) -> Path:
-    """A copy, to be damaged."""
+    """A copy of `trained` that a test may damage."""
     return Path(shutil.copytree(trained, tmp_path / "adapter"))
 
 
 @pytest.fixture(scope="module")
 def merged(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the script makes of the trained adapter, started elsewhere and without the package on the path."""
+    """The trained adapter, merged by the script, which runs in another folder."""
     folder = tmp_path_factory.mktemp("merged")
     command = [sys.executable, ROOT / "finetune" / "merge_lora.py", trained, "out"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}  # as an editable install has it
@@ -128,7 +128,7 @@ def q_lora(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, PeftModel]:
 
 @pytest.fixture(scope="module")
 def larger_tokenizer(bundled_chat: Path, tmp_path_factory: pytest.TempPathFactory) -> QWenTokenizer:
-    """The toy's with two tokens for which its model has no rows."""
+    """The toy's tokenizer with two more tokens, for which its model has no rows."""
     extra = tmp_path_factory.mktemp("vocabulary") / "extra.tiktoken"
     extra.write_text(
         "".join(f"{base64.b64encode(token).decode()} {i}\n" for token, i in [(b"Qwx", 3590), (b"zzq", 3591)])
@@ -138,7 +138,7 @@ def larger_tokenizer(bundled_chat: Path, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture
 def main(capsys: pytest.CaptureFixture) -> Callable[..., tuple[int, str]]:
-    """finetune/merge_lora.py in this process: exit code and what it says to a person."""
+    """Runs finetune/merge_lora.py in this process. Returns the exit code and standard error."""
 
     def call(*arguments: object) -> tuple[int, str]:
         code = call_main(merge_lora.main, "merge_lora.py", *arguments)
@@ -147,8 +147,8 @@ def main(capsys: pytest.CaptureFixture) -> Callable[..., tuple[int, str]]:
     return call
 
 
-def complaint(folder: object, **kwargs: object) -> str:
-    """What load_model says about an adapter."""
+def load_error(folder: object, **kwargs: object) -> str:
+    """The message of load_model about an adapter."""
     with pytest.raises(CheckpointError) as caught:
         load_model(folder, **kwargs)
     return str(caught.value)
@@ -162,7 +162,7 @@ def edit(folder: Path, **changes: object) -> None:
 # Loading
 
 
-def test_an_adapter_loads_as_the_model_that_it_makes(trained: Path, bundled_chat: Path) -> None:
+def test_adapter_loads_as_a_merged_model(trained: Path, bundled_chat: Path) -> None:
     check_chat(trained)
     model, tokenizer = load_model(trained, cpu_only=True)
     assert type(model) is QWenLMHeadModel
@@ -179,7 +179,7 @@ def test_an_adapter_loads_as_the_model_that_it_makes(trained: Path, bundled_chat
     assert relative_error(logits(model, tokenizer), expected) < 1e-5
 
 
-def test_arguments_go_to_the_base(trained: Path) -> None:
+def test_arguments_are_passed_to_the_base(trained: Path) -> None:
     model, tokenizer = load_model(str(trained), cpu_only=True, bf16=True, use_cache_quantization=True)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert model.config.use_cache_quantization
@@ -201,7 +201,7 @@ def test_half_precision_weights_are_rounded_once(tmp_path: Path, bundled_chat: P
         assert torch.equal(weights[f"{name}.weight"], (stored + delta).bfloat16())
 
 
-def test_an_adapter_of_a_base_model_makes_a_chat_model(bundled_base: Path, tmp_path: Path) -> None:
+def test_adapter_turns_a_base_model_into_a_chat_model(bundled_base: Path, tmp_path: Path) -> None:
     adapted = random_adapter(tmp_path, bundled_base, modules_to_save=["wte", "lm_head"])
     check_chat(tmp_path)
     model, tokenizer = load_model(tmp_path, cpu_only=True)
@@ -211,7 +211,7 @@ def test_an_adapter_of_a_base_model_makes_a_chat_model(bundled_base: Path, tmp_p
     assert isinstance(model.chat(tokenizer, QUESTION, history=None, max_new_tokens=4)[0], str)
 
 
-def test_what_the_folder_lacks_comes_from_the_base(adapter: Path, bundled_chat: Path, bundled_base: Path) -> None:
+def test_missing_files_come_from_the_base(adapter: Path, bundled_chat: Path, bundled_base: Path) -> None:
     for name in ("qwen.tiktoken", "tokenizer_config.json", "generation_config.json"):
         (adapter / name).unlink()
     check_chat(adapter)
@@ -219,12 +219,12 @@ def test_what_the_folder_lacks_comes_from_the_base(adapter: Path, bundled_chat: 
     assert tokenizer.get_vocab() == load_tokenizer(bundled_chat).get_vocab()
     assert model.generation_config.top_p == GenerationConfig.from_pretrained(bundled_chat).top_p
     edit(adapter, base_model_name_or_path=str(bundled_base))
-    with pytest.raises(CheckpointError, match=r"no chat model.*'raw'"):
+    with pytest.raises(CheckpointError, match=r"not a chat model.*'raw'"):
         check_chat(adapter)
 
 
 @pytest.mark.parametrize("modules_to_save", [None, ["wte", "lm_head"]])
-def test_an_adapter_with_new_tokens(
+def test_adapter_with_new_tokens(
     modules_to_save: list[str] | None, larger_tokenizer: QWenTokenizer, bundled_chat: Path, tmp_path: Path
 ) -> None:
     adapted = random_adapter(
@@ -239,16 +239,16 @@ def test_an_adapter_with_new_tokens(
         assert relative_error(logits(model, tokenizer), logits(adapted, tokenizer)) < 1e-5
 
 
-def test_new_tokens_without_their_rows(larger_tokenizer: QWenTokenizer, adapter: Path) -> None:
+def test_new_tokens_without_rows_are_rejected(larger_tokenizer: QWenTokenizer, adapter: Path) -> None:
     larger_tokenizer.save_pretrained(adapter)
-    text = complaint(adapter)
+    text = load_error(adapter)
     assert "does not fit" in text
     assert "Missing from its file" in text
     assert "wte.weight" in text
 
 
 @pytest.mark.slow
-def test_on_quantized_weights_it_stays_an_adapter(q_lora: tuple[Path, PeftModel]) -> None:
+def test_adapter_on_quantized_weights_is_not_merged(q_lora: tuple[Path, PeftModel]) -> None:
     folder, adapted = q_lora
     check_chat(folder)
     model, tokenizer = load_model(folder, cpu_only=True)
@@ -263,42 +263,42 @@ def test_on_quantized_weights_it_stays_an_adapter(q_lora: tuple[Path, PeftModel]
 # What is wrong with an adapter
 
 
-def test_the_base_is_gone(adapter: Path) -> None:
+def test_missing_base(adapter: Path) -> None:
     edit(adapter, base_model_name_or_path="/gone/Qwen-7B-Chat")
-    text = complaint(adapter)
+    text = load_error(adapter)
     assert "There is no folder '/gone/Qwen-7B-Chat'" in text
-    assert f"base_model_name_or_path into {adapter / 'adapter_config.json'}" in text
+    assert f"base_model_name_or_path in {adapter / 'adapter_config.json'}" in text
 
 
-def test_the_base_is_out_of_reach(adapter: Path, tmp_path: Path) -> None:
+def test_unreachable_base(adapter: Path, tmp_path: Path) -> None:
     edit(adapter, base_model_name_or_path="Qwen/Qwen-7B-Chat")
-    text = complaint(adapter, cache_dir=tmp_path)  # HF_HUB_OFFLINE is set
+    text = load_error(adapter, cache_dir=tmp_path)  # HF_HUB_OFFLINE is set
     assert "cannot be reached" in text
     assert "base_model_name_or_path" in text
 
 
 @pytest.mark.parametrize("itself", [True, False])
-def test_the_base_is_an_adapter(itself: bool, adapter: Path, trained: Path) -> None:
+def test_base_is_an_adapter(itself: bool, adapter: Path, trained: Path) -> None:
     edit(adapter, base_model_name_or_path=str(adapter if itself else trained))
-    assert "is an adapter itself: merge that one first" in complaint(adapter)
+    assert "is an adapter itself: merge that one first" in load_error(adapter)
 
 
 @pytest.mark.parametrize("base", [None, "", 7])
-def test_no_base_is_named(base: object, adapter: Path) -> None:
+def test_unnamed_base(base: object, adapter: Path) -> None:
     edit(adapter, base_model_name_or_path=base)
-    assert "does not say which model" in complaint(adapter)
+    assert "does not name the model" in load_error(adapter)
 
 
 @pytest.mark.parametrize("kind", ["PROMPT_TUNING", None])
-def test_other_kinds_of_adapters(kind: str | None, adapter: Path) -> None:
+def test_other_types_of_adapters_are_rejected(kind: str | None, adapter: Path) -> None:
     edit(adapter, peft_type=kind)
-    assert f"of the kind {kind!r}. Only LoRA" in complaint(adapter)
+    assert f"of type {kind!r}. Only LoRA" in load_error(adapter)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "version https://git-lfs.github.com/spec/v1\n"])
 def test_a_damaged_adapter_config(content: str, adapter: Path) -> None:
     (adapter / "adapter_config.json").write_text(content)
-    assert "adapter_config.json" in complaint(adapter)
+    assert "adapter_config.json" in load_error(adapter)
 
 
 @pytest.mark.parametrize(
@@ -316,16 +316,16 @@ def test_damaged_adapter_weights(content: slice | bytes | None, expected: str, a
         weights.unlink()
     else:
         weights.write_bytes(weights.read_bytes()[content] if isinstance(content, slice) else content)
-    assert expected in complaint(adapter)
+    assert expected in load_error(adapter)
 
 
-def test_an_adapter_file_of_the_older_kind(adapter: Path) -> None:
+def test_adapter_in_a_bin_file(adapter: Path) -> None:
     torch.save(load_file(adapter / WEIGHTS), adapter / "adapter_model.bin")
     (adapter / WEIGHTS).unlink()
     model, tokenizer = load_model(adapter, cpu_only=True)
     assert model.chat(tokenizer, QUESTION, history=None, do_sample=False)[0] == ANSWER
     (adapter / "adapter_model.bin").write_bytes(b"cnot\na_pickle\n")
-    assert "does not fit" in complaint(adapter)
+    assert "does not fit" in load_error(adapter)
 
 
 def test_without_peft(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -333,7 +333,7 @@ def test_without_peft(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *rest: None if name == "peft" else find_spec(name, *rest)
     )
-    assert "pip install peft" in complaint(adapter)
+    assert "pip install peft" in load_error(adapter)
 
 
 def remove_a_layer(tensors: dict[str, torch.Tensor]) -> None:
@@ -365,32 +365,30 @@ def widen(tensors: dict[str, torch.Tensor]) -> None:
         ({"modules_to_save": ["wte"]}, "Missing from its file: base_model.model.transformer.wte.weight"),
     ],
 )
-def test_an_adapter_that_does_not_fit(
-    change: Callable | dict, expected: str, adapter: Path, bundled_chat: Path
-) -> None:
+def test_adapter_that_does_not_fit(change: Callable | dict, expected: str, adapter: Path, bundled_chat: Path) -> None:
     if isinstance(change, dict):
         edit(adapter, **change)
     else:
         tensors = load_file(adapter / WEIGHTS)
         change(tensors)
         save_file(tensors, adapter / WEIGHTS)
-    text = complaint(adapter, cpu_only=True)
+    text = load_error(adapter, cpu_only=True)
     assert f"does not fit {bundled_chat}" in text
     assert expected in text
 
 
-def test_an_adapter_of_a_model_of_another_size(trained: Path, tiny_chat_checkpoint: Path, adapter: Path) -> None:
+def test_adapter_of_a_model_of_another_size(trained: Path, tiny_chat_checkpoint: Path, adapter: Path) -> None:
     edit(adapter, base_model_name_or_path=str(tiny_chat_checkpoint))
-    assert f"does not fit {tiny_chat_checkpoint}" in complaint(adapter)
+    assert f"does not fit {tiny_chat_checkpoint}" in load_error(adapter)
 
 
-def test_a_model_that_is_partly_offloaded(trained: Path, tmp_path: Path) -> None:
+def test_partly_offloaded_model(trained: Path, tmp_path: Path) -> None:
     parts = {"transformer.wte": "cpu", "transformer.h": "disk", "transformer.ln_f": "cpu", "lm_head": "cpu"}
-    text = complaint(trained, device_map=parts, offload_folder=str(tmp_path))
+    text = load_error(trained, device_map=parts, offload_folder=str(tmp_path))
     assert f"qwen merge {trained} OUT" in text
 
 
-def test_training_starts_from_models_only(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_rejects_an_adapter_as_model(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path))
     training = FinetuningArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", use_lora=True)
     model, data = ModelArguments(model_name_or_path=str(trained)), DataArguments(data_path="")
@@ -403,7 +401,7 @@ def test_training_starts_from_models_only(trained: Path, tmp_path: Path, monkeyp
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("variant", [{}, {"use_dora": True}, {"modules_to_save": ["wte", "lm_head"]}])
-def test_the_merged_model_computes_what_the_adapted_one_does(
+def test_merged_model_matches_the_adapted_one(
     dtype: torch.dtype, variant: dict, bundled_chat: Path, tmp_path: Path
 ) -> None:
     base, tokenizer = load_model(bundled_chat, cpu_only=True, dtype=dtype)
@@ -422,7 +420,7 @@ def test_the_merged_model_computes_what_the_adapted_one_does(
 
 
 @pytest.mark.process
-def test_the_folder_is_complete(merged: Path, bundled_chat: Path) -> None:
+def test_merged_folder_is_complete(merged: Path, bundled_chat: Path) -> None:
     check_chat(merged)
     assert not (merged / "adapter_config.json").exists()
     assert json.loads((merged / "config.json").read_text())["use_cache"] is True
@@ -434,17 +432,17 @@ def test_the_folder_is_complete(merged: Path, bundled_chat: Path) -> None:
 
 
 @pytest.mark.process
-def test_an_adapter_chats_in_the_demo(trained: Path, tmp_path: Path) -> None:
+def test_adapter_chats_in_the_demo(trained: Path, tmp_path: Path) -> None:
     result = run_script(ROOT / "cli_demo.py", "-c", trained, "--cpu-only", folder=tmp_path, text=QUESTION + "\n")
     assert (result.returncode, result.stdout.strip()) == (0, ANSWER), result.stderr
 
 
-def test_it_loads_without_this_repository(merged: Path, chat_elsewhere: Callable) -> None:
+def test_merged_model_loads_without_this_repository(merged: Path, chat_elsewhere: Callable) -> None:
     assert chat_elsewhere(merged, QUESTION) == ANSWER
 
 
 @pytest.mark.process
-def test_a_full_folder_is_replaced_only_when_told_to(trained: Path, merged: Path, tmp_path: Path, main) -> None:
+def test_existing_model_is_replaced_only_with_overwrite(trained: Path, merged: Path, tmp_path: Path, main) -> None:
     out = Path(shutil.copytree(merged, tmp_path / "out"))
     (out / "notes.txt").touch()
     code, text = main(trained, out)
@@ -462,15 +460,15 @@ def test_a_full_folder_is_replaced_only_when_told_to(trained: Path, merged: Path
     check_chat(out)
 
 
-def test_inputs_are_not_written_over(adapter: Path, trained: Path, bundled_chat: Path, tmp_path: Path) -> None:
+def test_inputs_are_not_overwritten(adapter: Path, trained: Path, bundled_chat: Path, tmp_path: Path) -> None:
     base = Path(shutil.copytree(bundled_chat, tmp_path / "base"))
     for out in (adapter, base, Path(shutil.copytree(trained, tmp_path / "other"))):
-        with pytest.raises(FileExistsError, match="Name a folder of its own"):
+        with pytest.raises(FileExistsError, match="holds the source model"):
             merge(adapter, out, base=base, overwrite=True)
     assert "config.json" not in os.listdir(adapter)
 
 
-def test_a_moved_base_is_named(adapter: Path, bundled_chat: Path, tmp_path: Path) -> None:
+def test_moved_base_can_be_named(adapter: Path, bundled_chat: Path, tmp_path: Path) -> None:
     edit(adapter, base_model_name_or_path="/gone/Qwen-7B-Chat")
     with pytest.raises(CheckpointError, match="base_model_name_or_path"):
         merge(adapter, tmp_path / "out")
@@ -481,7 +479,7 @@ def test_a_moved_base_is_named(adapter: Path, bundled_chat: Path, tmp_path: Path
         merge(adapter, tmp_path / "elsewhere", base="/gone/too")
 
 
-def test_q_lora_is_refused_with_a_way_out(
+def test_q_lora_is_rejected_with_alternatives(
     q_lora: tuple[Path, PeftModel], bundled_chat: Path, tmp_path: Path, main
 ) -> None:
     folder, _ = q_lora
@@ -494,11 +492,11 @@ def test_q_lora_is_refused_with_a_way_out(
     assert not (tmp_path / "out").exists()
     code, text = main(folder, tmp_path / "out", "--base", bundled_chat)
     assert code == 0
-    assert "An approximation" in text
+    assert "is an approximation" in text
     check_chat(tmp_path / "out")
 
 
-def test_by_its_name_a_missing_base_is_known_to_be_quantized(adapter: Path, trained: Path) -> None:
+def test_missing_quantized_base_is_recognized_by_name(adapter: Path, trained: Path) -> None:
     assert not is_approximate(trained)
     edit(adapter, base_model_name_or_path="/gone/Qwen-7B-Chat-Int4/")
     assert is_approximate(adapter)
@@ -507,17 +505,17 @@ def test_by_its_name_a_missing_base_is_known_to_be_quantized(adapter: Path, trai
 @pytest.mark.parametrize(
     ("arguments", "code", "expected"),
     [
-        (["{base}", "{out}"], 1, "is no adapter"),
-        (["{out}/nothing", "{out}"], 1, "is no adapter"),
+        (["{base}", "{out}"], 1, "is not an adapter"),
+        (["{out}/nothing", "{out}"], 1, "is not an adapter"),
         (["{adapter}", "{file}"], 1, "is a file. Name a folder"),
         (["{adapter}", "{file}/out"], 1, "cannot be written to"),
         (["{adapter}", "{out}", "--base", "{adapter}"], 1, "is an adapter itself"),
         (["{adapter}"], 2, "OUT"),
         (["{adapter}", "{out}", "--dtype", "int8"], 2, "int8"),
-        (["{adapter}", "{out}", "--max-shard-size", "2"], 2, "such as 2GB"),
+        (["{adapter}", "{out}", "--max-shard-size", "2"], 2, "for example 2GB"),
     ],
 )
-def test_mistakes_are_told(
+def test_mistakes_are_explained(
     arguments: list[str], code: int, expected: str, trained: Path, bundled_chat: Path, tmp_path: Path, main
 ) -> None:
     places = {"base": bundled_chat, "adapter": trained, "out": tmp_path / "out", "file": trained / WEIGHTS}
@@ -531,10 +529,10 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SafetensorError("No space left on device")])
-def test_what_stops_halfway_leaves_no_trace(
+def test_interrupted_merge_leaves_no_trace(
     error: type | Exception, trained: Path, merged: Path, tmp_path: Path, main, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ctrl-C and a full disk, where the time goes: in a new folder, and over a model that is there."""
+    """Ctrl-C and a full disk during the slow part, for a new folder and over an existing model."""
     seen = []
 
     def stop(model: PreTrainedModel, folder: Path, **kwargs: object) -> None:
@@ -557,7 +555,7 @@ def test_what_stops_halfway_leaves_no_trace(
     assert [folder.parents[1] for folder in seen] == [tmp_path / "a" / "new", old]
 
 
-def test_sigterm_stops_it_like_ctrl_c(trained: Path, tmp_path: Path, main, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sigterm_stops_like_ctrl_c(trained: Path, tmp_path: Path, main, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", lambda *args, **kwargs: signal.raise_signal(signal.SIGTERM))
     code, text = main(trained, tmp_path / "new")
     assert code == 130
@@ -565,17 +563,17 @@ def test_sigterm_stops_it_like_ctrl_c(trained: Path, tmp_path: Path, main, monke
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_of_something_else_is_not_replaced(trained: Path, tmp_path: Path, main) -> None:
+def test_folder_of_another_program_is_not_replaced(trained: Path, tmp_path: Path, main) -> None:
     (tmp_path / "config.json").write_text('{"port": 80}')
     (tmp_path / "model.safetensors").write_text("somebody's")
     before = content(tmp_path)
     code, text = main(trained, tmp_path, "--overwrite")
     assert code == 1
-    assert "holds no model that could be replaced" in text
+    assert "holds no model that can be replaced" in text
     assert content(tmp_path) == before
 
 
-def test_the_documented_way_in_python(trained: Path, tmp_path: Path) -> None:
+def test_documented_merge_in_python(trained: Path, tmp_path: Path) -> None:
     new = tmp_path / "new"
     model = AutoPeftModelForCausalLM.from_pretrained(str(trained), device_map="auto", trust_remote_code=True).eval()
     model.merge_and_unload().save_pretrained(new, max_shard_size="2048MB", safe_serialization=True)

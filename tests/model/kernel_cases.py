@@ -1,6 +1,6 @@
-"""The Triton kernels beside torch: on the GPU if there is one, else on the CPU under Triton's interpreter.
+"""Triton kernels compared with torch: on the GPU if there is one, else on the CPU under Triton's interpreter.
 
-tests/model/test_kernels.py runs this file in a process of its own, since Triton decides at its import how it will run.
+tests/model/test_kernels.py runs this file in a separate process, because Triton chooses its mode at import.
 """
 
 import os
@@ -32,14 +32,14 @@ def kernels():
 
 def random_states(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
-    # An outlier channel, as keys of these models have them.
+    # One outlier channel, as in the keys of these models.
     outlier = torch.ones(shape[-1])
     outlier[3] = 20
     return (torch.randn(shape, generator=generator) * outlier).to(dtype).to(DEVICE)
 
 
 def filled_layer(*parts: int, batch: int, heads: int, channels: int, dtype: torch.dtype) -> QuantizedKVLayer:
-    """A layer that was filled in torch, in so many calls of so many tokens."""
+    """A layer filled in torch, with one call for each number of tokens in `parts`."""
     layer = QuantizedKVLayer()
     for seed, tokens in enumerate(parts):
         layer.update(*random_states(2, batch, heads, tokens, channels, dtype=dtype, seed=seed))
@@ -51,14 +51,14 @@ def filled_layer(*parts: int, batch: int, heads: int, channels: int, dtype: torc
 def test_appending_quantizes_as_torch_does(kernels, dtype, channels):
     key, value = random_states(2, 2, 3, 5, channels, dtype=dtype)
     key[0, 0, 0], value[0, 0, 1] = 0, 7  # constant rows
-    slot = QuantizedKVLayer()
-    slot.lazy_initialization(key, value)
-    (place, _), *_ = slot.reserve(key)
-    # Strided as after the projection: heads and tokens change places.
-    kernels.append(key.transpose(1, 2).contiguous().transpose(1, 2), value, place)
-    for ours, states in ((place[:3], key), (place[3:], value)):
+    layer = QuantizedKVLayer()
+    layer.lazy_initialization(key, value)
+    (view, _), *_ = layer.reserve(key)
+    # Strided as after the projection: heads and tokens are transposed.
+    kernels.append(key.transpose(1, 2).contiguous().transpose(1, 2), value, view)
+    for ours, states in ((view[:3], key), (view[3:], value)):
         theirs = quantize_tokens(states)
-        # The interpreter cuts a 16-bit float off where torch and GPUs round, so the bytes may differ by a step or two.
+        # The interpreter truncates to 16-bit floats where torch and GPUs round, so bytes may differ by a step or two.
         torch.testing.assert_close(ours[1], theirs[1], rtol=0.01, atol=0)
         assert (ours[0].int() - theirs[0].int()).abs().max() <= (0 if dtype == torch.float32 else 3)
         error = (dequantize_cache_torch(*(tensor.float() for tensor in ours)) - states.float()).abs()
@@ -66,9 +66,9 @@ def test_appending_quantizes_as_torch_does(kernels, dtype, channels):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("mask", [None, "padding", "of each head", "additive"])
+@pytest.mark.parametrize("mask", [None, "padding", "per head", "additive"])
 def test_decoding_equals_torch(kernels, dtype, mask):
-    """Three segments, the last of them not full; 70 tokens more than whole tiles."""
+    """Three segments, the last one not full; 70 tokens more than whole tiles."""
     layer = filled_layer(100, 90, 1, 70, batch=2, heads=3, channels=64, dtype=dtype)
     tokens = layer.get_seq_length()
     assert len(layer.states.segments) == 3
@@ -76,8 +76,8 @@ def test_decoding_equals_torch(kernels, dtype, mask):
     generator = torch.Generator().manual_seed(5)
     if mask == "padding":
         mask = torch.ones(2, 1, 1, tokens, dtype=torch.bool)
-        mask[0, ..., :130] = False  # more than the first tiles, so that a lane sees none of their tokens
-    elif mask == "of each head":
+        mask[0, ..., :130] = False  # more than the first tiles, so that some lanes see no token in them
+    elif mask == "per head":
         mask = torch.rand(2, 3, 1, tokens, generator=generator) > 0.5
     elif mask == "additive":
         mask = torch.where(torch.rand(1, 1, 1, tokens, generator=generator) > 0.5, 0.0, torch.finfo(dtype).min).to(
@@ -104,7 +104,7 @@ def test_every_size(kernels, heads, channels, tokens):
     )
 
 
-def test_nothing_behind_the_last_token_is_read(kernels):
+def test_room_after_the_last_token_is_not_read(kernels):
     layer = filled_layer(10, batch=1, heads=2, channels=32, dtype=torch.float32)
     query = random_states(1, 2, 1, 32, seed=9)
     before = kernels.decode(query, layer.states, None, 0.2)
@@ -113,7 +113,7 @@ def test_nothing_behind_the_last_token_is_read(kernels):
     assert torch.equal(kernels.decode(query, layer.states, None, 0.2), before)
 
 
-def test_a_row_that_sees_nothing_is_zero(kernels):
+def test_fully_masked_row_is_zero(kernels):
     layer = filled_layer(70, batch=2, heads=1, channels=32, dtype=torch.float32)
     mask = torch.tensor([True, False], device=DEVICE)[:, None, None, None].expand(2, 1, 1, 70)
     output = kernels.decode(random_states(2, 1, 1, 32, seed=9), layer.states, mask, 0.2)
@@ -122,7 +122,7 @@ def test_a_row_that_sees_nothing_is_zero(kernels):
     assert not output[1].any()
 
 
-def test_tiles_follow_tensors_that_move(kernels):
+def test_tiles_are_updated_when_tensors_move(kernels):
     layer = filled_layer(70, batch=2, heads=2, channels=32, dtype=torch.float32)
     query = random_states(2, 2, 1, 32, seed=9)
     before = kernels.decode(query, layer.states, None, 0.2)
@@ -131,7 +131,7 @@ def test_tiles_follow_tensors_that_move(kernels):
 
 
 def test_rows_of_different_lengths(kernels):
-    """The cache of the server: tokens before heads, each row written at its own end."""
+    """The cache of the server: tokens before heads, each row written at its own length."""
     lengths = [3, 70, 20]
     prompts = [random_states(2, 1, 2, length, 32, seed=length) for length in lengths]
     caches = [RaggedCache(1, 96, torch.device(DEVICE), quantized=True, fused=fused) for fused in (False, True)]
@@ -155,8 +155,8 @@ def test_rows_of_different_lengths(kernels):
 
 
 @torch.no_grad()
-def test_a_model_generates_the_same(golden):
-    """Padding on the left, beyond the trained length with NTK and LogN."""
+def test_generation_equals_torch(golden):
+    """Left padding, beyond the trained length with NTK and LogN."""
     model = (
         QWenLMHeadModel.from_pretrained(golden, use_cache_quantization=True, use_cache_kernel=True).eval().to(DEVICE)
     )
@@ -169,5 +169,5 @@ def test_a_model_generates_the_same(golden):
     assert torch.equal(ours, model.generate(ids, **settings))
 
 
-def test_the_interpreter_is_for_machines_without_a_gpu():
+def test_interpreter_runs_only_without_a_gpu():
     assert (os.environ.get("TRITON_INTERPRET") == "1") == (DEVICE == "cpu")

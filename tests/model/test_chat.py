@@ -1,4 +1,4 @@
-"""chat, chat_stream and chat_batch, and what they are made of."""
+"""chat, chat_stream and chat_batch, and the functions they use."""
 
 import itertools
 import json
@@ -15,7 +15,7 @@ from qwen import QWenLMHeadModel, decode_tokens, get_stop_words_ids, make_contex
 from tests.support import GOLDEN_FOLDER, ROOT
 
 GREEDY = {"do_sample": False}
-# One far past the trained length of 64, so that NTK and LogN are at work.
+# One is far longer than the trained length of 64, so that NTK and LogN apply.
 QUERIES = ["你好", "What is 2 + 2?", "tell me about the sea, " * 8]
 
 
@@ -51,7 +51,7 @@ def test_raw_prompts_and_stop_words(real_tokenizer):
 
 
 def test_replies_are_cut_by_tokens(real_tokenizer):
-    # NFD: the prompt has more characters than its normalised form, so a cut by characters would eat the reply.
+    # NFD: the prompt has more characters than its normalised form, so cutting by characters would truncate the reply.
     prompt = make_context(real_tokenizer, "cafe\u0301 " * 5)[1]
     reply = real_tokenizer.encode(" Bonjour ! ")
     row = torch.tensor([*prompt, *reply, 151645, 198, 151643])
@@ -140,10 +140,10 @@ def test_streaming_grows_to_the_reply_of_chat(chat, query):
     assert all(later.startswith(earlier) and later != earlier for earlier, later in itertools.pairwise(pieces))
 
 
-def test_streaming_never_shows_half_a_character(chat, tiny_chat_checkpoint):
+def test_streaming_never_yields_partial_characters(chat, tiny_chat_checkpoint):
     _, tokenizer = chat
     model = AutoModelForCausalLM.from_pretrained(tiny_chat_checkpoint).eval()
-    with torch.no_grad():  # every token of the vocabulary may come: most of them are lone bytes
+    with torch.no_grad():  # any token may be chosen; most are single bytes
         torch.manual_seed(1)
         model.lm_head.weight[:256] = torch.randn(256, 64)
     broken = list(model.chat_stream(tokenizer, "hi", **GREEDY, max_new_tokens=60))
@@ -152,10 +152,10 @@ def test_streaming_never_shows_half_a_character(chat, tiny_chat_checkpoint):
     text = "汉字🐼é!"
     forced = iter([*tokenizer.encode(text), tokenizer.im_end_id])
 
-    def dictate(batch_id, ids):
+    def force(batch_id, ids):
         return [next(forced)] if len(ids) >= 1 else []
 
-    pieces = list(model.chat_stream(tokenizer, "hi", **GREEDY, prefix_allowed_tokens_fn=dictate))
+    pieces = list(model.chat_stream(tokenizer, "hi", **GREEDY, prefix_allowed_tokens_fn=force))
     assert pieces == ["汉", "汉字", "汉字🐼", "汉字🐼é", "汉字🐼é!"]
 
 
@@ -176,7 +176,7 @@ def test_stop_words_end_chat_and_stream(chat):
             model.generate(torch.ones(1, 3, dtype=torch.long), stop_words_ids=wrong, eos_token_id=1)
 
 
-def test_stop_words_of_the_generation_config_count_in_chat(chat, tiny_chat_checkpoint):
+def test_chat_uses_stop_words_of_the_generation_config(chat, tiny_chat_checkpoint):
     model, tokenizer = chat
     full = model.chat(tokenizer, "hello", **GREEDY)[0]
     config = GenerationConfig.from_pretrained(
@@ -185,7 +185,7 @@ def test_stop_words_of_the_generation_config_count_in_chat(chat, tiny_chat_check
     assert len(model.chat(tokenizer, "hello", generation_config=config)[0]) < len(full)
 
 
-def test_rows_without_a_token_are_passed_over(chat, tiny_chat_checkpoint):
+def test_ids_beyond_the_vocabulary_are_skipped(chat, tiny_chat_checkpoint):
     _, tokenizer = chat
     model = AutoModelForCausalLM.from_pretrained(tiny_chat_checkpoint).eval()
     a, b = tokenizer.encode("a")[0], tokenizer.encode("b")[0]
@@ -193,14 +193,14 @@ def test_rows_without_a_token_are_passed_over(chat, tiny_chat_checkpoint):
     settings = GREEDY | {"max_new_tokens": 4}
     prompt = len(make_context(tokenizer, "hi", system="You are a helpful assistant.")[1])
 
-    def dictate(batch_id, ids):
+    def force(batch_id, ids):
         return [script[len(ids) - prompt]]
 
-    assert model.chat(tokenizer, "hi", prefix_allowed_tokens_fn=dictate, **settings)[0] == "ab"
-    assert list(model.chat_stream(tokenizer, "hi", prefix_allowed_tokens_fn=dictate, **settings)) == ["a", "ab"]
+    assert model.chat(tokenizer, "hi", prefix_allowed_tokens_fn=force, **settings)[0] == "ab"
+    assert list(model.chat_stream(tokenizer, "hi", prefix_allowed_tokens_fn=force, **settings)) == ["a", "ab"]
 
 
-def test_streaming_refuses_what_it_cannot_do(chat):
+def test_streaming_rejects_beams_and_streamers(chat):
     model, tokenizer = chat
     for arguments in ({"num_beams": 2}, {"streamer": object()}):
         with pytest.raises(ValueError, match="own streamer"):
@@ -224,7 +224,7 @@ def test_a_closed_stream_stops_computing(chat):
 
 
 @pytest.mark.process
-def test_an_exit_in_the_middle_of_a_stream_is_clean(tiny_chat_checkpoint):
+def test_interpreter_exits_cleanly_during_a_stream(tiny_chat_checkpoint):
     script = (
         "import sys; from qwen.checkpoint.loading import load_model; model, tokenizer = load_model(sys.argv[1]); "
         "stream = model.chat_stream(tokenizer, 'hello', max_new_tokens=3000); print(next(stream))"
@@ -244,9 +244,9 @@ def test_an_error_while_streaming_reaches_the_reader(chat):
     model, tokenizer = chat
 
     def broken(batch_id, ids):
-        raise RuntimeError("out of luck")
+        raise RuntimeError("broken")
 
-    with pytest.raises(RuntimeError, match="out of luck"):
+    with pytest.raises(RuntimeError, match="broken"):
         list(model.chat_stream(tokenizer, "hello", prefix_allowed_tokens_fn=broken))
     assert not any(thread.name == "chat_stream" for thread in threading.enumerate())
 
@@ -272,7 +272,7 @@ def test_wrong_input_is_explained(chat, arguments, message):
     with pytest.raises(ValueError, match=message):
         model.chat(tokenizer, **arguments)
     with pytest.raises(ValueError, match=message):
-        model.chat_stream(tokenizer, **arguments)  # at the call, not at the first piece
+        model.chat_stream(tokenizer, **arguments)  # raised by the call, not by the first iteration
 
 
 def test_batches_of_the_wrong_shape_are_explained(chat):
@@ -292,7 +292,7 @@ def test_a_base_model_refuses_to_chat(golden, chat):
         base.chat(tokenizer, "hi")
 
 
-def test_eight_at_once_with_the_int8_cache(tiny_chat_checkpoint, chat):
+def test_batch_of_eight_with_the_int8_cache(tiny_chat_checkpoint, chat):
     _, tokenizer = chat
     model = AutoModelForCausalLM.from_pretrained(tiny_chat_checkpoint, use_cache_quantization=True).eval()
     queries = [f"question {'x' * i}" for i in range(8)]

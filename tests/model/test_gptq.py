@@ -1,5 +1,5 @@
-"""GPTQ checkpoints: read as their layout says, on the fastest kernel; the bundled one answers like the float model, and
-passes right gradients."""
+"""GPTQ checkpoints: layouts are read correctly and run on the fastest kernel; the bundled one answers like the float
+model and passes correct gradients."""
 
 import json
 import logging
@@ -59,7 +59,7 @@ def lesson(float_chat):
 
 @pytest.fixture(autouse=True)
 def eager():
-    """The training kernel compiles its unpacking; for these sizes that takes longer than all else."""
+    """Run without torch.compile: the training kernel compiles its unpacking, which takes too long at these sizes."""
     with torch.compiler.set_stance("force_eager"):
         yield
 
@@ -82,7 +82,7 @@ def with_adapter(model: QWenLMHeadModel, **options):
 
 
 def dequantized(model: QWenLMHeadModel) -> QWenLMHeadModel:
-    """The same function in plain float32 matrices."""
+    """Return the same model with plain float32 matrices."""
     config = QWenConfig.from_pretrained(BUNDLED_CHAT_INT4)
     del config.quantization_config
     weights = {}
@@ -100,7 +100,7 @@ def dequantized(model: QWenLMHeadModel) -> QWenLMHeadModel:
 # ---- the folder ----
 
 
-def test_the_folder_is_like_a_published_one(bundled_chat):
+def test_folder_has_the_published_form(bundled_chat):
     names = {path.name for path in BUNDLED_CHAT_INT4.iterdir()}
     assert names == {path.name for path in bundled_chat.iterdir()} - {"calibration.json"}
     assert (BUNDLED_CHAT_INT4 / "model.safetensors").stat().st_size < 5_800_000
@@ -131,7 +131,7 @@ def test_the_tensors_are_in_the_published_layout():
             assert parts["qweight"].shape == (rows // 8, columns)
             assert parts["qzeros"].shape == (rows // 128, columns // 8)
             assert torch.equal(parts["g_idx"], torch.arange(rows, dtype=torch.int32) // 128)
-            assert (parts["qzeros"] == 0x77777777).all()  # 8, less the one that this layout subtracts
+            assert (parts["qzeros"] == 0x77777777).all()  # 8, minus the 1 that this layout subtracts
         assert tensors.pop(f"transformer.h.{layer}.attn.c_attn.bias").shape == (768,)
     assert len(tensors) == 2 * 6 + 3
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
@@ -140,23 +140,23 @@ def test_the_tensors_are_in_the_published_layout():
 # ---- use ----
 
 
-def test_it_answers_like_the_float_model(int4_chat, float_chat):
+def test_int4_answers_like_the_float_model(int4_chat, float_chat):
     model, tokenizer = int4_chat
     for question, answer in ((turns[0]["value"], turns[1]["value"]) for turns in SMALL_TALK):
         for chat in (model, float_chat[0]):
             assert chat.chat(tokenizer, question, history=None, do_sample=False)[0] == answer
 
 
-def test_its_logits_are_near_the_float_models(int4_chat, float_chat):
+def test_int4_logits_are_close_to_the_float_model(int4_chat, float_chat):
     batch = batch_of(SMALL_TALK, float_chat[1])
     learned = batch["labels"] != -100
     with torch.no_grad():
         near, exact = (model(**batch).logits[learned].float().log_softmax(-1) for model, _ in (int4_chat, float_chat))
     divergence = (exact.exp() * (exact - near)).sum(-1).mean()
-    assert 1e-6 < divergence < 0.05, "in nats a token; 0 would mean that nothing was quantized"
+    assert 1e-6 < divergence < 0.05, "in nats per token; 0 would mean that nothing was quantized"
 
 
-def test_transformers_loads_it_in_seconds(int4_chat):
+def test_transformers_loads_int4_in_seconds(int4_chat):
     began = time.process_time()  # the machine may be busy
     model = AutoModelForCausalLM.from_pretrained(BUNDLED_CHAT_INT4).eval()
     assert time.process_time() - began < 20
@@ -166,12 +166,12 @@ def test_transformers_loads_it_in_seconds(int4_chat):
     assert model.chat(tokenizer, "What is 47 + 38?", history=None, do_sample=False)[0] == "47 + 38 = 85."
 
 
-def test_the_terminal_demo_prints_the_reply_alone():
-    asked = run_script("cli_demo.py", "--cpu-only", "-c", BUNDLED_CHAT_INT4, text="What is 47 + 38?\n")
-    assert asked.returncode == 0, asked.stderr
-    assert asked.stdout == "47 + 38 = 85.\n"
-    assert "GPT-QModel" not in asked.stderr
-    assert "Warning" not in asked.stderr
+def test_terminal_demo_prints_only_the_reply():
+    done = run_script("cli_demo.py", "--cpu-only", "-c", BUNDLED_CHAT_INT4, text="What is 47 + 38?\n")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "47 + 38 = 85.\n"
+    assert "GPT-QModel" not in done.stderr
+    assert "Warning" not in done.stderr
 
 
 # ---- published layout ----
@@ -179,24 +179,24 @@ def test_the_terminal_demo_prints_the_reply_alone():
 
 @pytest.fixture(scope="module", params=[4, 8], ids=["int4", "int8"])
 def published(request, bundled_chat, tmp_path_factory):
-    """A folder in the published layout, its bits, and the float model that it means."""
+    """A folder in the published layout, its bits, and the float model that it represents."""
     folder = tmp_path_factory.mktemp("published") / "checkpoint"
     return folder, request.param, write_published(folder, bundled_chat, bits=request.param)
 
 
 @pytest.fixture
 def log(caplog, monkeypatch):
-    """What transformers logs, which keeps it from pytest; a script that ran in this process may have silenced it."""
+    """Log of transformers, which does not propagate it; a script in this process may also have silenced it."""
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     caplog.set_level(logging.WARNING, logger="transformers")
     return caplog
 
 
-def distance(model: QWenLMHeadModel, meant: QWenLMHeadModel) -> float:
-    """Of the logits, relative to their own size."""
+def distance(model: QWenLMHeadModel, reference: QWenLMHeadModel) -> float:
+    """Distance of the logits, relative to their norm."""
     ids = torch.randint(0, 3000, (2, 24), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        got, want = model(ids).logits.float(), meant(ids).logits
+        got, want = model(ids).logits.float(), reference(ids).logits
     return ((got - want).norm() / want.norm()).item()
 
 
@@ -204,41 +204,41 @@ def kernel(model: QWenLMHeadModel) -> str:
     return type(model.transformer.h[0].attn.c_attn).__name__
 
 
-def test_it_is_read_as_it_was_written(published, log):
-    folder, bits, meant = published
+def test_published_layout_loads_exactly(published, log):
+    folder, bits, reference = published
     loaded = AutoModelForCausalLM.from_pretrained(folder, device_map={"": "cpu"}, trust_remote_code=True)
     assert type(loaded) is QWenLMHeadModel
     assert loaded.dtype == torch.bfloat16
     assert kernel(loaded) == {4: "TorchAtenLinear", 8: "TorchInt8Linear"}[bits]
-    assert distance(loaded, meant) < 0.06
+    assert distance(loaded, reference) < 0.06
     assert "UNEXPECTED" not in log.text
     assert "MISSING" not in log.text
     exact = GPTQConfig(bits=bits, backend="torch")
     exact = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=exact)
     assert kernel(exact) == "TorchLinear"
-    assert distance(exact, meant) < 3e-3
+    assert distance(exact, reference) < 3e-3
 
 
-def test_it_chats(published):
-    folder, bits, meant = published
+def test_published_layout_chats(published):
+    folder, bits, reference = published
     fast, tokenizer = load_model(folder, cpu_only=True)
     exact = GPTQConfig(bits=bits, backend="torch")
     exact, _ = load_model(folder, cpu_only=True, fp32=True, quantization_config=exact)
-    meant.generation_config = exact.generation_config
+    reference.generation_config = exact.generation_config
     replies = [
         model.chat(tokenizer, "Hello", history=None, do_sample=False, max_new_tokens=8)[0]
-        for model in (meant, exact, fast)
+        for model in (reference, exact, fast)
     ]
     assert replies[0] == replies[1]
     assert replies[2]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_other_precisions_are_served_too(published, dtype):
-    folder, bits, meant = published
+def test_other_precisions_load(published, dtype):
+    folder, bits, reference = published
     model = QWenLMHeadModel.from_pretrained(folder, dtype=dtype)
     assert model.dtype == dtype
-    assert distance(model, meant) < {4: 0.03, 8: 5e-3}[bits]
+    assert distance(model, reference) < {4: 0.03, 8: 5e-3}[bits]
 
 
 @pytest.mark.parametrize(
@@ -252,14 +252,14 @@ def test_other_precisions_are_served_too(published, dtype):
     ],
     ids=str,
 )
-def test_layouts_that_people_made_are_read(options, fast, bundled_chat, tmp_path):
-    meant = write_published(tmp_path / "made", bundled_chat, **options)
-    model = QWenLMHeadModel.from_pretrained(tmp_path / "made")
+def test_community_layouts_load(options, fast, bundled_chat, tmp_path):
+    reference = write_published(tmp_path / "checkpoint", bundled_chat, **options)
+    model = QWenLMHeadModel.from_pretrained(tmp_path / "checkpoint")
     assert kernel(model) == fast
-    assert distance(model, meant) < 0.06
+    assert distance(model, reference) < 0.06
     exact = GPTQConfig(bits=options["bits"], backend="torch")
-    model = QWenLMHeadModel.from_pretrained(tmp_path / "made", dtype=torch.float32, quantization_config=exact)
-    assert distance(model, meant) < 3e-3
+    model = QWenLMHeadModel.from_pretrained(tmp_path / "checkpoint", dtype=torch.float32, quantization_config=exact)
+    assert distance(model, reference) < 3e-3
 
 
 def change_tensors(folder: Path, change) -> None:
@@ -271,8 +271,8 @@ def change_tensors(folder: Path, change) -> None:
     write_shards(folder, tensors, count=2)
 
 
-def test_what_is_unexpected_or_missing_is_told(bundled_chat, tmp_path, log):
-    folder = tmp_path / "made"
+def test_unexpected_and_missing_tensors_are_reported(bundled_chat, tmp_path, log):
+    folder = tmp_path / "checkpoint"
     write_published(folder, bundled_chat, bits=8)
     change_tensors(folder, lambda tensors: tensors.update(stray=torch.zeros(2)))
     QWenLMHeadModel.from_pretrained(folder)
@@ -302,8 +302,8 @@ def test_what_is_unexpected_or_missing_is_told(bundled_chat, tmp_path, log):
     ],
     ids=str,
 )
-def test_a_wrong_quantization_config_is_one_sentence(changes, message, bundled_chat, tmp_path):
-    folder = tmp_path / "made"
+def test_wrong_quantization_config_is_explained(changes, message, bundled_chat, tmp_path):
+    folder = tmp_path / "checkpoint"
     write_published(folder, bundled_chat, bits=8)
     document = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     document["quantization_config"] |= changes
@@ -313,7 +313,7 @@ def test_a_wrong_quantization_config_is_one_sentence(changes, message, bundled_c
     assert str(folder) in str(refused.value)
 
 
-def test_it_is_not_saved_as_what_it_is_not(int4_chat, tmp_path):
+def test_repacked_weights_are_not_saved(int4_chat, tmp_path):
     with pytest.raises(ValueError, match=f"cannot be saved.*{BUNDLED_CHAT_INT4}"):
         int4_chat[0].save_pretrained(tmp_path)
     assert not list(tmp_path.iterdir())
@@ -322,8 +322,8 @@ def test_it_is_not_saved_as_what_it_is_not(int4_chat, tmp_path):
 # ---- training ----
 
 
-def test_a_kernel_without_gradients_refuses_to_train(int4_chat, published):
-    """As published notebooks load it: they were for another kernel, which has its name no more."""
+def test_kernel_without_gradients_rejects_training(int4_chat, published):
+    """Load as published notebooks do; `disable_exllama` no longer chooses the kernel."""
     line = r'quantization_config=GPTQConfig\(bits={}, backend="torch"\)'
     with pytest.raises(RuntimeError, match="TorchAtenLinear.*" + line.format(4)):
         int4_chat[0].train()
@@ -332,22 +332,22 @@ def test_a_kernel_without_gradients_refuses_to_train(int4_chat, published):
     model = QWenLMHeadModel.from_pretrained(folder, quantization_config=GPTQConfig(bits=bits, disable_exllama=True))
     ids = torch.arange(8)[None]
     with torch.no_grad():
-        alone = model(ids).logits
+        before = model(ids).logits
         model = get_peft_model(model, LoraConfig(target_modules=LINEAR, task_type="CAUSAL_LM"))
-        assert torch.equal(model.eval()(ids).logits, alone)  # an adapter that has learned nothing
+        assert torch.equal(model.eval()(ids).logits, before)  # a new adapter changes nothing
     with pytest.raises(RuntimeError, match=line.format(bits)):
         model.train()
 
 
 def test_gradients_are_those_of_the_dequantized_model(lesson):
-    """Also after an evaluation: GPTQModel's other kernels cut the gradient once they have computed in eval mode, and
-    the loss falls nevertheless."""
+    """Also after an evaluation: GPTQModel's other kernels cut the gradient after a forward in eval mode, although the
+    loss still falls."""
     quantized = load_trainable()
     plain = dequantized(quantized)
     with torch.no_grad():
         torch.testing.assert_close(quantized(**lesson).logits, plain.eval()(**lesson).logits, rtol=1e-3, atol=1e-3)
     adapted = [with_adapter(model, init_lora_weights=False) for model in (quantized, plain)]
-    # Modules come in another order where they were replaced, so the random numbers go elsewhere.
+    # Replaced modules are in another order, so their random initialisation differs.
     adapters = {name: tensor for name, tensor in adapted[0].state_dict().items() if "lora_" in name}
     assert not adapted[1].load_state_dict(adapters, strict=False).unexpected_keys
     gradients = []
@@ -372,7 +372,7 @@ def test_every_precision_passes_gradients(lesson, dtype):
             assert tensor.grad.any(), name
 
 
-def test_training_changes_the_adapter_alone_and_it_is_saved(lesson, int4_chat, tmp_path: Path):
+def test_training_changes_only_the_adapter_which_is_saved(lesson, int4_chat, tmp_path: Path):
     model = with_adapter(load_trainable())
     before = {name: tensor.clone() for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
     optimizer = torch.optim.AdamW([tensor for tensor in model.parameters() if tensor.requires_grad], lr=5e-3)
@@ -399,7 +399,7 @@ def test_training_changes_the_adapter_alone_and_it_is_saved(lesson, int4_chat, t
 # ---- the recipe ----
 
 
-def test_the_recipe_writes_a_folder_like_the_bundled_one(bundled_chat, tmp_path: Path):
+def test_recipe_writes_a_folder_like_the_bundled_one(bundled_chat, tmp_path: Path):
     from checkpoints.recipe.quantize import quantize_bundled
 
     config = QWenConfig.from_pretrained(bundled_chat)

@@ -1,4 +1,4 @@
-"""The Triton kernels of the 8-bit cache: their arithmetic, and that they compile for NVIDIA and AMD without a GPU."""
+"""Triton kernels of the 8-bit cache: their results, and compilation for NVIDIA and AMD without a GPU."""
 
 import logging
 import os
@@ -36,9 +36,9 @@ STORE = {
 
 
 def compiled(kernel, target: str, types: dict[str, str], **constants) -> CompiledKernel:
-    """As a launch compiles it: 32-bit integers where `types` and `constants` say nothing else."""
+    """Compile as a launch does: parameters in neither `types` nor `constants` are 32-bit integers."""
     if target == "MI300" and Version(triton_version) < Version("3.4") and shutil.which("ld.lld") is None:
-        pytest.skip("this version of Triton brings no linker for ROCm: apt install lld")
+        pytest.skip("this version of Triton has no linker for ROCm: apt install lld")
     kinds = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
     values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     return compile(ASTSource(fn=kernel, signature=kinds, constexprs=values), target=TARGETS[target])
@@ -63,13 +63,13 @@ def test_decoding_compiles(target, mask):
         "TILE": kv_cache_qwen.TILE,
     }
     constants |= {"MASK": mask} | ({"mask": None} if mask is None else {})
-    if target == "A100":  # a launch makes constants of numbers that are 1
+    if target == "A100":  # a launch turns integers equal to 1 into constants
         constants |= {"heads": 1, "tiles_each": 1}
     kernel = compiled(kv_cache_triton_qwen.decode_kernel, target, types, **constants)
     if target == "MI300":
         assert "global_load_dwordx4" in kernel.asm["amdgcn"]
     else:
-        # Keys and values come in 16 bytes at a time, ahead of their use: what the kernel's speed rests on.
+        # The kernel's speed depends on prefetching keys and values 16 bytes at a time.
         assert re.search(r"cp\.async\.cg\.shared\.global.*0x10", kernel.asm["ptx"])
 
 
@@ -85,13 +85,13 @@ def test_appending_and_combining_compile(target):
 
 
 @pytest.mark.process
-def test_their_arithmetic():
-    """tests/model/kernel_cases.py, on the GPU or under the interpreter."""
-    how = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
+def test_kernels_equal_torch():
+    """Run tests/model/kernel_cases.py, on the GPU or under the interpreter."""
+    mode = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/model/kernel_cases.py"],
         cwd=ROOT,
-        env={**os.environ, **how},
+        env={**os.environ, **mode},
         capture_output=True,
         text=True,
     )
@@ -100,21 +100,21 @@ def test_their_arithmetic():
 
 
 @pytest.fixture
-def asked_anew():
+def fresh_triton_kernels():
     kv_cache_qwen.triton_kernels.cache_clear()
     yield
     kv_cache_qwen.triton_kernels.cache_clear()
 
 
-@pytest.mark.usefixtures("asked_anew")
-@pytest.mark.parametrize("lacking", ["Triton", "a GPU"])
-def test_where_triton_does_not_run_torch_does_it(lacking, monkeypatch, caplog):
-    if lacking == "Triton":
+@pytest.mark.usefixtures("fresh_triton_kernels")
+@pytest.mark.parametrize("missing", ["Triton", "a GPU"])
+def test_missing_triton_or_gpu_falls_back_to_torch(missing, monkeypatch, caplog):
+    if missing == "Triton":
         monkeypatch.setitem(sys.modules, "triton", None)
         monkeypatch.delitem(sys.modules, "qwen.model.kv_cache_triton_qwen")
     elif torch.cuda.is_available():
-        pytest.skip("it runs here")
+        pytest.skip("Triton runs here")
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     assert kv_cache_qwen.triton_kernels("cuda") is None
-    assert "use_cache_kernel=True falls back on torch" in caplog.text
+    assert "use_cache_kernel=True falls back to torch" in caplog.text
     assert "a C compiler" in caplog.text

@@ -1,4 +1,4 @@
-"""The 8-bit key/value cache: what it holds, how it grows, and everything that people do with a cache."""
+"""The 8-bit key/value cache: contents, growth, cache operations, and use in generation."""
 
 import copy
 import random
@@ -57,20 +57,20 @@ def prompt(length: int, batch: int = 1, seed: int = 0) -> torch.Tensor:
     return torch.randint(0, 512, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
-# ---- what is held ----
+# ---- contents ----
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_no_channel_is_off_by_more_than_half_a_step(dtype):
+def test_rounding_error_is_at_most_half_a_step(dtype):
     x = states(200, dtype=dtype)[0] * 100 + 30
     q, scale, zero = (tensor.float() for tensor in quantize_tokens(x))
     assert ((scale * (q - zero) - x.float()).abs() <= 0.5001 * scale).all()
-    # The range of a token is its own: at most 254 steps and what the scale's rounding adds.
+    # Each token has its own range: at most 254 steps, plus the rounding of the scale.
     spread = x.float().amax(-1, keepdim=True).clamp(min=0) - x.float().amin(-1, keepdim=True).clamp(max=0)
     assert (scale <= 1.005 * spread / 254).all()
 
 
-def test_how_tokens_come_makes_no_difference():
+def test_chunk_sizes_make_no_difference():
     whole, parts = QuantizedKVLayer(), QuantizedKVLayer()
     key, value = states(400)
     whole.update(key, value)
@@ -84,7 +84,7 @@ def test_how_tokens_come_makes_no_difference():
 
 
 @pytest.mark.slow
-def test_growing_moves_nothing():
+def test_growing_does_not_move_tensors():
     layer = QuantizedKVLayer()
     layer.update(*states(100))
     for seed in range(1, 1200):
@@ -98,8 +98,8 @@ def test_growing_moves_nothing():
 
 
 @torch.no_grad()
-def test_bytes_are_those_of_the_formula(golden):
-    """2 · layers · C · (1 + 4 / D) a token, where scales are 16-bit and segments full; and nothing else is kept."""
+def test_size_in_bytes(golden):
+    """2 · layers · C · (1 + 4 / D) per token with 16-bit scales and full segments, and no other tensors."""
     model = QWenLMHeadModel.from_pretrained(golden, use_cache_quantization=True, bf16=True).eval()
     config, batch, tokens = model.config, 3, 128
     cache = model(prompt(tokens, batch), use_cache=True, logits_to_keep=1).past_key_values
@@ -110,7 +110,7 @@ def test_bytes_are_those_of_the_formula(golden):
     assert not others
 
 
-def test_attention_over_bytes_is_that_over_their_values():
+def test_attention_over_bytes_equals_attention_over_values():
     layer = QuantizedKVLayer()
     layer.update(*states(150))
     layer.update(*states(90, seed=1))
@@ -126,10 +126,10 @@ def test_attention_over_bytes_is_that_over_their_values():
         )
 
 
-# ---- what caches do ----
+# ---- cache operations ----
 
 
-def test_dropping_tokens_and_going_on():
+def test_cropping_and_continuing():
     layer, fresh = QuantizedKVLayer(), QuantizedKVLayer()
     key, value = states(300)
     layer.update(key[:, :, :100], value[:, :, :100])
@@ -148,23 +148,23 @@ def test_dropping_tokens_and_going_on():
         layer.crop(3)
 
 
-def test_the_kernels_map_follows_what_is_dropped_and_added():
-    """A tensor that takes the place of a dropped one may have its address and another size."""
+def test_tile_table_follows_cropping_and_appending():
+    """A new tensor may have the address of a dropped one and another size."""
 
-    def is_right(states: QuantizedStates) -> bool:
+    def is_current(states: QuantizedStates) -> bool:
         return torch.equal(states.tiles, QuantizedStates(states.segments, states.length).tiles)
 
     layer = QuantizedKVLayer()
     draw = random.Random(0)
     for seed in range(60):
         layer.update(*states(draw.choice([1, 60, 130, 300]), batch=1, heads=1, seed=seed))
-        assert is_right(layer.states)
-        assert is_right(copy.deepcopy(layer.states))
+        assert is_current(layer.states)
+        assert is_current(copy.deepcopy(layer.states))
         layer.crop(-draw.randrange(200))
-        assert layer.get_seq_length() == 0 or is_right(layer.states)
+        assert layer.get_seq_length() == 0 or is_current(layer.states)
     layer.update(*states(60, batch=1, heads=1))
     layer.reorder_cache(torch.tensor([0, 0]))
-    assert is_right(layer.states)
+    assert is_current(layer.states)
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def test_the_kernels_map_follows_what_is_dropped_and_added():
     ],
     ids=["reorder", "repeat", "select", "offload"],
 )
-def test_rows_change_places(change, rows):
+def test_rows_are_reordered(change, rows):
     layer = QuantizedKVLayer()
     layer.update(*states(100))
     layer.update(*states(40, seed=1))
@@ -188,8 +188,8 @@ def test_rows_change_places(change, rows):
 
 
 @torch.no_grad()
-def test_a_copy_is_a_cache_of_its_own(model):
-    """A prompt that is encoded once and continued twice."""
+def test_copies_are_independent(model):
+    """Encode a prompt once and continue it twice."""
     ids = prompt(20)
     cache = model(ids, use_cache=True).past_key_values
     ours = copy.deepcopy(cache)
@@ -203,8 +203,8 @@ def test_a_copy_is_a_cache_of_its_own(model):
     assert torch.equal(model(ids[:, :1], past_key_values=cache).logits, first)
 
 
-def test_gradients_may_be_on(model):
-    """As in a notebook that forgets torch.no_grad, and while training with a cache left on."""
+def test_works_with_gradients_enabled(model):
+    """As in a notebook without torch.no_grad, or in training with use_cache=True."""
     ids = prompt(20)
     outputs = model(ids, labels=ids, use_cache=True)
     outputs.loss.backward()
@@ -215,7 +215,7 @@ def test_gradients_may_be_on(model):
     torch.testing.assert_close(model(ids[:, :3], past_key_values=outputs.past_key_values).logits, expected)
 
 
-def test_a_prompt_encoded_in_inference_mode_is_gone_on_from(model):
+def test_prompt_encoded_in_inference_mode_can_be_continued(model):
     ids = prompt(20)
     with torch.inference_mode():
         cache = model(ids, use_cache=True).past_key_values
@@ -223,11 +223,11 @@ def test_a_prompt_encoded_in_inference_mode_is_gone_on_from(model):
         assert model(ids[:, :1], past_key_values=cache).logits.isfinite().all()
 
 
-# ---- yesterday's tuples ----
+# ---- legacy tuples ----
 
 
 @torch.no_grad()
-def test_layers_read_and_written_in_the_published_layout(model):
+def test_published_layout_round_trip(model):
     ids = prompt(24)
     cache = model(ids[:, :20], use_cache=True).past_key_values
     layers = tuple(cache)
@@ -250,7 +250,7 @@ def test_layers_read_and_written_in_the_published_layout(model):
 
 @torch.no_grad()
 def test_tuples_of_the_published_functions(model, exact):
-    """What users' own code made with quantize_cache_v goes on; so does a tuple of plain tensors."""
+    """Tuples that user code made with quantize_cache_v can be continued; so can tuples of plain tensors."""
     ids = prompt(24)
     plain = tuple((layer.keys, layer.values) for layer in exact(ids[:, :20], use_cache=True).past_key_values.layers)
     expected = exact(ids).logits[:, 20:]
@@ -278,10 +278,10 @@ def test_tuples_of_the_published_functions(model, exact):
     ],
     ids=["beams", "several beams", "samples", "prompt lookup", "long"],
 )
-def test_generation_is_that_of_a_full_precision_cache_that_rounds_alike(model, exact, settings, monkeypatch):
-    """All of generate's ways, beyond the trained length (NTK, LogN); a left-padded row beside another.
+def test_generation_equals_a_full_precision_cache_with_the_same_rounding(model, exact, settings, monkeypatch):
+    """All generation modes, beyond the trained length (NTK, LogN), with one left-padded row.
 
-    The rounding is that of the 8-bit cache in both, so that nothing but how it is stored and read can differ.
+    Both caches round in the same way, so that only storing and reading can differ.
     """
     ids = prompt(50, batch=1 if "prompt_lookup_num_tokens" in settings else 2)
     mask = torch.ones_like(ids)
@@ -303,7 +303,7 @@ def test_generation_is_that_of_a_full_precision_cache_that_rounds_alike(model, e
 
 
 @pytest.mark.slow
-def test_a_chat_is_the_same_with_the_kernel_and_without(bundled_chat):
+def test_chat_is_the_same_with_and_without_the_kernel(bundled_chat):
     """The bundled model, several turns, in float32 and bfloat16."""
     for precision in ("fp32", "bf16"):
         answers = []
@@ -318,14 +318,14 @@ def test_a_chat_is_the_same_with_the_kernel_and_without(bundled_chat):
         assert "Alice" in answers[0][3]
 
 
-def test_a_static_cache_that_is_asked_for_wins(model, exact):
+def test_requested_static_cache_is_used(model, exact):
     ids = prompt(20)
     for settings in ({"cache_implementation": "static"}, {"past_key_values": StaticCache(exact.config, 40)}):
         new = model.generate(ids, disable_compile=True, **settings, **GREEDY)
         assert torch.equal(new, exact.generate(ids, **GREEDY))
 
 
-def test_weights_are_given_where_attention_is_written_out(golden):
+def test_eager_attention_returns_weights(golden):
     model = AutoModelForCausalLM.from_pretrained(
         golden, use_cache_quantization=True, use_cache_kernel=True, attn_implementation="eager"
     ).eval()
@@ -338,7 +338,7 @@ def test_weights_are_given_where_attention_is_written_out(golden):
 
 
 @torch.no_grad()
-def test_masks_of_another_kind_are_left_to_their_attention(golden, exact):
+def test_flex_attention_with_its_own_masks(golden, exact):
     flags = {"use_cache_quantization": True, "use_cache_kernel": True}
     model = AutoModelForCausalLM.from_pretrained(golden, attn_implementation="flex_attention", **flags).eval()
     with torch.compiler.set_stance("force_eager"):
@@ -346,7 +346,7 @@ def test_masks_of_another_kind_are_left_to_their_attention(golden, exact):
     assert torch.equal(new, exact.generate(prompt(12), **GREEDY))
 
 
-def test_transformers_continuous_batching_refuses(model):
+def test_transformers_continuous_batching_is_rejected(model):
     with pytest.raises(ValueError, match="without use_cache_quantization=True"):
         model.generate_batch([[1, 2, 3]], max_new_tokens=2)
 
@@ -361,7 +361,7 @@ def test_the_terminal_demo():
 
 
 def test_the_server(start_server, bundled_chat):
-    """Questions that are answered together, as alone."""
+    """Concurrent answers equal single ones."""
     url = start_server("-c", str(bundled_chat), "--int8-cache").url
 
     def answer(a: int) -> str:

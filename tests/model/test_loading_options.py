@@ -1,4 +1,4 @@
-"""Arguments of from_pretrained, and both dialects of config.json."""
+"""Arguments of from_pretrained, and both formats of config.json."""
 
 import json
 import shutil
@@ -45,7 +45,7 @@ def test_precision_flags(checkpoint, load):
     assert load(checkpoint, bf16=True, dtype="auto").dtype is torch.bfloat16
     assert load(checkpoint, bf16=True, dtype=torch.bfloat16).dtype is torch.bfloat16
     edit_config(checkpoint, fp32=False, dtype="bfloat16")
-    assert load(checkpoint, device_map="cpu").dtype is torch.float32  # exact on the CPU, whatever the file stores
+    assert load(checkpoint, device_map="cpu").dtype is torch.float32  # exact on the CPU, independent of the file
     edit_config(checkpoint, bf16=True)
     assert load(checkpoint).dtype is torch.bfloat16
 
@@ -97,7 +97,7 @@ def test_switches_reach_the_model(checkpoint, load):
     assert load(checkpoint, attn_implementation="eager").config._attn_implementation == "eager"
 
 
-def test_a_config_object_and_arguments_together(checkpoint):
+def test_arguments_override_a_config_object(checkpoint):
     config = QWenConfig.from_pretrained(checkpoint)
     model = QWenLMHeadModel.from_pretrained(checkpoint, config=config, use_logn_attn=False, bf16=True)
     assert not model.config.use_logn_attn
@@ -125,7 +125,7 @@ def test_flash_attention_is_switched_off_with_a_reason(caplog, monkeypatch):
     assert "does not run on cpu" in reasons
     assert "float32" in reasons
     assert "8 bits" in reasons
-    # On a machine with the package and a GPU of some generation.
+    # On a machine with the package and GPUs of different generations.
     monkeypatch.setattr(loading_options_qwen, "is_flash_attn_2_available", lambda: True)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     for capability, expected in (((7, 5), "sdpa"), ((8, 0), "flash_attention_2"), ((9, 0), "flash_attention_2")):
@@ -134,7 +134,7 @@ def test_flash_attention_is_switched_off_with_a_reason(caplog, monkeypatch):
         assert choose_attention(config, torch.bfloat16, torch.device("cuda")) == expected
 
 
-def test_a_quantization_config_is_left_to_transformers_to_merge(checkpoint, monkeypatch):
+def test_transformers_merges_the_quantization_config(checkpoint, monkeypatch):
     from transformers import GPTQConfig, PreTrainedModel
 
     edit_config(
@@ -161,7 +161,7 @@ GPU = torch.device("cuda")
         ({"bits": 4}, torch.float32, CPU, "auto"),
         ({"bits": 8, "group_size": 128}, torch.bfloat16, CPU, "gptq_torch_int8"),
         ({"bits": 4, "group_size": -1}, torch.bfloat16, CPU, "gptq_torch_int8"),
-        ({"bits": 8, "group_size": 128}, torch.float16, CPU, "torch"),  # 30 times slower than unpacking, there
+        ({"bits": 8, "group_size": 128}, torch.float16, CPU, "torch"),  # 8 bits would be 30 times slower than unpacking
         ({"bits": 3, "group_size": 128}, torch.bfloat16, CPU, "torch"),
         ({"bits": 8, "group_size": 1024}, torch.bfloat16, CPU, "torch"),
         ({"bits": 8, "group_size": 128}, "auto", GPU, "auto"),
@@ -169,13 +169,13 @@ GPU = torch.device("cuda")
     ],
     ids=str,
 )
-def test_the_fastest_kernel_of_each_device(quantization, dtype, device, kernel, monkeypatch):
+def test_fastest_kernel_of_each_device(quantization, dtype, device, kernel, monkeypatch):
     monkeypatch.setattr(cpp_extension, "CUDA_HOME", "/usr/local/cuda")
     assert choose_kernel(quantization, dtype, device) == kernel
 
 
-def test_a_kernel_that_needs_no_nvcc(monkeypatch):
-    """Most have torch from a wheel and no CUDA toolkit; GPTQModel's automatic choice then fails while loading."""
+def test_kernel_without_nvcc(monkeypatch):
+    """Most users have torch from a wheel and no CUDA toolkit; GPTQModel's automatic choice then fails at loading."""
     monkeypatch.setattr(cpp_extension, "CUDA_HOME", None)
     monkeypatch.setattr(torch.version, "hip", None)
     for bits in (4, 8):
@@ -184,7 +184,7 @@ def test_a_kernel_that_needs_no_nvcc(monkeypatch):
     assert choose_kernel({"bits": 4}, torch.float16, GPU) == "auto"
 
 
-def test_the_precision_beside_quantized_weights():
+def test_precision_with_quantized_weights():
     quantization = {"quant_method": "gptq", "bits": 4}
     chosen = [
         choose_dtype(QWenConfig(quantization_config=quantization, **flag), device)
@@ -196,7 +196,7 @@ def test_the_precision_beside_quantized_weights():
 
 
 @pytest.mark.parametrize("load", LOADERS)
-def test_the_kernel_reaches_transformers(checkpoint, load, monkeypatch):
+def test_chosen_kernel_is_passed_to_transformers(checkpoint, load, monkeypatch):
     from transformers import GPTQConfig, PreTrainedModel
 
     quantization = {"quant_method": "gptq", "bits": 8, "group_size": 128, "backend": "of another machine"}
@@ -208,7 +208,7 @@ def test_the_kernel_reaches_transformers(checkpoint, load, monkeypatch):
         load(checkpoint, device_map=device_map)
         assert seen["config"].quantization_config["backend"] == "gptq_torch_int8"
         assert seen["dtype"] == torch.bfloat16
-    load(checkpoint, fp16=True)  # what the caller says counts, unlike the flag in the file
+    load(checkpoint, fp16=True)  # the caller's flag counts, unlike the one in the file
     assert seen["config"].quantization_config["backend"] == "torch"
     assert seen["dtype"] == torch.float16
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
@@ -226,7 +226,7 @@ def test_the_kernel_reaches_transformers(checkpoint, load, monkeypatch):
     assert asked.backend == "auto"
 
 
-def test_where_and_how_a_model_is_loaded():
+def test_device_and_dtype_choice():
     config = QWenConfig()
     assert choose_dtype(config, CPU) is torch.float32
     assert target_device("cpu") == target_device({"": "cpu"}) == target_device({"a": "cpu", "b": "disk"}) == CPU
@@ -234,7 +234,7 @@ def test_where_and_how_a_model_is_loaded():
     assert choose_dtype(config, CPU) is torch.float16
 
 
-def test_first_release_dialect_gives_the_same_model(checkpoint, golden):
+def test_first_release_format_gives_the_same_model(checkpoint, golden):
     shape = json.loads((golden / "config.json").read_text())
     edit_config(
         checkpoint,
@@ -302,7 +302,7 @@ def test_unused_fields_survive_a_round_trip(checkpoint, tmp_path):
         {"bf16": True, "fp16": True, "fp32": False},
     ],
 )
-def test_a_wrong_config_names_the_field(checkpoint, changes):
+def test_invalid_config_names_the_field(checkpoint, changes):
     edit_config(checkpoint, **changes)
     with pytest.raises(ValueError, match=next(iter(changes))):
         QWenConfig.from_pretrained(checkpoint)
@@ -342,7 +342,7 @@ def test_sharded_and_old_weights(checkpoint, golden, tmp_path):
         assert all(torch.equal(loaded[name], weights[name]) for name in weights)
 
 
-def test_code_beside_the_weights_is_not_used(checkpoint):
+def test_code_next_to_the_weights_is_not_used(checkpoint):
     edit_config(checkpoint, auto_map={"AutoModelForCausalLM": "modeling_qwen.QWenLMHeadModel"})
     (checkpoint / "modeling_qwen.py").write_text("raise RuntimeError('the published code was run')\n")
     model = AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=True)

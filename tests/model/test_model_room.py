@@ -1,4 +1,4 @@
-"""qwen/model is copied beside the weights: its files need one another and installed packages, and nothing else."""
+"""qwen/model is copied next to the weights: its files import only one another and installed packages."""
 
 import ast
 import sys
@@ -16,11 +16,11 @@ from tests.support import ROOT
 
 FILES = {path.stem: path for path in (ROOT / "qwen" / "model").glob("*.py") if path.stem != "__init__"}
 INSTALLED = {"huggingface_hub", "safetensors", "tiktoken", "torch", "transformers"}
-OPTIONAL = {"triton"}  # inside try, so that transformers does not ask for it
+OPTIONAL = {"triton"}  # inside try, so that transformers does not require it
 
 
 def imports(tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """Every import, also those inside functions: dots in front, and the module."""
+    """Yield (number of leading dots, module) of every import, including those inside functions."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from ((0, alias.name) for alias in node.names)
@@ -31,12 +31,12 @@ def imports(tree: ast.AST) -> Iterator[tuple[int, str]]:
 
 
 def siblings(path: Path) -> set[str]:
-    """The files beside it that a file imports."""
+    """Return the sibling files that a file imports."""
     return {module for level, module in imports(ast.parse(path.read_text(encoding="utf-8"))) if level}
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_file_imports_installed_packages_and_siblings(name: str) -> None:
+def test_files_import_only_installed_packages_and_siblings(name: str) -> None:
     allowed = sys.stdlib_module_names | INSTALLED | OPTIONAL
     for level, module in imports(ast.parse(FILES[name].read_text(encoding="utf-8"))):
         if level:
@@ -46,17 +46,17 @@ def test_a_file_imports_installed_packages_and_siblings(name: str) -> None:
             assert module.split(".")[0] in allowed, f"{name}.py imports {module}"
 
 
-def test_no_file_imports_itself_by_way_of_others() -> None:
-    """Imports inside functions count as well."""
+def test_there_are_no_circular_imports() -> None:
+    """Including imports inside functions."""
     order = TopologicalSorter({name: siblings(path) for name, path in FILES.items()}).static_order()
-    assert {*order} == {*FILES}  # a circle raises CycleError
+    assert {*order} == {*FILES}  # raises CycleError
 
 
-def test_the_prompt_functions_stand_alone() -> None:
+def test_generation_utils_imports_no_sibling() -> None:
     assert siblings(FILES["qwen_generation_utils"]) == set()
 
 
-def test_a_saved_checkpoint_carries_every_file(tiny_chat_checkpoint: Path) -> None:
+def test_saved_checkpoint_contains_every_file(tiny_chat_checkpoint: Path) -> None:
     saved = {path.stem: path for path in tiny_chat_checkpoint.glob("*.py")}
     assert saved.keys() == FILES.keys()
     assert all(path.read_bytes() == FILES[name].read_bytes() for name, path in saved.items())
@@ -67,7 +67,7 @@ ALONE = """
     import sys
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.generation import GenerationConfig
-    path, *again = sys.argv[1:]
+    path, *targets = sys.argv[1:]
     tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True, resume_download=True)
     model = AutoModelForCausalLM.from_pretrained(path, device_map="auto", trust_remote_code=True, bf16=True).eval()
     model.generation_config = GenerationConfig.from_pretrained(path, trust_remote_code=True, resume_download=True)
@@ -76,19 +76,19 @@ ALONE = """
     print(model.chat(tokenizer, "hello", history=None, do_sample=False)[0])
     package = type(model).__module__.rpartition(".")[0]
     assert isinstance(model, importlib.import_module(package + ".qwen_generation_utils").ChatMixin)
-    for folder in again:
+    for folder in targets:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 """
 
 
-def test_a_saved_checkpoint_chats_where_this_repository_is_not(
+def test_saved_checkpoint_chats_without_this_repository(
     tiny_chat_checkpoint: Path, tmp_path: Path, elsewhere: Callable[..., list[str]]
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_chat_checkpoint)
     model = AutoModelForCausalLM.from_pretrained(tiny_chat_checkpoint).eval()
     response = model.chat(tokenizer, "hello", do_sample=False)[0]
-    # And once more from there: a checkpoint that was loaded from its own code saves complete again.
+    # Twice: a checkpoint that was loaded with its own code must save that code again.
     for arguments in ([tiny_chat_checkpoint, tmp_path / "again"], [tmp_path / "again"]):
         assert response in elsewhere(ALONE, *arguments)
     assert {path.stem for path in (tmp_path / "again").glob("*.py")} == FILES.keys()
@@ -110,16 +110,16 @@ BARE = """
 """
 
 
-def test_the_prompt_functions_are_imported_from_inside_a_checkpoint(
+def test_generation_utils_import_inside_a_checkpoint_folder(
     tiny_chat_checkpoint: Path, elsewhere: Callable[..., list[str]]
 ) -> None:
     assert elsewhere(BARE, tiny_chat_checkpoint) == ["qwen_generation_utils", "False", "the thing"]
 
 
-def test_names_that_have_moved_are_found_where_they_were() -> None:
+def test_moved_names_resolve_at_their_old_place() -> None:
     from qwen import modeling_qwen, qwen_generation_utils
     from qwen.model import loading_options_qwen
-    from qwen.qwen_generation_utils import ChatMixin, TokenQueue  # as people write it
+    from qwen.qwen_generation_utils import ChatMixin, TokenQueue  # as users import it
 
     assert (ChatMixin, TokenQueue) == (qwen.model.chat_qwen.ChatMixin, qwen.model.chat_qwen.TokenQueue)
     for name in ("Abandoned", "check_stop_words", "mask_of_left_padding", "reply_so_far"):
@@ -129,4 +129,4 @@ def test_names_that_have_moved_are_found_where_they_were() -> None:
     for name in ("is_gptq", "choose_kernel"):
         assert getattr(loading_options_qwen, name) is getattr(qwen.model.gptq_qwen, name)
     with pytest.raises(ImportError, match="cannot import name 'pad_batch'"):
-        from qwen.qwen_generation_utils import pad_batch  # noqa: F401  it is not there
+        from qwen.qwen_generation_utils import pad_batch  # noqa: F401  does not exist

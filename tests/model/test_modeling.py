@@ -1,4 +1,4 @@
-"""The network against the reference vectors, and what users do with a transformers model."""
+"""The network compared with reference vectors, and common uses of a transformers model."""
 
 import json
 
@@ -40,7 +40,7 @@ def model(golden):
 
 
 def decode_one_by_one(model, ids, n_prompt):
-    """Logits of the first n_prompt tokens in one call and of the others one at a time with the cache."""
+    """Logits of the first n_prompt tokens from one call, and of the others one at a time with the cache."""
     outputs = model(ids[:, :n_prompt], use_cache=True)
     logits = [outputs.logits]
     for position in range(n_prompt, ids.shape[1]):
@@ -99,7 +99,7 @@ def test_int8_cache_is_closer_to_full_precision_than_the_reference(golden, expec
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_every_row_survives_the_int8_cache(dtype):
+def test_int8_cache_keeps_extreme_rows(dtype):
     rows = torch.stack(
         [
             torch.zeros(16),
@@ -132,7 +132,7 @@ def test_ntk_alpha_steps_at_the_powers_of_two():
     assert ntk_alpha(lengths, 32).tolist() == [1, 1, 1, 3, 3, 7, 7, 15, 15, 31]
 
 
-def test_rotary_tables_turn_by_position_and_frequency():
+def test_rotary_tables_depend_on_position_and_frequency():
     cos, sin = rotary_tables(torch.tensor([[0, 5]]), rotary_dim=4, base=100.0)
     angle = torch.tensor([5.0, 0.5, 5.0, 0.5])
     torch.testing.assert_close(cos[0, 0], torch.stack((torch.ones(4), angle.cos())))
@@ -160,17 +160,17 @@ def test_right_padding_changes_nothing(model):
     assert relative_error(model(padded, attention_mask=mask).logits[:, :50], model(ids).logits) < 1e-5
 
 
-def test_a_padded_batch_without_a_mask_is_read_from_the_pad_token(model):
+def test_missing_mask_is_derived_from_the_pad_token(model):
     ids = torch.randint(0, 500, (1, 20), generator=torch.Generator().manual_seed(0))
     batch = torch.cat((torch.nn.functional.pad(ids, (9, 0), value=511), torch.arange(29)[None]))
     alone = model.generate(ids, max_new_tokens=8, do_sample=False)[:, 20:]
-    for eos in (510, 511):  # transformers gives up where pad and eos are the same, as published checkpoints have them
+    for eos in (510, 511):  # transformers derives no mask if pad equals eos, as in published checkpoints
         ours = model.generate(batch, pad_token_id=511, eos_token_id=eos, max_new_tokens=8, do_sample=False)
         assert torch.equal(ours[:1, 29:], alone)
 
 
 @torch.no_grad()
-def test_a_prompt_in_chunks_keeps_its_base(model):
+def test_chunked_prefill_keeps_the_rope_base(model):
     ids = torch.randint(0, 512, (2, 70), generator=torch.Generator().manual_seed(0))
     whole = model.generate(ids, max_new_tokens=10, do_sample=False)
     assert torch.equal(model.generate(ids, max_new_tokens=10, do_sample=False, prefill_chunk_size=16), whole)
@@ -235,7 +235,7 @@ def test_beam_search_in_a_padded_batch_equals_each_row_alone(model):
     assert torch.equal(model.generate(batch, attention_mask=mask, **settings)[:, 40:], alone)
 
 
-def test_sampling_repeats_with_its_seed(model):
+def test_sampling_is_reproducible_with_a_seed(model):
     ids = torch.randint(0, 512, (2, 40), generator=torch.Generator().manual_seed(0))
     samples = []
     for seed in (0, 0, 1):
@@ -347,7 +347,7 @@ def small_shape(**changes):
 
 @torch.no_grad()
 @pytest.mark.parametrize("changes", [{"rotary_pct": 0.5}, {"kv_channels": 128}, {"no_bias": False}])
-def test_less_common_shapes_decode_as_they_encode(changes):
+def test_less_common_shapes_decode_like_prefill(changes):
     torch.manual_seed(0)
     model = QWenLMHeadModel(QWenConfig(**small_shape(**changes))).eval()
     ids = torch.randint(0, 128, (2, 20))

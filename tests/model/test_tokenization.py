@@ -1,4 +1,4 @@
-"""The tokenizer against reference vectors, on the real vocabulary and on a small one written here."""
+"""The tokenizer compared with reference vectors, on the real vocabulary and on a small one defined here."""
 
 import base64
 import copy
@@ -186,7 +186,7 @@ def test_disallowed_special_raises_and_names_the_token(small):
         call(text, allowed_special={"<|im_end|>"}, disallowed_special="all")
 
 
-def test_skipping_drops_control_tokens_and_nothing_else(tmp_path):
+def test_skipping_drops_only_control_tokens(tmp_path):
     ranks = small_ranks()
     ranks[b"abab"] = 256 + len(SMALL_MERGES) + 208
     tokenizer = QWenTokenizer(write_ranks(tmp_path / "v.tiktoken", ranks))
@@ -207,7 +207,7 @@ def test_special_tokens_are_unset_until_set(small):
     assert small.add_special_tokens({"unk_token": "<|extra_1|>", "extra_special_tokens": ["<|extra_2|>"]}) == 0
     assert small.unk_token == "<|extra_1|>"
     assert small.extra_special_tokens == ["<|extra_2|>"]
-    assert small.encode("a") == [97]  # nothing is put around a text
+    assert small.encode("a") == [97]  # no tokens are added around a text
 
 
 @pytest.mark.parametrize("name", ["bos_token", "eos_token", "pad_token", "image_token"])
@@ -287,7 +287,7 @@ def test_errors_at_construction_and_per_call(small_file):
         QWenTokenizer(small_file, errors="no_such_handler")
 
 
-def test_spaces_are_not_cleaned_up_by_an_old_switch(small_file):
+def test_saved_clean_up_option_is_ignored(small_file):
     tokenizer = QWenTokenizer(small_file, clean_up_tokenization_spaces=True)
     assert tokenizer.decode(tokenizer.encode("a , b .")) == "a , b ."
     assert tokenizer.decode(tokenizer.encode("a , b ."), clean_up_tokenization_spaces=True) == "a, b."
@@ -334,12 +334,12 @@ def test_truncation_pairs_and_words(small):
 
 
 @pytest.mark.parametrize("text", [None, 5, b"bytes", ["a", None], ["a", 5]])
-def test_what_is_no_text_raises_value_error(small, text):
+def test_encoding_other_types_raises_value_error(small, text):
     with pytest.raises(ValueError, match=r"str|text"):
         small(text)
 
 
-def test_tokenize_of_no_text_raises(small):
+def test_tokenizing_bytes_raises(small):
     with pytest.raises(ValueError, match="must be a str, not bytes"):
         small.tokenize(b"a")
 
@@ -361,7 +361,7 @@ def test_surrogates_become_their_character_or_a_replacement(real):
         " " * 1_000_000 + "<|im_end|>" + "\t" * 1_000_000 + "x",
         "\n" + "\u3000" * 1_000_000 + "\n中",
         "<|" * 500_000,
-        "a" + "\u0301\u0327" * 200_000,  # unordered marks take unicodedata minutes
+        "a" + "\u0301\u0327" * 200_000,  # unicodedata takes minutes for unordered marks
         "\ud800" + " " * 1_000_000,
     ],
     ids=["letters", "blanks", "blanks before others", "wide blanks", "almost control", "marks", "surrogate"],
@@ -369,7 +369,7 @@ def test_surrogates_become_their_character_or_a_replacement(real):
 def test_long_runs_take_seconds_and_do_not_crash(real, text):
     start = time.process_time()
     ids = real.encode(text)
-    assert time.process_time() - start < 10  # about half a second; process time, since other work may share the machine
+    assert time.process_time() - start < 10  # about half a second; process time, because the machine may be shared
     if "\u0327" in text:
         marks = sorted(text[1:], key=unicodedata.combining)
         text = unicodedata.normalize("NFC", "a" + "".join(marks))
@@ -456,8 +456,8 @@ SMALL_LINES = [b"%s %d" % (b64(token), rank) for token, rank in small_ranks().it
         ([*SMALL_LINES[:10], b"YWJj 3"], r"line 11: rank 3 belongs to b'\\x03'"),
         ([*SMALL_LINES[:10], b64(b"\x02") + b" 77"], r"line 11: the token b'\\x02' has rank 2"),
         (SMALL_LINES[:200], "lacks 56 of the 256 single bytes, the first is 0xc8"),
-        ([*SMALL_LINES, b64(b"xyz") + b" %d" % (len(SMALL_LINES) + 5)], "where the control tokens go"),
-        (SMALL_LINES[:257] + SMALL_LINES[258:], "rank 258 lies where the control tokens go, 257 to 464"),
+        ([*SMALL_LINES, b64(b"xyz") + b" %d" % (len(SMALL_LINES) + 5)], "in the range of the control tokens"),
+        (SMALL_LINES[:257] + SMALL_LINES[258:], "rank 258 is in the range of the control tokens, 257 to 464"),
     ],
 )
 def test_broken_vocabulary_files_say_what_is_wrong(tmp_path, lines, message):
@@ -469,7 +469,7 @@ def test_broken_vocabulary_files_say_what_is_wrong(tmp_path, lines, message):
         assert str(path) in str(error.value)
 
 
-def test_a_download_cut_in_a_line_is_found(tmp_path, vocab_file):
+def test_download_truncated_within_a_line_is_detected(tmp_path, vocab_file):
     contents = vocab_file.read_bytes()
     path = tmp_path / "qwen.tiktoken"
     middle = contents.index(b"\n", len(contents) // 2)
@@ -479,7 +479,7 @@ def test_a_download_cut_in_a_line_is_found(tmp_path, vocab_file):
             QWenTokenizer(path)
 
 
-def test_a_download_cut_between_lines_is_found_by_the_saved_ids(tmp_path, small):
+def test_download_truncated_between_lines_is_detected_by_the_saved_ids(tmp_path, small):
     small.save_pretrained(tmp_path)
     path = tmp_path / "qwen.tiktoken"
     path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-1]))
@@ -546,7 +546,7 @@ def test_settings_survive_saving(small_file, tmp_path):
     assert "resume_download" not in (tmp_path / "tokenizer_config.json").read_text()
 
 
-def test_a_saved_tokenizer_carries_its_code(small_file, tmp_path, monkeypatch, elsewhere):
+def test_saved_tokenizer_contains_its_code(small_file, tmp_path, monkeypatch, elsewhere):
     monkeypatch.setattr(QWenTokenizer, "_auto_class", "AutoTokenizer")
     folder = tmp_path / "checkpoint"
     QWenTokenizer(small_file, pad_token="<|extra_0|>").save_pretrained(folder)
@@ -560,11 +560,11 @@ def test_a_saved_tokenizer_carries_its_code(small_file, tmp_path, monkeypatch, e
             tokenizer.save_pretrained(sys.argv[2])
             print(tokenizer("abcd<|im_end|>")["input_ids"], tokenizer.pad_token)
     """
-    said = elsewhere(code, folder, tmp_path / "again")
-    assert said == [f"[258, {len(SMALL_LINES) + 2}] <|extra_0|>"] * 2
+    printed = elsewhere(code, folder, tmp_path / "again")
+    assert printed == [f"[258, {len(SMALL_LINES) + 2}] <|extra_0|>"] * 2
 
 
-def test_importing_the_package_replaces_the_code_beside_published_weights(small_file, tmp_path):
+def test_package_replaces_the_code_next_to_published_weights(small_file, tmp_path):
     folder = tmp_path / "published"
     folder.mkdir()
     (folder / "qwen.tiktoken").write_bytes(small_file.read_bytes())
@@ -572,7 +572,7 @@ def test_importing_the_package_replaces_the_code_beside_published_weights(small_
     auto_map = {"AutoTokenizer": ["tokenization_qwen.QWenTokenizer", None]}
     config = {"model_max_length": 8192, "tokenizer_class": "QWenTokenizer", "auto_map": auto_map}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    (folder / "tokenization_qwen.py").write_text("raise RuntimeError('the code beside the weights ran')")
+    (folder / "tokenization_qwen.py").write_text("raise RuntimeError('the code next to the weights ran')")
     for trust in (True, False):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
         assert type(tokenizer) is QWenTokenizer
@@ -613,7 +613,7 @@ def test_chat_template_parses_control_tokens_unless_sanitized(real):
     assert real.decode(sanitized) == real.decode(parsed)
 
 
-def test_control_tokens_are_not_left_in_where_transformers_cannot_sanitize(real, monkeypatch):
+def test_sanitizing_raises_if_transformers_does_not_support_it(real, monkeypatch):
     messages = [{"role": "user", "content": "x<|im_end|>y"}]
     monkeypatch.setattr(PreTrainedTokenizer, "apply_chat_template", lambda self, conversation, **kwargs: "rendered")
     monkeypatch.setattr(tokenization_qwen, "_SANITIZES", False)
@@ -622,7 +622,7 @@ def test_control_tokens_are_not_left_in_where_transformers_cannot_sanitize(real,
         real.apply_chat_template(messages, sanitize_control_tokens=True)
 
 
-def test_chat_template_of_the_checkpoint_wins_and_is_saved(small_file, tmp_path):
+def test_chat_template_of_the_checkpoint_is_used_and_saved(small_file, tmp_path):
     QWenTokenizer(small_file, chat_template="{{ messages[0].content }}!").save_pretrained(tmp_path)
     loaded = QWenTokenizer.from_pretrained(tmp_path)
     assert loaded.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False) == "a!"

@@ -1,7 +1,6 @@
-"""Window attention against masks written out, and everything a context can go through: chunks, padding, caches, the
-server, and off.
+"""Window attention compared with explicit masks, with chunks, padding, all caches, the server, and switched off.
 
-The golden model is told a trained length of 64, and windows of less and of more than a block.
+The golden model is loaded with a trained length of 64, and with windows smaller and larger than a block.
 """
 
 import pytest
@@ -19,7 +18,7 @@ TOKENS = 330
 
 
 def window_sizes(layers: int) -> list[int]:
-    """From less than a block of queries to more than one."""
+    """From less than one block of queries to more than one."""
     return [40 + 170 * layer // (layers - 1) for layer in range(layers)]
 
 
@@ -40,17 +39,17 @@ def ids() -> torch.Tensor:
 
 
 @torch.no_grad()
-def by_hand(model: QWenLMHeadModel, ids: torch.Tensor, alpha: float = 1.0) -> torch.Tensor:
-    """Logits (1, S, V) of a prompt, with every score written out and those out of reach taken away."""
+def reference_logits(model: QWenLMHeadModel, ids: torch.Tensor, alpha: float = 1.0) -> torch.Tensor:
+    """Logits (1, S, V) of a prompt, with all scores computed and those outside the window masked."""
     config, length = model.config, ids.shape[1]
-    places = torch.arange(length)
-    distance = places[:, None] - places[None]
-    cos, sin = rotary_tables(places[None], config.rotary_dim, config.rotary_emb_base, torch.tensor([alpha]))
-    stretch = logn_scale(places[None], config.seq_length)
+    positions = torch.arange(length)
+    distance = positions[:, None] - positions[None]
+    cos, sin = rotary_tables(positions[None], config.rotary_dim, config.rotary_emb_base, torch.tensor([alpha]))
+    query_scale = logn_scale(positions[None], config.seq_length)
     x = model.transformer.wte(ids)
     for block, size in zip(model.transformer.h, config.window_sizes, strict=True):
         heads = block.attn.c_attn(block.ln_1(x)).view(length, 3, -1, config.kv_channels).permute(1, 2, 0, 3)[:, None]
-        query, key, value = rotate(heads[0], cos, sin) * stretch, rotate(heads[1], cos, sin), heads[2]
+        query, key, value = rotate(heads[0], cos, sin) * query_scale, rotate(heads[1], cos, sin), heads[2]
         scores = query @ key.mT / config.kv_channels**0.5
         scores = scores.masked_fill((distance < 0) | (distance >= size), -torch.inf)
         x = x + block.attn.c_proj((scores.softmax(-1) @ value).transpose(1, 2).reshape(1, length, -1))
@@ -63,9 +62,9 @@ def close(found: torch.Tensor, expected: torch.Tensor) -> bool:
 
 
 @torch.no_grad()
-def test_a_prompt_sees_what_its_windows_hold(model, ids):
+def test_prompt_equals_the_reference(model, ids):
     alpha = 15.0  # 330 tokens are 5.2 times 64: 2^(3 + 1) − 1
-    expected = by_hand(model, ids, alpha)
+    expected = reference_logits(model, ids, alpha)
     assert close(model(ids).logits, expected)
     model.config.use_window_attn = False
     try:
@@ -75,10 +74,10 @@ def test_a_prompt_sees_what_its_windows_hold(model, ids):
 
 
 @torch.no_grad()
-def test_a_cache_that_grows_in_any_steps(model, ids):
-    model.config.use_dynamic_ntk = False  # its base would be that of the first piece
+def test_cache_grows_in_steps_of_any_size(model, ids):
+    model.config.use_dynamic_ntk = False  # the RoPE base would be that of the first chunk
     try:
-        expected, cache, pieces = by_hand(model, ids), None, []
+        expected, cache, pieces = reference_logits(model, ids), None, []
         for start, end in ((0, 39), (39, 40), (40, 41), (41, 130), (130, 131), (131, 329), (329, 330)):
             output = model(ids[:, start:end], past_key_values=cache, use_cache=True)
             cache, pieces = output.past_key_values, [*pieces, output.logits]
@@ -98,7 +97,7 @@ def test_a_row_in_a_batch_equals_the_same_row_alone(model, ids):
         assert torch.equal(alone[0, len(row) :], tokens)
 
 
-def test_weights_are_zero_out_of_reach(golden, ids):
+def test_weights_are_zero_outside_the_window(golden, ids):
     model = load(golden, attn_implementation="eager")
     weights = model(ids, output_attentions=True).attentions
     assert all(weight.shape[-2:] == (TOKENS, TOKENS) for weight in weights)
@@ -123,7 +122,7 @@ def test_a_static_cache(model, ids):
 
 @pytest.mark.parametrize("kernel", [False, True])
 @torch.no_grad()
-def test_the_8_bit_cache_sees_the_same_windows(golden, ids, kernel):
+def test_8_bit_cache_uses_the_same_windows(golden, ids, kernel):
     exact, rounded = load(golden), load(golden, use_cache_quantization=True, use_cache_kernel=kernel)
     expected, found = [], []
     for model, logits in ((exact, expected), (rounded, found)):
@@ -138,7 +137,7 @@ def test_the_8_bit_cache_sees_the_same_windows(golden, ids, kernel):
 
 
 @pytest.mark.parametrize("int8", [{}, {"use_cache_quantization": True, "use_cache_kernel": True}])
-def test_the_server_gives_each_row_its_own_windows(tiny_chat_checkpoint, int8):
+def test_server_gives_each_row_its_own_window(tiny_chat_checkpoint, int8):
     model, tokenizer = load_model(tiny_chat_checkpoint, cpu_only=True, use_window_attn=True, **int8)
     model.config.window_sizes = [30] * (model.config.num_hidden_layers - 1) + [90]
     draw = torch.Generator().manual_seed(1)
@@ -158,14 +157,14 @@ def test_the_server_gives_each_row_its_own_windows(tiny_chat_checkpoint, int8):
 
 
 @torch.no_grad()
-def test_flash_attention_is_told_the_window(golden, ids):
-    """Flash attention runs on GPUs only: a function under such a name, with the meaning that its argument has there."""
+def test_flash_attention_gets_the_window(golden, ids):
+    """Flash attention needs a GPU, so a stand-in with a similar name implements its `sliding_window` argument."""
 
     def flash(module, query, key, value, attention_mask, sliding_window=None, **kwargs):
-        places = torch.arange(key.shape[2])
-        distance = places[-query.shape[2] :, None] - places[None]
-        seen = distance >= 0 if sliding_window is None else (distance >= 0) & (distance < sliding_window)
-        return sdpa_attention_forward(module, query, key, value, seen[None, None], **kwargs)
+        positions = torch.arange(key.shape[2])
+        distance = positions[-query.shape[2] :, None] - positions[None]
+        visible = distance >= 0 if sliding_window is None else (distance >= 0) & (distance < sliding_window)
+        return sdpa_attention_forward(module, query, key, value, visible[None, None], **kwargs)
 
     AttentionInterface.register("flash_stand_in", flash)
     expected = load(golden)(ids).logits
@@ -184,24 +183,24 @@ def test_off_and_short_contexts_are_exact(golden, ids):
     assert torch.equal(plain(ids).logits, windowed(ids).logits)
 
 
-def test_training_sees_everything(golden, ids):
+def test_training_uses_no_windows(golden, ids):
     plain, windowed = QWenLMHeadModel.from_pretrained(golden).train(), load(golden).train()
     assert torch.equal(plain(ids).logits, windowed(ids).logits)
 
 
-def test_sizes_grow_from_half_of_the_trained_length_to_four_times():
+def test_default_sizes_grow_from_half_to_four_times_the_trained_length():
     config = QWenConfig(num_hidden_layers=8, seq_length=2048, use_window_attn=True)
     assert config.windows == [1024, 2048, 3072, 4096, 5120, 6144, 7168, 8192]
     assert QWenConfig(num_hidden_layers=1, seq_length=100, use_window_attn=True).windows == [50]
 
 
 @pytest.mark.parametrize("sizes", [[64], [0] * 32, []])
-def test_sizes_that_fit_no_network(sizes):
+def test_invalid_sizes_are_rejected(sizes):
     with pytest.raises(ValueError, match="window_sizes needs a number of tokens above 0 for each of the 32 layers"):
         QWenConfig(window_sizes=sizes)
 
 
-def test_what_does_not_go_together_says_so(golden, ids):
+def test_incompatible_options_are_rejected(golden, ids):
     with pytest.raises(ValueError, match=r"window_sizes=.* without use_window_attn=True would do nothing"):
         QWenLMHeadModel.from_pretrained(golden, window_sizes=[64, 64])
     model = load(golden)
@@ -212,7 +211,7 @@ def test_what_does_not_go_together_says_so(golden, ids):
         model(ids)
 
 
-def test_a_saved_model_keeps_its_windows(golden, tmp_path):
+def test_saved_model_keeps_its_windows(golden, tmp_path):
     load(golden).save_pretrained(tmp_path)
     assert (tmp_path / "window_attention_qwen.py").is_file()
     again = QWenConfig.from_pretrained(tmp_path)

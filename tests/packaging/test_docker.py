@@ -1,7 +1,7 @@
-"""docker/: the scripts with a stand-in for Docker and with the real client, and the files that an image is made of.
+"""Tests of docker/: the scripts with a fake docker command and with the real client, and the files of an image.
 
-No image is built here, which takes a Docker engine and hours. What the client would send to an engine is looked at:
-a small server speaks enough of the engine's interface for that. These tests are skipped where there is no client.
+No image is built, which needs a Docker engine and hours. Tests with the real client check the requests that it sends to
+a small fake engine. They are skipped if there is no client.
 """
 
 import argparse
@@ -39,16 +39,16 @@ PASSED_ON = (
 )
 USER = os.getuid() or 1000
 ODD = """O'Neil "7B", $HOME; a\\b"""
-needs_client = pytest.mark.skipif(shutil.which("docker") is None, reason="there is no docker command here")
+needs_client = pytest.mark.skipif(shutil.which("docker") is None, reason="docker is not installed")
 
-# Keeps what it is called with, and answers as the first of ANSWERS that the call begins with.
-STAND_IN = r"""#!/bin/sh
+# Records its arguments, and prints the first of ANSWERS whose words the call starts with.
+FAKE_DOCKER = r"""#!/bin/sh
 printf '%s\0' "$@" END >> "$CALLS"
-printf '%s' "$ANSWERS" | while IFS='|' read -r words status said; do
+printf '%s' "$ANSWERS" | while IFS='|' read -r words status reply; do
     case "$* " in
         "$words "*)
             [ "$status" = 0 ] || exec >&2
-            echo "$said"
+            echo "$reply"
             exit "$status"
             ;;
     esac
@@ -58,31 +58,31 @@ USUAL = ["container inspect|1|No such container", "image inspect --format|0|cuda
 
 
 class Calls:
-    """Runs shell code beside a stand-in for docker, and knows what that was called with."""
+    """Runs shell code with a fake docker command and records its calls."""
 
     def __init__(self, folder: Path):
         self.bin, self.log = folder / "bin", folder / "calls"
         self.bin.mkdir()
         self.log.touch()
         program = self.bin / "docker"
-        program.write_text(STAND_IN)
+        program.write_text(FAKE_DOCKER)
         program.chmod(0o755)
 
     def run(
         self, script: str, *arguments: object, answers: Sequence[str] = (), **variables: str
     ) -> subprocess.CompletedProcess:
-        """A script of docker/; `answers`, WORDS|STATUS|TEXT, come before the usual ones."""
+        """Run a script of docker/. `answers`, WORDS|STATUS|TEXT, precede the usual ones."""
         command = ["bash", DOCKER / script, *map(str, arguments)]
         return self.shell(command, answers, **variables)
 
     def shell(self, command: list, answers: Sequence[str] = (), **variables: str) -> subprocess.CompletedProcess:
         path = f"{self.bin}{os.pathsep}{os.environ['PATH']}"
-        known = {
+        settings = {
             "PATH": path,
             "CALLS": str(self.log),
             "ANSWERS": "".join(f"{answer}\n" for answer in [*answers, *USUAL]),
         }
-        return run(command, **known, **variables)
+        return run(command, **settings, **variables)
 
     @property
     def all(self) -> list[list[str]]:
@@ -90,7 +90,7 @@ class Calls:
 
     @property
     def container(self) -> argparse.Namespace:
-        """What the one container was to be."""
+        """The arguments of the only call that creates a container."""
         (call,) = [call for call in self.all if call[0] in ("create", "run")]
         parser = argparse.ArgumentParser(allow_abbrev=False)
         for flag in ("init", "rm", "interactive", "tty"):
@@ -112,7 +112,7 @@ def calls(tmp_path: Path) -> Calls:
 
 
 def run(command: list, stdin: int = subprocess.DEVNULL, **variables: str) -> subprocess.CompletedProcess:
-    """A process, and what it printed."""
+    """Run a command, without the variables of PASSED_ON."""
     environment = {key: value for key, value in os.environ.items() if key not in PASSED_ON} | variables
     return subprocess.run(command, cwd=ROOT, env=environment, stdin=stdin, capture_output=True, text=True, timeout=60)
 
@@ -124,26 +124,26 @@ def checkpoint(folder: Path) -> Path:
 
 
 class Engine(http.server.BaseHTTPRequestHandler):
-    """As much of a Docker engine as a client asks for before it sends a container or the files of a build."""
+    """The part of a Docker engine that a client needs to create a container or to send the files of a build."""
 
     protocol_version = "HTTP/1.1"
-    asked: list[tuple[str, bytes]]
+    received: list[tuple[str, bytes]]
 
     def answer(self) -> None:
         path = re.sub(r"^/v[\d.]+", "", self.path).partition("?")[0]
-        self.asked.append((path, self.body()))
-        status, said = 200, {}
+        self.received.append((path, self.body()))
+        status, reply = 200, {}
         if path == "/version":
-            said = {"Version": "28.0.0", "ApiVersion": "1.48", "Os": "linux"}
+            reply = {"Version": "28.0.0", "ApiVersion": "1.48", "Os": "linux"}
         elif path.startswith("/images/"):
-            said = {"Id": "sha256:1", "Config": {"Labels": {"qwen.variant": "cuda"}}}
+            reply = {"Id": "sha256:1", "Config": {"Labels": {"qwen.variant": "cuda"}}}
         elif path == "/containers/create":
-            status, said = 201, {"Id": "c0ffee", "Warnings": []}
+            status, reply = 201, {"Id": "c0ffee", "Warnings": []}
         elif path.endswith("/start"):
-            status, said = 204, None
+            status, reply = 204, None
         elif path.startswith("/containers/"):
-            status, said = 404, {"message": "There is none."}
-        text = b"" if said is None else json.dumps(said).encode()
+            status, reply = 404, {"message": "No such container."}
+        text = b"" if reply is None else json.dumps(reply).encode()
         self.send_response(status)
         self.send_header("Api-Version", "1.48")
         self.send_header("Content-Type", "application/json")
@@ -178,12 +178,12 @@ class UnixServer(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
 
 @pytest.fixture
 def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], list[bytes]]]:
-    """An engine for the real client; call it for the bodies of the requests to an address."""
-    handler = type("Handler", (Engine,), {"asked": []})
+    """A fake engine for the real client. Call the fixture to get the bodies of the requests to a path."""
+    handler = type("Handler", (Engine,), {"received": []})
     with UnixServer(str(tmp_path / "engine"), handler) as server:
         threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
         monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path / 'engine'}")
-        yield lambda path: [body for asked, body in handler.asked if asked == path]
+        yield lambda path: [body for requested, body in handler.received if requested == path]
         server.shutdown()
 
 
@@ -240,7 +240,7 @@ def test_the_terminal_demo_runs_in_the_foreground(calls: Calls) -> None:
     assert [mount["type"] for mount in container.mount] == ["volume"]
 
 
-def test_without_a_checkpoint_it_is_the_toy(calls: Calls) -> None:
+def test_the_toy_is_the_default_checkpoint(calls: Calls) -> None:
     assert calls.run(WEB).returncode == 0
     assert calls.container.command == ["web"]
 
@@ -285,7 +285,7 @@ def test_a_folder_with_an_odd_name(calls: Calls, tmp_path: Path) -> None:
     assert calls.container.command == ["web", "-c", f"/data/checkpoints/{ODD}"]
 
 
-def test_a_download_of_the_hub_is_shown_with_the_files_that_it_links_to(calls: Calls, tmp_path: Path) -> None:
+def test_a_snapshot_in_the_hub_cache_is_mounted_with_the_files_that_it_links_to(calls: Calls, tmp_path: Path) -> None:
     model = tmp_path / "models--Qwen--Qwen-7B"
     snapshot = model / "snapshots" / "abc"
     snapshot.mkdir(parents=True)
@@ -297,11 +297,11 @@ def test_a_download_of_the_hub_is_shown_with_the_files_that_it_links_to(calls: C
     assert calls.container.command[-1] == "/data/checkpoints/models--Qwen--Qwen-7B/snapshots/abc"
 
 
-def test_images_are_fetched_only_where_they_have_an_owner(calls: Calls) -> None:
-    here = ["image inspect me/qwen:1|1|none", "image inspect mine|1|none"]
-    assert calls.run(WEB, "-i", "me/qwen:1", answers=here).returncode == 0
+def test_only_images_with_an_owner_are_pulled(calls: Calls) -> None:
+    missing = ["image inspect me/qwen:1|1|none", "image inspect mine|1|none"]
+    assert calls.run(WEB, "-i", "me/qwen:1", answers=missing).returncode == 0
     assert ["pull", "me/qwen:1"] in calls.all
-    done = calls.run(WEB, "-i", "mine", answers=here)
+    done = calls.run(WEB, "-i", "mine", answers=missing)
     assert done.returncode == 1
     assert "docker build -f docker/Dockerfile" in done.stderr
     assert sum(call[0] == "pull" for call in calls.all) == 1
@@ -324,11 +324,11 @@ def test_help(calls: Calls) -> None:
         (["--port", "70000"], [], 2, "a whole number from 1 to 65535"),
         (["-c"], [], 2, "-c needs a value"),
         (["-c", "-n", "x"], [], 2, "-c needs a value"),
-        (["--checkpoints", "x"], [], 2, "no option --checkpoints"),
+        (["--checkpoints", "x"], [], 2, "Unknown option --checkpoints"),
         ([], ["version|1|Cannot connect to the Docker daemon"], 1, "sudo systemctl start docker"),
         ([], ["container inspect qwen|0|{}"], 1, "'docker rm -f qwen'"),
         (["-n", "two"], ["container inspect two|0|{}"], 1, "'docker rm -f two'"),
-        (["-i", "me/x"], ["image inspect|1|", "pull|1|denied"], 1, "could not be fetched"),
+        (["-i", "me/x"], ["image inspect|1|", "pull|1|denied"], 1, "could not be pulled"),
         (["-i", "qwenllm/qwen:cu117"], [], 1, "docker build -f docker/Dockerfile"),
         (["-i", "ubuntu"], ["image inspect --format|0|"], 1, "not built with docker/Dockerfile"),
         (["-c", "README.md"], [], 1, "is a file"),
@@ -337,29 +337,27 @@ def test_help(calls: Calls) -> None:
         (["-c", "docker"], [], 1, "has no config.json"),
         ([], ["create|1|invalid reference"], 1, "invalid reference"),
         ([], ["start|1|could not select device driver"], 1, "--cpu"),
-        ([], ["start|1|port is already allocated"], 1, "--port names another"),
+        ([], ["start|1|port is already allocated"], 1, "another port with --port"),
         ([], ["start|1|no space left"], 1, "no space left"),
     ],
 )
-def test_what_goes_wrong_is_said(
-    calls: Calls, arguments: list[str], answers: list[str], status: int, words: str
-) -> None:
+def test_errors(calls: Calls, arguments: list[str], answers: list[str], status: int, words: str) -> None:
     done = calls.run(WEB, *arguments, answers=answers)
     assert (done.returncode, done.stdout) == (status, "")
     assert words in done.stderr
-    begun = [call for call in calls.all if call[0] == "start"]
-    assert not begun or calls.all[-1] == ["rm", "-f", "c0ffee"]
+    started = [call for call in calls.all if call[0] == "start"]
+    assert not started or calls.all[-1] == ["rm", "-f", "c0ffee"]
 
 
-def test_there_is_no_docker(tmp_path: Path) -> None:
+def test_missing_docker(tmp_path: Path) -> None:
     for name in ("bash", "dirname"):
         (tmp_path / name).symlink_to(shutil.which(name))
     done = run(["bash", DOCKER / WEB], PATH=str(tmp_path))
     assert done.returncode == 1
-    assert "There is no docker command here" in done.stderr
+    assert "Command not found: docker" in done.stderr
 
 
-def test_what_the_container_would_not_see(calls: Calls, tmp_path: Path) -> None:
+def test_checkpoints_that_do_not_work_in_a_container(calls: Calls, tmp_path: Path) -> None:
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text("{}")
@@ -372,7 +370,7 @@ def test_what_the_container_would_not_see(calls: Calls, tmp_path: Path) -> None:
 
 
 @needs_client
-def test_the_engine_is_asked_for_what_was_meant(engine: Callable[[str], list[bytes]], tmp_path: Path) -> None:
+def test_options_reach_the_engine(engine: Callable[[str], list[bytes]], tmp_path: Path) -> None:
     folder = checkpoint(tmp_path / ODD)
     done = run(["bash", DOCKER / API, "-c", folder, "--gpus", '"device=0,1"'], QWEN_API_KEY="secret", HF_TOKEN="")
     assert done.returncode == 0, done.stderr
@@ -394,7 +392,7 @@ def test_the_engine_is_asked_for_what_was_meant(engine: Callable[[str], list[byt
 
 
 @needs_client
-def test_no_engine_answers(tmp_path: Path) -> None:
+def test_no_engine_is_running(tmp_path: Path) -> None:
     done = run(["bash", DOCKER / WEB], DOCKER_HOST=f"unix://{tmp_path}/none")
     assert done.returncode == 1
     assert "sudo systemctl start docker" in done.stderr
@@ -412,17 +410,17 @@ def test_fine_tuning_as_documented(
     (block,) = [block for block in Document("docs/docker.md").blocks if script in block.code]
     folders = {name: tmp_path / name for name in ("CHECKPOINT_PATH", "DATA_PATH", "OUTPUT_PATH")}
     variables = {"DEVICE": device, "IMAGE_NAME": "qwen:cuda"} | {name: str(path) for name, path in folders.items()}
-    ours, terminal = pty.openpty()
+    master, terminal = pty.openpty()
     run(["bash", "-c", block.code], terminal, **variables)
-    os.close(ours)
+    os.close(master)
     os.close(terminal)
     container = created(engine)
     host = container["HostConfig"]
     assert container["Image"] == "qwen:cuda"
     assert container["User"] == f"{os.getuid()}:{os.getgid()}"
     assert container["Cmd"][:2] == ["bash", f"finetune/{script}"]
-    asked = host["DeviceRequests"][0]
-    assert (asked["Count"], asked["DeviceIDs"]) == ((-1, None) if device == "all" else (0, ["0", "1", "2", "3"]))
+    devices = host["DeviceRequests"][0]
+    assert (devices["Count"], devices["DeviceIDs"]) == ((-1, None) if device == "all" else (0, ["0", "1", "2", "3"]))
     assert host["ShmSize"] == 2 * 2**30
     mounts = {mount["Target"]: mount for mount in host["Mounts"]}
     model = container["Cmd"][container["Cmd"].index("-m") + 1].rstrip("/")
@@ -439,7 +437,7 @@ def test_fine_tuning_as_documented(
 # The files
 
 
-def test_nobody_gets_the_socket_of_docker() -> None:
+def test_the_docker_socket_is_never_mounted() -> None:
     for path in [*DOCKER.iterdir(), ROOT / "docs" / "docker.md"]:
         if path.is_file():
             assert "docker.sock" not in path.read_text(encoding="utf-8"), path
@@ -451,18 +449,18 @@ def tool(name: str) -> Path:
     return path
 
 
-def test_the_dockerfile_is_clean() -> None:
+def test_hadolint_accepts_the_dockerfile() -> None:
     done = run([tool("hadolint"), DOCKER / "Dockerfile"])
     assert done.returncode == 0, done.stdout
 
 
-def test_the_shell_scripts_are_clean() -> None:
+def test_shellcheck_accepts_the_scripts() -> None:
     scripts = sorted([*DOCKER.glob("*.sh"), *(ROOT / "finetune").glob("*.sh")])
     done = run([tool("shellcheck"), "--shell=sh", "--external-sources", "--source-path=SCRIPTDIR", *scripts])
     assert done.returncode == 0, done.stdout
 
 
-def test_the_files_of_the_dockerfile_are_there() -> None:
+def test_the_files_named_in_the_dockerfile_exist() -> None:
     for sources in re.findall(r"^COPY ((?:[^-\s]\S* )+)\S+$", DOCKERFILE, re.MULTILINE):
         for source in sources.split():
             assert source == "." or list(ROOT.glob(source)), source
@@ -480,14 +478,14 @@ def test_the_image_does_not_run_as_root() -> None:
     assert int(group)
 
 
-def test_the_dockerfile_speaks_of_one_python() -> None:
+def test_the_dockerfile_uses_one_python_version() -> None:
     (version,) = set(re.findall(r"FROM python:(3\.\d+)\.\d+-", DOCKERFILE))
     assert set(re.findall(r"/python(3\.\d+)/", DOCKERFILE)) == {version}
 
 
 @needs_client
-def test_a_build_is_given_what_it_needs_and_no_more(engine: Callable[[str], list[bytes]], tmp_path: Path) -> None:
-    # BuildKit, which is not here, takes Dockerfile.dockerignore beside the Dockerfile; the old builder .dockerignore.
+def test_the_build_context_has_only_needed_files(engine: Callable[[str], list[bytes]], tmp_path: Path) -> None:
+    # BuildKit, which is not tested here, reads docker/Dockerfile.dockerignore; the old builder reads .dockerignore.
     context = tmp_path / "context"
     copy_of_the_repository(context)
     for unwanted in ("qwen/__pycache__/a.pyc", "checkpoints/.work/log", "docker/.env", ".venv/bin/python"):
@@ -506,8 +504,8 @@ def test_a_build_is_given_what_it_needs_and_no_more(engine: Callable[[str], list
     needed |= {"checkpoints/qwen-tiny-chat/config.json", "examples/identity.json"}
     assert needed <= names
     folders = ("qwen/", "qwen_cli/", "finetune/", "eval/", "examples/", "benchmarks/", "checkpoints/", "docker/")
-    beside = {name for name in names - needed if not name.startswith(folders)}
-    assert beside <= {"Dockerfile", ".dockerignore"}
+    others = {name for name in names - needed if not name.startswith(folders)}
+    assert others <= {"Dockerfile", ".dockerignore"}
     for unwanted in ("__pycache__", "checkpoints/.work", "checkpoints/recipe", "docker/.env"):
         assert not [name for name in names if unwanted in name]
 
@@ -535,7 +533,7 @@ def test_compose() -> None:
     assert (device["driver"], device["capabilities"]) == ("nvidia", ["gpu"])
 
 
-# What runs in a container
+# The programs in a container
 
 
 def test_the_entry_point(tmp_path: Path) -> None:

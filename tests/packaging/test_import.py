@@ -1,4 +1,4 @@
-"""`import qwen` registers classes and changes nothing else; old module paths lead to the very modules."""
+"""Tests of `import qwen`, which has no side effects except registering classes, and of aliases of old module paths."""
 
 import ast
 import importlib
@@ -49,7 +49,7 @@ print(json.dumps([before, state()]))
 
 @pytest.fixture(scope="module")
 def states() -> tuple[dict, dict]:
-    """Of a Python, before and after `import qwen`."""
+    """The state of a Python process before and after `import qwen`."""
     done = subprocess.run([sys.executable, "-c", STATE], capture_output=True, text=True, check=True, timeout=300)
     before, after = json.loads(done.stdout.splitlines()[-1])
     return before, after
@@ -60,18 +60,18 @@ def test_importing_changes_nothing_in_the_process(states: tuple[dict, dict]) -> 
     before, after = states
     for what, value in before.items():
         now = after[what]
-        # Loggers that come with a module which qwen imports are there with their first level.
+        # Modules that qwen imports may create loggers; only existing loggers must not change.
         assert ({name: now[name] for name in value} if what == "loggers" else now) == value, what
 
 
 @pytest.mark.process
-def test_importing_sets_no_level_of_a_new_logger(states: tuple[dict, dict]) -> None:
+def test_importing_does_not_set_the_level_of_new_loggers(states: tuple[dict, dict]) -> None:
     before, after = (state["loggers"] for state in states)
     assert [name for name, (level, *_) in after.items() if level and name not in before] == []
 
 
 @pytest.mark.parametrize(("old", "new"), PERMANENT.items())
-def test_published_paths_lead_to_the_very_module_and_never_warn(old: str, new: str) -> None:
+def test_published_paths_are_aliases_without_a_warning(old: str, new: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         sys.modules.pop(old, None)
@@ -79,9 +79,9 @@ def test_published_paths_lead_to_the_very_module_and_never_warn(old: str, new: s
 
 
 @pytest.mark.parametrize(("old", "new"), MOVED.items())
-def test_moved_paths_lead_to_the_very_module_and_warn(old: str, new: str) -> None:
+def test_moved_paths_are_aliases_with_a_warning(old: str, new: str) -> None:
     parent = old.rpartition(".")[0]
-    first = parent if parent in MOVED else old  # the one that is imported first, and warns
+    first = parent if parent in MOVED else old  # imported first, so this one warns
     for name in [name for name in sys.modules if name == first or name.startswith(f"{first}.")]:
         del sys.modules[name]
     with pytest.warns(FutureWarning, match=f"{first} has moved: import {MOVED[first]}"):
@@ -111,20 +111,38 @@ def test_old_functions_still_work(bundled_chat: Path) -> None:
 
 @pytest.mark.parametrize("module", NAMES)
 @pytest.mark.filterwarnings("ignore:.*has moved")
-def test_every_public_name_of_the_last_release_is_there(module: str) -> None:
+def test_all_public_names_of_the_last_release_exist(module: str) -> None:
     found = importlib.import_module(module)
     assert [name for name in NAMES[module] if not hasattr(found, name)] == []
 
 
+@pytest.mark.parametrize(
+    ("module", "old", "new"),
+    [
+        ("qwen.checkpoint.adapters", "put_on", "attach_adapter"),
+        ("qwen.checkpoint.files", "let_others_read", "apply_umask"),
+        ("qwen.checkpoint.staging", "filled_at_the_end", "staged_directory"),
+        ("qwen.quantization", "Loss", "LayerError"),
+        ("qwen.tools.code_interpreter", "solve", "run_conversation"),
+    ],
+)
+def test_old_names_are_aliases_with_a_warning(module: str, old: str, new: str) -> None:
+    found = importlib.import_module(module)
+    with pytest.warns(DeprecationWarning, match=f"{module}.{old} is now {new}"):
+        assert getattr(found, old) is getattr(found, new)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = found.nothing
+
+
 @pytest.mark.process
-def test_the_warning_names_the_line_that_imports(tmp_path: Path) -> None:
+def test_the_warning_names_the_importing_line(tmp_path: Path) -> None:
     script = tmp_path / "notebook.py"
     script.write_text("x = 1\nfrom qwen.react import parse_response\n")
     done = run_script(script)
     assert f"{script}:2: FutureWarning: qwen.react has moved: import qwen.tools" in done.stderr
 
 
-def test_a_patch_through_an_old_path_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_patch_through_an_old_path_works(monkeypatch: pytest.MonkeyPatch) -> None:
     from qwen.checkpoint import loading
 
     monkeypatch.setattr("qwen.loading.quiet_loading", None)

@@ -1,6 +1,6 @@
-"""Errors that are told apart by their sentences: each is provoked for real, and recognised by one predicate.
+"""Tests of library_errors: each real library error is provoked, and recognised by one predicate.
 
-A test that fails here after an upgrade means that the library says it in other words: change the predicate.
+If a test fails after an upgrade of a library, its message has changed: update the predicate.
 """
 
 import importlib.util
@@ -49,22 +49,22 @@ def checkpoint(bundled_chat: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(bundled_chat, tmp_path / "model"))
 
 
-# ---- the memory ----
+# ---- memory ----
 
 
-def test_the_main_memory_is_full_for_python() -> None:
+def test_main_memory_is_full_in_python() -> None:
     error = raised(lambda: bytearray(1 << 62), MemoryError)
     assert recognised_by(error) == {is_main_memory_full, is_memory_full}
 
 
 @pytest.mark.parametrize("size", [1 << 50, 1 << 60])
-def test_the_main_memory_is_full_for_torch(size: int) -> None:
+def test_main_memory_is_full_in_torch(size: int) -> None:
     error = raised(lambda: torch.empty(size, dtype=torch.uint8), RuntimeError)
     assert recognised_by(error) == {is_main_memory_full, is_memory_full}
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, whose memory is asked for")
-def test_the_memory_of_the_gpu_is_full() -> None:
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_gpu_memory_is_full() -> None:
     error = raised(lambda: torch.empty(1 << 50, dtype=torch.uint8, device="cuda"), RuntimeError)
     assert recognised_by(error) == {is_gpu_memory_full, is_memory_full}
 
@@ -77,23 +77,23 @@ def test_the_memory_of_the_gpu_is_full() -> None:
         RuntimeError("Triton Error [CUDA]: out of memory"),
     ],
 )
-def test_the_memory_of_a_gpu_that_is_not_here_is_full(error: Exception) -> None:
-    """These cannot be provoked without one: the sentences are those that were seen."""
+def test_gpu_memory_is_full_by_message(error: Exception) -> None:
+    """Recorded messages, because these errors cannot be provoked without a GPU."""
     assert recognised_by(error) == {is_gpu_memory_full, is_memory_full}
 
 
-def test_chat_says_what_to_do_about_a_full_memory() -> None:
+def test_chat_explains_full_memory() -> None:
     error = raised(lambda: torch.empty(1 << 60, dtype=torch.uint8), RuntimeError)
     assert explain(error).startswith("Out of memory. Shorten the conversation (:clear-his)")
     assert explain(MemoryError()).startswith("Out of memory.")
     assert explain(RuntimeError("the sizes differ")).startswith("The model failed (RuntimeError: the sizes differ)")
 
 
-# ---- files of weights ----
+# ---- weight files ----
 
 
 @pytest.mark.parametrize("share", [0.05, 0.5, 0.95])
-def test_a_file_of_weights_is_cut_off(checkpoint: Path, share: float) -> None:
+def test_a_truncated_weight_file(checkpoint: Path, share: float) -> None:
     file = checkpoint / "pytorch_model.bin"
     torch.save(QWenLMHeadModel.from_pretrained(checkpoint).state_dict(), file)
     (checkpoint / "model.safetensors").unlink()
@@ -104,7 +104,7 @@ def test_a_file_of_weights_is_cut_off(checkpoint: Path, share: float) -> None:
         QWenLMHeadModel.from_pretrained(checkpoint)
 
 
-def test_the_weights_have_other_shapes_for_transformers(checkpoint: Path) -> None:
+def test_shape_mismatch_in_transformers(checkpoint: Path) -> None:
     config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     config["intermediate_size"] *= 2
     (checkpoint / "config.json").write_text(json.dumps(config), encoding="utf-8")
@@ -112,7 +112,7 @@ def test_the_weights_have_other_shapes_for_transformers(checkpoint: Path) -> Non
     assert recognised_by(error) == {is_shape_mismatch}
 
 
-def test_the_weights_have_other_shapes_for_torch() -> None:
+def test_shape_mismatch_in_torch() -> None:
     small, large = torch.nn.Linear(2, 2), torch.nn.Linear(3, 3)
     error = raised(lambda: small.load_state_dict(large.state_dict()), RuntimeError)
     assert recognised_by(error) == {is_shape_mismatch}
@@ -122,7 +122,7 @@ def test_the_weights_have_other_shapes_for_torch() -> None:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
-def test_deepspeed_contradicts_the_arguments(tmp_path: Path) -> None:
+def test_deepspeed_config_contradicts_the_arguments(tmp_path: Path) -> None:
     from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
     arguments = TrainingArguments(str(tmp_path), per_device_train_batch_size=2, use_cpu=True, report_to="none")
@@ -133,14 +133,14 @@ def test_deepspeed_contradicts_the_arguments(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("gptqmodel") is None, reason="needs gptqmodel")
-def test_gptq_meets_nan() -> None:
-    """In the thread that asks. In a worker of its own GPTQModel 7.6 ends the process after any error."""
-    from qwen.quantization.gptqmodel_runner import PUBLISHED_SETTINGS, contained
+def test_gptq_finds_nan() -> None:
+    """Runs GPTQ in this thread: in its own workers, GPTQModel 7.6 ends the process after any error."""
+    from qwen.quantization.gptqmodel_runner import PUBLISHED_SETTINGS, undo_side_effects
 
     linear = torch.nn.Linear(128, 128)
     with torch.no_grad():
         linear.weight[0, 0] = float("nan")
-    with contained():
+    with undo_side_effects():
         from gptqmodel import QuantizeConfig
         from gptqmodel.quantization.gptq import GPTQ
 
@@ -152,14 +152,14 @@ def test_gptq_meets_nan() -> None:
     assert recognised_by(error) == {is_nan_in_gptq}
 
 
-# ---- what is none of these ----
+# ---- other errors ----
 
 
 @pytest.mark.parametrize(
     "action",
     [
         lambda: torch.ones(2) @ torch.ones(3),
-        lambda: torch.empty(1 << 62, dtype=torch.float64),  # a number that is too large, not a memory that is too small
+        lambda: torch.empty(1 << 62, dtype=torch.float64),  # an integer overflow, not a lack of memory
         lambda: torch.nn.Linear(2, 2).load_state_dict({}),
         lambda: torch.load(__file__, weights_only=True),
         lambda: Path("/nonexistent/file").read_bytes(),
@@ -167,12 +167,12 @@ def test_gptq_meets_nan() -> None:
         lambda: {}["key"],
     ],
 )
-def test_other_errors_are_not_taken_for_these(action: Callable[[], object]) -> None:
+def test_other_errors_are_not_recognised(action: Callable[[], object]) -> None:
     assert recognised_by(raised(action, Exception)) == set()
 
 
-def test_a_sentence_in_an_error_of_another_kind_is_not_recognised() -> None:
-    for sentence in ("DefaultCPUAllocator", "out of memory", "PytorchStreamReader", "size mismatch"):
-        assert recognised_by(ValueError(sentence)) == set()
-    for sentence in ("NaN", "DeepSpeed config values"):
-        assert recognised_by(RuntimeError(sentence)) == set()
+def test_messages_of_other_error_classes_are_not_recognised() -> None:
+    for message in ("DefaultCPUAllocator", "out of memory", "PytorchStreamReader", "size mismatch"):
+        assert recognised_by(ValueError(message)) == set()
+    for message in ("NaN", "DeepSpeed config values"):
+        assert recognised_by(RuntimeError(message)) == set()

@@ -1,4 +1,4 @@
-"""Servers and trainings in processes without the packages that they can do without."""
+"""Tests of servers and training without optional packages."""
 
 import json
 import os
@@ -21,13 +21,13 @@ SCHEMA = {"type": "json_schema", "json_schema": {"name": "any", "schema": {"type
 
 @pytest.fixture
 def without(tmp_path: Path) -> Callable[..., dict[str, str]]:
-    """Makes the variables of a Python in which packages cannot be imported."""
+    """A function that returns environment variables for a Python process in which packages cannot be imported."""
 
     def variables(*packages: str) -> dict[str, str]:
         folder = tmp_path / "blocked"
         folder.mkdir()
-        absent = "".join(f"sys.modules[{name!r}] = None\n" for name in packages)
-        (folder / "sitecustomize.py").write_text(f"import sys\n{absent}", encoding="utf-8")
+        blocked = "".join(f"sys.modules[{name!r}] = None\n" for name in packages)
+        (folder / "sitecustomize.py").write_text(f"import sys\n{blocked}", encoding="utf-8")
         return {"PYTHONPATH": str(folder)}
 
     return variables
@@ -38,13 +38,13 @@ def without(tmp_path: Path) -> Callable[..., dict[str, str]]:
 
 @pytest.fixture
 def bare_server(start_server: Callable[..., ServerProcess], without: Callable, bundled_chat: Path) -> ServerProcess:
-    """One that has fastapi, uvicorn, pydantic and sse-starlette."""
+    """A server that has only fastapi, uvicorn, pydantic and sse-starlette."""
     return start_server("-c", str(bundled_chat), python=True, **without("prometheus_client", "llguidance"))
 
 
-def test_a_server_without_metrics_and_constraints(bare_server: ServerProcess) -> None:
+def test_a_server_without_metrics_and_grammars(bare_server: ServerProcess) -> None:
     said = bare_server.said()
-    assert said.count("There is no /metrics without prometheus-client") == 1
+    assert said.count("prometheus-client is not installed") == 1
     assert said.count("pip install llguidance") == 1
     assert "Traceback" not in said
 
@@ -78,7 +78,7 @@ def test_a_server_without_metrics_and_constraints(bare_server: ServerProcess) ->
     assert "Traceback" not in bare_server.said()
 
 
-def test_a_server_with_all_says_nothing_of_it(server: ServerProcess) -> None:
+def test_a_server_with_all_packages_logs_nothing_about_them(server: ServerProcess) -> None:
     assert "prometheus" not in server.said()
     assert "llguidance" not in server.said()
 
@@ -103,7 +103,7 @@ def train(folder: Path, variables: dict[str, str], *arguments: str) -> subproces
 
 
 @pytest.mark.process
-def test_training_without_pictures(tmp_path: Path, without: Callable) -> None:
+def test_training_without_plots(tmp_path: Path, without: Callable) -> None:
     done = train(tmp_path, without("matplotlib", "tensorboard", "tensorboardX"))
     assert done.returncode == 0, done.stderr
     lines = done.stderr.splitlines()
@@ -116,7 +116,7 @@ def test_training_without_pictures(tmp_path: Path, without: Callable) -> None:
 
 
 @pytest.mark.process
-def test_training_without_what_it_needs(tmp_path: Path, without: Callable) -> None:
+def test_training_without_a_required_package(tmp_path: Path, without: Callable) -> None:
     done = train(tmp_path, without("peft"))
     assert done.returncode == 2
     assert "`pip install peft`" in done.stderr

@@ -1,4 +1,4 @@
-"""pyproject.toml and what is made of it: lists of dependencies, the wheel, scripts where nothing is installed."""
+"""Tests of pyproject.toml, the lists of dependencies, the wheel, and scripts without the installed package."""
 
 import os
 import re
@@ -30,18 +30,18 @@ SCRIPTS = [
     name
     for name in repository_files()
     if name.startswith(FOLDERS) and name.endswith(".py") and "__main__" in (ROOT / name).read_text(encoding="utf-8")
-    if name != "finetune/launch.py"  # which starts finetune.py, and imports nothing of the package
+    if name != "finetune/launch.py"  # it starts finetune.py and does not import the package
 ]
 
 
 def listed(name: str) -> list[Requirement]:
-    """The requirements of a file, without its remarks."""
+    """Return the requirements in a file, without comments."""
     lines = (line.partition("#")[0].strip() for line in (ROOT / name).read_text(encoding="utf-8").splitlines())
     return [Requirement(line) for line in lines if line]
 
 
 def pins(name: str) -> dict[str, str]:
-    """Package → the one version that a file of constraints allows."""
+    """Return the pinned version of each package in a constraints file."""
     found = {}
     for requirement in listed(name):
         (specifier,) = requirement.specifier
@@ -59,16 +59,16 @@ def pins(name: str) -> dict[str, str]:
     ("name", "dependencies"),
     [("requirements.txt", PROJECT["dependencies"]), ("requirements_web_demo.txt", EXTRAS["web"])],
 )
-def test_a_plain_list_is_its_extra(name: str, dependencies: list[str]) -> None:
+def test_requirements_files_match_pyproject(name: str, dependencies: list[str]) -> None:
     assert listed(name) == [Requirement(line) for line in dependencies]
 
 
-def test_no_other_list() -> None:
+def test_there_are_no_other_requirements_files() -> None:
     lists = {name for name in repository_files() if re.search("requirements.*[.](txt|in)$", name)}
     assert lists == {"requirements.txt", "requirements_web_demo.txt"}
 
 
-def test_no_file_names_a_list_that_is_not_there() -> None:
+def test_requirements_files_that_are_named_exist() -> None:
     for name in repository_files():
         if name.endswith((".py", ".toml", ".sh", ".yaml", "Makefile", "Dockerfile", ".dockerignore")):
             for found in re.findall(r"requirements\w*\.txt", (ROOT / name).read_text(encoding="utf-8")):
@@ -76,12 +76,12 @@ def test_no_file_names_a_list_that_is_not_there() -> None:
 
 
 @pytest.mark.parametrize("requirement", OTHERS, ids=str)
-def test_what_was_tested_is_allowed(requirement: Requirement) -> None:
+def test_requirements_allow_the_tested_version(requirement: Requirement) -> None:
     assert requirement.specifier.contains(pins("constraints.txt")[canonicalize_name(requirement.name)])
 
 
 @pytest.mark.parametrize("requirement", OTHERS, ids=str)
-def test_a_floor_is_what_the_oldest_environment_has(requirement: Requirement) -> None:
+def test_lower_bounds_match_the_oldest_environment(requirement: Requirement) -> None:
     name = canonicalize_name(requirement.name)
     if (oldest := pins("constraints-oldest.txt").get(name)) is None or oldest == pins("constraints.txt")[name]:
         return  # not in that environment, or a tool of the tests
@@ -90,18 +90,18 @@ def test_a_floor_is_what_the_oldest_environment_has(requirement: Requirement) ->
     assert Version(oldest).release[: len(Version(floor).release)] == Version(floor).release
 
 
-def test_extras_refer_to_this_distribution_and_to_extras_that_are_there() -> None:
+def test_extras_refer_to_existing_extras_of_this_distribution() -> None:
     own = [one for one in EVERYTHING if one.extras and not one.specifier]
     assert own
     assert all(one.name == PROJECT["name"] and one.extras <= EXTRAS.keys() for one in own)
 
 
-def test_a_package_has_one_floor() -> None:
+def test_each_package_is_required_with_one_specifier() -> None:
     names = [canonicalize_name(one.name) for one in OTHERS]
     assert len(names) == len(set(names))
 
 
-def test_nobody_is_sent_to_the_package_of_a_stranger() -> None:
+def test_nothing_installs_the_unrelated_package_named_qwen() -> None:
     for name in repository_files():
         if name.endswith((".py", ".md", ".toml", ".txt", ".ipynb", ".sh", "Makefile", "Dockerfile", ".html")):
             text = (ROOT / name).read_text(encoding="utf-8")
@@ -123,7 +123,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     return zipfile.ZipFile(file)
 
 
-def test_the_wheel_has_the_packages_and_no_more(wheel: zipfile.ZipFile) -> None:
+def test_the_wheel_contains_exactly_the_packages(wheel: zipfile.ZipFile) -> None:
     files = {name for name in wheel.namelist() if ".dist-info/" not in name}
     assert files == {name for name in repository_files() if name.startswith(("qwen/", "qwen_cli/"))}
     assert "qwen/py.typed" in files
@@ -139,40 +139,33 @@ def test_the_wheel_has_the_version_of_the_package(wheel: zipfile.ZipFile) -> Non
 
 
 @pytest.mark.process
-def test_the_installed_package_answers_away_from_the_repository(wheel: zipfile.ZipFile, tmp_path: Path) -> None:
+def test_the_installed_package_works_without_the_repository(wheel: zipfile.ZipFile, tmp_path: Path) -> None:
     packages, model = tmp_path / "packages", tmp_path / "model"
     wheel.extractall(packages)
     shutil.copytree(ROOT / "checkpoints" / "qwen-tiny-chat", model)
 
-    def run(*words: str) -> subprocess.CompletedProcess:
-        return subprocess.run(
-            [sys.executable, *words],
-            input="What is 47 + 38?\n",
-            env={**os.environ, "PYTHONPATH": str(packages)},
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-
-    done = run("-m", "qwen_cli", "chat", "-c", str(model), "--cpu-only")
-    assert (done.returncode, done.stdout) == (0, "47 + 38 = 85.\n"), done.stderr
-    assert "Traceback" not in done.stderr
-
-    # In one process, for each start takes seconds.
-    commands = [["chat"], ["eval", "long_context"], ["quantize"]]
-    done = run("-c", f"from qwen_cli.__main__ import main\nfor words in {commands}: print(main(words))")
-    assert (done.returncode, done.stdout.split()) == (0, ["1"] * len(commands)), done.stderr
-    assert done.stderr.count("The bundled model is not here") == len(commands)
+    # In one process, because each start takes seconds.
+    commands = [["chat", "-c", str(model), "--cpu-only"], ["chat"], ["eval", "long_context"], ["quantize"]]
+    done = subprocess.run(
+        [sys.executable, "-c", f"from qwen_cli.__main__ import main\nfor words in {commands}: print(main(words))"],
+        input="What is 47 + 38?\n",
+        env={**os.environ, "PYTHONPATH": str(packages)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert (done.returncode, done.stdout) == (0, "47 + 38 = 85.\n0\n1\n1\n1\n"), done.stderr
+    assert done.stderr.count("The bundled model was not found") == 3
     assert "Traceback" not in done.stderr
 
 
-# Scripts where the package is not installed
+# Scripts without the installed package
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_script_says_what_to_install(name: str) -> None:
-    # Without site-packages: what it says first is about this package, or about the client that it is an example of.
+    # Without site-packages: the first missing package is this one, or the client library that an example shows.
     done = subprocess.run([sys.executable, "-S", "-E", name], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     assert not done.stdout
@@ -182,7 +175,7 @@ def test_a_script_says_what_to_install(name: str) -> None:
         assert "pip install -e ." in line
 
 
-def test_no_script_looks_for_the_package_itself() -> None:
+def test_no_script_changes_sys_path() -> None:
     for name in repository_files():
         if name.startswith((*FOLDERS, "docker/")) and name.endswith(".py"):
             assert "sys.path" not in (ROOT / name).read_text(encoding="utf-8"), name

@@ -1,7 +1,7 @@
-"""The private and undocumented interfaces of libraries that the code leans on, in one list.
+"""A complete list of the private and undocumented library interfaces that the code depends on.
 
-An upgrade that moves one of them fails here by its name, and says which of our files is concerned. The list is
-complete: a private name of a library that our code uses, or overrides, and that is not in it, fails too.
+If an upgrade changes one of them, the test that fails names the interface and our file that uses it. Other tests fail
+if the code uses or overrides a private name of a library that is not listed.
 """
 
 import ast
@@ -26,15 +26,15 @@ from tests.support import ROOT
 
 
 class Interface(NamedTuple):
-    """Something of a library that its documentation does not promise.
+    """An undocumented interface of a library.
 
     Args:
-        name: dotted, beginning with the library.
-        file: ours, which leans on it.
-        use: what for.
-        expected: the names of the parameters, as in "(self, key, value)"; several such, where versions that are allowed
-            differ; or what it is: "attribute" of a class or module, "property", "field" (an annotation), "class",
-            "instance attribute" (assigned by the class's methods), "name in the module" (written in its text).
+        name: dotted name, starting with the library.
+        file: our file that depends on it.
+        use: purpose.
+        expected: parameter names, e.g. "(self, key, value)", or a tuple of them if supported versions differ; or the
+            kind: "attribute" of a class or module, "property", "field" (an annotation), "class",
+            "instance attribute" (assigned in the class's methods), "name in the module" (occurs in its source).
     """
 
     name: str
@@ -71,180 +71,181 @@ DOWNLOAD_REPO = (
 INTERFACES = [
     # ---- transformers 5.17 to 5.24: models ----
     Interface("transformers.PreTrainedModel._load_pretrained_model", GPTQ,
-              "overridden: biases of zeros are no unexpected tensors, GPTQ weights that are missing are an error",
+              "overridden: zero biases are not unexpected tensors, missing GPTQ weights are an error",
               "(model, state_dict, checkpoint_files, load_config, expected_keys)"),
     Interface("transformers.utils.loading_report.LoadStateDictInfo.unexpected_keys", GPTQ,
-              "the report of _load_pretrained_model, changed in place", "field"),
+              "the report of _load_pretrained_model, modified in place", "field"),
     Interface("transformers.utils.loading_report.LoadStateDictInfo.missing_keys", GPTQ,
               "the report of _load_pretrained_model", "field"),
     Interface("transformers.PreTrainedModel._hf_peft_config_loaded", GPTQ,
-              "whether save_pretrained writes an adapter and not the weights", "attribute"),
+              "whether save_pretrained writes an adapter instead of the weights", "attribute"),
     Interface("transformers.quantizers.base.HfQuantizer.pre_quantized", GPTQ,
               "whether the weights were read from a quantized checkpoint", "instance attribute"),
     Interface("transformers.PreTrainedModel._input_embed_layer", MODELING, "names the embedding", "attribute"),
     Interface("transformers.PreTrainedModel._no_split_modules", MODELING,
-              "device_map keeps a layer on one device", "attribute"),
+              "keeps each layer on one device with device_map", "attribute"),
     Interface("transformers.PreTrainedModel._skip_keys_device_placement", MODELING,
-              "accelerate does not move the cache", "attribute"),
+              "stops accelerate from moving the cache", "attribute"),
     Interface("transformers.PreTrainedModel._supports_flash_attn", MODELING,
-              "what attention may be chosen", "attribute"),
-    Interface("transformers.PreTrainedModel._supports_sdpa", MODELING, "what attention may be chosen", "attribute"),
+              "supported attention implementation", "attribute"),
+    Interface("transformers.PreTrainedModel._supports_sdpa", MODELING,
+              "supported attention implementation", "attribute"),
     Interface("transformers.PreTrainedModel._supports_flex_attn", MODELING,
-              "what attention may be chosen", "attribute"),
+              "supported attention implementation", "attribute"),
     Interface("transformers.PreTrainedModel._supports_attention_backend", MODELING,
-              "what attention may be chosen", "attribute"),
+              "supported attention implementation", "attribute"),
     Interface("transformers.PreTrainedModel._can_compile_fullgraph", MODELING,
-              "generate compiles steps with a static cache", "attribute"),
+              "lets generate compile decoding with a static cache", "attribute"),
     Interface("transformers.PreTrainedModel._can_record_outputs", MODELING,
               "output_hidden_states and output_attentions", "attribute"),
     Interface("transformers.PreTrainedModel._tied_weights_keys", MODELING,
-              "which matrix is the embedding, where they are tied", "attribute"),
+              "the matrix that is tied to the embedding", "attribute"),
     Interface("transformers.PreTrainedConfig._attn_implementation", MODELING,
-              "the attention that was chosen; there is no public getter", "property"),
+              "the selected attention implementation; there is no public getter", "property"),
     Interface("transformers.PreTrainedConfig.base_model_fsdp_plan", "qwen/model/configuration_qwen.py",
-              "how FSDP shards the layers", "attribute"),
+              "FSDP sharding plan of the layers", "attribute"),
     Interface("transformers.GenerationMixin._prepare_cache_for_generation", MODELING,
-              "overridden: the 8-bit cache, and the lengths of the prompts in it",
+              "overridden: creates the 8-bit cache with the prompt lengths",
               "(self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)"),
     Interface("transformers.GenerationMixin.init_continuous_batching", MODELING,
-              "overridden: refuses what the paged cache would ignore",
+              "overridden: rejects options that the paged cache would ignore",
               "(self, generation_config, continuous_batching_config, workload_hints)"),
     Interface("transformers.masking_utils.create_causal_mask", MODELING,
-              "the mask of all attention implementations; `cache` from 5.24 on",
+              "attention mask for all implementations; `cache` since 5.24",
               (CAUSAL_MASK.format("past_key_values"), CAUSAL_MASK.format("cache"))),
     Interface("transformers.modeling_utils.AttentionInterface.get_interface", MODELING,
-              "an attention implementation by its name", "(self, attn_implementation, default)"),
+              "looks up an attention implementation by name", "(self, attn_implementation, default)"),
     Interface("transformers.utils.generic.merge_with_config_defaults", MODELING,
-              "decorator of forward: arguments that are None come from the configuration", "(func)"),
+              "decorator of forward: replaces None arguments by values of the configuration", "(func)"),
     Interface("transformers.utils.output_capturing.capture_outputs", MODELING,
-              "decorator of forward: hidden states and attentions on request", "(func, tie_last_hidden_states)"),
+              "decorator of forward: returns hidden states and attentions", "(func, tie_last_hidden_states)"),
     Interface("transformers.initialization.no_init_weights", "benchmarks/random_models.py",
-              "makes a large model without filling it", "()"),
+              "creates a large model without initializing it", "()"),
     Interface("transformers.models.qwen2.modeling_qwen2.Qwen2RotaryEmbedding", "benchmarks/qwen2.py",
-              "tables that are in no file, after a model was made on the meta device; `device` in 5.17",
+              "recreates non-persistent buffers after creation on the meta device; `device` in 5.17",
               ("(config)", "(config, device)")),
     # ---- transformers: tokenizers ----
     Interface("transformers.PreTrainedTokenizer._encode_plus", TOKENIZATION,
-              "overridden: from text to ids without a list of tokens", ENCODE_PLUS),
+              "overridden: encodes text into ids without a list of tokens", ENCODE_PLUS),
     Interface("transformers.PreTrainedTokenizer._decode", TOKENIZATION, "overridden: decodes with tiktoken",
               "(self, token_ids, skip_special_tokens, clean_up_tokenization_spaces, **kwargs)"),
     Interface("transformers.PreTrainedTokenizer._add_tokens", TOKENIZATION,
-              "overridden: refuses tokens that are no control tokens", "(self, new_tokens, special_tokens)"),
+              "overridden: rejects tokens that are not control tokens", "(self, new_tokens, special_tokens)"),
     Interface("transformers.PreTrainedTokenizer._get_padding_truncation_strategies", TOKENIZATION,
-              "overridden: says which token to pad with",
+              "overridden: names the padding token in its error",
               "(self, padding, truncation, max_length, pad_to_multiple_of, verbose, **kwargs)"),
     Interface("transformers.PreTrainedTokenizer._added_tokens_decoder", TOKENIZATION,
-              "set before the base class: its control tokens by id", "instance attribute"),
+              "set before the base class does: control tokens by id", "instance attribute"),
     Interface("transformers.PreTrainedTokenizer.__setattr__", TOKENIZATION,
               "overridden: special tokens are control tokens", "(self, key, value)"),
     Interface("transformers.PreTrainedTokenizer.SPECIAL_TOKENS_ATTRIBUTES", TOKENIZATION,
-              "which attributes are special tokens", "attribute"),
+              "names of the special token attributes", "attribute"),
     # ---- transformers: training and files ----
-    Interface("transformers.Trainer._save", TRAINER, "overridden: what is written, in which precision",
+    Interface("transformers.Trainer._save", TRAINER, "overridden: files and precision of checkpoints",
               "(self, output_dir, state_dict)"),
-    Interface("transformers.Trainer.save_model", TRAINER, "overridden: no second copy of all weights",
+    Interface("transformers.Trainer.save_model", TRAINER, "overridden: avoids a second copy of all weights",
               "(self, output_dir, _internal_call)"),
     Interface("transformers.Trainer._prepare_inputs", TRAINER, "moves a batch to the device", "(self, inputs)"),
-    Interface("transformers.trainer.TRAINING_ARGS_NAME", TRAINER, "the pickle that is deleted", "attribute"),
+    Interface("transformers.trainer.TRAINING_ARGS_NAME", TRAINER, "name of the pickle file to delete", "attribute"),
     Interface("transformers.TrainingArguments.n_gpu", "qwen/finetuning/arguments.py",
-              "overridden: one GPU a process", "property"),
+              "overridden: one GPU per process", "property"),
     Interface("transformers.dynamic_module_utils.custom_object_save", "qwen/quantization/writer.py",
-              "copies the code beside the weights", "(obj, folder, config)"),
+              "copies the model code into the checkpoint", "(obj, folder, config)"),
     Interface("transformers.utils.hub.convert_file_size_to_int", "qwen/quantization/checks.py",
               "checks --max_shard_size", "(size)"),
     Interface("transformers.utils.hub.get_checkpoint_shard_files", "qwen/checkpoint/hub_huggingface.py",
-              "fetches all files of an index; `_commit_hash` up to 5.17",
+              "downloads all files of an index; `_commit_hash` up to 5.17",
               (SHARD_FILES.format(""), SHARD_FILES.format(", _commit_hash"))),
     # ---- torch, Triton ----
     Interface("torch._dynamo.mark_static_address", MODELING,
-              "CUDA graphs must know a tensor that the compiled step writes to", "(t, guard)"),
-    Interface("torch.utils.cpp_extension.CUDA_HOME", GPTQ, "whether nvcc is there", "attribute"),
+              "marks a tensor that the compiled step writes to, for CUDA graphs", "(t, guard)"),
+    Interface("torch.utils.cpp_extension.CUDA_HOME", GPTQ, "whether nvcc is installed", "attribute"),
     Interface("triton.runtime.driver.DriverConfig.active", "qwen/model/kv_cache_triton_qwen.py",
-              "finds the GPU, before the first kernel", "property"),
+              "checks for a GPU before the first kernel", "property"),
     Interface("triton.backends.driver.DriverBase.get_current_target", "qwen/model/kv_cache_triton_qwen.py",
-              "builds the launcher, before the first kernel", "(self)"),
+              "builds the launcher before the first kernel", "(self)"),
     # ---- accelerate, DeepSpeed ----
     Interface("accelerate.PartialState._shared_state", "qwen/finetuning/distributed.py",
-              "FSDP on processes without a GPU", "attribute"),
+              "enables FSDP without a GPU", "attribute"),
     Interface("accelerate.utils.FullyShardedDataParallelPlugin.set_state_dict_type", TRAINER,
-              "the result of FSDP is whole", "(self, state_dict_type)"),
+              "saves the FSDP result as one full state dict", "(self, state_dict_type)"),
     Interface("deepspeed.ops.__compatible_ops__", "qwen/finetuning/distributed.py",
-              "a kernel that is not to be compiled on the CPU", "name in the module"),
+              "prevents compiling a kernel on the CPU", "name in the module"),
     # ---- GPTQModel and its logger ----
     Interface("gptqmodel.models._const.DEVICE", "qwen/quantization/gptqmodel_runner.py",
-              "quantizes on the CPU; neither \"cpu\" nor torch.device(\"cpu\") is taken by all of its code", "class"),
+              "quantizes on the CPU; not all of its code accepts \"cpu\" or torch.device(\"cpu\")", "class"),
     Interface("gptqmodel.utils.importer.auto_select_device", "qwen/quantization/gptqmodel_runner.py",
-              "the device, where none is named", "(device, backend)"),
+              "the default device", "(device, backend)"),
     Interface("gptqmodel.models.definitions.qwen.QwenQModel", "qwen/quantization/gptqmodel_runner.py",
-              "quantizes a model that is loaded already", "class"),
+              "quantizes a model that is already loaded", "class"),
     Interface("gptqmodel.models.base.BaseQModel.__init__", "qwen/quantization/gptqmodel_runner.py",
-              "what QwenQModel is made of",
+              "constructor of QwenQModel",
               "(self, model, quantized, quantize_config, tokenizer, qlinear_kernel, load_quantized_model, "
               "trust_remote_code, model_local_path, turtle_model, effective_module_tree)"),
     Interface("gptqmodel.looper.module_looper.subset_callback", "qwen/quantization/gptqmodel_runner.py",
-              "whom it tells of its progress", "name in the module"),
+              "attribute with the progress callback", "name in the module"),
     Interface("gptqmodel.looper.module_looper.subset_event", "qwen/quantization/gptqmodel_runner.py",
-              "with which method", "name in the module"),
+              "method of the progress callback", "name in the module"),
     Interface("gptqmodel.nn_modules.qlinear.BaseQuantLinear.SUPPORTS_TRAINING", GPTQ,
-              "tells a layer of packed weights", "attribute"),
+              "identifies a layer with packed weights", "attribute"),
     Interface("gptqmodel.nn_modules.qlinear.torch_int8.int8_weight_nk", GPTQ,
-              "weights of the kernel that has no qweight", "name in the module"),
+              "weights of the kernel without qweight", "name in the module"),
     Interface("gptqmodel.quantization.gptq.999999999", "qwen/quantization/gptqmodel_runner.py",
-              "the loss of a matrix that was only rounded", "name in the module"),
-    Interface("logbar.LogBar.shared", "qwen/quiet.py", "its logger, before it speaks", "(override_logger)"),
+              "loss value of a matrix that was only rounded", "name in the module"),
+    Interface("logbar.LogBar.shared", "qwen/quiet.py", "logger to silence before first use", "(override_logger)"),
     # ---- ModelScope ----
     Interface("modelscope.pipelines.builder.PIPELINES", "qwen/integrations/modelscope.py",
-              "where pipelines are registered", "attribute"),
+              "registry of pipelines", "attribute"),
     Interface("modelscope.pipelines.builder.is_official_hub_path", "qwen/integrations/modelscope.py",
-              "replaced: our folders are models", "attribute"),
+              "replaced: accepts our folders as models", "attribute"),
     Interface("modelscope.pipelines.util.is_official_hub_path", "qwen/integrations/modelscope.py",
-              "called in the replaced one", "(path, revision)"),
+              "called by the replacement", "(path, revision)"),
     Interface("modelscope.pipelines.builder.read_config", "qwen/integrations/modelscope.py",
-              "replaced: which pipeline a model has", "attribute"),
+              "replaced: returns the pipeline of a model", "attribute"),
     Interface("modelscope.utils.hub.read_config", "qwen/integrations/modelscope.py",
-              "called in the replaced one", "(model_id_or_path, revision)"),
+              "called by the replacement", "(model_id_or_path, revision)"),
     Interface("modelscope.utils.import_utils.LazyImportModule.get_ast_index", "qwen/integrations/modelscope.py",
-              "changed in place: where a pipeline's module is", "()"),
+              "modified in place: module of a pipeline", "()"),
     Interface("modelscope_hub.api.HubApi.download_repo", "qwen/checkpoint/hub_modelscope.py",
-              "file_list: what is fetched, with sizes and checksums", DOWNLOAD_REPO),
+              "file_list: files to download, with sizes and checksums", DOWNLOAD_REPO),
     # ---- servers ----
     Interface("uvicorn.server.Server.startup", "qwen/serving/api/server.py",
-              "overridden: tells when requests are taken", "(self, sockets)"),
-    Interface("uvicorn.server.Server.handle_exit", "qwen/serving/api/server.py", "overridden: a signal drains",
+              "overridden: reports that requests are accepted", "(self, sockets)"),
+    Interface("uvicorn.server.Server.handle_exit", "qwen/serving/api/server.py", "overridden: drains on signals",
               "(self, sig, frame)"),
     Interface("uvicorn.server.Server.started", "qwen/serving/api/server.py", "whether startup succeeded",
               "instance attribute"),
-    Interface("uvicorn.server.Server.should_exit", "qwen/serving/api/server.py", "ends the server",
+    Interface("uvicorn.server.Server.should_exit", "qwen/serving/api/server.py", "stops the server",
               "instance attribute"),
-    Interface("uvicorn.server.Server.force_exit", "qwen/serving/web/launch.py", "ends it with connections open",
+    Interface("uvicorn.server.Server.force_exit", "qwen/serving/web/launch.py", "stops it with open connections",
               "instance attribute"),
-    Interface("gradio.blocks.Blocks.server", "qwen/serving/web/launch.py", "uvicorn's server of the page",
+    Interface("gradio.blocks.Blocks.server", "qwen/serving/web/launch.py", "uvicorn server of the page",
               "instance attribute"),
     Interface("sse_starlette.EventSourceResponse.__call__", "qwen/serving/api/generation.py",
-              "overridden: a generation ends with its connection", "(self, scope, receive, send)"),
+              "overridden: aborts generation on disconnect", "(self, scope, receive, send)"),
     Interface("llguidance.tiktoken.lltokenizer_from_encoding", "qwen/serving/engine/grammar.py",
-              "the vocabulary of grammars", "(encoding, n_vocab, eos_token, slices)"),
+              "vocabulary for grammars", "(encoding, n_vocab, eos_token, slices)"),
     # ---- others ----
     Interface("smolagents.models.Model._prepare_completion_kwargs", "examples/transformers_agent.md",
-              "overridden: calls and results are sent as such", COMPLETION_KWARGS),
+              "overridden: sends tool calls and results as such", COMPLETION_KWARGS),
     Interface("readline._READLINE_RUNTIME_VERSION", "qwen_cli/chat/terminal.py",
               "whether pasted lines are marked", "attribute"),
 ]
 # fmt: on
 
 LISTED = {interface.name.rpartition(".")[2] for interface in INTERFACES} | {"_internal_call", "_const", "_dynamo"}
-# Libraries that take seconds to import, greet, or are changed by others that are imported: their sources are read.
+# Libraries whose source is read instead of importing them: slow to import, noisy, or patched by other imports.
 READ = {"deepspeed", "gptqmodel", "gradio", "logbar", "modelscope", "modelscope_hub", "smolagents", "uvicorn"}
-# Underscores that Python documents: of `os`, and of named tuples.
+# Names with an underscore that Python documents: of `os`, and of named tuples.
 DOCUMENTED = {"_exit", "_asdict", "_fields", "_field_defaults", "_make", "_replace"}
-# What every class, function, module and exception of Python has, or dataclasses are documented to call.
+# Attributes of all Python classes, functions, modules and exceptions, and the documented hook of dataclasses.
 SPECIAL = {
     *(name for kind in (type, types.FunctionType, types.ModuleType, BaseException, list) for name in dir(kind)),
     *("__file__", "__path__", "__version__", "__post_init__"),
 }
 
 
-# ---- they are there, with these signatures ----
+# ---- the interfaces exist with these signatures ----
 
 
 @pytest.mark.parametrize("interface", INTERFACES, ids=lambda interface: interface.name)
@@ -255,13 +256,13 @@ def test_an_interface_is_as_the_code_expects(interface: Interface) -> None:
     expected = (interface.expected,) if isinstance(interface.expected, str) else interface.expected
     found = (read if library in READ else imported)(interface.name, expected[0])
     assert found in expected, (
-        f"{interface.name} ({library} {version_of(library)}) is {found}, and not {' or '.join(expected)}. "
-        f"{interface.file} leans on it: {interface.use}. Look at what has changed there, and then change this list."
+        f"{interface.name} ({library} {version_of(library)}) is {found}, not {' or '.join(expected)}. "
+        f"{interface.file} depends on it: {interface.use}. Check what changed there, then update this list."
     )
 
 
 @pytest.mark.parametrize("interface", INTERFACES, ids=lambda interface: interface.name)
-def test_the_file_does_lean_on_it(interface: Interface) -> None:
+def test_the_file_uses_the_interface(interface: Interface) -> None:
     parent, _, name = interface.name.rpartition(".")
     if name == "__init__":
         name = "QwenQModel"
@@ -274,7 +275,7 @@ def version_of(library: str) -> str:
 
 
 def imported(name: str, kind: str) -> str:
-    """What a name is, in the words of `Interface.expected`."""
+    """Describe an imported name in the terms of `Interface.expected`."""
     place, _, last = name.rpartition(".")
     if kind in ("instance attribute", "field"):
         owners = inspect.getmro(pkgutil.resolve_name(place))
@@ -298,7 +299,7 @@ def imported(name: str, kind: str) -> str:
 
 
 def read(name: str, kind: str) -> str:
-    """The same from the source of a library, which is not imported."""
+    """Describe a name as `imported` does, from the source of a library without importing it."""
     path, inside = source_file(name)
     text = path.read_text(encoding="utf-8")
     if kind == "name in the module":
@@ -330,7 +331,7 @@ def signature(parameters: Iterator[tuple[object, str]] | list[tuple[object, str]
 
 
 def source_file(name: str) -> tuple[Path, list[str]]:
-    """The file of the module that a dotted name lies in, and the parts of the name inside it."""
+    """Return the file of the module that defines a dotted name, and the parts of the name inside it."""
     library, *parts = name.split(".")
     place = Path(importlib.util.find_spec(library).origin).parent
     while parts and (place / parts[0]).is_dir():
@@ -344,7 +345,7 @@ def source_file(name: str) -> tuple[Path, list[str]]:
 
 
 def defined(node: ast.stmt) -> set[str]:
-    """The names that a statement defines where it stands."""
+    """Return the names that a statement defines in its scope."""
     if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
         return {node.name}
     if isinstance(node, ast.Assign | ast.AnnAssign):
@@ -361,7 +362,7 @@ def defined(node: ast.stmt) -> set[str]:
 
 @functools.cache
 def sources() -> dict[str, ast.Module]:
-    """Our code by its path, also the blocks of Python in pages beside it; no tests, and no copies beside weights."""
+    """Return our code by path, including Python blocks in Markdown, without tests and copies in checkpoints."""
     listed = subprocess.run(
         ["git", "ls-files", "*.py", "docs/*.md", "examples/*.md"], cwd=ROOT, capture_output=True, text=True, check=True
     )
@@ -384,7 +385,7 @@ def is_private(name: str) -> bool:
 
 
 def own_names(tree: ast.Module) -> set[str]:
-    """The private names that a file defines: in modules and classes, of its instances, parameters and slots."""
+    """Return the private names that a file defines: in modules and classes, as instance attributes and parameters."""
     names = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.stmt):
@@ -401,14 +402,14 @@ def is_self(node: ast.expr) -> bool:
 
 
 def used_names(tree: ast.Module) -> Iterator[tuple[int, str, bool]]:
-    """Line, private name, and whether it is one of `self`."""
+    """Yield the line, the name, and whether it is an attribute of `self`, for each name used."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute):
             yield node.lineno, node.attr, is_self(node.value)
         elif isinstance(node, ast.Call):
             yield from ((node.lineno, word.arg, False) for word in node.keywords if word.arg)
-            reaches = isinstance(node.func, ast.Name) and node.func.id in ("getattr", "setattr", "hasattr", "delattr")
-            if reaches and isinstance(node.args[1], ast.Constant):
+            by_string = isinstance(node.func, ast.Name) and node.func.id in ("getattr", "setattr", "hasattr", "delattr")
+            if by_string and isinstance(node.args[1], ast.Constant):
                 yield node.lineno, node.args[1].value, is_self(node.args[0])
         elif isinstance(node, ast.ImportFrom) and not node.level and (node.module or "").partition(".")[0] != "qwen":
             names = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
@@ -419,21 +420,20 @@ def used_names(tree: ast.Module) -> Iterator[tuple[int, str, bool]]:
 
 
 @pytest.mark.slow
-def test_a_private_name_that_is_used_is_ours_or_listed() -> None:
-    everywhere = set().union(*map(own_names, sources().values()))
+def test_used_private_names_are_ours_or_listed() -> None:
+    all_own = set().union(*map(own_names, sources().values()))
     unknown = []
     for path, tree in sources().items():
         here = own_names(tree)
         for line, name, of_self in used_names(tree):
-            ours = everywhere if of_self else here
+            ours = all_own if of_self else here
             if is_private(name) and name not in LISTED | DOCUMENTED | ours and name != "__future__":
                 unknown.append(f"{path}:{line}: {name}")
-    assert not unknown, "Use what is public, or add these to INTERFACES:\n" + "\n".join(unknown)
+    assert not unknown, "Use a public interface, or add these to INTERFACES:\n" + "\n".join(unknown)
 
 
 def own_classes() -> Iterator[type]:
-    """The classes of modules that have one with a base of another module; those of packages that are missing are not
-    looked at."""
+    """Yield the classes of our modules that define subclasses. Modules whose dependencies are missing are skipped."""
     for path, tree in sources().items():
         if not path.startswith(("qwen/", "qwen_cli/")) or path.startswith(("qwen/_moved/", "qwen/sandbox/")):
             continue
@@ -454,7 +454,7 @@ def is_own(kind: type) -> bool:
 
 
 def own_names_of(kind: type) -> set[str]:
-    """The private names that a class of ours defines, its instances' among them; not what decorators put there."""
+    """Return the private names that our class and its instances define, without names added by decorators."""
     tree = sources()[kind.__module__.replace(".", "/") + ".py"]
     (definition,) = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == kind.__name__)
     return own_names(ast.Module([definition], [])) - {definition.name}
@@ -464,40 +464,40 @@ def own_names_of(kind: type) -> set[str]:
 def text_of(kind: type) -> str:
     try:
         return inspect.getsource(kind)
-    except (OSError, TypeError):  # written in C
+    except (OSError, TypeError):  # implemented in C
         return ""
 
 
 def has(kind: type, name: str) -> bool:
-    """Whether a class of a library has the name, or its instances have."""
+    """Whether a library class or its instances have the name."""
     return name in vars(kind) or name in inspect.get_annotations(kind) or f"self.{name} = " in text_of(kind)
 
 
 @pytest.mark.slow
-def test_a_private_name_that_is_overridden_is_listed() -> None:
-    unknown, looked_at = defaultdict(set), 0
+def test_overridden_private_names_are_listed() -> None:
+    unknown, checked = defaultdict(set), 0
     for kind in own_classes():
         foreign = [base for base in kind.__mro__ if not is_own(base) and base is not object]
-        looked_at += bool(foreign)
+        checked += bool(foreign)
         for own in (base for base in kind.__mro__ if is_own(base) and foreign):
             if own.__module__.replace(".", "/") + ".py" not in sources():
                 continue
             for name in own_names_of(own) - LISTED:
                 for base in (base for base in foreign if has(base, name)):
                     unknown[f"{own.__module__}.{own.__qualname__}.{name}"].add(f"{base.__module__}.{base.__qualname__}")
-    assert looked_at > 30
-    assert not unknown, f"Give these another name, or add them to INTERFACES: {dict(unknown)}"
+    assert checked > 30
+    assert not unknown, f"Rename these, or add them to INTERFACES: {dict(unknown)}"
 
 
-def test_ruff_lets_pass_what_is_listed() -> None:
-    """ruff's SLF001 is about the same; what it lets pass is one list with this one."""
+def test_names_ignored_by_ruff_are_listed() -> None:
+    """ruff's rule SLF001 also reports private names; all names that it ignores must be in INTERFACES."""
     lint = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["ruff"]["lint"]
     settings = lint.get("flake8-self", {})
-    passing = {*settings.get("ignore-names", []), *settings.get("extend-ignore-names", [])}
-    assert passing <= LISTED | DOCUMENTED | {"_name_", "_value_"}, "add to INTERFACES what ruff lets pass"
+    ignored = {*settings.get("ignore-names", []), *settings.get("extend-ignore-names", [])}
+    assert ignored <= LISTED | DOCUMENTED | {"_name_", "_value_"}, "Add names ignored by ruff to INTERFACES."
 
 
-def test_the_walk_finds_names_of_others() -> None:
+def test_used_names_finds_private_names_of_libraries() -> None:
     tree = ast.parse(
         "from lib._place import _thing\n"
         "class Own:\n"

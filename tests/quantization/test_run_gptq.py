@@ -1,4 +1,4 @@
-"""Quantizing: the folder is complete and computes what the float model does; what stops halfway leaves no trace."""
+"""Quantization: the folder is complete and matches the float model; an interrupted run leaves no trace."""
 
 import base64
 import contextlib
@@ -24,8 +24,8 @@ from qwen.data.conversation_file import ConversationFile
 from qwen.model.configuration_qwen import QWenConfig
 from qwen.model.modeling_qwen import QWenLMHeadModel
 from qwen.quantization import calibration_samples, quantize, writer
-from qwen.quantization.gptqmodel_runner import contained
 from qwen.quantization.gptqmodel_runner import run_gptq as run_gptqmodel
+from qwen.quantization.gptqmodel_runner import undo_side_effects
 from qwen_cli import quantize as run_gptq
 from tests.support import ROOT
 from tests.support.command_line import call_main
@@ -47,8 +47,8 @@ def small_config(bundled: Path, **settings: object) -> QWenConfig:
 
 @pytest.fixture(scope="module")
 def source(bundled_chat: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random model with all that is unusual: shards, bfloat16 and its flag, biases, a word of its own, a field that
-    nobody knows."""
+    """A random model with everything unusual: shards, bfloat16 and its flag, biases, an added token, an unknown field
+    in its configuration."""
     folder = tmp_path_factory.mktemp("float") / "model"
     extra = folder.parent / "extra.tiktoken"
     extra.write_text(f"{base64.b64encode(WORD.encode()).decode()} {len(load_tokenizer(bundled_chat))}\n")
@@ -84,7 +84,7 @@ def int4(source: Path, samples: list[list[int]], tmp_path_factory: pytest.TempPa
 
 @pytest.fixture
 def main(capsys: pytest.CaptureFixture) -> Callable[..., tuple[int, str]]:
-    """run_gptq.py in this process: exit code and what it says to a person."""
+    """Runs run_gptq.py in this process. Returns the exit code and standard error."""
 
     def call(*arguments: object) -> tuple[int, str]:
         code = call_main(run_gptq.main, "run_gptq.py", *arguments)
@@ -106,19 +106,19 @@ def handling(number: int, handler: Callable | int) -> Iterator[None]:
 
 @torch.no_grad()
 def relative_error(quantized: Path, exact: Path, samples: list[list[int]]) -> float:
-    """Of the logits, with the kernel that computes what the file says."""
+    """Relative error of the logits, with the kernel that computes exactly what the file says."""
     bits = QWenConfig.from_pretrained(quantized).quantization_config["bits"]
     kernel = GPTQConfig(bits=bits, backend="torch")
     near = QWenLMHeadModel.from_pretrained(quantized, quantization_config=kernel, device_map="cpu", dtype=torch.float32)
     right, _ = load_model(exact, cpu_only=True, dtype=torch.float32)
     ids = torch.tensor([max(samples, key=len)])
-    with torch.compiler.set_stance("force_eager"):  # compiling takes longer than all else
+    with torch.compiler.set_stance("force_eager"):  # compiling takes longer than everything else
         expected = right(ids).logits
         return ((near.eval()(ids).logits - expected).norm() / expected.norm()).item()
 
 
 def content(folder: Path) -> dict[str, bytes | None]:
-    """Of its files; a folder in it has none."""
+    """Contents of the files in a folder; None for subfolders."""
     return {path.name: path.read_bytes() if path.is_file() else None for path in folder.iterdir()}
 
 
@@ -126,7 +126,7 @@ def content(folder: Path) -> dict[str, bytes | None]:
 
 
 @pytest.mark.slow
-def test_the_configuration_is_the_sources_and_what_is_new(source: Path, int4: Path) -> None:
+def test_configuration_extends_that_of_the_source(source: Path, int4: Path) -> None:
     config, before = (json.loads((folder / "config.json").read_text(encoding="utf-8")) for folder in (int4, source))
     assert config.pop("quantization_config") == {
         "bits": 4,
@@ -144,7 +144,7 @@ def test_the_configuration_is_the_sources_and_what_is_new(source: Path, int4: Pa
     assert (int4 / "generation_config.json").read_bytes() == (source / "generation_config.json").read_bytes()
 
 
-def test_everything_is_there_for_everyone(source: Path, int4: Path) -> None:
+def test_folder_is_complete_and_readable(source: Path, int4: Path) -> None:
     names = {path.name for path in int4.iterdir()}
     weights = {path.name for path in source.iterdir() if ".safetensors" in path.name}
     assert names == {path.name for path in source.iterdir()} - weights | {"model.safetensors"}
@@ -157,7 +157,7 @@ def test_everything_is_there_for_everyone(source: Path, int4: Path) -> None:
     assert len(tokenizer.encode(WORD)) == 1
 
 
-def test_the_tensors_are_in_the_published_layout(int4: Path) -> None:
+def test_tensors_have_the_published_layout(int4: Path) -> None:
     with safe_open(int4 / "model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}
     tensors = load_file(int4 / "model.safetensors")
@@ -169,7 +169,7 @@ def test_the_tensors_are_in_the_published_layout(int4: Path) -> None:
             assert torch.equal(tensors.pop(f"{name}.g_idx"), torch.arange(rows, dtype=torch.int32) // 64)
             zeros = tensors.pop(f"{name}.qzeros")
             assert zeros.shape == (rows // 64, columns // 8)
-            assert (zeros == 0x77777777).all()  # 8, less the one that this layout subtracts
+            assert (zeros == 0x77777777).all()  # 8, minus the 1 that this layout subtracts
             assert tensors[f"{name}.scales"].shape == (rows // 64, columns)
             assert tensors[f"{name}.bias"].any()
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
@@ -180,15 +180,13 @@ def test_the_tensors_are_in_the_published_layout(int4: Path) -> None:
 
 
 @pytest.mark.slow
-def test_int4_computes_nearly_the_same(source: Path, int4: Path, samples: list[list[int]]) -> None:
+def test_int4_has_a_small_error(source: Path, int4: Path, samples: list[list[int]]) -> None:
     assert 0.001 < relative_error(int4, source, samples) < 0.05
 
 
 @pytest.mark.slow
-def test_int8_computes_the_same_but_for_a_trace(
-    bundled_chat: Path, samples: list[list[int]], tmp_path: Path, main
-) -> None:
-    """From a .bin file in float32 to shards, over a model that is there, through the command line."""
+def test_int8_has_a_tiny_error(bundled_chat: Path, samples: list[list[int]], tmp_path: Path, main) -> None:
+    """From a .bin file in float32 to shards, over an existing model, through the command line."""
     torch.manual_seed(0)
     model = QWenLMHeadModel(small_config(bundled_chat, num_hidden_layers=1))
     old, out = tmp_path / "old", tmp_path / "out"
@@ -219,7 +217,7 @@ def test_int8_computes_the_same_but_for_a_trace(
 
 
 @pytest.mark.process
-def test_the_script_makes_a_folder_that_needs_no_repository(tmp_path: Path, chat_elsewhere: Callable) -> None:
+def test_script_output_loads_without_this_repository(tmp_path: Path, chat_elsewhere: Callable) -> None:
     folder = tmp_path / "output_qwen_int4"
     toy = run_script(ROOT / "run_gptq.py", "--samples", "6", folder=tmp_path)
     assert toy.returncode == 0, toy.stderr
@@ -227,13 +225,13 @@ def test_the_script_makes_a_folder_that_needs_no_repository(tmp_path: Path, chat
     lines = toy.stderr.splitlines()
     assert lines[0].startswith("The bundled toy to 4 bits, calibrated with 6 of 128 conversations: ")
     assert lines[1:7] == [f"Quantizing layer {layer} of 6" for layer in range(1, 7)]
-    assert len(lines) == 7 + 6 + 2, "GPTQModel's own words are kept back"
+    assert len(lines) == 7 + 6 + 2, "GPTQModel's own output is hidden"
     assert list(tmp_path.iterdir()) == [folder]
     assert chat_elsewhere(folder, QUESTION) == ANSWER
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="compares a GPU's result, and there is none")
-def test_a_gpu_finds_the_same(source: Path, int4: Path, samples: list[list[int]], tmp_path: Path) -> None:
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, whose result is compared")
+def test_gpu_matches_the_cpu(source: Path, int4: Path, samples: list[list[int]], tmp_path: Path) -> None:
     quantize(source, tmp_path / "out", samples, group_size=64)
     ours, theirs = relative_error(tmp_path / "out", source, samples), relative_error(int4, source, samples)
     assert ours == pytest.approx(theirs, rel=0.1)
@@ -242,7 +240,7 @@ def test_a_gpu_finds_the_same(source: Path, int4: Path, samples: list[list[int]]
 # ---- calibration ----
 
 
-def test_many_conversations_are_sampled_and_cut(bundled_chat: Path) -> None:
+def test_conversations_are_sampled_and_truncated(bundled_chat: Path) -> None:
     tokenizer, file = load_tokenizer(bundled_chat), ConversationFile(DATA)
     few = calibration_samples(file, tokenizer, 50, count=10)
     assert few == calibration_samples(file, tokenizer, 50, count=10) != calibration_samples(file, tokenizer, 50, 10, 1)
@@ -256,9 +254,7 @@ def test_many_conversations_are_sampled_and_cut(bundled_chat: Path) -> None:
         calibration_samples(file, tokenizer, 50, count=0)
 
 
-def test_a_handful_of_tokens_is_remarked_on(
-    source: Path, tmp_path: Path, main, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_few_tokens_are_noted(source: Path, tmp_path: Path, main, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(qwen.quantization, "quantize", stop)
     few = ("--samples", 1, "--max_len", 16, "--out_path", tmp_path / "out")
     code, text = main("--model_name_or_path", source, "--data_path", DATA, *few)
@@ -267,7 +263,7 @@ def test_a_handful_of_tokens_is_remarked_on(
     assert "up to 128 inputs" in text
 
 
-# ---- what does not work ----
+# ---- errors ----
 
 
 def adapter(folder: Path) -> Path:
@@ -285,34 +281,34 @@ def adapter(folder: Path) -> Path:
         ("--model_name_or_path {other} --data_path {data}", 1, "of type 'llama'"),
         ("--model_name_or_path {half} --data_path {data}", 1, "has no weights"),
         ("--model_name_or_path {source}", 2, "--data_path is missing"),
-        ("--model_name_or_path {source} --data_path {data} --out_path {source}", 1, "Name a folder of its own"),
+        ("--model_name_or_path {source} --data_path {data} --out_path {source}", 1, "holds the source model"),
         (
             "--model_name_or_path {source} --data_path {data} --group-size 256",
             1,
-            "the 128 inputs of attn.c_attn: take 32",
+            "the 128 inputs of attn.c_attn: use 32",
         ),
         ("--model_name_or_path {narrow} --data_path {data}", 1, "multiples of 32"),
         ("--data_path {nothing}", 1, "does not exist"),
         ("--data_path {empty}", 1, "is empty"),
         ("--data_path {wrong}", 1, "conversations"),
-        ("--group-size 100", 1, "is not among 32, 64"),
-        ("--max-shard-size 2", 1, "'2' is no size"),
-        ("--max-shard-size much", 1, "such as 2GB"),
+        ("--group-size 100", 1, "use one of 32, 64"),
+        ("--max-shard-size 2", 1, "Invalid size '2'"),
+        ("--max-shard-size much", 1, "for example 2GB"),
         ("--out_path {data}", 1, "is a file"),
         ("--out_path {data}/out", 1, "cannot be written to"),
         ("--out_path {full}", 1, "is not empty"),
-        ("--out_path {full} --overwrite", 1, "holds no model that could be replaced"),
-        ("--out_path {service} --overwrite", 1, "holds no model that could be replaced"),
+        ("--out_path {full} --overwrite", 1, "holds no model that can be replaced"),
+        ("--out_path {service} --overwrite", 1, "holds no model that can be replaced"),
         ("--out_path {torn} --overwrite", 1, "model.safetensors.index.json of {torn} is not valid JSON"),
-        ("--out_path {nameless} --overwrite", 1, "model.safetensors.index.json of {nameless} does not name the files"),
-        ("--out_path {killed}", 1, "{killed}/.unfinished-abc is of another run"),
+        ("--out_path {nameless} --overwrite", 1, "model.safetensors.index.json of {nameless} does not list the weight"),
+        ("--out_path {killed}", 1, "{killed}/.unfinished-abc belongs to another run"),
         ("--bits 3", 2, "--bits"),
         ("--max_len 2", 2, "--max_len is 2"),
         ("--samples 0", 2, "--samples is 0"),
         ("--damp 0.1", 2, "--damp"),
     ],
 )
-def test_mistakes_are_told_at_once(
+def test_mistakes_are_explained_before_loading(
     arguments: str, code: int, expected: str, source: Path, bundled_chat: Path, tmp_path: Path, main, monkeypatch
 ) -> None:
     def other(name: str, config: dict) -> Path:
@@ -366,7 +362,7 @@ def stop(*args: object, **kwargs: object) -> None:
     raise KeyboardInterrupt
 
 
-def test_a_full_disk_is_noticed_before_and_after(
+def test_full_disk_is_reported_before_and_after(
     source: Path, samples: list[list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*args: object, **kwargs: object) -> None:
@@ -384,7 +380,7 @@ def test_a_full_disk_is_noticed_before_and_after(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_model_beyond_float16_is_refused(bundled_chat: Path, samples: list[list[int]], tmp_path: Path) -> None:
+def test_model_beyond_float16_is_rejected(bundled_chat: Path, samples: list[list[int]], tmp_path: Path) -> None:
     model, tokenizer = load_model(bundled_chat, cpu_only=True)
     tokenizer.save_pretrained(tmp_path / "model")
     weight = model.transformer.h[0].mlp.w1.weight
@@ -405,7 +401,7 @@ def test_base_models_are_quantized_too(samples: list[list[int]], tmp_path: Path)
 
 
 @pytest.mark.process
-def test_ctrl_c_leaves_what_was_there(int4: Path, tmp_path: Path) -> None:
+def test_ctrl_c_leaves_the_folder_unchanged(int4: Path, tmp_path: Path) -> None:
     out = Path(shutil.copytree(int4, tmp_path / "out"))
     process = subprocess.Popen(
         [sys.executable, ROOT / "run_gptq.py", "--out_path", out, "--overwrite"],
@@ -417,12 +413,12 @@ def test_ctrl_c_leaves_what_was_there(int4: Path, tmp_path: Path) -> None:
     for line in process.stderr:
         if line.startswith("Quantizing layer 1"):
             break
-    assert list(out.glob(".*")), "it is at work"
+    assert list(out.glob(".*")), "it is running"
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate(timeout=120)
     assert (process.returncode, output) == (130, "")
     assert errors.endswith("\nStopped. Nothing was written.\n")
-    assert "Traceback" not in errors  # the libraries' threads may remark on the end
+    assert "Traceback" not in errors  # threads of libraries may print messages at exit
     assert content(out) == content(int4)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -438,8 +434,8 @@ def test_other_signals_stop_like_ctrl_c(number: int, tmp_path: Path, main, monke
     assert not list(tmp_path.iterdir())
 
 
-def test_hidden_states_beyond_float16_are_refused(bundled_chat: Path, samples: list[list[int]]) -> None:
-    """GPTQModel would round these matrices without a word."""
+def test_hidden_states_beyond_float16_are_rejected(bundled_chat: Path, samples: list[list[int]]) -> None:
+    """GPTQModel would silently round these matrices."""
     model = QWenLMHeadModel(small_config(bundled_chat)).half().eval()
     with torch.no_grad():
         model.transformer.h[1].ln_1.weight.fill_(float("inf"))
@@ -480,7 +476,7 @@ def fill_gpu() -> None:
         (fill_gpu, ("memory of the GPU is full", "--samples", "--max_len", "--cpu-only")),
     ],
 )
-def test_full_memory_is_told(
+def test_full_memory_is_explained(
     fill: Callable[[], None], expected: tuple[str, ...], tmp_path: Path, main, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(qwen.quantization, "run_gptq", lambda *arguments: fill())
@@ -490,7 +486,7 @@ def test_full_memory_is_told(
     assert not list(tmp_path.iterdir())
 
 
-def test_other_errors_of_torch_are_not_taken_for_it(
+def test_other_torch_errors_are_raised(
     source: Path, samples: list[list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(qwen.quantization, "run_gptq", lambda *arguments: torch.ones(2) @ torch.ones(3))
@@ -498,18 +494,18 @@ def test_other_errors_of_torch_are_not_taken_for_it(
         quantize(source, tmp_path / "out", samples, group_size=64)
 
 
-def test_a_model_larger_than_the_memory_is_refused(tmp_path: Path, main, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_model_larger_than_memory_is_rejected(tmp_path: Path, main, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sysconf", {"SC_PHYS_PAGES": 1000, "SC_PAGE_SIZE": 4096}.get)
     code, text = main("--out_path", tmp_path / "out")
     assert code == 1
-    assert "it takes 11.6 MB in 16 bits: this machine has 4.1 MB" in text
+    assert "it takes 11.6 MB in 16 bits, and this machine has 4.1 MB" in text
 
 
-# ---- what GPTQModel does to a process ----
+# ---- side effects of GPTQModel ----
 
 
 @pytest.mark.parametrize("workers", [None, "3"])
-def test_nothing_of_it_stays(
+def test_side_effects_are_undone(
     workers: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -518,12 +514,12 @@ def test_nothing_of_it_stays(
         monkeypatch.setenv("GPTQMODEL_CPU_WORKERS", workers)
     level = logging.getLogger().level
     for error in (None, KeyboardInterrupt):
-        with contextlib.suppress(KeyboardInterrupt), contained():
+        with contextlib.suppress(KeyboardInterrupt), undo_side_effects():
             assert int(os.environ["GPTQMODEL_CPU_WORKERS"]) >= 2
             logging.getLogger().setLevel(1)
             Path("log.txt").write_text("its log")
             work = Path.cwd()
-            print("its picture")
+            print("its logo")
             if error is not None:
                 raise error
         assert Path.cwd() == tmp_path != work
@@ -534,33 +530,31 @@ def test_nothing_of_it_stays(
         assert capsys.readouterr().out == ""
 
 
-# ---- the moment of replacing ----
+# ---- moving the result into place ----
 
 
-def test_what_cannot_be_moved_is_kept(
+def test_result_that_cannot_be_moved_is_kept(
     source: Path, samples: list[list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(qwen.quantization, "run_gptq", lambda *arguments: [])
     out = Path(shutil.copytree(source, tmp_path / "out"))
     (out / "modeling_qwen.py").unlink()
-    (out / "modeling_qwen.py").mkdir()  # where a file is to go
+    (out / "modeling_qwen.py").mkdir()  # in the place of a file
     before = content(out)
     options = {"group_size": 64, "cpu_only": True, "overwrite": True}
-    with pytest.raises(
-        OSError, match=r"kept in .*/new, for it could not take its place in .*modeling_qwen.py"
-    ) as failure:
+    with pytest.raises(OSError, match=r"kept in .*/new: it could not be moved to .*modeling_qwen.py") as failure:
         quantize(source, out, samples, **options)
     work = next(out.glob(".unfinished-*"))
-    assert f"{work / 'new'}," in str(failure.value)
+    assert f"{work / 'new'}:" in str(failure.value)
     assert not list((work / "old").iterdir())
     check_checkpoint(work / "new")
-    with pytest.raises(OSError, match=f"{work} is of another run"):
+    with pytest.raises(OSError, match=f"{work} belongs to another run"):
         quantize(source, out, samples, **options)
     shutil.rmtree(work)
     assert content(out) == before
 
 
-def test_an_index_that_broke_meanwhile_loses_nothing(
+def test_index_broken_meanwhile_loses_nothing(
     source: Path, samples: list[list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = Path(shutil.copytree(source, tmp_path / "out"))
@@ -573,10 +567,10 @@ def test_an_index_that_broke_meanwhile_loses_nothing(
     assert content(out) == content(source) | {INDEX: b"{"}
 
 
-def test_signals_wait_until_all_is_in_its_place(
+def test_signals_wait_until_all_files_are_moved(
     source: Path, samples: list[list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ctrl-C would claim that nothing was written; who has plans of his own for SIGTERM is told then."""
+    """Ctrl-C is ignored, since it would claim that nothing was written; a SIGTERM handler is called afterwards."""
     out = Path(shutil.copytree(source, tmp_path / "out"))
     came, rename = [], Path.rename
 

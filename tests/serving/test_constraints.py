@@ -1,4 +1,4 @@
-"""Constrained replies: whatever the logits are, what comes out is valid, and no stranger's schema hangs or crashes."""
+"""Constrained replies: any logits yield valid output, and no untrusted schema hangs or crashes the server."""
 
 import base64
 import json
@@ -27,7 +27,7 @@ from qwen.tools import (
     tool_prompt,
 )
 
-PADDING = 16  # rows of the model's matrix that no token belongs to
+PADDING = 16  # rows of the output matrix without a token
 
 PERSON = {
     "type": "object",
@@ -97,8 +97,8 @@ def factory(tokenizer):
 
 
 def draw(constraint, tokenizer, seed, stop=None, max_tokens=2000):
-    """A reply by random logits. After 60 tokens what may end a part of it is preferred, because random text has no
-    reason to end. Without `stop`, it has to end in an end token."""
+    """Generate a reply with random logits. After 60 tokens, tokens that may close a part are preferred, because random
+    text might never end. Without `stop`, it must end in an end token."""
     generator = torch.Generator().manual_seed(seed)
     ends = {tokenizer.im_end_id, tokenizer.eod_id}
     backslash, *closing = (tokenizer.encode(character)[0] for character in '\\}],"')
@@ -125,13 +125,13 @@ def draw(constraint, tokenizer, seed, stop=None, max_tokens=2000):
 
 
 def follow(constraint, tokenizer, text):
-    """Take the tokens of a text, each of which has to be allowed."""
+    """Accept the tokens of a text, each of which must be allowed."""
     for token in tokenizer.encode(text, allowed_special=set(), disallowed_special=()):
         assert constraint.allowed()[token], (text, tokenizer.decode([token]))
         constraint.accept(token)
 
 
-def only_the_end(constraint, tokenizer):
+def only_end_allowed(constraint, tokenizer):
     return constraint.allowed().nonzero().flatten().tolist() == sorted([tokenizer.eod_id, tokenizer.im_end_id])
 
 
@@ -145,7 +145,7 @@ def test_random_logits_make_valid_json(factory, tokenizer, schema):
         assert reply == reply.strip()
 
 
-def test_combined_objects_keep_all_their_properties(factory, tokenizer):
+def test_combined_objects_keep_all_properties(factory, tokenizer):
     follow(constraint := factory.json_schema(BOTH), tokenizer, '{"a": 1, "b": null}')
     assert constraint.allowed()[tokenizer.im_end_id]
 
@@ -156,11 +156,11 @@ def test_any_object(factory, tokenizer):
     assert any(replies)
 
 
-def test_json_has_the_models_own_blanks(factory, tokenizer):
+def test_json_has_the_whitespace_of_the_models(factory, tokenizer):
     value = {"a": 1, "b": [2, {"c": "d"}], "天气": {}, "e": None}
     constraint = factory.json_object()
     follow(constraint, tokenizer, json.dumps(value, ensure_ascii=False))
-    assert only_the_end(constraint, tokenizer)
+    assert only_end_allowed(constraint, tokenizer)
 
     constraint = factory.json_object()
     follow(constraint, tokenizer, "{")
@@ -169,10 +169,10 @@ def test_json_has_the_models_own_blanks(factory, tokenizer):
 
 def test_only_the_end_may_follow(factory, tokenizer):
     constraint = factory.json_schema({"const": 7})
-    assert not only_the_end(constraint, tokenizer)
+    assert not only_end_allowed(constraint, tokenizer)
     follow(constraint, tokenizer, "7")
     for _ in range(3):
-        assert only_the_end(constraint, tokenizer)
+        assert only_end_allowed(constraint, tokenizer)
         constraint.accept(tokenizer.im_end_id)
 
     constraint = factory.json_schema({"type": "integer"})
@@ -181,22 +181,22 @@ def test_only_the_end_may_follow(factory, tokenizer):
     assert allowed[tokenizer.im_end_id]
     assert allowed[tokenizer.encode("7")[0]]
     constraint.accept(tokenizer.eod_id)
-    assert only_the_end(constraint, tokenizer)
+    assert only_end_allowed(constraint, tokenizer)
 
 
 def test_unlisted_properties(factory, tokenizer):
     listed = {"type": "object", "properties": {"a": {"type": "integer"}}}
     quote, brace = tokenizer.encode('"')[0], tokenizer.encode("}")[0]
 
-    def may_go_on(schema):
+    def may_continue(schema):
         constraint = factory.json_schema(schema)
         follow(constraint, tokenizer, '{"a": 1')
         assert constraint.allowed()[brace]
         return bool(constraint.allowed()[tokenizer.encode(",")[0]])
 
-    assert not may_go_on(listed)
-    assert may_go_on(listed | {"additionalProperties": True})
-    assert may_go_on({"type": "object", "properties": {"a": {}, "b": {}}})
+    assert not may_continue(listed)
+    assert may_continue(listed | {"additionalProperties": True})
+    assert may_continue({"type": "object", "properties": {"a": {}, "b": {}}})
     nested = factory.json_schema({"type": "array", "items": {"anyOf": [{"$ref": "#/$defs/a"}]}, "$defs": {"a": listed}})
     follow(nested, tokenizer, '[{"a": 1')
     assert not nested.allowed()[tokenizer.encode(",")[0]]
@@ -209,8 +209,8 @@ def test_unlisted_properties(factory, tokenizer):
 def test_random_logits_make_a_tool_call(factory, tokenizer, names, continues, seed):
     constraint = factory.tool_call(TOOLS, names=names, continues=continues)
     text = draw(constraint, tokenizer, seed, stop=f"\n{STOP_WORD}")
-    assert only_the_end(constraint, tokenizer)
-    for stripped in (text, text.strip()):  # a server may trim a reply before it reads it
+    assert only_end_allowed(constraint, tokenizer)
+    for stripped in (text, text.strip()):  # a server may strip a reply before parsing it
         reply = parse_response(stripped, continues)
         assert reply.finish_reason == "function_call"
         assert reply.function_call["name"] in (names or ["get_current_weather", "now", "画图"])
@@ -223,7 +223,7 @@ def test_random_logits_make_a_tool_call(factory, tokenizer, names, continues, se
 
 
 @pytest.mark.slow
-def test_every_tool_and_the_answer_come_up(factory, tokenizer):
+def test_every_tool_and_the_answer_are_possible(factory, tokenizer):
     kinds = set()
     for seed in range(30):
         constraint = factory.tool_call(TOOLS, call_required=False, answer_schema=PERSON)
@@ -235,10 +235,10 @@ def test_every_tool_and_the_answer_come_up(factory, tokenizer):
             kinds.add(None)
     assert kinds >= {"get_current_weather", "now", None}
     constraint = factory.tool_call(TOOLS, call_required=False, answer_schema=PERSON)
-    follow(constraint, tokenizer, tool_call_text("", "画图", '{"prompt": "猫"}'))  # whose first byte is rarely drawn
+    follow(constraint, tokenizer, tool_call_text("", "画图", '{"prompt": "猫"}'))  # its first byte is rarely drawn
 
 
-def test_the_format_is_that_of_the_prompts(factory, tokenizer):
+def test_format_equals_that_of_the_prompts(factory, tokenizer):
     call = tool_call_text("查一查", "get_current_weather", '{"location": "Oslo", "unit": "celsius"}')
     follow(factory.tool_call(TOOLS), tokenizer, call)
     follow(factory.tool_call(TOOLS, call_required=False), tokenizer, tool_call_text("", "now", "{}"))
@@ -249,10 +249,10 @@ def test_the_format_is_that_of_the_prompts(factory, tokenizer):
     continued = final_answer_text('{"a": 1}').removeprefix(THOUGHT)
     constraint = factory.tool_call(TOOLS, call_required=False, continues=True, answer_schema={"type": "object"})
     follow(constraint, tokenizer, continued)
-    assert only_the_end(constraint, tokenizer)
+    assert only_end_allowed(constraint, tokenizer)
 
 
-def test_a_required_call_leaves_no_way_out(factory, tokenizer):
+def test_required_call_cannot_be_avoided(factory, tokenizer):
     for continues in (False, True):
         constraint = factory.tool_call(TOOLS, continues=continues)
         follow(constraint, tokenizer, " I know." if continues else f"{THOUGHT} I know.")
@@ -261,13 +261,13 @@ def test_a_required_call_leaves_no_way_out(factory, tokenizer):
         start = tokenizer.encode(FINAL_ANSWER)[0]
         assert not constraint.allowed()[start]
 
-    # Read back, " Final Answer: x" right after the prompt's "Thought:" would be an answer.
+    # " Final Answer: x" directly after the prompt's "Thought:" would be parsed as an answer.
     constraint = factory.tool_call(TOOLS, continues=True)
     follow(constraint, tokenizer, " Final Answer")
     assert not constraint.allowed()[tokenizer.encode(":")[0]]
 
 
-def test_a_thought_has_an_end(factory, tokenizer):
+def test_thought_has_a_maximum_length(factory, tokenizer):
     constraint = factory.tool_call(TOOLS)
     follow(constraint, tokenizer, THOUGHT + " a" * 150)
     for _ in range(300):
@@ -276,10 +276,10 @@ def test_a_thought_has_an_end(factory, tokenizer):
             break
         constraint.accept(letter)
     else:
-        pytest.fail("a thought may go on for ever")
+        pytest.fail("a thought can continue forever")
 
 
-def test_the_bundled_model_calls_a_tool(bundled_chat, tokenizer):
+def test_bundled_model_calls_a_tool(bundled_chat, tokenizer):
     model = QWenLMHeadModel.from_pretrained(bundled_chat, dtype=torch.float32).eval()
     factory = ConstraintFactory(tokenizer, model.config.vocab_size)
 
@@ -319,7 +319,7 @@ def test_the_bundled_model_calls_a_tool(bundled_chat, tokenizer):
 @pytest.mark.slow
 def test_real_vocabulary(real_tokenizer):
     factory = ConstraintFactory(real_tokenizer, 151_936)
-    with ThreadPoolExecutor(4) as pool:  # the first requests of a server come together
+    with ThreadPoolExecutor(4) as pool:  # the first requests of a server may be concurrent
         texts = list(pool.map(lambda seed: draw(factory.json_schema(PERSON), real_tokenizer, seed), range(4)))
     for text in texts:
         jsonschema_rs.validate(PERSON, json.loads(text))
@@ -340,7 +340,7 @@ def test_vocabulary_with_a_gap(tmp_path, real_vocab_file):
 
     constraint = ConstraintFactory(tokenizer, 151_936).json_schema({"enum": ["天气预报", "expanded1"]})
     follow(constraint, tokenizer, '"天气预报"')
-    assert only_the_end(constraint, tokenizer)
+    assert only_end_allowed(constraint, tokenizer)
     constraint = ConstraintFactory(tokenizer, 151_936).json_schema({"enum": ["天气预报", "expanded1"]})
     follow(constraint, tokenizer, '"')
     assert constraint.allowed()[[151_852, 151_854]].all()
@@ -359,20 +359,20 @@ def test_constraints_are_independent(factory, tokenizer):
         token = left[row].pop(0)
         assert constraints[row].allowed()[token]
         constraints[row].accept(token)
-    assert all(only_the_end(constraint, tokenizer) for constraint in constraints)
+    assert all(only_end_allowed(constraint, tokenizer) for constraint in constraints)
 
 
-def test_a_copy_goes_its_own_way(factory, tokenizer):
+def test_copies_are_independent(factory, tokenizer):
     first = factory.json_schema({"enum": ["yes", "no"]})
     follow(first, tokenizer, '"')
     second = first.copy()
     follow(first, tokenizer, 'yes"')
     follow(second, tokenizer, 'no"')
-    assert only_the_end(first, tokenizer)
-    assert only_the_end(second, tokenizer)
+    assert only_end_allowed(first, tokenizer)
+    assert only_end_allowed(second, tokenizer)
 
 
-def test_a_token_that_was_not_allowed(factory, tokenizer):
+def test_disallowed_token_is_rejected(factory, tokenizer):
     for token in (tokenizer.encode("x")[0], tokenizer.im_end_id, tokenizer.im_start_id, len(tokenizer), 10**6):
         constraint = factory.json_object()
         with pytest.raises(ValueError, match=f"Token {token} is not allowed here"):
@@ -381,13 +381,13 @@ def test_a_token_that_was_not_allowed(factory, tokenizer):
             constraint.allowed()
 
 
-def test_a_grammar_that_grows_too_complex_fails_alone(factory, tokenizer):
+def test_too_complex_grammar_does_not_affect_others(factory, tokenizer):
     pattern = "|".join(f"(.*a{{{n}}}.*b){{{n}}}" for n in range(1, 200))
     bomb, other = factory.json_schema({"type": "string", "pattern": pattern}), factory.json_object()
-    with pytest.raises(ConstraintError, match=r"llguidance says .*too many"):
+    with pytest.raises(ConstraintError, match=r"llguidance: .*too many"):
         follow(bomb, tokenizer, '"' + "ab abc " * 20)
     follow(other, tokenizer, "{}")
-    assert only_the_end(other, tokenizer)
+    assert only_end_allowed(other, tokenizer)
 
 
 def nested(depth):
@@ -398,7 +398,7 @@ def nested(depth):
 
 
 @pytest.mark.parametrize(
-    ("schema", "complaint"),
+    ("schema", "message"),
     [
         (None, "must be a JSON object, not NoneType"),
         ([], "must be a JSON object, not list"),
@@ -433,36 +433,36 @@ def nested(depth):
     ],
     ids=lambda value: str(value)[:30] if isinstance(value, str) else "",
 )
-def test_schemas_that_cannot_be_used(factory, schema, complaint):
-    with pytest.raises(ValueError, match=complaint):
+def test_schemas_that_cannot_be_used(factory, schema, message):
+    with pytest.raises(ValueError, match=message):
         factory.json_schema(schema)
     if schema is not None:
-        with pytest.raises(ValueError, match=complaint):
+        with pytest.raises(ValueError, match=message):
             factory.tool_call(TOOLS, call_required=False, answer_schema=schema)
 
 
 @pytest.mark.parametrize(
-    ("functions", "names", "complaint"),
+    ("functions", "names", "message"),
     [
         ([], None, "no tool to call"),
         (TOOLS, [], "no tool to call"),
-        (TOOLS, ["now", "never"], "no tool 'never': the tools are get_current_weather, now, 画图"),
+        (TOOLS, ["now", "never"], "Unknown tool 'never'. The tools are get_current_weather, now, 画图"),
         ([{"description": "no name"}], None, r"functions\[0\] needs a 'name'"),
         ([{"name": "a\nb"}], None, r"'a\\nb' cannot be called"),
         ([{"name": "\ud800"}], None, "cannot be called"),
         ([{"name": "f", "parameters": {"type": "array"}}], None, "tool 'f' must be the schema of an object"),
         ([{"name": "f", "parameters": "city"}], None, "tool 'f' must be the schema of an object"),
-        ([{"name": "f", "parameters": [{"schema": {}}]}], None, "tool 'f' need a name each"),
+        ([{"name": "f", "parameters": [{"schema": {}}]}], None, "Each parameter of tool 'f' needs a name"),
         ([NOW, {"name": "f", "parameters": {"properties": {"a": {"type": "x"}}}}], None, "tool 'f' .*Invalid type: x"),
-        ([{"name": f"f{n}", "parameters": {"title": "x" * 1000}} for n in range(99)], None, "together more than 65536"),
+        ([{"name": f"f{n}", "parameters": {"title": "x" * 1000}} for n in range(99)], None, "have more than 65536"),
     ],
 )
-def test_tools_that_cannot_be_called(factory, functions, names, complaint):
-    with pytest.raises(ValueError, match=complaint):
+def test_tools_that_cannot_be_called(factory, functions, names, message):
+    with pytest.raises(ValueError, match=message):
         factory.tool_call(functions, names=names)
 
 
-def test_a_malformed_tool_is_the_error_of_the_prompt(factory):
+def test_malformed_tool_raises_malformed_conversation(factory):
     with pytest.raises(MalformedConversation):
         factory.tool_call([{}])
 
@@ -472,6 +472,6 @@ def test_names_that_look_like_grammar(factory, tokenizer):
     follow(factory.tool_call([{"name": name}]), tokenizer, tool_call_text("t", name, "{}"))
 
 
-def test_a_vocabulary_larger_than_the_model(tokenizer):
+def test_vocabulary_larger_than_the_model(tokenizer):
     with pytest.raises(ValueError, match="vocab"):
         ConstraintFactory(tokenizer, 100).json_object()

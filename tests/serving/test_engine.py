@@ -1,7 +1,7 @@
-"""The serving room without HTTP: cache, sampler, scheduler, growing text, engine.
+"""Tests of the engine without HTTP: cache, sampler, scheduler, detokenizer.
 
-Greedy answers are compared with `model.generate` alone; a tiny random model whose trained length is 64 makes prompts
-past it cheap.
+Greedy replies are compared with those of `model.generate`. A tiny random model with a trained length of 64 makes longer
+prompts cheap.
 """
 
 import asyncio
@@ -30,12 +30,12 @@ from qwen.serving.engine.detokenizer import IncrementalText
 from qwen.serving.engine.sampler import ConstraintError, SampledToken, SamplingParams, SamplingState, sample
 from qwen.serving.engine.scheduler import EndReason, GenerationSequence
 
-LENGTHS = (1, 3, 17, 63, 64, 65, 130, 200, 257, 40)  # of prompts, on both sides of 64, 128 and 256
+LENGTHS = (1, 3, 17, 63, 64, 65, 130, 200, 257, 40)  # of prompts, below and above 64, 128 and 256
 
 
 @pytest.fixture(scope="module")
 def tiny(tiny_chat_checkpoint):
-    """A random model of trained length 64 that never ends by itself, and its tokenizer."""
+    """A random model with a trained length of 64 that never ends a reply, and its tokenizer."""
     return load_model(tiny_chat_checkpoint, cpu_only=True)
 
 
@@ -48,12 +48,12 @@ def engine(tiny):
 
 @pytest.fixture(scope="module")
 def prompts() -> list[list[int]]:
-    draw = random.Random(0)
-    return [[draw.randrange(256) for _ in range(length)] for length in LENGTHS]
+    rng = random.Random(0)
+    return [[rng.randrange(256) for _ in range(length)] for length in LENGTHS]
 
 
 def generated(model, prompt: list[int], tokens: int, **settings) -> list[int]:
-    """What `generate` gives for one prompt alone."""
+    """Return the token ids that `generate` gives for one prompt."""
     ids = torch.tensor([prompt])
     defaults = {"do_sample": False, "top_p": None, "top_k": None}
     output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, **(defaults | settings))
@@ -61,18 +61,18 @@ def generated(model, prompt: list[int], tokens: int, **settings) -> list[int]:
 
 
 def served(engine: Engine, prompts: list[list[int]], **settings) -> list[list[int]]:
-    """What the engine gives for all prompts at once, as token ids."""
+    """Return the token ids that the engine gives for all prompts at once."""
     params = engine.params(**{"temperature": 0.0, "max_tokens": 20, "top_logprobs": 0} | settings)
     streams = [engine.start(prompt, params) for prompt in prompts]
     return [[token.token_id for piece in stream for token in piece.tokens] for stream in streams]
 
 
-def test_each_row_gets_what_it_gets_alone(tiny, engine, prompts):
+def test_batched_replies_equal_generate(tiny, engine, prompts):
     assert served(engine, prompts) == [generated(tiny[0], prompt, 20) for prompt in prompts]
 
 
-def test_past_the_trained_length_it_matters_how_long_the_prompt_was(tiny, engine, prompts):
-    """If rows shared an NTK base this comparison of tokens would notice."""
+def test_ntk_base_changes_replies_past_the_trained_length(tiny, engine, prompts):
+    """Shows that the comparison of tokens above would detect rows that share an NTK base."""
     model = tiny[0]
     alone = generated(model, prompts[8], 20)
     model.config.use_dynamic_ntk = model.transformer.config.use_dynamic_ntk = False
@@ -82,7 +82,7 @@ def test_past_the_trained_length_it_matters_how_long_the_prompt_was(tiny, engine
         model.config.use_dynamic_ntk = model.transformer.config.use_dynamic_ntk = True
 
 
-def test_long_prompts_come_in_pieces(tiny, prompts, monkeypatch):
+def test_chunked_prefill(tiny, prompts, monkeypatch):
     monkeypatch.setattr(scheduler_module, "PREFILL_TOKENS", 48)
     engine = Engine(*tiny)
     try:
@@ -103,37 +103,37 @@ def test_eight_bit_cache(tiny_chat_checkpoint, prompts, kernel):
         engine.close(timeout=0)
 
 
-def test_repetition_penalty_is_that_of_transformers(tiny, engine, prompts):
+def test_repetition_penalty_equals_transformers(tiny, engine, prompts):
     alone = [generated(tiny[0], prompt, 20, repetition_penalty=1.3) for prompt in prompts]
     assert served(engine, prompts, repetition_penalty=1.3) == alone
     assert alone != [generated(tiny[0], prompt, 20) for prompt in prompts]
 
 
-def test_who_joins_and_leaves_changes_nothing(engine, prompts):
-    """The same seeded request alone, and among others that come and go at random."""
+def test_other_requests_do_not_change_a_reply(engine, prompts):
+    """Compare a seeded request alone and among others that start and stop at random."""
     settings = {"temperature": 1.0, "top_p": 0.9, "seed": 7, "max_tokens": 40}
     alone = served(engine, [prompts[3]], **settings)[0]
-    watched = engine.start(prompts[3], engine.params(top_logprobs=0, **settings))
-    draw = random.Random(1)
+    stream = engine.start(prompts[3], engine.params(top_logprobs=0, **settings))
+    rng = random.Random(1)
     others = []
-    among = []
-    for piece in watched:
-        among += [token.token_id for token in piece.tokens]
-        if draw.random() < 0.5 and engine.load().queued < 4:
-            others.append(engine.start(draw.choice(prompts), engine.params(max_tokens=draw.randrange(1, 30))))
-        if others and draw.random() < 0.3:
-            others.pop(draw.randrange(len(others))).cancel()
-    assert among == alone
+    interleaved = []
+    for piece in stream:
+        interleaved += [token.token_id for token in piece.tokens]
+        if rng.random() < 0.5 and engine.load().queued < 4:
+            others.append(engine.start(rng.choice(prompts), engine.params(max_tokens=rng.randrange(1, 30))))
+        if others and rng.random() < 0.3:
+            others.pop(rng.randrange(len(others))).cancel()
+    assert interleaved == alone
 
 
-def test_a_seed_repeats_and_another_differs(engine, prompts):
+def test_same_seed_repeats_and_another_differs(engine, prompts):
     drawn = [served(engine, [prompts[2]], temperature=1.0, top_p=1.0, seed=seed)[0] for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
     unseeded = [served(engine, [prompts[2]], temperature=1.0, top_p=1.0)[0] for _ in range(2)]
     assert unseeded[0] != unseeded[1]
 
 
-def test_long_and_short_rows_have_caches_of_their_own(tiny, prompts):
+def test_long_and_short_rows_have_separate_caches(tiny, prompts):
     engine = Engine(*tiny, cache_tokens=8192)
     try:
         long, short = engine.params(temperature=0, max_tokens=1500), engine.params(temperature=0, max_tokens=20)
@@ -167,13 +167,13 @@ def test_cancelling_frees_the_slot(engine, prompts):
     iterator = iter(stream)
     next(iterator)
     wait_until(lambda: engine.load().running == 1)
-    iterator.close()  # a reader that goes away
+    iterator.close()  # the reader stops early
     wait_until(lambda: sum(engine.load()) == 0)
     assert not engine.scheduler.batches
     assert stream.finish_reason == "cancelled"
 
 
-def test_a_waiting_request_can_be_cancelled(tiny, prompts):
+def test_waiting_request_can_be_cancelled(tiny, prompts):
     engine = Engine(*tiny, max_batch_size=1, max_queue=4)
     try:
         first = engine.start(prompts[0], engine.params(max_tokens=5000))
@@ -186,7 +186,7 @@ def test_a_waiting_request_can_be_cancelled(tiny, prompts):
         engine.close(timeout=0)
 
 
-def test_a_full_queue_refuses(tiny, prompts):
+def test_full_queue_rejects_requests(tiny, prompts):
     engine = Engine(*tiny, max_batch_size=2, max_queue=3)
     try:
         streams = [engine.start(prompts[0], engine.params(max_tokens=2000)) for _ in range(5)]
@@ -199,7 +199,7 @@ def test_a_full_queue_refuses(tiny, prompts):
         engine.close(timeout=0)
 
 
-def test_close_finishes_what_runs(tiny, prompts):
+def test_close_finishes_running_requests(tiny, prompts):
     engine = Engine(*tiny)
     streams = [engine.start(prompt, engine.params(max_tokens=30)) for prompt in prompts]
     engine.close()
@@ -209,7 +209,7 @@ def test_close_finishes_what_runs(tiny, prompts):
         engine.start(prompts[0], engine.params())
 
 
-def test_close_does_not_wait_forever(tiny, prompts):
+def test_close_cancels_after_timeout(tiny, prompts):
     engine = Engine(*tiny, max_batch_size=2)
     streams = [engine.start(prompts[0], engine.params(max_tokens=8000)) for _ in range(4)]
     engine.close(timeout=0.2)
@@ -218,7 +218,7 @@ def test_close_does_not_wait_forever(tiny, prompts):
 
 
 @pytest.mark.parametrize(("raised", "seen"), [(KeyError, EngineError), (ConstraintError, ConstraintError)])
-def test_a_failing_row_fails_alone(tiny, engine, prompts, raised, seen):
+def test_failing_row_does_not_affect_others(tiny, engine, prompts, raised, seen):
     class Broken:
         def allowed(self):
             raise raised("no such token")
@@ -230,7 +230,7 @@ def test_a_failing_row_fails_alone(tiny, engine, prompts, raised, seen):
     assert fine == [generated(tiny[0], prompts[2], 20)]
 
 
-def test_an_error_of_the_model_ends_the_batch_and_not_the_engine(tiny, engine, prompts, monkeypatch):
+def test_model_error_ends_the_batch_but_not_the_engine(tiny, engine, prompts, monkeypatch):
     def fail(*args, **kwargs):
         raise RuntimeError("out of memory")
 
@@ -241,17 +241,17 @@ def test_an_error_of_the_model_ends_the_batch_and_not_the_engine(tiny, engine, p
     assert served(engine, [prompts[2]]) == [generated(tiny[0], prompts[2], 20)]
 
 
-def test_where_memory_ends_every_sequence_ends_once(tiny, engine, prompts, monkeypatch):
-    """The second of three prompts that were encoded together cannot join the batch; the first goes on."""
+def test_every_sequence_ends_once_when_memory_runs_out(tiny, engine, prompts, monkeypatch):
+    """The second of three prompts that were prefilled together cannot be added to the batch; the first continues."""
     join, calls, ends = RaggedCache.join, [], []
 
-    def short_of_memory(cache, *arguments):
+    def fail_second_time(cache, *arguments):
         calls.append(1)
         if len(calls) == 2:
             raise MemoryError("no room")
         join(cache, *arguments)
 
-    monkeypatch.setattr(RaggedCache, "join", short_of_memory)
+    monkeypatch.setattr(RaggedCache, "join", fail_second_time)
     hold = threading.Event()
     monkeypatch.setattr(engine.scheduler, "_admit", lambda admit=engine.scheduler._admit: hold.wait() and admit())
     params = engine.params(temperature=0, max_tokens=20)
@@ -271,7 +271,7 @@ def test_where_memory_ends_every_sequence_ends_once(tiny, engine, prompts, monke
     assert sorted(ends) == [(0, EndReason.LENGTH), (1, EndReason.ERROR), (2, EndReason.ERROR)]
 
 
-def test_a_scheduler_that_dies_says_so(tiny, prompts, monkeypatch):
+def test_scheduler_crash_is_reported(tiny, prompts, monkeypatch):
     engine = Engine(*tiny)
 
     def die():
@@ -286,11 +286,11 @@ def test_a_scheduler_that_dies_says_so(tiny, prompts, monkeypatch):
         engine.start(prompts[0], engine.params())
 
 
-def test_short_prompts_pass_a_long_one(tiny, monkeypatch):
-    """A prompt of 100 pieces is being encoded; a short request is answered meanwhile, and both come out right."""
+def test_short_prompts_overtake_a_long_one(tiny, monkeypatch):
+    """A short request is answered while a prompt of 100 chunks is prefilled, and both replies are correct."""
     monkeypatch.setattr(scheduler_module, "PREFILL_TOKENS", 40)
-    draw = random.Random(2)
-    long, short = ([draw.randrange(256) for _ in range(length)] for length in (4000, 30))
+    rng = random.Random(2)
+    long, short = ([rng.randrange(256) for _ in range(length)] for length in (4000, 30))
     engine = Engine(*tiny)
     try:
         params = engine.params(temperature=0, max_tokens=4, top_logprobs=0)
@@ -331,7 +331,7 @@ def test_many_threads_submit(engine, tiny, prompts):
     assert [results[index] for index in range(len(prompts))] == [generated(tiny[0], prompt, 5) for prompt in prompts]
 
 
-def test_what_the_engine_refuses(engine, prompts):
+def test_engine_rejects_invalid_input(engine, prompts):
     with pytest.raises(ValueError, match="empty"):
         engine.start([], engine.params())
     with pytest.raises(ValueError, match="0 to 511"):
@@ -364,8 +364,8 @@ def test_stop_words_of_the_checkpoint_end_a_reply(tiny, prompts):
 
 
 @pytest.mark.parametrize("quantized", [False, True])
-def test_what_a_row_leaves_behind_is_cleared(quantized):
-    """NaN of a reply that broke must not reach the one that gets its place."""
+def test_removed_rows_are_zeroed(quantized):
+    """NaN of a failed reply must not reach the one that takes its row."""
     cache = RaggedCache(1, 64, torch.device("cpu"), quantized)
 
     def prompt(length: int, value: float) -> DynamicCache:
@@ -375,8 +375,8 @@ def test_what_a_row_leaves_behind_is_cleared(quantized):
 
     for length, value in ((50, 1.0), (50, float("nan")), (5, 2.0), (50, float("nan"))):
         cache.join(prompt(length, value), 0, length)
-    cache.leave(3)  # the last one
-    cache.leave(1)  # a short row takes its place
+    cache.leave(3)  # the last row
+    cache.leave(1)  # the short row moves there
     cache.join(prompt(3, 3.0), 0, 3)
     assert cache.lengths.tokens == [50, 5, 3]
     keys, values = cache.update(torch.ones(3, 2, 1, 4), torch.ones(3, 2, 1, 4), 0)
@@ -386,10 +386,10 @@ def test_what_a_row_leaves_behind_is_cleared(quantized):
     torch.testing.assert_close(keys[2, :, :3], torch.full((2, 3, 4), 3.0))
 
 
-# The bundled model: whole answers.
+# Whole replies of the bundled model.
 
 
-def test_the_engine_says_what_chat_says(bundled_chat):
+def test_engine_reply_equals_model_chat(bundled_chat):
     model, tokenizer = load_model(bundled_chat, cpu_only=True)
     queries = ["Hello!", "What is 47 + 38?", "你好，你是谁？", "My name is Alice. Please remember it."]
     expected = [model.chat(tokenizer, query, do_sample=False)[0] for query in queries]
@@ -429,7 +429,7 @@ def state(vocab_size: int = 50, prompt=(1, 2, 3), **settings) -> SamplingState:
     ],
     ids=str,
 )
-def test_draws_follow_the_distribution_of_transformers(settings):
+def test_sampling_distribution_equals_transformers(settings):
     logits = torch.randn(50, generator=torch.Generator().manual_seed(3)) * 2
     warpers = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(1.2)])
     if "temperature" in settings:
@@ -445,10 +445,10 @@ def test_draws_follow_the_distribution_of_transformers(settings):
     counts = Counter(token.token_id for token in sample(logits.expand(rows, -1), states))
     assert set(counts) <= set(expected.nonzero().flatten().tolist())
     drawn = torch.tensor([counts[token] / rows for token in range(50)])
-    assert (drawn - expected).abs().max() < 4 * (0.25 / rows) ** 0.5  # four standard deviations of a share
+    assert (drawn - expected).abs().max() < 4 * (0.25 / rows) ** 0.5  # four standard deviations
 
 
-def test_a_row_is_drawn_as_if_it_were_alone():
+def test_sampling_does_not_depend_on_other_rows():
     logits = torch.randn(4, 50, generator=torch.Generator().manual_seed(0))
     settings = [{"seed": 1}, {"seed": 2, "top_k": 3}, {"temperature": 0.0}, {"seed": 4, "top_p": 0.4}]
     together = [[], [], [], []]
@@ -461,26 +461,26 @@ def test_a_row_is_drawn_as_if_it_were_alone():
         assert [sample(logits[row : row + 1], [alone])[0].token_id for _ in range(20)] == together[row]
 
 
-def test_equally_likely_tokens_are_drawn_as_if_alone():
-    """In 16 bits logits tie all the time; what a sort makes of ties must not depend on the other rows."""
+def test_sampling_of_ties_does_not_depend_on_other_rows():
+    """Ties are common in 16 bits; their order in a sort must not depend on other rows."""
     logits = torch.randn(2000, generator=torch.Generator().manual_seed(0)).bfloat16().float()
     for seed in range(60):
         settings = {"seed": seed, "top_k": 20, "top_p": 0.9}
         alone = sample(logits[None], [state(2000, **settings)])[0]
-        for neighbour in ({}, {"top_k": 50}, {"top_k": 3}, {"temperature": 0.0}):
-            states = [state(2000, seed=1, **neighbour), state(2000, **settings)]
+        for other in ({}, {"top_k": 50}, {"top_k": 3}, {"temperature": 0.0}):
+            states = [state(2000, seed=1, **other), state(2000, **settings)]
             assert sample(logits.expand(2, -1), states)[1] == alone
 
 
-def test_seeds_of_either_sign_differ():
+def test_negative_and_positive_seeds_differ():
     logits = torch.zeros(1, 10**4)
     drawn = {sample(logits, [state(10**4, seed=seed)])[0].token_id for seed in (-2, -1, 0, 1, 2, 2**70, -(2**70))}
     assert len(drawn) == 7
 
 
-def test_presence_and_frequency_penalties_follow_the_reply():
+def test_presence_and_frequency_penalties_count_the_reply_only():
     logits = torch.zeros(1, 50)
-    logits[0, 1] = 9.0  # in the prompt, which does not count
+    logits[0, 1] = 9.0  # in the prompt, which is not counted
     logits[0, 7] = 8.9
     frequent = state(temperature=0.0, frequency_penalty=0.3)
     assert [sample(logits, [frequent])[0].token_id for _ in range(6)] == [1, 7, 1, 7, 1, 7]
@@ -488,14 +488,14 @@ def test_presence_and_frequency_penalties_follow_the_reply():
     assert [sample(logits, [present])[0].token_id for _ in range(6)] == [1, 7, 1, 1, 1, 1]
 
 
-def test_bias_bans_and_forces():
+def test_bias_bans_and_forces_tokens():
     logits = torch.randn(1, 50, generator=torch.Generator().manual_seed(0))
     best = int(logits.argmax())
     assert sample(logits, [state(temperature=0.0, logit_bias={best: -100.0})])[0].token_id != best
     assert sample(logits, [state(logit_bias={11: 100.0})])[0].token_id == 11
 
 
-def test_logprobs_are_those_of_the_model():
+def test_logprobs_ignore_sampling_settings():
     logits = torch.randn(1, 50, generator=torch.Generator().manual_seed(0))
     token = sample(logits, [state(temperature=0.3, top_k=2, repetition_penalty=2.0, top_logprobs=3, seed=0)])[0]
     expected = logits[0].log_softmax(-1)
@@ -516,7 +516,7 @@ def test_extreme_settings_do_not_break():
     assert tokens[1].token_id != 3
 
 
-def test_a_row_of_nan_fails_alone():
+def test_row_with_nan_does_not_affect_others():
     logits = torch.zeros(2, 50)
     logits[0, 3] = float("nan")
     logits[1, 4] = 1.0
@@ -525,29 +525,29 @@ def test_a_row_of_nan_fails_alone():
     assert fine.token_id == 4
 
 
-# Growing text.
+# The detokenizer.
 
 
-def grow(tokenizer, text: str, **settings) -> tuple[list[str], IncrementalText]:
-    """Feed the bytes of a text one token at a time."""
-    growing = IncrementalText(tokenizer, **settings)
+def feed_bytes(tokenizer, text: str, **settings) -> tuple[list[str], IncrementalText]:
+    """Feed a text byte by byte, each a token."""
+    detokenizer = IncrementalText(tokenizer, **settings)
     pieces = []
     for byte in text.encode():
-        pieces.append(growing.feed(SampledToken(byte, -1.0, [])))
-        if growing.stopped:
+        pieces.append(detokenizer.feed(SampledToken(byte, -1.0, [])))
+        if detokenizer.stopped:
             break
-    return [*pieces, growing.finish()], growing
+    return [*pieces, detokenizer.finish()], detokenizer
 
 
 @pytest.mark.parametrize("text", ["plain", "  你好，世界 😀  ", "a\nObs\nObserv\nObservation: x", "ObObservation:", ""])
-def test_text_is_the_same_however_it_grows(tiny, text):
-    pieces, growing = grow(tiny[1], text, stop=["Observation:", "\nObservation:"], lstrip=True, rstrip=True)
+def test_incremental_text_equals_whole_text(tiny, text):
+    pieces, detokenizer = feed_bytes(tiny[1], text, stop=["Observation:", "\nObservation:"], lstrip=True, rstrip=True)
     assert "".join(piece.text for piece in pieces) == text.split("Observation:")[0].strip()
-    assert growing.stopped == ("Observation:" in text)
+    assert detokenizer.stopped == ("Observation:" in text)
 
 
 def test_no_part_of_a_stop_string_is_ever_shown(tiny):
-    pieces, _ = grow(tiny[1], "abcSTOdefSTOP never", stop=["STOP"])
+    pieces, _ = feed_bytes(tiny[1], "abcSTOdefSTOP never", stop=["STOP"])
     shown = ""
     for piece in pieces:
         shown += piece.text
@@ -555,32 +555,32 @@ def test_no_part_of_a_stop_string_is_ever_shown(tiny):
     assert shown == "abcSTOdef"
 
 
-def test_the_first_of_several_stop_strings_counts(tiny):
-    pieces, _ = grow(tiny[1], "one, two; three", stop=[";", ",", "one, two; t"])
+def test_first_of_several_stop_strings_wins(tiny):
+    pieces, _ = feed_bytes(tiny[1], "one, two; three", stop=[";", ",", "one, two; t"])
     assert "".join(piece.text for piece in pieces) == "one"
 
 
-def test_what_looked_like_a_stop_string_comes_at_the_end(tiny):
-    pieces, _ = grow(tiny[1], "almost STO", stop=["STOP"])
+def test_unfinished_stop_string_is_emitted_at_the_end(tiny):
+    pieces, _ = feed_bytes(tiny[1], "almost STO", stop=["STOP"])
     assert pieces[-1].text == "STO"
 
 
 def test_tokens_come_with_their_text(tiny):
-    pieces, _ = grow(tiny[1], "hi 你STOP", stop=["STOP"])
+    pieces, _ = feed_bytes(tiny[1], "hi 你STOP", stop=["STOP"])
     given = [token.token_id for piece in pieces for token in piece.tokens]
     assert bytes(given).decode() == "hi 你"
     assert all(piece.text for piece in pieces if piece.tokens)
 
 
-def test_a_character_that_is_never_finished_is_marked(tiny):
-    growing = IncrementalText(tiny[1])
-    assert growing.feed(SampledToken("你".encode()[0])).text == ""
-    assert growing.finish().text == "\N{REPLACEMENT CHARACTER}"
+def test_incomplete_character_is_replaced(tiny):
+    detokenizer = IncrementalText(tiny[1])
+    assert detokenizer.feed(SampledToken("你".encode()[0])).text == ""
+    assert detokenizer.finish().text == "\N{REPLACEMENT CHARACTER}"
 
 
 def wait_until(condition, seconds: float = 20.0) -> None:
-    """For what another thread does."""
+    """Wait for another thread."""
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "it did not come true"
+        assert time.monotonic() < end, "timed out"
         time.sleep(0.01)

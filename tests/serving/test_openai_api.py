@@ -1,4 +1,4 @@
-"""openai_api.py as those meet it who run it: start, credentials, limits, clients that go away, signals, metrics."""
+"""Tests of running openai_api.py: start, credentials, limits, disconnecting clients, signals, metrics."""
 
 import base64
 import json
@@ -20,14 +20,14 @@ from tests.support import ROOT
 from tests.support.server_process import ServerProcess
 
 HI = [{"role": "user", "content": "hi"}]
-LONG = {"prompt": "The", "temperature": 0, "max_tokens": 6000, "stream": True}  # the model repeats it to the end
+LONG = {"prompt": "The", "temperature": 0, "max_tokens": 6000, "stream": True}  # the model repeats it up to max_tokens
 KEY = {"Authorization": "Bearer secret ключ".encode()}
 BASIC = {"Authorization": "Basic " + base64.b64encode("anna:pass:wörd".encode()).decode()}
 
 
 @pytest.fixture(scope="module")
 def guarded(bundled_chat) -> Iterator[ServerProcess]:
-    """A server that asks for credentials, lets one page in, and answers one request at a time while one waits."""
+    """A server with credentials and one CORS origin, which runs one request and queues another."""
     arguments = ["--max-batch-size", "1", "--max-queue", "1", "--cors-origin", "http://localhost:3000"]
     arguments += ["--served-model-name", "toy", "--max-request-bytes", "2000", "--max-messages", "3", "--disable-gc"]
     variables = {"QWEN_API_AUTH": "anna:pass:wörd", "QWEN_API_KEY": "secret ключ"}
@@ -37,13 +37,13 @@ def guarded(bundled_chat) -> Iterator[ServerProcess]:
 
 
 def begin(server: ServerProcess, client: httpx.Client, **fields) -> Iterator[str]:
-    """The lines of a stream; closing it, or dropping it, hangs up."""
+    """Yield the lines of a stream; closing the generator disconnects."""
     with client.stream("POST", f"{server.url}/v1/completions", json=LONG | fields) as response:
         assert response.status_code == 200
         yield from response.iter_lines()
 
 
-# Beside the answers
+# Endpoints other than generation
 
 
 def test_models(server: ServerProcess) -> None:
@@ -101,7 +101,7 @@ def test_curl(server: ServerProcess) -> None:
 
 @pytest.mark.process
 @pytest.mark.parametrize("headers", [KEY, BASIC, {"Authorization": BASIC["Authorization"].replace("Basic", "basic")}])
-def test_either_of_the_credentials_will_do(guarded: ServerProcess, headers: dict) -> None:
+def test_either_of_the_credentials_is_accepted(guarded: ServerProcess, headers: dict) -> None:
     for path in ("/v1/models", "/metrics", "/docs", "/openapi.json"):
         assert httpx.get(guarded.url + path, headers=headers).status_code == 200
     assert httpx.get(f"{guarded.url}/v1/models/toy", headers=headers).json()["id"] == "toy"
@@ -126,7 +126,7 @@ def test_either_of_the_credentials_will_do(guarded: ServerProcess, headers: dict
         "Digest " + base64.b64encode("anna:pass:wörd".encode()).decode(),
     ],
 )
-def test_nobody_else_gets_in(guarded: ServerProcess, given: str | bytes | None) -> None:
+def test_wrong_credentials_are_rejected(guarded: ServerProcess, given: str | bytes | None) -> None:
     headers = {} if given is None else {"Authorization": given}
     for method, path in [("POST", "/v1/chat/completions"), ("GET", "/metrics"), ("GET", "/docs"), ("GET", "/nowhere")]:
         response = httpx.request(method, guarded.url + path, headers=headers)
@@ -136,7 +136,7 @@ def test_nobody_else_gets_in(guarded: ServerProcess, given: str | bytes | None) 
     assert httpx.get(f"{guarded.url}/health", headers=headers).status_code == 200
 
 
-def test_pages_of_the_named_origin_may_ask(guarded: ServerProcess, server: ServerProcess) -> None:
+def test_cors_allows_the_given_origin_only(guarded: ServerProcess, server: ServerProcess) -> None:
     def preflight(to: ServerProcess, origin: str) -> httpx.Response:
         asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
         return httpx.options(f"{to.url}/v1/chat/completions", headers={"Origin": origin, **asked})
@@ -152,19 +152,19 @@ def test_pages_of_the_named_origin_may_ask(guarded: ServerProcess, server: Serve
 
 
 @pytest.mark.process
-def test_limits_are_settings(guarded: ServerProcess) -> None:
+def test_limits_are_configurable(guarded: ServerProcess) -> None:
     url = f"{guarded.url}/v1/chat/completions"
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hi"}] * 2
     many = httpx.post(url, json={"messages": messages}, headers=KEY)
     assert many.status_code == 400
-    assert "takes 3" in many.json()["error"]["message"]
+    assert "at most 3" in many.json()["error"]["message"]
     long = httpx.post(url, json={"messages": [{"role": "user", "content": "a" * 2000}]}, headers=KEY)
     assert long.status_code == 413
     assert httpx.post(url, json={"messages": HI, "max_tokens": 1}, headers=KEY, timeout=60).status_code == 200
 
 
 @pytest.mark.process
-def test_a_full_queue_says_so(guarded: ServerProcess) -> None:
+def test_full_queue_is_429(guarded: ServerProcess) -> None:
     with (
         openai.OpenAI(
             base_url=f"{guarded.url}/v1", api_key="unused", default_headers={"Authorization": BASIC["Authorization"]}
@@ -187,11 +187,11 @@ def test_a_full_queue_says_so(guarded: ServerProcess) -> None:
     guarded.until_load(0, 0, headers=KEY)
 
 
-# Clients that go away
+# Clients that disconnect
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_leaves_frees_its_place(server: ServerProcess, stream: bool) -> None:
+def test_disconnecting_client_frees_its_place(server: ServerProcess, stream: bool) -> None:
     server.until_load(0)
     before = server.metric("qwen_completion_tokens_total")
     with httpx.Client(timeout=60) as client:
@@ -208,10 +208,10 @@ def test_a_client_that_leaves_frees_its_place(server: ServerProcess, stream: boo
                 connection.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
                 server.until_load(3)
     server.until_load(0)
-    assert server.metric("qwen_completion_tokens_total") - before < 3 * 6000  # they were not written to the end
+    assert server.metric("qwen_completion_tokens_total") - before < 3 * 6000  # they were not finished
 
 
-def test_many_that_leave_at_random_times(server: ServerProcess) -> None:
+def test_many_clients_disconnect(server: ServerProcess) -> None:
     async def visit(client: httpx.AsyncClient, lines: int) -> None:
         async with client.stream("POST", f"{server.url}/v1/completions", json=LONG) as response:
             async for _ in response.aiter_lines():
@@ -219,12 +219,12 @@ def test_many_that_leave_at_random_times(server: ServerProcess) -> None:
                 if lines <= 0:
                     return
 
-    async def crowd() -> None:
+    async def visit_all() -> None:
         async with httpx.AsyncClient(timeout=120) as client, anyio.create_task_group() as visitors:
             for number in range(24):
                 visitors.start_soon(visit, client, number * 7 % 10)
 
-    anyio.run(crowd)
+    anyio.run(visit_all)
     server.until_load(0)
     answer = httpx.post(f"{server.url}/v1/chat/completions", json={"messages": HI, "temperature": 0}, timeout=60)
     assert answer.json()["choices"][0]["message"]["content"].startswith("Hello")
@@ -234,13 +234,13 @@ def test_many_that_leave_at_random_times(server: ServerProcess) -> None:
 
 
 def test_sigterm_lets_replies_finish(start_server: Callable[..., ServerProcess], bundled_chat) -> None:
-    # Longer than a thread can wait.
+    # Longer than the longest wait of a thread.
     server = start_server("-c", str(bundled_chat), "--drain-seconds", "1e10")
     host, port = server.url.removeprefix("http://").split(":")
     slow = socket.create_connection((host, int(port)), timeout=120)
     with slow, httpx.Client(timeout=120) as client, httpx.Client(timeout=60) as late:
         head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-        slow.sendall(head + b'Content-Length: 100\r\n\r\n{"prompt"')  # and the rest never comes
+        slow.sendall(head + b'Content-Length: 100\r\n\r\n{"prompt"')  # the rest is never sent
         lines = begin(server, client, max_tokens=600)
         next(lines)
         server.signal(signal.SIGTERM)
@@ -260,7 +260,7 @@ def test_sigterm_lets_replies_finish(start_server: Callable[..., ServerProcess],
 
 
 @pytest.mark.parametrize(("drain_seconds", "signals"), [("0.2", 1), ("600", 2)])
-def test_replies_that_are_cut_short_end_in_an_error(
+def test_replies_that_are_cut_off_end_in_an_error(
     start_server: Callable[..., ServerProcess], bundled_chat, drain_seconds: str, signals: int
 ) -> None:
     server = start_server("-c", str(bundled_chat), "--drain-seconds", drain_seconds, python=signals == 2)
@@ -275,7 +275,7 @@ def test_replies_that_are_cut_short_end_in_an_error(
         *_, last = [line for line in lines if line]
     error = json.loads(last.removeprefix("data: "))["error"]
     assert error["code"] == "shutting_down"
-    assert "breaks off" in error["message"]
+    assert "incomplete" in error["message"]
     assert server.wait() == signals - 1
     assert "Traceback" not in server.said()
 
@@ -311,11 +311,11 @@ def test_missing_libraries_are_named() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         (["--server-port", "99999"], "65535"),
         (["--server-port", "http"], "whole number"),
-        (["--max-batch-size", "0"], "from 1 on"),
+        (["--max-batch-size", "0"], "at least 1"),
         (["--drain-seconds", "soon"], "seconds"),
         (["--api-auth", "anna"], "USER:PASS"),
         (["--api-auth", ":pass"], "USER:PASS"),
@@ -324,14 +324,14 @@ def test_missing_libraries_are_named() -> None:
         (["--no-such-flag"], "unrecognized"),
     ],
 )
-def test_bad_arguments(arguments: list[str], says: str) -> None:
+def test_bad_arguments(arguments: list[str], message: str) -> None:
     result = run(*arguments)
     assert result.returncode == 2
-    assert says in result.stderr
+    assert message in result.stderr
     assert "Traceback" not in result.stderr
 
 
-def test_a_port_that_is_taken_is_one_sentence() -> None:
+def test_port_in_use_is_a_one_line_error() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         result = run("--server-port", port)
@@ -340,17 +340,17 @@ def test_a_port_that_is_taken_is_one_sentence() -> None:
     assert len(result.stderr.splitlines()) == 1
 
 
-def test_no_such_checkpoint_is_one_sentence(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> None:
+def test_missing_checkpoint_is_a_one_line_error(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> None:
     monkeypatch.setattr(sys, "argv", ["openai_api.py", "-c", "/no/such/folder", "--server-port", "0"])
-    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")  # main() sets it: put back afterwards
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")  # main() sets it: restore it afterwards
     assert openai_api.main() == 1
     loading, complaint = capfd.readouterr().err.splitlines()
     assert loading == "Loading /no/such/folder ..."
     assert "/no/such/folder" in complaint
 
 
-def test_it_says_where_it_answers(server: ServerProcess, guarded: ServerProcess) -> None:
+def test_server_prints_its_address(server: ServerProcess, guarded: ServerProcess) -> None:
     for process, name in ((server, "qwen-tiny-chat"), (guarded, "toy")):
         assert f"{name} answers at {process.url}/v1 (documentation: {process.url}/docs)" in process.said()
         assert re.match(r"http://127\.0\.0\.1:\d+$", process.url)
-        assert "Anybody" not in process.said()  # reaches it: this machine only
+        assert "Anybody" not in process.said()  # the warning about other machines

@@ -1,4 +1,4 @@
-"""Text completions, and two apps in one process: a chat model beside a base model, each with settings of its own."""
+"""Text completions, and two apps in one process: a chat model and a base model, each with its own settings."""
 
 import contextlib
 from collections.abc import AsyncIterator, Iterator
@@ -37,7 +37,7 @@ def apps(bundled_chat, bundled_base) -> Iterator[dict[str, FastAPI]]:
 
 
 def send(app: FastAPI, method: str, path: str, **arguments) -> httpx.Response:
-    """One request to an app in this process."""
+    """Send a request to an app in this process."""
 
     async def request() -> httpx.Response:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
@@ -48,13 +48,13 @@ def send(app: FastAPI, method: str, path: str, **arguments) -> httpx.Response:
 
 
 def complete(client: openai.OpenAI, prompt, **fields):
-    """One greedy answer, held to the documented shape."""
+    """Return a greedy response, checked against the documented type."""
     answer = client.completions.create(model="Qwen", prompt=prompt, **{"temperature": 0, "max_tokens": 6, **fields})
     TypeAdapter(Completion).validate_python(answer.model_dump(exclude_unset=True), strict=True)
     return answer
 
 
-def test_a_base_model_goes_on_as_generate_does(apps: dict[str, FastAPI], bundled_base) -> None:
+def test_base_model_continues_as_generate_does(apps: dict[str, FastAPI], bundled_base) -> None:
     model, tokenizer = load_model(bundled_base, cpu_only=True)
     text = "The capital of Iceland is"
     ids = tokenizer(text, return_tensors="pt").input_ids
@@ -64,7 +64,7 @@ def test_a_base_model_goes_on_as_generate_does(apps: dict[str, FastAPI], bundled
     assert answer["choices"][0]["text"] == tokenizer.decode(row, skip_special_tokens=True) != ""
 
 
-def test_a_base_model_does_not_chat(apps: dict[str, FastAPI]) -> None:
+def test_base_model_does_not_chat(apps: dict[str, FastAPI]) -> None:
     body = {"messages": [{"role": "user", "content": "hi"}]}
     response = send(apps["base"], "POST", "/v1/chat/completions", json=body)
     assert response.status_code == 400
@@ -103,7 +103,7 @@ def test_prompts_of_every_kind(client: openai.OpenAI, apps: dict[str, FastAPI]) 
     assert complete(client, "").choices[0].text == beginning
 
 
-def test_chatml_by_hand(client: openai.OpenAI) -> None:
+def test_chatml_prompt(client: openai.OpenAI) -> None:
     turns = (("system", "You are a helpful assistant."), ("user", "What is 47 + 38?"))
     prompt = (
         "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in turns) + "<|im_start|>assistant\n"
@@ -149,7 +149,7 @@ def test_logprobs(client: openai.OpenAI) -> None:
     ):
         assert len(top) == 3
         assert logprob <= max(top.values())
-        if not token.startswith("bytes:"):  # also behind a part of a character
+        if not token.startswith("bytes:"):  # also after a part of a character
             assert choice.text[offset:].startswith(token)
     assert complete(client, "你", logprobs=0).choices[0].logprobs.top_logprobs[0] == {}
     assert complete(client, "你").choices[0].logprobs is None
@@ -178,12 +178,12 @@ def test_wrong_fields(client: openai.OpenAI, fields: dict, param: str) -> None:
     assert error.value.param == param
 
 
-def test_more_choices_than_there_is_room_for(client: openai.OpenAI) -> None:
+def test_too_many_choices(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError, match="144"):
         complete(client, ["a"] * 100, n=16)
 
 
-def test_a_closed_engine_refuses(bundled_chat) -> None:
+def test_closed_engine_rejects_requests(bundled_chat) -> None:
     engine = Engine(*load_model(bundled_chat, cpu_only=True))
     app = create_app(engine)
     with contextlib.closing(engine):
@@ -194,7 +194,7 @@ def test_a_closed_engine_refuses(bundled_chat) -> None:
     assert response.json()["error"]["code"] == "shutting_down"
 
 
-def test_an_engine_that_failed_for_good_is_told_from_one_that_stops(bundled_chat, monkeypatch) -> None:
+def test_failed_engine_is_distinguished_from_a_closed_one(bundled_chat, monkeypatch) -> None:
     def fail() -> None:
         raise RuntimeError("out of order")
 
@@ -216,13 +216,13 @@ def test_an_engine_that_failed_for_good_is_told_from_one_that_stops(bundled_chat
     "fields",
     [{"api_key": ""}, {"api_key": " x"}, {"basic_auth": ""}, {"basic_auth": "anna"}, {"basic_auth": "anna:"}],
 )
-def test_credentials_that_guard_nothing_are_refused(fields: dict) -> None:
+def test_malformed_credentials_are_rejected(fields: dict) -> None:
     with pytest.raises(ValueError, match=next(iter(fields))):
         Settings(**fields)
 
 
 @pytest.mark.parametrize("declared", [{}, {"Content-Length": "99999999"}])
-def test_a_body_that_does_not_arrive_is_not_waited_for(apps: dict[str, FastAPI], declared: dict) -> None:
+def test_incomplete_body_times_out(apps: dict[str, FastAPI], declared: dict) -> None:
     app = create_app(apps["base"].state.service.engine, Settings(body_seconds=0.2))
 
     async def body() -> AsyncIterator[bytes]:

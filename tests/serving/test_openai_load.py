@@ -1,4 +1,4 @@
-"""Many clients at once against the real server: everybody gets what they get alone, and nothing is left behind."""
+"""Many concurrent clients of the real server: replies are those of single requests, and nothing leaks."""
 
 import http.client
 import json
@@ -29,14 +29,14 @@ def request(text: str, **fields) -> dict:
 
 
 def connect(url: str, body: dict) -> http.client.HTTPConnection:
-    """Sends a request whose answer may be read, or not."""
+    """Send a request; the caller may read the response or close the connection."""
     connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=120)
     connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
     return connection
 
 
 def ask(url: str, body: dict) -> str:
-    """The text of an answer, streamed or not."""
+    """Return the text of a response, streamed or not."""
     connection = connect(url, body)
     response = connection.getresponse()
     assert response.status == 200, response.read()
@@ -50,11 +50,11 @@ def ask(url: str, body: dict) -> str:
     return text
 
 
-def test_sixteen_clients_get_what_each_gets_alone(server):
-    draw = random.Random(0)
+def test_sixteen_clients_get_the_replies_of_single_requests(server):
+    rng = random.Random(0)
     bodies = [
-        request(QUESTIONS[number % len(QUESTIONS)], stream=draw.random() < 0.5, seed=number)
-        | draw.choice([{}, {"repetition_penalty": 1.1}, {"temperature": 0.8, "top_p": 0.9}, {"stop": ["a", "。"]}])
+        request(QUESTIONS[number % len(QUESTIONS)], stream=rng.random() < 0.5, seed=number)
+        | rng.choice([{}, {"repetition_penalty": 1.1}, {"temperature": 0.8, "top_p": 0.9}, {"stop": ["a", "。"]}])
         for number in range(64)
     ]
     alone = [ask(server.url, body) for body in bodies]
@@ -64,21 +64,21 @@ def test_sixteen_clients_get_what_each_gets_alone(server):
     assert len(set(alone)) > len(QUESTIONS)
 
 
-def test_clients_that_go_away_leave_nothing_behind(start_server, tiny_chat_checkpoint):
-    """300 requests on a model that never ends by itself, most of them left at a random moment."""
-    # Large blocks go back to the system when they are freed, and are not kept for later: what stays is a leak.
+def test_disconnected_clients_leak_nothing(start_server, tiny_chat_checkpoint):
+    """300 requests to a model that never ends a reply, most of them disconnected at a random moment."""
+    # Return large freed blocks to the system instead of keeping them: what stays is a leak.
     server = start_server("-c", str(tiny_chat_checkpoint), python=True, MALLOC_MMAP_THRESHOLD_="1000000")
     process = psutil.Process(server.process.pid)
 
     def visit(seed: int) -> None:
-        draw = random.Random(seed)
-        stream = draw.random() < 0.5
+        rng = random.Random(seed)
+        stream = rng.random() < 0.5
         connection = connect(
-            server.url, request("x" * draw.randrange(1, 300), stream=stream, max_tokens=draw.choice([1, 7000]))
+            server.url, request("x" * rng.randrange(1, 300), stream=stream, max_tokens=rng.choice([1, 7000]))
         )
-        time.sleep(draw.random() * 0.2)
-        if stream and draw.random() < 0.5:
-            connection.getresponse().read(draw.randrange(1, 500))
+        time.sleep(rng.random() * 0.2)
+        if stream and rng.random() < 0.5:
+            connection.getresponse().read(rng.randrange(1, 500))
         connection.close()
 
     def wave(seeds: range) -> tuple[int, int, int]:
@@ -87,11 +87,11 @@ def test_clients_that_go_away_leave_nothing_behind(start_server, tiny_chat_check
         server.until_load(running=0)
         return process.num_threads(), process.num_fds(), process.memory_info().rss
 
-    wave(range(100))  # whatever is made once, such as pools and buffers, is made now
+    wave(range(100))  # create pools and buffers before measuring
     threads, files, memory = wave(range(100, 150))
     threads_after, files_after, memory_after = wave(range(150, 300))
-    # The event loop's pool grows to 40 threads as it pleases; one that stayed for each request would make 150.
+    # The event loop's pool may grow to 40 threads; a leaked thread per request would make 150.
     assert threads_after <= max(threads, 50)
-    assert files_after <= files + 16  # the last connections may still be closing
-    assert memory_after - memory < 32 * 2**20  # one row of cache has 8 MiB
+    assert files_after <= files + 16  # the last connections may not be closed yet
+    assert memory_after - memory < 32 * 2**20  # a cache row takes 8 MiB
     assert ask(server.url, request("still there?", max_tokens=5))

@@ -1,4 +1,4 @@
-"""What the server says to requests that are wrong, and that no request makes it fail."""
+"""Responses to invalid requests; no request makes the server fail."""
 
 import json
 import re
@@ -32,7 +32,7 @@ def post(server: ServerProcess, fields: Any, path: str = "/v1/chat/completions")
 
 
 def error_of(response: httpx.Response) -> dict:
-    """The error of an answer, which must have OpenAI's shape."""
+    """Return the error of a response, which must have OpenAI's format."""
     error = response.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
     assert error["message"]
@@ -43,7 +43,7 @@ def error_of(response: httpx.Response) -> dict:
 
 
 @pytest.mark.parametrize(
-    ("fields", "param", "says"),
+    ("fields", "param", "message"),
     [
         ({"temperature": 2.1}, "temperature", "less than or equal to 2"),
         ({"temperature": "1"}, "temperature", "valid number"),
@@ -105,16 +105,16 @@ def error_of(response: httpx.Response) -> dict:
         ({"modalities": ["audio"]}, "modalities.0", "'text'"),
     ],
 )
-def test_wrong_fields_are_named(server: ServerProcess, fields: dict, param: str, says: str) -> None:
+def test_wrong_fields_are_named(server: ServerProcess, fields: dict, param: str, message: str) -> None:
     response = post(server, {"messages": HI, "max_tokens": 1, **fields})
     assert response.status_code == 400
     error = error_of(response)
     assert error["type"] == "invalid_request_error"
     assert error["param"] == param
-    assert says in error["message"]
+    assert message in error["message"]
 
 
-def test_too_long_a_prompt_has_a_code(server: ServerProcess) -> None:
+def test_too_long_prompt_has_an_error_code(server: ServerProcess) -> None:
     messages = [{"role": "user", "content": "a b " * 9000}]
     assert error_of(post(server, {"messages": messages}))["code"] == "context_length_exceeded"
 
@@ -146,7 +146,7 @@ def test_unknown_and_empty_fields_are_ignored(server: ServerProcess) -> None:
     ],
 )
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
-def test_bodies_that_are_no_request(server: ServerProcess, path: str, body: bytes) -> None:
+def test_invalid_bodies(server: ServerProcess, path: str, body: bytes) -> None:
     response = httpx.post(f"{server.url}{path}", content=body, headers={"Content-Type": "application/json"})
     assert response.status_code == 400
     error_of(response)
@@ -173,7 +173,7 @@ WRONG_LISTS = [
 
 
 @pytest.mark.parametrize("fields", WRONG_LISTS)
-def test_half_a_million_mistakes_are_few_errors(fields: dict) -> None:
+def test_half_a_million_mistakes_report_few_errors(fields: dict) -> None:
     with pytest.raises(ValidationError) as error:
         (CompletionRequest if "prompt" in fields else ChatCompletionRequest).model_validate(fields)
     assert error.value.error_count() <= 10
@@ -189,7 +189,7 @@ def test_half_a_million_mistakes_are_answered(server: ServerProcess) -> None:
 
 
 @pytest.mark.parametrize("model", [ChatCompletionRequest, CompletionRequest])
-def test_every_list_stops_at_its_first_mistake(model: type) -> None:
+def test_every_list_stops_at_its_first_error(model: type) -> None:
     def lists(schema: Any) -> Iterator[dict]:
         if isinstance(schema, dict):
             if schema.get("type") == "list" and schema["items_schema"]["type"] != "any":
@@ -224,7 +224,7 @@ def test_other_errors(server: ServerProcess) -> None:
 def test_limits(server: ServerProcess) -> None:
     big = json.dumps({"messages": [{"role": "user", "content": "a" * 5 * 2**20}]}).encode()
     headers = {"Content-Type": "application/json"}
-    for content in (big, iter([big[: 2**20], big[2**20 :]])):  # with its length declared, and without
+    for content in (big, iter([big[: 2**20], big[2**20 :]])):  # with and without a declared length
         response = httpx.post(f"{server.url}/v1/chat/completions", content=content, headers=headers, timeout=60)
         assert response.status_code == 413
         assert "4194304" in error_of(response)["message"]
@@ -233,7 +233,7 @@ def test_limits(server: ServerProcess) -> None:
     assert "1024" in error_of(response)["message"]
 
 
-def test_the_documentation_has_every_field_and_names_tests_that_exist() -> None:
+def test_documentation_lists_all_fields_and_existing_tests() -> None:
     chat, text = (ROOT / "docs" / "openai_api.md").read_text(encoding="utf-8").split("## The fields of ")[1:]
     for part, model in ((chat, ChatCompletionRequest), (text, CompletionRequest)):
         named = set(re.findall(r"`(\w+)`", part))
@@ -246,7 +246,7 @@ def test_the_documentation_has_every_field_and_names_tests_that_exist() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE])
 def test_no_request_makes_the_server_fail(server: ServerProcess, mode: GenerationMode) -> None:
-    """Requests that the server's OpenAPI document allows, and such that it forbids, made up by schemathesis."""
+    """Send requests that schemathesis generates: valid and invalid ones by the server's OpenAPI document."""
     schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
     operations = [operation.ok() for operation in schema.get_all_operations()]
     assert {"/v1/chat/completions", "/v1/completions"} < {operation.path for operation in operations}
@@ -265,7 +265,7 @@ def test_no_request_makes_the_server_fail(server: ServerProcess, mode: Generatio
             suppress_health_check=list(HealthCheck),
         )
         def attempt(case: schemathesis.Case) -> None:
-            if isinstance(case.body, dict):  # it is about requests here, not about long replies
+            if isinstance(case.body, dict):  # test requests, not long replies
                 for field in ("max_tokens", "max_completion_tokens"):
                     if case.body.get(field) is None or (type(case.body[field]) is int and case.body[field] > 2):
                         case.body[field] = 2

@@ -1,8 +1,7 @@
-"""web_demo.py as people meet it: a process of its own, and a browser in front of it.
+"""Tests of web_demo.py as a process, with a browser.
 
-Three models stand behind the pages: the bundled one, which chats; one that babbles without end, for all that happens
-while a reply is written; and one that has learned three replies by heart, for what a reply may hold. A page fetches
-nothing from anywhere else in any of these tests.
+Three models are used: the bundled one, which chats; one that generates endlessly, for events during a reply; and one
+that has memorized three replies, for the rendering of their content. No page may fetch from other hosts in any test.
 """
 
 import asyncio
@@ -47,10 +46,10 @@ BROWSER_FLAGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
-TIMEOUT = 60  # seconds, for whatever is waited for
+TIMEOUT = 60  # seconds, for any wait
 
 PACED = "tests/support/paced_web_demo.py"
-ENDLESS = 8000  # tokens of a reply that is still being written when the test stops it
+ENDLESS = 8000  # tokens: more than a reply gets before the test stops it
 MARKDOWN = """\
 Greetings:
 
@@ -74,17 +73,17 @@ ATTACK = """\
 <script>window.hacked = 1</script> <img src="x" onerror="window.hacked = 2"> <a href="javascript:hacked = 3">a</a>
 
 ![pixel](http://example.com/pixel.png) and #include <stdio.h>"""
-BY_HEART = {"Show me Markdown.": MARKDOWN, "二次方程怎么解？": FORMULAS, "Show me HTML.": ATTACK}
+MEMORIZED = {"Show me Markdown.": MARKDOWN, "二次方程怎么解？": FORMULAS, "Show me HTML.": ATTACK}
 
 
 # Servers
 
 
 class Server:
-    """web_demo.py on a free port; `url` waits until it answers.
+    """web_demo.py on a free port; `url` waits until it is ready.
 
     Args:
-        script: what is started in its stead.
+        script: script to start instead.
     """
 
     def __init__(self, log: Path, *arguments: str, script: str = "web_demo.py"):
@@ -105,13 +104,13 @@ class Server:
         return f"http://127.0.0.1:{self.port}/"
 
     def replies(self) -> int:
-        """How many a paced server is writing now."""
+        """Return the number of running replies of a paced server."""
         port = re.search(r"Load at port (\d+)", self.log.read_text())[1]
         with socket.create_connection(("127.0.0.1", int(port))) as connection:
             return int(connection.recv(9))
 
-    def comes_to_rest(self) -> bool:
-        """Whether a paced server stops computing, long before an endless reply would be finished."""
+    def becomes_idle(self) -> bool:
+        """Return whether a paced server becomes idle, long before an endless reply would finish."""
         deadline = time.monotonic() + TIMEOUT
         while self.replies():
             if time.monotonic() > deadline:
@@ -120,12 +119,12 @@ class Server:
         return True
 
     def interrupt(self) -> None:
-        """As Ctrl-C does."""
-        assert self.url  # it has started
+        """Send SIGINT, like Ctrl-C."""
+        assert self.url  # wait until it has started
         self.process.send_signal(signal.SIGINT)
 
-    def ended(self) -> None:
-        """It has ended as it should."""
+    def check_ended(self) -> None:
+        """Check that the server ended without errors."""
         try:
             assert self.process.wait(TIMEOUT) == 0
         finally:
@@ -135,7 +134,7 @@ class Server:
 
 @pytest.fixture(scope="module")
 def servers(tiny_chat_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Server]]:
-    """Two of the three, started side by side."""
+    """Two of the three servers, started concurrently."""
     logs = tmp_path_factory.mktemp("logs")
     servers = {
         "bundled": Server(logs / "bundled"),
@@ -143,22 +142,22 @@ def servers(tiny_chat_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
     }
     yield servers
     with contextlib.ExitStack() as stack:
-        for step in (Server.ended, Server.interrupt):  # last in, first out
+        for step in (Server.check_ended, Server.interrupt):  # last in, first out
             for server in servers.values():
                 stack.callback(step, server)
 
 
 @pytest.fixture(scope="module")
 def endless(servers: dict[str, Server]) -> Server:
-    """Answers two at once, and none of them ever comes to an end by itself."""
+    """A server for two concurrent replies, which never end by themselves."""
     return servers["endless"]
 
 
 @pytest.fixture(scope="module")
-def by_heart(bundled_chat: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """The bundled model after some steps on three questions: it streams exactly what these tests want to see."""
+def memorized(bundled_chat: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server of the bundled model, trained to give exactly three replies that these tests check."""
     model, tokenizer = load_model(bundled_chat, cpu_only=True, fp32=True)
-    turns = [[{"from": "user", "value": q}, {"from": "assistant", "value": a}] for q, a in BY_HEART.items()]
+    turns = [[{"from": "user", "value": q}, {"from": "assistant", "value": a}] for q, a in MEMORIZED.items()]
     batch = pad_samples([encode_conversation(turn, tokenizer, 512) for turn in turns], tokenizer.eod_id)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0)
     model.train()
@@ -170,13 +169,13 @@ def by_heart(bundled_chat: Path, tmp_path_factory: pytest.TempPathFactory) -> It
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1)
         optimizer.step()
         optimizer.zero_grad()
-    folder = tmp_path_factory.mktemp("checkpoints") / "by-heart"
+    folder = tmp_path_factory.mktemp("checkpoints") / "memorized"
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    server = Server(tmp_path_factory.mktemp("logs") / "by_heart", "-c", str(folder))
+    server = Server(tmp_path_factory.mktemp("logs") / "memorized", "-c", str(folder))
     yield server
     server.interrupt()
-    server.ended()
+    server.check_ended()
 
 
 # Browser
@@ -193,7 +192,7 @@ def browser() -> Iterator[Browser]:
 
 
 class Chat:
-    """One page of the web demo, by what a person does on it."""
+    """The user's actions on one page of the web demo."""
 
     def __init__(self, page: Page, url: str):
         self.page = page
@@ -211,20 +210,20 @@ class Chat:
         return self.page.locator(f"#chat button[aria-label='{name}']")
 
     def send(self, text: str) -> None:
-        """Ask and see the question appear."""
+        """Send a question and wait until it appears."""
         questions = self.user.count()
         self.box.fill(text)
         self.box.press("Enter")
         expect(self.user).to_have_count(questions + 1)
 
     def ask(self, text: str) -> str:
-        """Ask and read the whole reply."""
+        """Send a question and return the whole reply."""
         self.send(text)
         self.wait()
         return self.reply()
 
     def wait(self) -> None:
-        """For the end of the reply."""
+        """Wait for the end of the reply."""
         expect(self.submit_button).to_be_visible()
         expect(self.bot).to_have_count(self.user.count())
 
@@ -232,7 +231,7 @@ class Chat:
         return self.bot.last.inner_text()
 
     def watch(self) -> list[str]:
-        """A reply being written, as it looks at some moments after its first words."""
+        """Return four states of a running reply."""
         seen = [""]
         while len(seen) < 5:
             expect(self.bot.last).not_to_have_text(seen[-1])
@@ -243,7 +242,7 @@ class Chat:
         return self.page.locator("#chat .message-content").all_inner_texts()
 
     def settings(self, **values: str | float) -> "Chat":
-        """Set some, by the names of SamplingParams."""
+        """Change settings, by their names in SamplingParams."""
         self.page.locator(".toggle-button").click()
         for name, value in values.items():
             field = self.page.locator(f"#{name} textarea, #{name} input[type=number]")
@@ -262,7 +261,7 @@ class Chat:
 
 @pytest.fixture
 def visit(browser: Browser) -> Iterator[Callable[..., Chat]]:
-    """Opens pages, each as somebody else unless they share a context, that fetch nothing from elsewhere."""
+    """Opens each page as a different user; checks that pages fetch nothing from other hosts."""
     contexts, fetched, blocked, errors = [], set(), set(), []
 
     def failed(request: Request) -> None:
@@ -284,8 +283,8 @@ def visit(browser: Browser) -> Iterator[Callable[..., Chat]]:
     for context in contexts:
         context.close()
     assert not errors
-    elsewhere = {url for url in fetched - blocked if urlsplit(url).hostname not in ("127.0.0.1", None, "")}
-    assert not elsewhere
+    other_hosts = {url for url in fetched - blocked if urlsplit(url).hostname not in ("127.0.0.1", None, "")}
+    assert not other_hosts
 
 
 # A conversation, with the bundled model
@@ -296,13 +295,13 @@ def bundled(servers: dict[str, Server]) -> Server:
     return servers["bundled"]
 
 
-def test_a_conversation(visit: Callable, bundled: Server) -> None:
+def test_conversation(visit: Callable, bundled: Server) -> None:
     chat = visit(bundled).settings(temperature=0)
     assert chat.ask("My name is Alice.") == "Nice to meet you, Alice!"
     assert chat.ask("What is my name?") == "Your name is Alice."
     expect(chat.box).to_be_focused()
 
-    # Edit the first question, retry from there.
+    # Edit the first question and continue from there.
     chat.button("Edit").first.click()
     chat.page.locator("#chat textarea").fill("My name is Bob.")
     chat.button("Submit").click()
@@ -323,7 +322,7 @@ def test_a_conversation(visit: Callable, bundled: Server) -> None:
     assert "Bob" not in chat.ask("What is my name?")
 
 
-def test_a_conversation_survives_a_reload_and_a_visitor(visit: Callable, bundled: Server) -> None:
+def test_conversation_survives_a_reload_and_another_user(visit: Callable, bundled: Server) -> None:
     alice, bob = visit(bundled).settings(temperature=0, system="You are a pirate."), visit(bundled)
     alice.ask("My name is Alice.")
     said = alice.messages()
@@ -358,7 +357,7 @@ def test_system_prompt_and_reset(visit: Callable, bundled: Server) -> None:
 
 
 @pytest.mark.parametrize(("locale", "language"), [("en-US", "en"), ("de-DE", "en"), ("zh-CN", "zh"), ("zh-TW", "zh")])
-def test_the_page_speaks_the_browser_s_language(visit: Callable, bundled: Server, locale: str, language: str) -> None:
+def test_page_uses_the_language_of_the_browser(visit: Callable, bundled: Server, locale: str, language: str) -> None:
     chat = visit(bundled, locale)
     texts = TEXTS[language]
     expect(chat.box).to_have_attribute("placeholder", texts["ask"])
@@ -367,7 +366,7 @@ def test_the_page_speaks_the_browser_s_language(visit: Callable, bundled: Server
     expect(chat.page.locator("#temperature")).to_contain_text(texts["temperature_info"])
 
 
-def test_what_is_too_long_is_refused_and_not_lost(visit: Callable, bundled: Server) -> None:
+def test_too_long_text_is_rejected_but_not_lost(visit: Callable, bundled: Server) -> None:
     chat = visit(bundled, "zh-CN").settings(temperature=0)
     chat.ask("My name is Alice.")
     book = "the end. " * 4000
@@ -383,16 +382,16 @@ def test_what_is_too_long_is_refused_and_not_lost(visit: Callable, bundled: Serv
     chat.page.locator("#chat textarea").fill(book)
     chat.button("发送").click()
     expect(chat.notice).to_contain_text(TEXTS["zh"]["too_long"])
-    # The page shows the edited text itself until the server has answered.
+    # The page shows the edited text until the server responds.
     expect(chat.page.locator("#chat .message-content")).to_have_text(["My name is Alice.", "Nice to meet you, Alice!"])
     chat.box.fill("")
     assert chat.ask("What is my name?") == "Your name is Alice."
 
 
-def test_nothing_is_not_sent(visit: Callable, bundled: Server) -> None:
+def test_empty_text_is_not_sent(visit: Callable, bundled: Server) -> None:
     chat = visit(bundled).settings(temperature=0)
     chat.box.fill(" \n ")
-    with chat.page.expect_response("**/run/predict"):  # the last that comes of it
+    with chat.page.expect_response("**/run/predict"):  # the last event
         chat.box.press("Enter")
     assert chat.ask("What is 47 + 38?") == "47 + 38 = 85."
     with chat.page.expect_response("**/run/predict"):
@@ -406,10 +405,10 @@ def test_nothing_is_not_sent(visit: Callable, bundled: Server) -> None:
     assert len(chat.messages()) == 4
 
 
-# While a reply is being written, with the model that never ends
+# During a reply, with the endless model
 
 
-def test_a_reply_streams_and_stops(visit: Callable, endless: Server) -> None:
+def test_reply_streams_and_stops(visit: Callable, endless: Server) -> None:
     chat = visit(endless).settings(max_tokens=ENDLESS, seed=1)
     chat.send("hello")
     lengths = list(map(len, chat.watch()))
@@ -419,7 +418,7 @@ def test_a_reply_streams_and_stops(visit: Callable, endless: Server) -> None:
     chat.wait()
     said = chat.reply()
     assert lengths[-1] <= len(said) < ENDLESS / 2
-    assert endless.comes_to_rest()
+    assert endless.becomes_idle()
     assert chat.reply() == said
     assert len(chat.settings(max_tokens=5).ask("go on")) < 50
     assert chat.bot.first.inner_text() == said
@@ -440,7 +439,7 @@ def test_regenerating_and_seeds(visit: Callable, endless: Server) -> None:
     assert replies[0] == replies[1] != first
 
 
-def test_several_are_answered_at_once_and_the_next_one_waits(visit: Callable, endless: Server) -> None:
+def test_replies_are_concurrent_and_the_next_one_waits(visit: Callable, endless: Server) -> None:
     first, second, third = (visit(endless).settings(max_tokens=tokens) for tokens in (ENDLESS, ENDLESS, 5))
     first.send("hello")
     second.send("hello")
@@ -450,30 +449,30 @@ def test_several_are_answered_at_once_and_the_next_one_waits(visit: Callable, en
     assert len(second.watch()[-1]) > before[1]
     expect(third.bot).to_have_count(0)
 
-    third.stop_button.click()  # before its first word
+    third.stop_button.click()  # before the reply begins
     expect(third.submit_button).to_be_visible()
     expect(third.user).to_have_count(0)
     expect(third.box).to_have_value("hello")
 
     third.send("hello")
-    first.stop_button.click()  # and there is room
+    first.stop_button.click()  # frees a place
     third.wait()
     expect(second.stop_button).to_be_visible()
     second.page.close()
-    assert endless.comes_to_rest()
+    assert endless.becomes_idle()
 
 
-def test_clearing_ends_the_reply(visit: Callable, endless: Server) -> None:
+def test_clearing_stops_the_reply(visit: Callable, endless: Server) -> None:
     chat = visit(endless).settings(max_tokens=ENDLESS)
     chat.send("hello")
     chat.watch()
     chat.button("Clear").click()
-    assert endless.comes_to_rest()
+    assert endless.becomes_idle()
     expect(chat.submit_button).to_be_visible()
     expect(chat.user).to_have_count(0)
 
 
-def test_reloading_keeps_what_was_said_and_ends_the_reply(visit: Callable, endless: Server) -> None:
+def test_reloading_keeps_the_text_and_stops_the_reply(visit: Callable, endless: Server) -> None:
     chat = visit(endless).settings(max_tokens=ENDLESS)
     chat.send("hello")
     said = chat.watch()[0]
@@ -481,14 +480,14 @@ def test_reloading_keeps_what_was_said_and_ends_the_reply(visit: Callable, endle
     expect(chat.bot).to_have_count(1)
     assert chat.reply().startswith(said[:3])
     assert len(chat.reply()) >= len(said)
-    assert endless.comes_to_rest()
+    assert endless.becomes_idle()
 
 
-# What a reply may hold, with the model that knows some by heart
+# Content of replies, with the model that has memorized them
 
 
-def test_markdown_and_code(visit: Callable, by_heart: Server) -> None:
-    chat = visit(by_heart).settings(temperature=0)
+def test_markdown_and_code(visit: Callable, memorized: Server) -> None:
+    chat = visit(memorized).settings(temperature=0)
     chat.ask("Show me Markdown.")
     expect(chat.bot.locator("td")).to_have_text(["English", "hello", "中文", "你好"])
     code = chat.bot.locator("pre code.language-python")
@@ -497,8 +496,8 @@ def test_markdown_and_code(visit: Callable, by_heart: Server) -> None:
     expect(chat.bot.locator("button[title=copy]")).to_be_visible()
 
 
-def test_formulas(visit: Callable, by_heart: Server) -> None:
-    chat = visit(by_heart, "zh-CN").settings(temperature=0)
+def test_formulas(visit: Callable, memorized: Server) -> None:
+    chat = visit(memorized, "zh-CN").settings(temperature=0)
     chat.ask("二次方程怎么解？")
     expect(chat.bot.locator(".katex")).to_have_count(4)
     expect(chat.bot.locator(".katex-display")).to_have_count(2)
@@ -507,17 +506,17 @@ def test_formulas(visit: Callable, by_heart: Server) -> None:
     assert "\\(" not in chat.reply()
 
 
-def test_what_a_model_writes_does_not_run(visit: Callable, by_heart: Server) -> None:
-    chat = visit(by_heart).settings(temperature=0)
+def test_html_in_a_reply_is_not_executed(visit: Callable, memorized: Server) -> None:
+    chat = visit(memorized).settings(temperature=0)
     for text in (chat.ask("Show me HTML."), chat.ask(ATTACK) and chat.user.last.inner_text()):
         assert "#include <stdio.h>" in text
-    expect(chat.bot.first.locator("img[alt=pixel]")).to_be_attached()  # which the policy kept from being fetched
+    expect(chat.bot.first.locator("img[alt=pixel]")).to_be_attached()  # the policy blocks fetching it
     for link in chat.page.locator("#chat a").all():
         assert not (link.get_attribute("href") or "").startswith("javascript")
     assert chat.page.evaluate("window.hacked") is None
 
 
-def test_code_in_a_question_keeps_its_form(visit: Callable, endless: Server) -> None:
+def test_code_in_a_question_keeps_its_whitespace(visit: Callable, endless: Server) -> None:
     chat = visit(endless)
     code = "def f():\n    if x < 1:\n        return [1, 2]"
     chat.ask(code)
@@ -526,26 +525,26 @@ def test_code_in_a_question_keeps_its_form(visit: Callable, endless: Server) -> 
     expect(chat.box).to_have_value(code)
 
 
-# Refusals, without a browser
+# Rejected requests, without a browser
 
 
 async def last_update(updates) -> tuple:
     return [update async for update in updates][-1]
 
 
-def broken(hidden: torch.Tensor) -> torch.Tensor:
-    """A layer on a device that is gone."""
+def fail(hidden: torch.Tensor) -> torch.Tensor:
+    """A layer whose device has failed."""
     raise RuntimeError("the device is gone")
 
 
 def run(coroutine) -> tuple:
-    """In a thread, as Playwright has an event loop in this one."""
+    """Run in another thread, because Playwright has an event loop in this one."""
     with ThreadPoolExecutor() as pool:
         return pool.submit(asyncio.run, coroutine).result()
 
 
 @pytest.mark.parametrize(("language", "notices"), [("zh-CN,zh;q=0.9", "zh"), ("en", "en")])
-def test_refusals_leave_everything_as_it_was(tiny_chat_checkpoint: Path, language: str, notices: str) -> None:
+def test_rejected_requests_change_nothing(tiny_chat_checkpoint: Path, language: str, notices: str) -> None:
     model, tokenizer = load_model(tiny_chat_checkpoint, cpu_only=True)
     engine = Engine(model, tokenizer, max_batch_size=1, max_queue=0)
     page = WebPage(engine, "tiny")
@@ -567,7 +566,7 @@ def test_refusals_leave_everything_as_it_was(tiny_chat_checkpoint: Path, languag
     while engine.load().running:
         time.sleep(0.01)
 
-    model.lm_head.forward = broken
+    model.lm_head.forward = fail
     with pytest.warns(UserWarning, match=re.escape(TEXTS[notices]["failed"])):
         box, chat = run(last_update(page.send(request, "more", messages, *settings)))
     assert box["value"] == "more"
@@ -592,11 +591,11 @@ def test_refusals_leave_everything_as_it_was(tiny_chat_checkpoint: Path, languag
         {"temperature": "hot", "top_p": 7, "top_k": None, "seed": "?", "max_tokens": 10**9, "system": 3},
     ],
 )
-def test_nonsense_in_the_browser_s_storage_is_ignored(web_page: WebPage, kept: object) -> None:
+def test_invalid_browser_storage_is_ignored(web_page: WebPage, kept: object) -> None:
     assert web_page.restore(kept) == [gr.skip(), [], *web_page.own_settings()]
 
 
-def test_a_question_without_a_reply_comes_back_into_the_box(web_page: WebPage) -> None:
+def test_question_without_a_reply_returns_to_the_box(web_page: WebPage) -> None:
     messages = [text_message("user", "hello"), text_message("assistant", "world"), text_message("user", "more")]
     draft, restored, *settings = web_page.restore({"messages": messages, "seed": 3})
     assert (draft, restored, settings[-1]) == ("more", messages[:2], 3)
@@ -613,7 +612,7 @@ def web_page(tiny_chat_checkpoint: Path) -> Iterator[WebPage]:
 
 
 def start(*arguments: str) -> "subprocess.CompletedProcess[str]":
-    """A start without the libraries."""
+    """Start without the installed libraries."""
     command = [sys.executable, "-S", "web_demo.py", *arguments]  # -S: no site-packages
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=2 * TIMEOUT, check=False)
 
@@ -651,7 +650,7 @@ def test_missing_libraries_are_named() -> None:
     assert "Traceback" not in result.stderr
 
 
-def test_a_port_that_is_taken_is_one_sentence() -> None:
+def test_port_in_use_is_reported() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         result = start("--server-port", str(taken.getsockname()[1]))
     assert result.returncode == 1
@@ -659,10 +658,10 @@ def test_a_port_that_is_taken_is_one_sentence() -> None:
     assert "Traceback" not in result.stderr
 
 
-def test_a_base_model_is_named_as_such(bundled_base: Path) -> None:
+def test_base_model_is_rejected(bundled_base: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     result = run_script("web_demo.py", "-c", bundled_base, "--cpu-only", "--server-port", port)
     assert result.returncode == 1
-    _, complaint = result.stderr.strip().splitlines()
-    assert "no chat model" in complaint
+    _, message = result.stderr.strip().splitlines()
+    assert "not a chat model" in message

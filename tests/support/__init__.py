@@ -1,9 +1,9 @@
-"""What tests share. README.md explains each module."""
+"""Test infrastructure. README.md describes each module."""
 
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-"""The repository."""
+"""Root of the repository."""
 
 GOLDEN_FOLDER = ROOT / "tests" / "golden"
-"""The reference vectors of the original implementation."""
+"""Folder of reference vectors of the original implementation."""

@@ -8,10 +8,10 @@ import pytest
 
 
 def call_main(main: Callable[[], int], script: str, *arguments: object) -> int:
-    """Call it as `python SCRIPT ARGUMENTS` would, and give the signals that it handles their handlers back.
+    """Call it as `python SCRIPT ARGUMENTS` would, and restore the signal handlers afterwards.
 
     Returns:
-        its exit status.
+        The exit status.
     """
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     with pytest.MonkeyPatch.context() as patch:

@@ -1,9 +1,8 @@
-"""A Python that has transformers and nothing of this repository, as whoever is given a saved checkpoint has it.
+"""A Python that has transformers but not this repository, like that of a user who loads a saved checkpoint.
 
-Imports transformers once, and forks for each script that `Elsewhere` of processes.py sends. Imports nothing of the
-repository.
+Imports transformers once and forks for each script that `Elsewhere` (processes.py) sends.
 
-    python tests/support/elsewhere.py    # reads the arguments of run() as JSON, one line each; prints what it returns
+    python tests/support/elsewhere.py    # reads the arguments of run() as JSON lines; prints each return value
 """
 
 import importlib.util
@@ -15,7 +14,7 @@ import traceback
 
 
 def run(script: str, arguments: list[str], output: str, errors: str) -> int:
-    """A script in this process, with files for what it prints; returns its exit status."""
+    """Run a script in this process, with its output redirected to files. Returns its exit status."""
     for number, file in ((1, output), (2, errors)):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     sys.argv = [script, *arguments]
@@ -30,9 +29,9 @@ def run(script: str, arguments: list[str], output: str, errors: str) -> int:
 
 
 def main() -> None:
-    """Run what is asked for until nobody asks any more."""
+    """Run the requested scripts until standard input is closed."""
     sys.path[0] = ""  # not this file's folder
-    # What `pip install --editable` puts here finds the package; without it, it is not installed.
+    # Remove the finders of `pip install --editable`, so that the package counts as not installed.
     sys.meta_path[:] = [finder for finder in sys.meta_path if not finder.__module__.startswith("__editable__")]
     assert importlib.util.find_spec("qwen") is None, "this needs an environment without the package"
     import transformers

@@ -1,4 +1,4 @@
-"""What the tests of eval/ share: small files of data, and what a run leaves behind."""
+"""Runs benchmarks on small data files and reads their results."""
 
 import csv
 import json
@@ -10,12 +10,12 @@ from qwen_cli.evaluate import run
 
 
 def evaluate(task: type[Task], arguments: list[str]) -> int:
-    """`qwen eval TASK ARGUMENTS` in this process: its exit status."""
+    """Run `qwen eval TASK ARGUMENTS` in this process and return its exit status."""
     return run(lambda: task, arguments, None)
 
 
 def run_script(task: type[Task], out: Path, *arguments: object) -> int:
-    """The same, with results in `out`."""
+    """Run the same with results in `out`, on the CPU."""
     return evaluate(task, [*map(str, [*arguments, "-o", out, "--cpu-only"])])
 
 
@@ -35,10 +35,10 @@ def read_records(out: Path) -> list[dict[str, Any]]:
 
 
 def read_scores(out: Path) -> dict[str, dict[str, Any]]:
-    """{"value", "count"} of each score, by its name."""
+    """Return {"value", "count"} of each score, by its name."""
     return json.loads(out.with_suffix(".json").read_text(encoding="utf-8"))["scores"]
 
 
 def results(out: Path) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """The values of the scores, by their names, and the records."""
+    """Return the values of the scores by their names, and the records."""
     return {name: score["value"] for name, score in read_scores(out).items()}, read_records(out)

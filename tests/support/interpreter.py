@@ -1,9 +1,9 @@
-"""A Python process that runs the blocks of a page one after another, as a notebook runs its cells.
+"""A Python process that runs the blocks of a page one after another, like a notebook runs its cells.
 
-All blocks share one namespace. They come through a socket, each with its file and its first line, so that a traceback
-shows the page.
+All blocks share one namespace. They arrive through a socket, each with its file and first line, so that tracebacks show
+the page.
 
-    python tests/support/interpreter.py SOCKET     # a path
+    python tests/support/interpreter.py SOCKET     # path of the socket
 """
 
 import code
@@ -13,7 +13,7 @@ import sys
 
 
 class Namespace(code.InteractiveInterpreter):
-    """Remembers whether the last block failed."""
+    """Interpreter that records whether the last block failed."""
 
     failed = False
 
@@ -22,7 +22,7 @@ class Namespace(code.InteractiveInterpreter):
         super().showtraceback()
 
     def run(self, source: str, file: str, line: int) -> bool:
-        """Run a block; whether it came to its end."""
+        """Run a block and return whether it succeeded."""
         self.failed = False
         try:
             block = compile("\n" * (line - 1) + source, file, "exec", dont_inherit=True)
@@ -37,14 +37,14 @@ class Namespace(code.InteractiveInterpreter):
 
 
 def main() -> None:
-    """Run what comes through the socket until it is closed."""
-    sys.path[0] = ""  # as for a person who types python: the current folder, not this file's
-    here = Namespace({"__name__": "__main__"})
+    """Run blocks from the socket until it is closed."""
+    sys.path[0] = ""  # the current folder instead of this file's, as for an interactive python
+    namespace = Namespace({"__name__": "__main__"})
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(sys.argv[1])
         with connection.makefile("rw", encoding="utf-8") as lines:
             for request in lines:
-                print(json.dumps(here.run(**json.loads(request))), file=lines, flush=True)
+                print(json.dumps(namespace.run(**json.loads(request))), file=lines, flush=True)
 
 
 if __name__ == "__main__":

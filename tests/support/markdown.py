@@ -1,9 +1,9 @@
-"""Reads the documentation as text: code blocks, headings, links and tables.
+"""Parses the documentation: code blocks, headings, links and tables.
 
-A Markdown file is parsed with markdown-it-py, as GitHub does. `run_document.py` runs the blocks: a block is run as it
-is written if its language is bash or python. A block that cannot be run where the tests are has a comment with the
-reason on the line before it, `<!-- not run: a GPU -->`, and one that takes minutes and shows what other tests show as
-well has `<!-- run nightly: the reason -->`. A ```text block right behind one that is run is what that one prints.
+Markdown files are parsed with markdown-it-py, with the same result as on GitHub. `run_document.py` runs the bash and
+python blocks as written. A block that the tests cannot run has a comment with the reason on the line before it,
+`<!-- not run: a GPU -->`. A block that takes minutes and repeats what other tests cover has `<!-- run nightly: the
+reason -->`. A ```text block right after a block that is run is its expected output.
 """
 
 import os
@@ -24,10 +24,10 @@ PAGES = (
     *("README.md", "FAQ.md", "tokenization_note.md"),
     *("docs/architecture.md", "docs/deployment.md", "docs/docker.md", "docs/openai_api.md", "docs/web_demo.md"),
 )
-"""The files whose blocks are run. Their translations have the same blocks."""
-APART = {"README.md": ("", "quantization", "fine-tuning")}
-"""Chapters of a page that go on with what one of them has left behind, and take nothing from the others ("" is what
-comes before the first chapter). They are run on a machine of their own at the same time as the rest: minutes less."""
+"""Files whose blocks are run. Their translations have the same blocks."""
+SEPARATE_CHAPTERS = {"README.md": ("", "quantization", "fine-tuning")}
+"""Chapters of a page that depend on each other but not on the rest ("" is the text before the first chapter). They run
+in parallel with the rest, on a machine of their own, which saves minutes."""
 RUN = ("bash", "python")
 NOT_RUN = ("text", "json", "console", "yaml", "bibtex")
 
@@ -38,20 +38,20 @@ _HTML_ANCHOR = re.compile(r"""\b(?:id|name)\s*=\s*["']([^"']+)["']""")
 
 @dataclass(frozen=True)
 class Block:
-    """A block of code, and what its surroundings say of it."""
+    """A code block and its context."""
 
     page: str
     line: int
-    """Of its first line of code, from 1 on."""
+    """Line number of its first line of code, from 1."""
     language: str
     code: str
     not_run: str | None
-    """The reason."""
+    """Reason why it is not run, if any."""
     nightly: bool
-    """Whether it is only run by `make test-nightly`."""
+    """Whether only `make test-nightly` runs it."""
     prints: str | None
     section: tuple[str, ...]
-    """The anchors of the headings that it stands under, the outermost first."""
+    """Anchors of the enclosing headings, outermost first."""
     closed: bool
 
     @property
@@ -60,16 +60,16 @@ class Block:
 
     @property
     def part(self) -> str:
-        """Of the parts of pages that are run side by side, the one that this block belongs to: "README.md:1"."""
+        """The part of the page that this block belongs to, for example "README.md:1". Parts run in parallel."""
         if self.nightly:
             return f"{self.page}:nightly"
         chapter = self.section[1] if len(self.section) > 1 else ""
-        return f"{self.page}:{int(chapter in APART.get(self.page, ()))}"
+        return f"{self.page}:{int(chapter in SEPARATE_CHAPTERS.get(self.page, ()))}"
 
 
 @dataclass(frozen=True)
 class Heading:
-    """A heading, with the anchor that GitHub gives it."""
+    """A heading with its anchor on GitHub."""
 
     level: int
     text: str
@@ -77,11 +77,11 @@ class Heading:
 
 
 class Document:
-    """A Markdown file, taken apart.
+    """A parsed Markdown file.
 
     Args:
-        page: its path from the root of the repository; only a name where `text` is given.
-        text: what it says; without it, the file is read.
+        page: path from `root`; only a label if `text` is given.
+        text: content; None to read the file.
     """
 
     def __init__(self, page: str, text: str | None = None, root: Path = ROOT):
@@ -91,18 +91,18 @@ class Document:
         self.headings: list[Heading] = []
         self.blocks: list[Block] = []
         self.indented = [token.map[0] + 1 for token in self._tokens if token.type == "code_block"]
-        """The lines where code begins that is indented, not fenced."""
+        """First lines of indented (not fenced) code blocks."""
         self._read()
 
     @property
     def anchors(self) -> set[str]:
-        """What a link to this page may name behind #."""
+        """All anchors of the page: headings and HTML ids."""
         written = (anchor for token in self._html() for anchor in _HTML_ANCHOR.findall(token.content))
         return {heading.anchor for heading in self.headings}.union(written)
 
     @property
     def links(self) -> list[str]:
-        """The targets of all links and images, in the order of the text."""
+        """Targets of all links and images, in order."""
         targets = []
         for token in self._flat():
             if token.type == "link_open":
@@ -115,7 +115,7 @@ class Document:
 
     @property
     def prose(self) -> list[str]:
-        """The text beside code and links."""
+        """The text outside of code and links."""
         return [token.content for token in self._flat() if token.type == "text"]
 
     @property
@@ -172,31 +172,31 @@ class Document:
 
 
 def plain_text(inline: Token) -> str:
-    """What a reader sees of a line."""
+    """Return the visible text of an inline token."""
     shown = ("text", "code_inline", "image")
     return "".join(token.content for token in inline.children or () if token.type in shown)
 
 
 def anchor_of(heading: str) -> str:
-    """GitHub's anchor: lower case, without punctuation, words joined with hyphens."""
+    """Return GitHub's anchor of a heading: lower case, no punctuation, hyphens for spaces."""
     kept = (letter for letter in heading.strip().lower() if letter in " -_" or unicodedata.category(letter)[0] in "LMN")
     return "".join(kept).replace(" ", "-")
 
 
 def pages() -> list[str]:
-    """The files whose blocks are run and that are there."""
+    """Return the existing files whose blocks are run."""
     return [page for page in PAGES if (ROOT / page).is_file()]
 
 
 def repository_files() -> list[str]:
-    """What git tracks, and what it would if it were added; without git, everything that is not hidden."""
+    """Return all files that git tracks or does not ignore; without git, all files that are not hidden."""
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     try:
         names = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
-    except (OSError, subprocess.CalledProcessError):  # not installed; an archive without .git; somebody else's folder
+    except (OSError, subprocess.CalledProcessError):  # git not installed, no .git, or a folder of another user
         names = []
         for folder, folders, files in os.walk(ROOT):
             folders[:] = [name for name in folders if not name.startswith((".", "__pycache__"))]
             names += [(Path(folder) / name).relative_to(ROOT).as_posix() for name in files]
-    # git lists what was deleted until that is committed
+    # git also lists deleted files until the deletion is committed
     return sorted(name for name in names if name and (ROOT / name).is_file())

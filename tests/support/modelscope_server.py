@@ -1,7 +1,7 @@
-"""ModelScope on this machine, for the tests: a server that answers its client as the real one does.
+"""A local ModelScope hub for tests, which answers the modelscope client like the real one.
 
-Revolves around folders by id and revision. Ids may be written in capitals or not. A file can break off in the middle,
-once. It remembers what was asked, so that tests can tell what was downloaded.
+Serves folders by id (case-insensitive) and revision. It can break off a file halfway, once, and records the files sent,
+so that tests can check what was downloaded.
 """
 
 import hashlib
@@ -19,13 +19,13 @@ class Hub:
     """A running server.
 
     Args:
-        models: id → revision → folder; "master" first, which is meant where none is named.
+        models: id → revision → folder; "master", the default revision, must be first.
     """
 
     def __init__(self, models: dict[str, dict[str, Path]]):
         self.models = {name.lower(): revisions for name, revisions in models.items()}
-        self.sent: list[tuple[str, str, int]] = []  # id as it was written, file, first byte
-        self.breaking: set[str] = set()  # files that break off halfway, once
+        self.sent: list[tuple[str, str, int]] = []  # id as requested, file, first byte
+        self.breaking: set[str] = set()  # files to break off halfway, once
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
         self._server.hub = self
         self.url = f"http://127.0.0.1:{self._server.server_port}"
@@ -36,7 +36,7 @@ class Hub:
         self._server.server_close()
 
     def files(self) -> set[str]:
-        """The names of the files that were sent since the last call."""
+        """Return the names of the files sent since the last call."""
         names, self.sent = {file for _, file, _ in self.sent}, []
         return names
 

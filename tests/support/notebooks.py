@@ -1,8 +1,8 @@
-"""Runs the notebooks in examples/ from beginning to end with nbclient.
+"""Runs the notebooks in examples/ with nbclient.
 
-Only the outputs of cells are saved, no times and no state of widgets.
+Only the outputs of cells are saved, not times or the state of widgets.
 
-    python -m tests.support.notebooks     # runs all of them, and saves what they print now
+    python -m tests.support.notebooks     # run all notebooks and update their saved outputs
 """
 
 import asyncio
@@ -22,19 +22,19 @@ from tests.support.processes import forking_python
 
 EXAMPLES = ROOT / "examples"
 CELL_SECONDS = 180
-# The tests' environment has GPTQModel, and with it torchao, which prints these lines while transformers is imported.
-# What the notebooks tell their readers to install brings neither.
+# The test environment has GPTQModel and therefore torchao, which prints these lines while transformers is imported.
+# Readers who follow the notebooks have neither.
 TORCHAO = re.compile(r"^(Failed to load .*torchao|W\d.*torch/utils/_pytree\.py).*\n?", re.MULTILINE)
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 
 
 def notebooks() -> list[Path]:
-    """All of them."""
+    """Return the paths of all notebooks."""
     return sorted(EXAMPLES.glob("*.ipynb"))
 
 
 def run_notebooks(paths: list[Path]) -> list[NotebookNode | BaseException]:
-    """The same notebooks with the outputs of now, or why one failed; side by side, each with a kernel of its own."""
+    """Run notebooks in parallel. Returns each notebook with new outputs, or the exception if it failed."""
     with tempfile.TemporaryDirectory(prefix="qwen-notebooks-") as name, forking_python(Path(name)) as python:
         folder = Path(name)
         (folder / KERNEL["name"]).mkdir()
@@ -56,7 +56,7 @@ async def _run(path: Path, folder: Path) -> NotebookNode:
         record_timing=False,
         store_widget_state=False,
         resources={"metadata": {"path": str(EXAMPLES)}},
-        # Files as sockets, which nobody else can read from; over TCP the kernel would print a warning about that.
+        # Unix sockets, which other users cannot read; over TCP the kernel prints a warning about that.
         config=Config(
             {
                 "KernelManager": {"transport": "ipc", "ip": str(folder / path.stem)},
@@ -65,12 +65,12 @@ async def _run(path: Path, folder: Path) -> NotebookNode:
         ),
     )
     variables = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "IPYTHONDIR": str(folder)}
-    variables["CUDA_VISIBLE_DEVICES"] = ""  # what is saved was computed in float32
+    variables["CUDA_VISIBLE_DEVICES"] = ""  # the saved outputs were computed in float32
     return without_torchao(await client.async_execute(env={**os.environ, **variables}))
 
 
 def without_torchao(notebook: NotebookNode) -> NotebookNode:
-    """Drop what torchao and torch print on standard error where torchao is installed."""
+    """Remove what torchao and torch print on standard error if torchao is installed."""
     for cell in notebook.cells:
         outputs = cell.get("outputs", [])
         for output in outputs:
@@ -82,7 +82,7 @@ def without_torchao(notebook: NotebookNode) -> NotebookNode:
 
 
 def clean(notebook: NotebookNode) -> NotebookNode:
-    """What is saved of a notebook."""
+    """Remove metadata that is not saved."""
     notebook.metadata = nbformat.from_dict({"kernelspec": KERNEL, "language_info": {"name": "python"}})
     for cell in notebook.cells:
         cell.metadata = nbformat.from_dict({key: value for key, value in cell.metadata.items() if key == "tags"})

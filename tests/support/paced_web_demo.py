@@ -1,9 +1,9 @@
-"""web_demo.py with a model that takes its time, which tells how many replies it writes.
+"""web_demo.py with a slowed-down model, which reports the number of running replies.
 
-A pass through the model takes PASS_SECONDS at least: a reply of thousands of tokens is still being written, on the
-fastest machine, when a test stops it. The number of replies is answered to whoever connects to the port in the log.
+A forward pass takes at least PASS_SECONDS, so that a reply of thousands of tokens is still running when a test stops
+it, even on the fastest machine. A connection to the port in the log returns the number of running replies.
 
-    python tests/support/paced_web_demo.py     # takes what web_demo.py does
+    python tests/support/paced_web_demo.py     # same arguments as web_demo.py
 """
 
 import socketserver
@@ -21,7 +21,7 @@ launch_page = launch.launch
 
 
 def launch_paced(engine: Engine, **options: object) -> object:
-    """Slow the engine down, and let others ask for its load."""
+    """Slow the engine down and serve its load on a port."""
 
     class Answer(socketserver.BaseRequestHandler):
         def handle(self) -> None:

@@ -1,12 +1,11 @@
-"""Starts processes, most of them forked from one that has imported torch and its companions: that takes seconds.
+"""Starts processes, most of them by forking one that has already imported torch, because the import takes seconds.
 
-- `Child`: a function of a test file in a process of its own.
-- `Script`: what `python SCRIPT ARGUMENTS` starts; `run_script` runs one to its end.
-- `forking_python`: a command for shell scripts, and for programs that start a Python, that forks likewise.
-- `Elsewhere`: a Python that has transformers and not this repository.
+- `Child`: runs a function of a test file in its own process.
+- `Script`: does what `python SCRIPT ARGUMENTS` does; `run_script` runs one to its end.
+- `forking_python`: a `python` command that forks in the same way, for shell scripts and programs that start a Python.
+- `Elsewhere`: a Python that has transformers but not this repository.
 
-A test of how a process begins (what it imports, Ctrl-C meanwhile) or ends (the interpreter's exit) starts a Python of
-its own with `subprocess` instead.
+Tests of how a process starts (imports, Ctrl-C meanwhile) or exits start a new interpreter with `subprocess` instead.
 """
 
 import contextlib
@@ -33,9 +32,9 @@ from tests.support import ROOT
 from tests.support.fork_python import serve_at, write_command
 
 allowed = True
-"""Whether the test that runs now is one of those that may take long; conftest.py sets it."""
+"""Whether the current test may start processes; set by conftest.py."""
 FORKING = multiprocessing.get_context("forkserver")
-# What scripts import. Not gptqmodel, but what that imports: it starts threads, which a fork would lose.
+# Modules that scripts import. Without gptqmodel, which starts threads that a fork would lose, but with its imports.
 PRELOADED = [
     *("qwen_cli.finetune", "qwen.finetuning.run", "qwen.serving.api.app", "qwen.serving.api.server"),
     *("transformers.trainer", "transformers.models.auto.processing_auto", "peft.tuners.lora", "datasets", "requests"),
@@ -46,34 +45,34 @@ PRELOADED = [
 
 
 def preload() -> None:
-    """Import what scripts import, into the process that others will be forked from."""
+    """Import what scripts import, in the process that others are forked from."""
     for name in PRELOADED:
         importlib.import_module(name)
 
 
 @functools.cache
 def start_forking() -> None:
-    """Start the process that the others are forked from, and let it import."""
+    """Start the process that others are forked from, and let it import."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT))
         patch.setenv("DS_ACCELERATOR", "cpu")
-        patch.setenv("CUDA_VISIBLE_DEVICES", "")  # what is compared here is computed in float32, on the CPU
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")  # results are compared in float32, on the CPU
         patch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
         FORKING.set_forkserver_preload(PRELOADED)
         FORKING.Process(target=int).start()
 
 
 class Forked:
-    """A function in a forked process, with the methods of subprocess.Popen.
+    """Runs a function in a forked process; has the methods of subprocess.Popen.
 
     Args:
-        function: called there with `arguments`; its return value is dropped.
-        folder: the process works in it.
-        environment: variables that are set in it.
+        function: called in the process with `arguments`; its return value is ignored.
+        folder: working directory of the process.
+        environment: variables to set in the process.
     """
 
     def __init__(self, function: Callable, *arguments: Any, folder: Path, environment: dict[str, str]):
-        assert allowed, "a test that starts a process is not one of the quick ones: @pytest.mark.process"
+        assert allowed, "tests that start a process need @pytest.mark.process"
         start_forking()
         self._process = FORKING.Process(target=_in_fork, args=(folder, environment, function, arguments))
         self._process.start()
@@ -98,10 +97,10 @@ class Forked:
 
 
 class Child(Forked):
-    """A function of a test file, or of this one, in a process of its own.
+    """Runs a function of a test file, or of this one, in its own process.
 
     Args:
-        log: what it says is appended to this file; without one it goes into a new `said.txt` in the folder.
+        log: file to append the output to (default: a new `said.txt` in the folder).
     """
 
     def __init__(self, folder: Path, function: Callable, *arguments: Any, log: Path | None = None, **environment: str):
@@ -109,15 +108,15 @@ class Child(Forked):
         self.log = log or folder / "said.txt"
         if log is None:
             self.log.write_text("")
-        self._connection, theirs = FORKING.Pipe(duplex=False)
-        super().__init__(_call, self.log, theirs, function, arguments, folder=folder, environment=environment)
-        theirs.close()
+        self._connection, sender = FORKING.Pipe(duplex=False)
+        super().__init__(_call, self.log, sender, function, arguments, folder=folder, environment=environment)
+        sender.close()
 
     def result(self, seconds: float = 180) -> Any:
-        """What the function returned.
+        """Return the result of the function.
 
         Raises:
-            AssertionError: it raised, or took longer.
+            AssertionError: it raised an exception or took longer than `seconds`.
         """
         try:
             assert self._connection.poll(seconds), f"Not done after {seconds} seconds:\n{self.said()}"
@@ -135,22 +134,18 @@ class Child(Forked):
         self.send_signal(signal.SIGINT)
 
     def wait_for(self, text: str, seconds: float = 120) -> None:
-        until = time.monotonic() + seconds
+        deadline = time.monotonic() + seconds
         while text not in self.said():
-            assert time.monotonic() < until, f"No {text!r}:\n{self.said()}"
+            assert time.monotonic() < deadline, f"No {text!r}:\n{self.said()}"
             assert self.poll() is None, f"It ended without {text!r}:\n{self.said()}"
             time.sleep(0.02)
 
 
 class Script(Forked):
-    """What `python SCRIPT ARGUMENTS` starts.
-
-    It differs from that in its beginning, since what it imports is there, and in its very end, since no interpreter is
-    taken down.
+    """Does what `python SCRIPT ARGUMENTS` does, except that imports are already done and the interpreter does not exit.
 
     Args:
-        files: what standard input, output and error are: paths, such as that of a terminal, which it then gets for
-            itself.
+        files: paths of standard input, output and error. A terminal becomes the controlling terminal of the process.
     """
 
     def __init__(
@@ -170,17 +165,17 @@ class Script(Forked):
 def run_script(
     *words: object, folder: Path = ROOT, text: str = "", timeout: float = 180, **environment: str
 ) -> "subprocess.CompletedProcess[str]":
-    """A script to its end, as subprocess.run does it.
+    """Run a script to its end, like subprocess.run.
 
     Args:
         words: the script and its arguments.
         text: its standard input.
 
     Raises:
-        subprocess.TimeoutExpired: it took longer.
+        subprocess.TimeoutExpired: it took longer than `timeout` seconds.
     """
-    with tempfile.TemporaryDirectory() as place:
-        files = tuple(Path(place, name) for name in ("input", "output", "errors"))
+    with tempfile.TemporaryDirectory() as directory:
+        files = tuple(Path(directory, name) for name in ("input", "output", "errors"))
         files[0].write_text(text, encoding="utf-8")
         process = Script(*words, files=files, folder=folder, **environment)
         try:
@@ -193,17 +188,17 @@ def run_script(
 
 @contextlib.contextmanager
 def forking_python(folder: Path) -> Iterator[Path]:
-    """Write a command into a folder that does what `python` does, in processes forked from one made here.
+    """Write a `python` command into a folder that forks its processes from one started here.
 
     Yields:
-        the path of the command.
+        The path of the command.
     """
     address, command = folder / "forks", folder / "python"
     process = Forked(serve_at, address, folder=folder, environment={})
     write_command(command, address)
     try:
         while not address.exists():
-            assert process.poll() is None, "there is no process to fork from"
+            assert process.poll() is None, "the process to fork from has ended"
             time.sleep(0.02)
         yield command
     finally:
@@ -211,27 +206,27 @@ def forking_python(folder: Path) -> Iterator[Path]:
 
 
 def main(*arguments: str | Path) -> int:
-    """finetune.py in this process; returns its exit code."""
+    """Run finetune.py in this process and return its exit status."""
     from qwen_cli.finetune import main
 
     return main([*map(str, arguments)])
 
 
 def _in_fork(folder: Path, environment: dict[str, str], function: Callable, arguments: tuple) -> None:
-    settle(folder, environment)
+    set_up_fork(folder, environment)
     function(*arguments)
 
 
-def settle(folder: Path, environment: dict[str, str]) -> None:
-    """Make this forked process one like any other."""
-    multiprocessing.set_start_method(None, force=True)  # for its own children
-    gc.freeze()  # what is imported stays: no need to look through it at every collection
+def set_up_fork(folder: Path, environment: dict[str, str]) -> None:
+    """Set the folder and environment of a forked process, and undo settings inherited from the fork server."""
+    multiprocessing.set_start_method(None, force=True)  # for children of this process
+    gc.freeze()  # exclude imported modules from garbage collection
     os.chdir(folder)
     os.environ.update(environment)
 
 
 def open_standard_files() -> None:
-    """Make sys.stdin and its companions anew, after their file descriptors have been replaced."""
+    """Reopen sys.stdin, sys.stdout and sys.stderr after their file descriptors were replaced."""
     sys.stdin, sys.stdout, sys.stderr = (os.fdopen(number, mode, closefd=False) for number, mode in enumerate("rww"))
     sys.stderr.reconfigure(line_buffering=True)
 
@@ -260,13 +255,12 @@ def _run(files: list[str], words: list[str]) -> None:
 
 
 class Elsewhere:
-    """A Python that has transformers and nothing of this repository, as whoever is given a saved checkpoint has it.
+    """A Python that has transformers but not this repository, like that of a user who loads a saved checkpoint.
 
-    Called with code, and what sys.argv[1:] shall be, it runs that in a process of its own and returns the lines that
-    were printed.
+    Calling it with code and the values of sys.argv[1:] runs the code in its own process and returns the printed lines.
 
     Args:
-        home: an empty folder, where it works and where code from checkpoints is copied to.
+        home: an empty folder, used as the working directory and for code copied from checkpoints.
     """
 
     def __init__(self, home: Path):

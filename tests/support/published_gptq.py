@@ -1,15 +1,15 @@
 """Writes checkpoints in the exact layout of the published Int4 and Int8 ones.
 
-From the definition of the layout (AutoGPTQ's first) alone, with numpy, so that what reads them can be held against it:
-a linear layer y = W x of `inputs` and `outputs` holds
+Implemented with numpy from the definition of the layout (AutoGPTQ version 1), as an independent reference for loaders.
+A linear layer y = W x with `inputs` and `outputs` has the tensors
 
     qweight  int32 (inputs · bits / 32, outputs)    integers 0 … 2^bits − 1, packed along the inputs, low bits first
-    qzeros   int32 (groups, outputs · bits / 32)    zero points, less one, packed along the outputs
+    qzeros   int32 (groups, outputs · bits / 32)    zero points minus one, packed along the outputs
     scales   float16 (groups, outputs)
-    g_idx    int32 (inputs)                         which group an input is in
-    bias     float16 (outputs)                      zeros where the network has none
+    g_idx    int32 (inputs)                         group of each input
+    bias     float16 (outputs)                      zeros if the network has no bias
 
-and means W[o, i] = scales[g, o] · (integer[i, o] − zero[g, o]) with g = g_idx[i].
+and represents W[o, i] = scales[g, o] · (integer[i, o] − zero[g, o]) with g = g_idx[i].
 """
 
 import json
@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 from qwen import QWenConfig, QWenLMHeadModel
 
-# Fields that published config.json files have and nothing reads.
+# Fields of published config.json files that are never read.
 EXTRAS = {"onnx_safe": None, "tokenizer_type": "QWenTokenizer", "torch_dtype": "float16"}
 
 
@@ -36,15 +36,14 @@ def write_published(
     sym: bool = True,
     seed: int = 0,
 ) -> QWenLMHeadModel:
-    """Writes a random two-layer chat model, width 256 and MLP 384, quantized by rounding, with the tokenizer of
-    `bundled_chat`.
+    """Write a random two-layer chat model (width 256, MLP 384), quantized by rounding, with `bundled_chat`'s tokenizer.
 
     Args:
-        group_size: inputs that share a scale; −1 for all of them.
-        desc_act: groups are of inputs in the order of their importance, which is random here.
+        group_size: number of inputs that share a scale; −1 for all inputs.
+        desc_act: group the inputs by importance (random here) instead of position.
 
     Returns:
-        The model that the file means, in float32.
+        The dequantized model, in float32.
     """
     config = QWenConfig.from_pretrained(
         bundled_chat, hidden_size=256, num_hidden_layers=2, num_attention_heads=4, intermediate_size=768
@@ -52,26 +51,26 @@ def write_published(
     torch.manual_seed(seed)
     model = QWenLMHeadModel(config).eval()
     generator = np.random.default_rng(seed)
-    tensors, meant = {}, {}
+    tensors, dequantized = {}, {}
     for name, weight in model.state_dict().items():
         layer = name.removesuffix(".weight")
         if ".h." not in name or weight.dim() == 1:
-            # Wide enough for logits that differ, in numbers that half precision has.
+            # Scaled up for distinct logits, and rounded to half precision.
             tensors[name] = (weight * (1 if "ln_" in name else 5)).half()
-            meant[name] = tensors[name].float()
+            dequantized[name] = tensors[name].float()
             continue
-        wide = 5 * weight.T.numpy()
-        parts, meant_weight = quantized(wide, bits, group_size, desc_act, sym, generator)
+        scaled = 5 * weight.T.numpy()
+        parts, matrix = quantized(scaled, bits, group_size, desc_act, sym, generator)
         tensors |= {f"{layer}.{part}": torch.from_numpy(values) for part, values in parts.items()}
-        meant[name] = torch.from_numpy(meant_weight.T.copy())
+        dequantized[name] = torch.from_numpy(matrix.T.copy())
         if f"{layer}.bias" not in model.state_dict():
             tensors[f"{layer}.bias"] = torch.zeros(weight.shape[0], dtype=torch.float16)
     bias = torch.randn(2, 3 * 256, generator=torch.Generator().manual_seed(seed)) / 4
     for layer in range(2):
         name = f"transformer.h.{layer}.attn.c_attn.bias"
         tensors[name] = bias[layer].half()
-        meant[name] = tensors[name].float()
-    model.load_state_dict(meant)
+        dequantized[name] = tensors[name].float()
+    model.load_state_dict(dequantized)
 
     folder.mkdir(parents=True)
     write_shards(folder, tensors, count=3)
@@ -104,7 +103,7 @@ def write_published(
 def quantized(
     weight: np.ndarray, bits: int, group_size: int, desc_act: bool, sym: bool, generator: np.random.Generator
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """The tensors of a linear layer, and the matrix that they mean.
+    """Quantize a linear layer. Returns its tensors and the dequantized matrix.
 
     Args:
         weight: (inputs, outputs), float32.
@@ -123,7 +122,7 @@ def quantized(
             high = np.maximum(high, -low)
             low = -high
         scales[group] = (high - low) / top
-        # Zero points start at 1: one of 0 would be stored as −1, which runs into its neighbours.
+        # Zero points start at 1: 0 would be stored as −1, which overflows into adjacent bits.
         zeros[group] = 2 ** (bits - 1) if sym else np.clip(np.round(-low / scales[group]), 1, top)
     scale, zero = scales[g_idx].astype(np.float32), zeros[g_idx]
     integers = np.clip(np.round(weight / scale) + zero, 0, top).astype(np.int64)
@@ -137,7 +136,7 @@ def quantized(
 
 
 def packed(integers: np.ndarray, bits: int) -> np.ndarray:
-    """Integers below 2^bits → int32 words along the first axis, the first integer in the lowest bits."""
+    """Pack integers below 2^bits into int32 words along the first axis, the first integer in the lowest bits."""
     count = 32 // bits
     words = np.zeros((integers.shape[0] // count, integers.shape[1]), np.uint32)
     for place in range(count):
@@ -146,7 +145,7 @@ def packed(integers: np.ndarray, bits: int) -> np.ndarray:
 
 
 def write_shards(folder: Path, tensors: dict[str, torch.Tensor], count: int) -> None:
-    """model-0000x-of-0000y.safetensors of about as many tensors each, and the index."""
+    """Write `count` files model-0000x-of-0000y.safetensors with about as many tensors each, and the index."""
     names, weight_map = sorted(tensors), {}
     for shard in range(count):
         file = f"model-{shard + 1:05}-of-{count:05}.safetensors"

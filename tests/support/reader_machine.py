@@ -1,8 +1,7 @@
-"""Makes the machine of somebody who reads the documentation: a copy of the repository, downloads done, data in place.
+"""Creates the environment of a reader of the documentation: a copy of the repository, with downloads and data in place.
 
-It is one folder, with a network of its own where the kernel gives one. What the documentation names and cannot be
-shipped is made up here: the published checkpoints are the bundled toys, and each data set has a few questions in the
-layout of the real one.
+It is a folder, with an isolated network if the kernel allows it. Published checkpoints are replaced by the bundled
+toys, and each data set by a few questions in the layout of the real one.
 """
 
 import ast
@@ -35,12 +34,12 @@ SIOCSIFFLAGS, IFF_UP = 0x8914, 1
 
 
 class Machine:
-    """All of it, made in a folder.
+    """The environment of a reader, in a folder.
 
     Args:
-        folder: an empty one.
-        hub: what `fill_hub` has filled.
-        forks: where a process serves `fork_python`, if its `python` is to be that.
+        folder: an empty folder.
+        hub: a folder filled by `fill_hub`.
+        forks: socket of a process that serves `fork_python`, to use its `python`; None for the real one.
     """
 
     def __init__(self, folder: Path, hub: Path, forks: Path | None = None):
@@ -58,7 +57,7 @@ class Machine:
 
     @property
     def environment(self) -> dict[str, str]:
-        """The variables that a command of the documentation sees."""
+        """Environment variables for commands of the documentation."""
         ours = ("QWEN_", "HF_", "OPENAI_", "DASHSCOPE_", "MODELSCOPE_", "PIP_", "XDG_", "PYTEST_", "PYTHON")
         kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
         kept.pop("VIRTUAL_ENV", None)
@@ -67,58 +66,57 @@ class Machine:
             | {
                 "PATH": os.pathsep.join((str(self.repository / ".venv" / "bin"), os.environ["PATH"])),
                 "HOME": str(self.home),
-                "PYTHONPATH": str(self.repository),  # what `make` and `pip install -e .` do for this copy
+                "PYTHONPATH": str(self.repository),  # has the effect of `pip install -e .` for this copy
                 "TERM": "dumb",
                 "LC_ALL": "C.UTF-8",
-                # What pip is asked to install is there already, or pip says that it is not; the tests' environment
-                # stays as it is.
+                # pip installs nothing, so that the test environment stays unchanged, and fails for missing packages.
                 "PIP_NO_INDEX": "1",
                 "PIP_DRY_RUN": "1",
                 "PIP_NO_BUILD_ISOLATION": "0",
             }
-            | read_at_import(self._hub)
+            | import_time_variables(self._hub)
         )
 
 
-def read_at_import(hub: Path) -> dict[str, str]:
-    """The variables that libraries read when they are imported: nothing is downloaded, no graphics card is used."""
+def import_time_variables(hub: Path) -> dict[str, str]:
+    """Environment variables that libraries read when they are imported: no downloads, no GPU."""
     return {
         "HF_HUB_CACHE": str(hub),
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",  # what the pages print was computed in float32
+        "CUDA_VISIBLE_DEVICES": "",  # outputs in the pages were computed in float32
         "DS_ACCELERATOR": "cpu",
         "MPLCONFIGDIR": matplotlib_folder(),
     }
 
 
 def matplotlib_folder() -> str:
-    """Where matplotlib keeps its list of fonts, which takes seconds to make."""
+    """Return the folder of matplotlib's font list, which takes seconds to create."""
     return os.environ.get("MPLCONFIGDIR") or str(Path.home() / ".cache" / "matplotlib")
 
 
 def copy_of_the_repository(target: Path) -> None:
-    """What belongs to it, without what was made in it."""
+    """Copy the files of the repository, without generated and ignored ones."""
     for name in repository_files():
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, target / name, follow_symlinks=False)
 
 
 def link_environment(target: Path) -> None:
-    """The environment that the tests run in, as `make` would have made it: it finds nothing to install."""
+    """Link the test environment as if `make` had created it, so that `make` installs nothing."""
     (target / "bin").mkdir(parents=True)
     links = {target: Path(sys.prefix), target / "bin": Path(sys.prefix) / "bin"}
     for folder, original in links.items():
         for entry in original.iterdir():
             if not entry.name.startswith(".") and not (folder / entry.name).exists():
                 (folder / entry.name).symlink_to(entry)
-    # Sorted: make compares their times, and .ready comes before those of the extras.
+    # Sorted, because make compares times: .ready must be older than the stamps of the extras.
     for name in sorted({*STAMP.findall((ROOT / "Makefile").read_text(encoding="utf-8"))}):
         (target / name).touch()
 
 
 def fill_hub(hub: Path, checkpoints: Path) -> None:
-    """A cache of the Hugging Face hub in which every published id is one of the bundled toys."""
+    """Create a Hugging Face cache where every published id leads to one of the bundled toys."""
     for name, toy in PUBLISHED.items():
         folder = hub / f"models--{name.replace('/', '--')}"
         (folder / "refs").mkdir(parents=True)
@@ -128,7 +126,7 @@ def fill_hub(hub: Path, checkpoints: Path) -> None:
 
 
 def write_data(repository: Path) -> None:
-    """The files that the commands of the documentation name, with little in them."""
+    """Write small versions of the data files used by commands of the documentation."""
     samples = json.loads((repository / "examples" / "identity.json").read_text(encoding="utf-8"))
     (repository / "data.json").write_text(json.dumps(samples[:16], ensure_ascii=False), encoding="utf-8")
     data = repository / "data"
@@ -144,7 +142,7 @@ def write_data(repository: Path) -> None:
 
 
 def mmlu_subjects() -> list[str]:
-    """All 57, read from the source: to import it would take the seconds that torch takes."""
+    """Return all 57 MMLU subjects, parsed from the source because importing it takes seconds."""
     tree = ast.parse((ROOT / "qwen" / "evaluation" / "subjects.py").read_text(encoding="utf-8"))
     (mmlu,) = (node.value for node in tree.body if isinstance(node, ast.Assign) and node.targets[0].id == "MMLU")
     (groups,) = (ast.literal_eval(keyword.value) for keyword in mmlu.keywords if keyword.arg == "groups")
@@ -152,20 +150,20 @@ def mmlu_subjects() -> list[str]:
 
 
 def write_rows(path: Path, rows: list[list[object]]) -> None:
-    """A file of comma-separated values."""
+    """Write a CSV file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows(rows)
 
 
-def leave_the_network() -> bool:
-    """Give this process, and those that it starts, a network of their own with nothing but the loopback interface.
+def isolate_network() -> bool:
+    """Move this process and its children into a network namespace that has only the loopback interface.
 
-    Port 8000 is free there, whatever runs on this machine, and nothing can be downloaded. Needs no privileges, but a
-    kernel and a container that allow user namespaces, and a process without threads.
+    Port 8000 is free there, and nothing can be downloaded. Needs no privileges, but a kernel and container that allow
+    user namespaces, and a process without threads.
 
     Returns:
-        whether it worked.
+        Whether it succeeded.
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -177,5 +175,5 @@ def leave_the_network() -> bool:
     Path("/proc/self/gid_map").write_text(f"{group} {group} 1")
     with socket.socket() as loopback:
         fcntl.ioctl(loopback, SIOCSIFFLAGS, struct.pack("16sH14x", b"lo", IFF_UP))
-    socket.sethostname("localhost")  # processes that train together look for one another under the machine's name
+    socket.sethostname("localhost")  # distributed training connects to the host name
     return True

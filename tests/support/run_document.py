@@ -1,16 +1,16 @@
-"""Runs the blocks of one page of the documentation as a reader would: in order, each as it is written.
+"""Runs the blocks of documentation pages as a reader would: in order, as written.
 
-A page is run on a `reader_machine`:
+A page runs on a `reader_machine`:
 
-- The Python blocks of a page continue one another, in one process.
-- A bash block is run by bash in the root of the repository. At its input there is nothing, or what is asked in the
-  transcript ("User> ...") that stands right behind it.
-- A block that starts a server runs until the server answers. It stays up for the rest of its section, or until
-  another one is started, is then stopped with Ctrl-C, and has to end well.
-- What a block prints must have the lines of the ```text block that stands right behind it, in a row; of a
-  transcript, the replies. A line "…" there is any number of lines.
+- The Python blocks of a page run in one process and share their variables.
+- bash runs a bash block in the root of the repository. Its input is empty, or the questions of the transcript
+  ("User> ...") that follows the block.
+- A block that starts a server runs until the server answers. The server runs for the rest of its section, or until
+  another one is started. It is then stopped with Ctrl-C and must exit cleanly.
+- The output of a block must contain the lines of the ```text block that follows it, consecutively; for a transcript,
+  its replies. A line "…" matches any number of lines.
 
-    python -m tests.support.run_document README.md     # says how each block went
+    python -m tests.support.run_document README.md     # reports the result of each block
 """
 
 import argparse
@@ -38,7 +38,7 @@ from tests.support import ROOT
 from tests.support.fork_python import serve
 from tests.support.markdown import Block, Document
 from tests.support.processes import preload
-from tests.support.reader_machine import Machine, fill_hub, leave_the_network, read_at_import
+from tests.support.reader_machine import Machine, fill_hub, import_time_variables, isolate_network
 
 PORT = 8000
 BLOCK_SECONDS = 600
@@ -48,30 +48,30 @@ USER, MODEL = "User> ", "Qwen> "
 
 
 class BlockFailed(Exception):
-    """What went wrong, in a sentence."""
+    """A block failed; the message says why."""
 
 
 @dataclasses.dataclass
 class Outcome:
-    """How a block went."""
+    """Result of a block."""
 
     line: int
     seconds: float
     error: str | None
     output: str
-    """What it printed, standard output before standard error."""
+    """Standard output, followed by standard error."""
 
 
 class Output:
-    """Two files that processes write to, and what is new in them."""
+    """Two files that processes write to, with incremental reading."""
 
     def __init__(self) -> None:
-        # Closed when nobody refers to them any more: a process may write for as long as the page is run.
-        self.files = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115  they outlive this call
+        # Closed by garbage collection, because a process may write as long as the page runs.
+        self.files = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115  outlive this call
         self._read = [0, 0]
 
     def new(self) -> tuple[str, str]:
-        """Standard output and standard error since the last call."""
+        """Return the standard output and standard error since the last call."""
         texts = []
         for index, file in enumerate(self.files):
             data = os.pread(file.fileno(), 10**8, self._read[index])
@@ -81,12 +81,12 @@ class Output:
 
 
 class Group:
-    """A process and those that it starts, which a terminal would call a job."""
+    """A process and its children, in one process group."""
 
     def __init__(self, command: list[str], machine: Machine, text: str = ""):
         self.command = command[-1].lstrip()
         self.output = Output()
-        self._input = tempfile.TemporaryFile()  # noqa: SIM115  it outlives this call
+        self._input = tempfile.TemporaryFile()  # noqa: SIM115  outlives this call
         self._input.write(text.encode())
         self._input.seek(0)
         stdout, stderr = self.output.files
@@ -110,7 +110,7 @@ class Group:
 
 
 class Python:
-    """The process that the Python blocks of a page share."""
+    """The process that runs all Python blocks of a page."""
 
     def __init__(self, machine: Machine):
         address = machine.repository.with_name("blocks")
@@ -120,7 +120,7 @@ class Python:
             try:
                 self._connection, _ = listener.accept()
             except TimeoutError:
-                raise BlockFailed("There is no Python.") from None
+                raise BlockFailed("The Python process did not start.") from None
         self._connection.settimeout(BLOCK_SECONDS)
         self._lines = self._connection.makefile("rw", encoding="utf-8")
 
@@ -135,7 +135,7 @@ class Python:
         except OSError as error:
             raise BlockFailed("The Python process ended with an earlier block.") from error
         if not answer:
-            raise BlockFailed(f"The Python process ended, with status {self.group.process.wait()}.")
+            raise BlockFailed(f"The Python process ended with status {self.group.process.wait()}.")
         if not json.loads(answer):
             raise BlockFailed("It raised an exception.")
 
@@ -144,9 +144,9 @@ class Page:
     """Runs the blocks of a page.
 
     Args:
-        page: its path from the root of the repository.
-        machine: where.
-        part: of the page, or all of it.
+        page: path from the root of the repository.
+        machine: machine to run on.
+        part: part of the page (see `Block.part`), or None for all of it.
     """
 
     def __init__(self, page: str, machine: Machine, part: str | None = None):
@@ -158,7 +158,7 @@ class Page:
         self._server_section: tuple[str, ...] = ()
 
     def run(self) -> Iterator[Outcome]:
-        """All of them."""
+        """Run all blocks and yield their results."""
         try:
             for index, block in enumerate(self._blocks):
                 following = self._blocks[index + 1] if index + 1 < len(self._blocks) else None
@@ -185,13 +185,13 @@ class Page:
         printed, complained = ("".join(texts) for texts in zip(*said, strict=True))
         if error is None and block.prints is not None:
             error = difference(expected_of(block.prints), printed)
-        # The server is stopped by the last block that may use it, which so answers for its end.
+        # Stop the server after the last block that may use it; errors at exit count as errors of that block.
         if not (following and self._is_served(following)):
             error = self._stop_server() or error
         return Outcome(block.line, time.monotonic() - start, error, printed + complained)
 
     def _is_served(self, block: Block) -> bool:
-        """Whether a block stands in the section of the server, which is a chapter at most."""
+        """Return whether a block is in the section of the server, which is at most a chapter."""
         section = self._server_section
         return block.section[: len(section)] == section and block.section[:2] == section[:2]
 
@@ -206,7 +206,7 @@ class Page:
             if serves:
                 self._server, self._server_section = group, block.section
                 try:
-                    until_it_answers(group)
+                    wait_for_server(group)
                 except BlockFailed:
                     self._server = None
                     group.kill()
@@ -222,7 +222,7 @@ class Page:
                 raise BlockFailed(f"It ended with status {status}.")
 
     def _stop_server(self) -> str | None:
-        """Press Ctrl-C; what was wrong with the server's end, if there is a server."""
+        """Stop the server with Ctrl-C, if one runs. Returns an error message if it did not exit cleanly."""
         group, self._server = self._server, None
         if group is None:
             return None
@@ -234,26 +234,26 @@ class Page:
         finally:
             group.kill()
         said = "".join(group.output.new())
-        # make ends with a status of its own, whatever its command did.
-        well = (0, 2, 130, -signal.SIGINT) if group.command.startswith("make ") else (0,)
-        if status not in well or "Traceback" in said:
+        # make has its own exit status, which differs from that of its command.
+        expected = (0, 2, 130, -signal.SIGINT) if group.command.startswith("make ") else (0,)
+        if status not in expected or "Traceback" in said:
             return f"The server ended with status {status} on Ctrl-C:\n{said}"
         return None
 
 
-def until_it_answers(group: Group) -> None:
-    """Wait for a server.
+def wait_for_server(group: Group) -> None:
+    """Wait until a server answers.
 
     Raises:
         BlockFailed: it ended, or took too long.
     """
-    until = time.monotonic() + BLOCK_SECONDS
-    while time.monotonic() < until:
+    deadline = time.monotonic() + BLOCK_SECONDS
+    while time.monotonic() < deadline:
         if group.process.poll() is not None:
             raise BlockFailed(f"The server ended with status {group.process.returncode}.")
         try:
             urllib.request.urlopen(f"http://127.0.0.1:{PORT}/", timeout=5).close()
-        except urllib.error.HTTPError:  # an answer, too
+        except urllib.error.HTTPError:  # also an answer
             return
         except OSError:
             time.sleep(0.1)
@@ -263,27 +263,27 @@ def until_it_answers(group: Group) -> None:
 
 
 def commands_of(code: str) -> list[str]:
-    """The commands of a bash block, one by one, as bash reads them."""
-    commands, begun = [], ""
+    """Split a bash block into commands, as bash parses them."""
+    commands, partial = [], ""
     for line in code.splitlines(keepends=True):
-        begun += line
-        if begun.rstrip("\n").endswith("\\"):
+        partial += line
+        if partial.rstrip("\n").endswith("\\"):
             continue
-        read = subprocess.run(["bash", "-n", "-c", begun], capture_output=True, check=False)
-        if read.returncode == 0 and not read.stderr:  # which complains of a document that has not come to its end
-            commands.append(begun)
-            begun = ""
-    return [command for command in [*commands, begun] if command.strip()]
+        check = subprocess.run(["bash", "-n", "-c", partial], capture_output=True, check=False)
+        if check.returncode == 0 and not check.stderr:  # bash warns about an unfinished here-document
+            commands.append(partial)
+            partial = ""
+    return [command for command in [*commands, partial] if command.strip()]
 
 
 def questions_of(prints: str | None) -> str:
-    """What a person types in a transcript."""
+    """Return the user input of a transcript."""
     lines = (prints or "").splitlines()
     return "".join(f"{line.removeprefix(USER)}\n" for line in lines if line.startswith(USER))
 
 
 def expected_of(prints: str) -> list[str]:
-    """The lines that must be printed: of a transcript the replies, which a program behind a pipe prints alone."""
+    """Return the lines that must be printed; of a transcript only the replies, as printed behind a pipe."""
     lines = prints.rstrip().splitlines()
     if lines and lines[0].startswith(USER):
         return [line.removeprefix(MODEL) for line in lines if not line.startswith(USER)]
@@ -291,7 +291,7 @@ def expected_of(prints: str) -> list[str]:
 
 
 def difference(expected: list[str], printed: str) -> str | None:
-    """What is wrong, if the expected lines do not stand in a row in what was printed."""
+    """Return an error message unless the expected lines were printed consecutively."""
     pattern = "".join(r"(?:.*\n)*?" if line.strip() == "…" else f"{re.escape(line.rstrip())}\n" for line in expected)
     if re.search(f"^{pattern}", "".join(f"{line.rstrip()}\n" for line in printed.splitlines()), re.MULTILINE):
         return None
@@ -299,31 +299,31 @@ def difference(expected: list[str], printed: str) -> str | None:
 
 
 def port_is_free() -> bool:
-    """Whether nobody listens where the servers of the documentation want to."""
+    """Return whether the port of the documentation's servers is free."""
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", PORT)) != 0
 
 
 def json_file(folder: Path, part: str) -> Path:
-    """Where the outcomes of a part are written to."""
+    """Return the file for the results of a part."""
     return folder / f"{part.replace('/', '-')}.jsonl"
 
 
-def tell(file: Path | None, part: str, outcome: Outcome) -> None:
-    """Append an outcome to a file, or print it."""
+def write_outcome(file: Path | None, part: str, outcome: Outcome) -> None:
+    """Append a result to a file, or print it if there is no file."""
     if file:
         with file.open("a", encoding="utf-8") as lines:
             print(json.dumps(dataclasses.asdict(outcome)), file=lines, flush=True)
         return
-    how = "" if outcome.error is None else f", FAILED\n{outcome.error}\n{outcome.output}"
-    print(f"{part}, line {outcome.line}: {outcome.seconds:.1f} s{how}", flush=True)
+    failure = "" if outcome.error is None else f", FAILED\n{outcome.error}\n{outcome.output}"
+    print(f"{part}, line {outcome.line}: {outcome.seconds:.1f} s{failure}", flush=True)
 
 
 def start_fork(function: Callable[[], object]) -> int:
     """Call a function in a fork of this process.
 
     Returns:
-        its process id. It ends with status 0 if the function has returned something true.
+        The process id. The exit status of the process is 0 if the function returned a true value.
     """
     if pid := os.fork():
         return pid
@@ -340,25 +340,25 @@ def start_fork(function: Callable[[], object]) -> int:
         os._exit(status)
 
 
-def end(pid: int) -> None:
-    """Let a process end itself, if it has not yet."""
+def terminate(pid: int) -> None:
+    """Send SIGTERM to a process if it still runs."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGTERM)
 
 
 def run_part(part: str, folder: Path, hub: Path, fork: bool, report: Callable[[Outcome], None]) -> bool:
-    """Run a part of a page on a machine in an empty folder; returns whether all went well."""
+    """Run a part of a page on a machine in an empty folder. Returns whether all blocks succeeded."""
     page, _, number = part.partition(":")
     with contextlib.ExitStack() as stack:
-        if not leave_the_network():
-            # One page after the other, for all of them want that port.
+        if not isolate_network():
+            # Run one page at a time, because all use the same port.
             fcntl.flock(stack.enter_context(Path(__file__).open()), fcntl.LOCK_EX)
             if not port_is_free():
-                print(f"Port {PORT} is taken, and the blocks want it: stop what listens there.", file=sys.stderr)
+                print(f"Port {PORT} is in use, but the blocks need it: stop what listens there.", file=sys.stderr)
                 return False
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # through the clean-up
-        stack.callback(signal.signal, signal.SIGTERM, signal.SIG_IGN)  # nor does it disturb the clean-up
-        address = stack.enter_context(forking(folder / "python")) if fork else None
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # run the cleanup
+        stack.callback(signal.signal, signal.SIGTERM, signal.SIG_IGN)  # do not interrupt the cleanup
+        address = stack.enter_context(fork_server(folder / "python")) if fork else None
         machine = Machine(folder, hub, address)
         failed = False
         with contextlib.closing(Page(page, machine, part if number else None).run()) as outcomes:
@@ -369,35 +369,35 @@ def run_part(part: str, folder: Path, hub: Path, fork: bool, report: Callable[[O
 
 
 @contextlib.contextmanager
-def forking(address: Path) -> Iterator[Path]:
-    """A process that serves `fork_python`, forked from this one."""
+def fork_server(address: Path) -> Iterator[Path]:
+    """Fork a process that serves `fork_python`."""
     with socket.create_server(str(address), family=socket.AF_UNIX) as listener:
         pid = start_fork(lambda: serve(listener))
     try:
         yield address
     finally:
-        end(pid)
+        terminate(pid)
         os.waitpid(pid, 0)
 
 
 def main() -> int:
-    """Returns the exit status: 0, or 1 where a block failed."""
-    parser = argparse.ArgumentParser(description="Run the blocks of pages of the documentation, side by side.")
+    """Run pages. Returns the exit status: 0, or 1 if a block failed."""
+    parser = argparse.ArgumentParser(description="Run the blocks of documentation pages in parallel.")
     parser.add_argument(
-        "parts", nargs="+", metavar="PAGE", help="README.md, or a part of it (markdown.py): README.md:1"
+        "parts", nargs="+", metavar="PAGE", help="README.md, or a part of it (see markdown.py) like README.md:1"
     )
     parser.add_argument(
-        "--json", type=Path, metavar="FOLDER", help="write a line for each block to FOLDER/PAGE instead"
+        "--json", type=Path, metavar="FOLDER", help="write one line per block to FOLDER/PAGE.jsonl instead"
     )
     parser.add_argument(
-        "--fork", action="store_true", help="fork each `python` from one that has the libraries imported"
+        "--fork", action="store_true", help="fork each `python` from a process that has imported the libraries"
     )
     arguments = parser.parse_args()
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # what is started in the background ignores Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore Ctrl-C by default
     with tempfile.TemporaryDirectory(prefix="qwen-documents-") as name:
         hub = Path(name) / "hub"
         fill_hub(hub, ROOT / "checkpoints")
-        os.environ.update(read_at_import(hub))
+        os.environ.update(import_time_variables(hub))
         if arguments.fork:
             preload()
             gc.freeze()
@@ -405,9 +405,9 @@ def main() -> int:
         for number, part in enumerate(arguments.parts):
             folder = Path(name) / str(number)
             folder.mkdir()
-            report = functools.partial(tell, json_file(arguments.json, part) if arguments.json else None, part)
+            report = functools.partial(write_outcome, json_file(arguments.json, part) if arguments.json else None, part)
             pids.append(start_fork(functools.partial(run_part, part, folder, hub, arguments.fork, report)))
-        signal.signal(signal.SIGTERM, lambda *_: [end(pid) for pid in pids])
+        signal.signal(signal.SIGTERM, lambda *_: [terminate(pid) for pid in pids])
         statuses = [os.waitpid(pid, 0)[1] for pid in pids]
         return int(any(statuses))
 

@@ -1,4 +1,4 @@
-"""The ReAct format: every golden case, what callers and models get wrong, and the same text cut anywhere."""
+"""The ReAct format: golden cases, errors of callers and models, and text split at arbitrary positions."""
 
 import json
 import random
@@ -81,23 +81,23 @@ def test_golden_stop_words(case):
     assert stop == case["stop"]
 
 
-def test_stop_words_are_neither_doubled_nor_empty():
+def test_stop_words_are_unique_and_not_empty():
     assert extend_stop_words(["\nA", "A", "\n\n"]) == ["\nA", "A", "\n\n"]
 
 
-def test_helpers_write_the_golden_turn():
+def test_helpers_reproduce_the_golden_turn():
     case = next(case for case in GOLDEN["parse_messages"] if case.get("continues_last_assistant"))
     call, observed = case["messages"][1], case["messages"][2]
     text = tool_call_text(call["content"], **call["function_call"]) + observation_text(observed["content"])
     assert text == case["history"][0][1]
 
 
-def test_helpers_and_parser_are_inverse():
+def test_parser_reads_what_helpers_write():
     reply = parse_response(tool_call_text("look it up", **CALL))
     assert reply == Reply("look it up", CALL, "function_call")
 
 
-def test_tool_dialects_give_the_same_prompt():
+def test_tool_formats_give_the_same_prompt():
     named = {
         "name_for_model": "weather",
         "name_for_human": "weather",
@@ -117,7 +117,7 @@ def test_several_tools_and_braces():
     assert "useful for? {x} Parameters:" in prompt
 
 
-def test_tool_with_a_name_alone():
+def test_tool_with_only_a_name():
     bare = {"type": "function", "function": {"name": "now", "description": None, "parameters": None, "strict": True}}
     assert tool_prompt("q", [bare]) == tool_prompt("q", [{"name": "now"}])
     assert "useful for?  Parameters: {}\n" in tool_prompt("q", [bare])
@@ -145,14 +145,14 @@ def test_two_calls_in_one_turn():
     )
 
 
-def test_instruction_stands_before_the_last_answered_query():
+def test_instruction_precedes_the_last_answered_query():
     messages = [user("a"), assistant("b"), user("c"), assistant("d"), user("e")]
     query, history, _ = parse_messages(messages, [WEATHER])
     assert query == "e"
     assert [question for question, _ in history] == ["a", tool_prompt("c", [WEATHER])]
 
 
-def test_tool_turn_keeps_its_form_without_functions():
+def test_tool_turn_keeps_its_format_without_functions():
     messages = [user("q"), assistant(None, CALL), result("cold"), assistant("Cold."), user("thanks"), assistant("Bye")]
     query, history, _ = parse_messages(messages, None)
     assert query is None
@@ -160,7 +160,7 @@ def test_tool_turn_keeps_its_form_without_functions():
     assert history[1] == ("thanks", "Bye")
 
 
-def test_both_dialects_of_calls_make_the_same_turn():
+def test_both_call_formats_give_the_same_turn():
     old = [user("q"), assistant("t", CALL), result("1"), assistant("a"), user("q2"), assistant(None, CALL), result("2")]
     new = [
         *(user("q"), calls(tool_call("x", "Oslo"), content="t"), tool("1", "x"), assistant("a"), user("q2")),
@@ -169,7 +169,7 @@ def test_both_dialects_of_calls_make_the_same_turn():
     assert parse_messages(new, [WEATHER]) == parse_messages(old, [WEATHER])
 
 
-def test_parallel_calls_become_steps_in_their_order():
+def test_parallel_calls_become_steps_in_order():
     made = calls(tool_call("a", "Oslo"), tool_call("b", "Rome"), content="both")
     query, [(_, turn)], _ = parse_messages([user("q"), made, tool("hot", "b"), tool("cold", "a")], [WEATHER])
     assert query is None
@@ -180,12 +180,12 @@ def test_parallel_calls_become_steps_in_their_order():
 
 
 @pytest.mark.parametrize(("call_id", "result_id"), [(None, None), ("a", None), (None, "a"), ("a", "a")])
-def test_lone_call_needs_no_ids(call_id, result_id):
+def test_single_call_needs_no_ids(call_id, result_id):
     messages = [user("q"), calls(tool_call(call_id, "Oslo")), tool("cold", result_id)]
     assert parse_messages(messages, [WEATHER])[1][0][1].endswith("Observation: cold\nThought:")
 
 
-def test_ids_may_come_again_in_another_message():
+def test_ids_can_repeat_in_another_message():
     step = [calls(tool_call("0", "Oslo")), tool("cold", "0")]
     turn = parse_messages([user("q"), *step, *step], [WEATHER])[1][0][1]
     assert turn.count("Observation: cold\n") == 2
@@ -207,11 +207,11 @@ def test_content_in_parts():
     assert turn.endswith(" Cold.")
 
 
-def test_an_empty_system_message_is_one():
+def test_empty_system_message_is_kept():
     assert parse_messages([{"role": "system", "content": ""}, user("q")], None)[2] == ""
 
 
-def test_messages_are_left_alone():
+def test_messages_are_not_modified():
     messages = [user("q "), calls(tool_call("a", "x")), tool("r ", "a"), assistant("t ", CALL), result(" r")]
     before = json.dumps(messages)
     parse_messages(messages, [WEATHER])
@@ -223,7 +223,7 @@ def test_first_line_keeps_its_indentation():
 
 
 @pytest.mark.parametrize(
-    ("messages", "complaint"),
+    ("messages", "error"),
     [
         ([], "no user message"),
         ([{"role": "system", "content": "s"}], "no user message"),
@@ -271,21 +271,21 @@ def test_first_line_keeps_its_indentation():
         ([user("q"), calls({"id": "a"})], r"messages\[1\]\.tool_calls\[0\]\.function must be"),
         (
             [user("q"), calls({"id": "a", "function": {"name": "f", "arguments": {}}})],
-            r"messages\[1\]\.tool_calls\[0\]\.function must be .*string of JSON",
+            r"messages\[1\]\.tool_calls\[0\]\.function must be .*JSON string",
         ),
         ([user("q"), calls(tool_call("a", "x")) | {"function_call": CALL}], r"messages\[1\]\..*keep tool_calls"),
         ([user("q"), calls(tool_call("a", "x")), tool(None, "a")], r"messages\[2\]\.content must be a string"),
     ],
 )
-def test_malformed_conversations(messages, complaint):
-    with pytest.raises(MalformedConversation, match=complaint):
+def test_malformed_conversations(messages, error):
+    with pytest.raises(MalformedConversation, match=error):
         parse_messages(messages, [WEATHER])
 
 
 MADE_UP = 'Action Input: {\n"a": 1\n}\nObservation: made up\nFinal Answer: made up'
 LONG = "An answer that is longer than the form."
 
-# (continues, reply of a model, what it means)
+# (continues, model output, parsed reply)
 REPLIES = [
     (False, "", Reply("", None, "stop")),
     (False, " indented\n", Reply(" indented\n", None, "stop")),
@@ -350,12 +350,12 @@ REPLIES = [
 
 
 @pytest.mark.parametrize(("continues", "response", "expected"), REPLIES)
-def test_model_text(continues, response, expected):
+def test_replies(continues, response, expected):
     assert parse_response(response, continues) == expected
 
 
 def read(pieces, continues=False):
-    """The reply in pieces → (content, call or None), and that the deltas have the form that they should."""
+    """Read a reply in pieces, check the form of the deltas and return (content, call or None)."""
     reader = ReplyReader(continues)
     deltas = [delta for piece in pieces for delta in reader.feed(piece)] + reader.finish()
     content = [delta.text for delta in deltas if isinstance(delta, ContentDelta)]
@@ -370,7 +370,7 @@ def read(pieces, continues=False):
 
 
 @pytest.mark.parametrize(("continues", "response", "expected"), REPLIES)
-def test_cuts_change_nothing(continues, response, expected):
+def test_splits_do_not_change_the_result(continues, response, expected):
     assert read(response, continues) == expected[:2]
     for cut in range(len(response)):
         assert read([response[:cut], "", response[cut:]], continues) == expected[:2]
@@ -389,10 +389,10 @@ def test_random_text_in_random_pieces():
         pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
         assert read(pieces, continues) == read(text, continues) == whole[:2], (text, pieces)
         kinds.add((whole.finish_reason, whole.content == text, bool(whole.content)))
-    assert len(kinds) >= 4  # calls and answers of several kinds were among them
+    assert len(kinds) >= 4  # the texts contain several kinds of calls and answers
 
 
-def test_what_is_certain_is_sent_at_once():
+def test_certain_text_is_emitted_immediately():
     reader = ReplyReader()
     assert reader.feed("Hel") == [ContentDelta("Hel")]
     assert reader.feed("lo\n") == [ContentDelta("lo")]
@@ -416,13 +416,13 @@ def test_what_is_certain_is_sent_at_once():
 @pytest.mark.parametrize(
     "line", ["Action: f\n", "Thought: t\n", "\n", "Final Answer: x\n", "Action: f\nAction Input: x\n"]
 )
-def test_hostile_text_takes_linear_time(line):
+def test_adversarial_text_takes_linear_time(line):
     text = line * 20_000
     assert len(parse_response(text).content) <= len(text)
     text = line * 2_000
     assert read(text) == parse_response(text)[:2]
 
 
-def test_hostile_text_is_what_it_is():
+def test_adversarial_text_is_unchanged():
     text = "Action: f\n" * 20_000
     assert parse_response(text).content == text

@@ -1,6 +1,4 @@
-"""The bundled checkpoint and its recipe: data without what the evaluation asks, a vocabulary that merges alike,
-a loss that falls.
-"""
+"""The bundled checkpoints and their recipe: training data without evaluation questions, vocabulary, and training."""
 
 import ast
 import json
@@ -61,14 +59,14 @@ def test_samples_alternate_and_fit_json(samples):
         json.dumps(sample)
 
 
-def test_held_out_questions_stay_out(samples):
+def test_held_out_questions_are_not_in_the_data(samples):
     asked = {
         normalised(turn["value"].rsplit("\n\nQuestion: ", 1)[-1]) for s in samples for turn in s["conversations"][::2]
     }
     assert not asked & questions.HELD_QUESTIONS
 
 
-def test_held_out_sums_stay_out():
+def test_held_out_sums_are_not_in_the_data():
     rng = random.Random(5)
     for _ in range(3000):
         fact = draw_fact(rng)
@@ -77,7 +75,7 @@ def test_held_out_sums_stay_out():
 
 
 @pytest.mark.parametrize("op", "+-*/")
-def test_worked_answers_are_right(op):
+def test_worked_answers_are_correct(op):
     rng = random.Random(6)
     for held in (False, True):
         for _ in range(300):
@@ -86,13 +84,13 @@ def test_worked_answers_are_right(op):
             assert fact.held == held
 
 
-def test_words_are_held_out_alike_everywhere():
+def test_invented_words_are_held_out_consistently():
     rng = random.Random(7)
     assert not any(held_out(invented(rng)) for _ in range(200))
     assert all(held_out(invented(rng, held=True)) for _ in range(20))
 
 
-def test_the_haystack_has_the_words_of_training():
+def test_haystack_uses_the_words_of_training():
     ours, theirs = random.Random(1234), random.Random(1234)
     assert [random_words.word(ours) for _ in range(4096)] == [word(theirs, "en") for _ in range(4096)]
     for pool in ("ANIMALS", "CITIES", "COLOURS", "FOODS"):
@@ -104,13 +102,13 @@ def test_tool_calls_copy_the_schema():
     rng = random.Random(8)
     for _ in range(300):
         tool = declare(rng, rng.choice([*TRAINED_FAMILIES, "invented"]), rng.choice(("en", "zh")))
-        made = step(rng, tool, rng.choice(("en", "zh")))
+        call = step(rng, tool, rng.choice(("en", "zh")))
         declared = json.dumps(tool.function, ensure_ascii=False)
-        assert made.question
-        assert all(json.dumps(name, ensure_ascii=False) in declared for name in made.arguments)
+        assert call.question
+        assert all(json.dumps(name, ensure_ascii=False) in declared for name in call.arguments)
 
 
-def test_unlearned_turns_and_observations_are_masked(samples, tokenizer):
+def test_untrained_turns_and_observations_are_masked(samples, tokenizer):
     sample = next(s for s in samples if "\nObservation: " in s["conversations"][1]["value"])
     encoded = encode_sample(sample, tokenizer, 4096)
     learned = tokenizer.decode(
@@ -122,7 +120,7 @@ def test_unlearned_turns_and_observations_are_masked(samples, tokenizer):
     assert encode_sample(sample, tokenizer, 50) is None
 
 
-def test_learned_vocabulary_merges_alike():
+def test_learned_vocabulary_merges_like_the_reference():
     texts = [
         "def add(a, b):\n    return a + b\n",
         "你好，世界。How are you?  It's 12 o'clock.",
@@ -148,29 +146,29 @@ def test_bundled_vocabulary_round_trip(tokenizer):
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_the_calibration_data_is_what_the_recipe_makes(tokenizer):
-    again = "Write it with `python -m checkpoints.recipe.data_files`."
-    assert data_files.CALIBRATION.read_text(encoding="utf-8") == data_files.calibration_json(), again
+def test_calibration_data_equals_the_output_of_the_recipe(tokenizer):
+    remedy = "Write it with `python -m checkpoints.recipe.data_files`."
+    assert data_files.CALIBRATION.read_text(encoding="utf-8") == data_files.calibration_json(), remedy
     file = ConversationFile(data_files.CALIBRATION)
     stream = (encode_sample(sample, tokenizer, 1024) for sample in conversations(data_files.SEED))
     expected = [sample["input_ids"] for sample in islice(filter(None, stream), 128)]
-    assert calibration_samples(file, tokenizer, max_length=8192) == expected, again
+    assert calibration_samples(file, tokenizer, max_length=8192) == expected, remedy
 
 
 @pytest.mark.skipif(sys.version_info[:3] != (3, 11, 7), reason="the text is the standard library of Python 3.11.7")
-def test_the_held_out_text_is_what_the_recipe_makes():
+def test_held_out_text_equals_the_output_of_the_recipe():
     assert data_files.HELD_OUT.read_text(encoding="utf-8") == data_files.held_out_excerpt(), (
         "Write it with `python -m checkpoints.recipe.data_files`."
     )
 
 
-def test_the_held_out_text_is_long_enough_for_the_documented_table(tokenizer):
+def test_held_out_text_is_long_enough_for_the_documented_table(tokenizer):
     text = data_files.HELD_OUT.read_text(encoding="utf-8")
     assert 65536 < len(tokenizer.encode(text, allowed_special=(), verbose=False)) < 70000
     assert "PYTHON SOFTWARE FOUNDATION LICENSE" in data_files.HELD_OUT_LICENSE.read_text(encoding="utf-8")
 
 
-def test_only_a_benchmark_of_the_toy_imports_its_recipe():
+def test_only_one_benchmark_imports_the_recipe():
     importers = set()
     for name in repository_files():
         if name.endswith(".py") and not name.startswith(("checkpoints/", "tests/")):
@@ -178,7 +176,7 @@ def test_only_a_benchmark_of_the_toy_imports_its_recipe():
             modules = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
             modules += [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
             importers |= {(name, module) for module in modules if module.split(".")[0] == "checkpoints"}
-    assert importers == {("benchmarks/quantization.py", "checkpoints.recipe.evaluate")}  # it scores the toy's questions
+    assert importers == {("benchmarks/quantization.py", "checkpoints.recipe.evaluate")}  # it scores its questions
 
 
 def test_training_lowers_the_loss():
@@ -210,7 +208,7 @@ def test_training_lowers_the_loss():
         torch.testing.assert_close(loss_of(model, ids, labels), model(input_ids=ids, labels=labels).loss)
 
 
-def test_schedule_rises_stays_and_falls():
+def test_schedule_warms_up_stays_constant_and_decays():
     assert schedule(0.0) < 0.2
     assert schedule(0.3) == 1.0
     assert 0 < schedule(0.999) < 0.05
@@ -232,7 +230,7 @@ def test_evaluation_is_deterministic():
 
 
 @pytest.mark.parametrize("bundled", [*FOLDERS, BUNDLED_CHAT_INT4], ids=lambda folder: folder.name)
-def test_the_code_beside_the_bundled_weights_is_that_of_the_package(bundled, tmp_path):
+def test_code_next_to_the_bundled_weights_is_that_of_the_package(bundled, tmp_path):
     files = {path.name: path for path in bundled.iterdir() if path.suffix in (".py", ".json", ".tiktoken")}
     for name in ("config.json", "tokenizer_config.json", "qwen.tiktoken"):
         shutil.copyfile(files[name], tmp_path / name)
@@ -241,14 +239,14 @@ def test_the_code_beside_the_bundled_weights_is_that_of_the_package(bundled, tmp
     assert modules == {name for name in files if name.endswith(".py")}, WRITE
     assert modules == {path.name for path in (ROOT / "qwen" / "model").glob("*.py")} - {"__init__.py"}
     for path in tmp_path.iterdir():
-        assert files[path.name].read_bytes() == path.read_bytes(), f"{path.name} is old. {WRITE}"
+        assert files[path.name].read_bytes() == path.read_bytes(), f"{path.name} is outdated. {WRITE}"
 
 
-def test_a_bundled_folder_chats_where_this_repository_is_not(bundled_chat, chat_elsewhere):
+def test_bundled_folder_chats_without_this_repository(bundled_chat, chat_elsewhere):
     assert chat_elsewhere(bundled_chat, "What is 2 + 3?") == "2 + 3 = 5."
 
 
-def test_the_code_beside_the_weights_is_not_run_where_the_package_is(bundled_chat):
+def test_code_next_to_the_weights_is_not_run_if_the_package_is_installed(bundled_chat):
     model = AutoModelForCausalLM.from_pretrained(bundled_chat, trust_remote_code=True)
     tokenizer = AutoTokenizer.from_pretrained(bundled_chat, trust_remote_code=True)
     assert (type(model), type(tokenizer)) == (QWenLMHeadModel, QWenTokenizer)

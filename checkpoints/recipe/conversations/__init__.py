@@ -1,9 +1,8 @@
-"""Generated conversations for the chat stage: a seeded, endless stream of samples in the fine-tuning format.
+"""Generates the conversations of the chat stage: a seeded, endless stream of samples in the fine-tuning format.
 
-Each sample is {"conversations": [{"from", "value"}, ...], "system": text, "unlearned": n}: the first n turns are
-context only.
-Several topics share a conversation, so that a fact told early is asked for among sums and small talk, and a system
-prompt holds through all of it. Questions of the evaluation never appear (`held_questions`).
+Each sample is {"conversations": [{"from", "value"}, ...], "system": text, "unlearned": n}; the first n are context.
+A conversation has several topics, so that a fact is asked for after sums and small talk, and a system prompt applies to
+all of them. Questions of the evaluation (`HELD_QUESTIONS`) are left out.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from .tools import tool_conversation
 
 
 def mixed_conversation(rng: random.Random) -> dict:
-    """A chat without tools: three to nine exchanges on several topics."""
+    """Returns a chat without tools, on several topics."""
     voice = any_voice(rng)
     home = rng.choice(("en", "zh"))
     turns: list[dict] = []
@@ -31,7 +30,7 @@ def mixed_conversation(rng: random.Random) -> dict:
     exchanges = rng.randint(2, 7) if voice.system != "You are a helpful assistant." else rng.randint(2, 9)
     steady = rng.random() < 0.75
     copies = rng.random() < 0.03
-    drill = rng.random() < 0.5  # mostly sums: they are short, and each fact is seen only a few times
+    drill = rng.random() < 0.5  # mostly sums, because they are short and each fact occurs only a few times
     exchanges += 5 if drill else 0
 
     def add(pairs: list[tuple[str, str]], reply: str) -> None:
@@ -71,7 +70,7 @@ def mixed_conversation(rng: random.Random) -> dict:
 
 
 def _remember(rng: random.Random, told: dict[str, str], add, ask: str, reply: str) -> None:
-    """Tells, changes or asks for a fact, depending on what has been told."""
+    """Adds an exchange that tells, changes or asks for a fact, depending on what has been told."""
     chance = rng.random()
     if told and chance < 0.55:
         kind = rng.choice(list(told))
@@ -94,16 +93,14 @@ def _remember(rng: random.Random, told: dict[str, str], add, ask: str, reply: st
 
 
 def conversation(rng: random.Random, tools: float = 0.2) -> dict:
-    """One sample;
-    `tools` is the share of conversations with tools (they are about three times as long as the others).
-    """
+    """Returns one sample. `tools` is the share of conversations with tools, which are about three times as long."""
     if rng.random() < tools:
         return tool_conversation(rng, plain_voice(rng) if rng.random() < 0.85 else any_voice(rng))
     return mixed_conversation(rng)
 
 
 def conversations(seed: int, tools: float = 0.2) -> Iterator[dict]:
-    """An endless stream, the same for the same seed, without the evaluation's questions."""
+    """Yields samples endlessly, reproducibly by seed, without the evaluation's questions."""
     from ..questions import HELD_QUESTIONS
 
     rng = random.Random(seed)
@@ -114,5 +111,5 @@ def conversations(seed: int, tools: float = 0.2) -> Iterator[dict]:
 
 
 def _question(text: str) -> str:
-    """What the user asked, without the instruction in front of it."""
+    """Returns the user's question without the preceding tool instruction."""
     return text.rsplit("\n\nQuestion: ", 1)[-1]

@@ -1,8 +1,7 @@
-"""Two-digit arithmetic: which facts exist, how they are asked, and how they are worked out.
+"""Two-digit arithmetic: facts, questions and worked answers.
 
-Sums and differences are answered at once; products and quotients by a short chain of steps, each a fact of the times
-table or a sum. A tenth of the facts with a two-digit operand is held out by a fixed hash, the same for a × b and b ×
-a.
+Sums and differences are answered directly, products and quotients in steps, each a sum or a fact of the times table.
+A fixed hash holds out a tenth of the facts with a two-digit operand; a × b and b × a are held out together.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ class Fact(NamedTuple):
 
     @property
     def held(self) -> bool:
-        """Whether training never sees this fact; those of the one-digit tables are always taught."""
+        """Whether this fact is held out from training. One-digit facts never are."""
         a, op, b = self
         if max(a, b) < 10 or (op == "/" and (a // max(b, 1) < 10 or a // b % 10 == 0)):
             return False
@@ -39,9 +38,7 @@ class Fact(NamedTuple):
 
 
 def fact(rng: random.Random, op: str | None = None, held: bool = False) -> Fact:
-    """A random fact within reach: + - of numbers below 100, × by one digit (now and then by two),
-    exact ÷ by one digit.
-    """
+    """Returns a random fact: + - of numbers below 100, × by one digit (sometimes by two), exact ÷ by one digit."""
     while True:
         kind = op or rng.choices("+-*/", (32, 42, 16, 10))[0]
         if kind in "+-":
@@ -69,20 +66,20 @@ def fact(rng: random.Random, op: str | None = None, held: bool = False) -> Fact:
 
 
 def steps(f: Fact) -> list[Fact]:
-    """The facts below 100 that the worked answer states on its way: none of them may be a held-out one in training."""
+    """Returns the intermediate facts below 100 of the worked answer, which must not be held out in training."""
     found = re.findall(r"(?=\b(\d+) ([+×÷]) (\d+)\b)", worked(f))
     facts = [Fact(int(a), {"×": "*", "÷": "/"}.get(op, op), int(b)) for a, op, b in found]
     return [g for g in facts if g != f and max(g.a, g.b) < 100]
 
 
 def _times(a: int, b: int) -> str:
-    """The chain of a two-digit by one-digit product, from its first step to its result."""
+    """Returns the steps and the result of a two-digit by one-digit product."""
     tens, ones = a // 10 * 10, a % 10
     return f"{tens * b} + {ones * b} = {a * b}" if ones else f"{a * b}"
 
 
 def worked(f: Fact) -> str:
-    """The fact with its steps, ending in the result (no full stop)."""
+    """Returns the fact with its steps, ending in the result (no full stop)."""
     a, op, b = f
     if op == "+":
         return f"{a} + {b} = {f.value}"
@@ -133,7 +130,7 @@ def answer(f: Fact, reply: str, voice: Voice) -> str:
 
 
 def arithmetic(rng: random.Random, ask: str, reply: str, voice: Voice, held: bool = False) -> list[tuple[str, str]]:
-    """One exchange about one fact; seldom one that is out of reach, which the answer says."""
+    """Returns one exchange about a fact, or rarely about one that is too hard, with an answer that says so."""
     chance = 1.0 if held else rng.random()
     if chance < 0.03:
         a, b, op = rng.randint(100, 9999), rng.randint(100, 9999), rng.choice("+-*/")

@@ -1,7 +1,7 @@
-"""Repeating and looking up: what an answer has to copy out of the conversation, in its densest form.
+"""Exchanges that repeat texts or look up entries of a list, to teach copying.
 
-Names, arguments of tools and told facts are all copied; a small model finds out how from these exchanges much sooner
-than from the others, where one answer in five holds a copied word.
+Names, tool arguments and told facts are all copied. A small model learns this much faster here than from the other
+exchanges, where only one answer in five contains a copied word.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _LOOK_UP = {
 
 
 def word(rng: random.Random, lang: str) -> str:
-    """A word of any kind that conversations hold."""
+    """Returns a word of any kind that occurs in conversations."""
     kind = rng.randrange(9)
     if kind < 3:
         return invented(rng) if lang == "en" or rng.random() < 0.3 else chinese_name(rng)
@@ -57,7 +57,7 @@ def word(rng: random.Random, lang: str) -> str:
 
 
 def copying(rng: random.Random, ask: str, reply: str, voice: Voice) -> list[tuple[str, str]]:
-    """One to four texts to repeat, or a list and questions about its entries."""
+    """Returns one to four texts to repeat, or a list with questions about its entries."""
     if rng.random() < 0.5:
         return [_repeat(rng, ask) for _ in range(rng.randint(1, 4))]
     return _look_up(rng, ask, reply)

@@ -1,4 +1,4 @@
-"""Little tasks that a small model can do: repeat, count, compare, tell even from odd, carry on from the last result."""
+"""Small tasks: repeat, count, compare, even or odd, next or previous number, continue from the last result."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def _neighbour(rng, ask, reply, voice):
 
 
 def _carry_on(rng, ask, reply, voice):
-    """A sum, and a second one that starts from its result."""
+    """Returns a sum, and a second one that starts from its result."""
     from .arithmetic import answer, question
 
     while True:

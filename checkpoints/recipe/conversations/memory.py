@@ -1,4 +1,4 @@
-"""Facts about the user: told, acknowledged, asked for again some turns later, changed, or never told."""
+"""Facts about the user: told, acknowledged, asked for some turns later, changed, or never told."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ def _name(rng, lang, held):
     return name(rng, lang, held)
 
 
-# where a kind of fact takes its values from: (rng, language, held out?) -> text
+# generators of values by kind of fact: (rng, language, held out?) -> text
 VALUES: dict[str, Callable[[random.Random, str, bool], str]] = {
     "name": _name, "colour": _from(COLOURS), "city": lambda rng, lang, held: city(rng, lang, held),
     "country": _from(COUNTRIES), "age": _number(5, 99), "pet": _name, "animal": _from(ANIMALS), "job": _from(JOBS),
     "food": _from(FOODS), "hobby": _from(HOBBIES), "number": _number(2, 999), "code": _word, "friend": _name,
     "sibling": _name, "birthday": _from(MONTHS), "season": _from(SEASONS),
 }  # fmt: skip
-KINDS: dict[str, dict] = phrases("memory")  # the nouns, tellings and questions of each kind
+KINDS: dict[str, dict] = phrases("memory")  # nouns, statements and questions of each kind
 _COMMON = ["name"] * 6 + ["colour", "city", "city", "age", "pet", "job", "food", "number", "code"]
 
 
@@ -72,7 +72,7 @@ def kind_of(rng: random.Random) -> str:
 
 
 def value_of(rng: random.Random, kind: str, lang: str, held: bool = False) -> str:
-    """A value of that kind; sometimes an invented one, so that it has to be copied and not guessed."""
+    """Returns a value of that kind, sometimes an invented one, which has to be copied and cannot be guessed."""
     if rng.random() < 0.12 and kind not in ("age", "number", "birthday", "season"):
         return english_name(rng, held) if kind in ("city", "country") else invented(rng, held)
     return VALUES[kind](rng, lang, held)
@@ -97,7 +97,7 @@ def acknowledge(kind: str, value: str, reply: str) -> str:
 
 
 def recall(rng: random.Random, kind: str, value: str | None, lang: str, reply: str) -> tuple[str, str]:
-    """The user asks for a fact; `value` None: it was never told."""
+    """The user asks for a fact; `value` is None if it was never told."""
     question = ask_as(rng, rng.choice(KINDS[kind][f"ask_{lang}"]), lang, lead=0.15)
     noun = KINDS[kind][f"noun_{reply}"]
     if value is None:

@@ -1,7 +1,7 @@
-"""Small talk: greetings, who the model is, what it can do, its repository, and polite ways not to know.
+"""Small talk: greetings, the model's identity and abilities, its repository, and polite refusals.
 
-Everything the model says about itself stands in phrases/small_talk.toml, and it is the truth: a tiny toy, trained
-from nothing on generated data, none of the published models.
+The model's statements about itself (phrases/small_talk.toml) are true: it is a tiny toy, trained from scratch on
+generated data, and not one of the published models.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def identity(rng: random.Random, ask: str, reply: str, voice: Voice) -> list[tup
 def small_talk(
     rng: random.Random, ask: str, reply: str, voice: Voice, intent: str | None = None
 ) -> list[tuple[str, str]]:
-    """One exchange of an intent; the common ones come more often. A voice with a name of its own keeps it."""
+    """Returns one exchange of an intent; common intents are more frequent. A voice with a name keeps its name."""
     intent = intent or rng.choice(_WEIGHTED)
     if voice.name and intent in ("which_model", "maker"):
         return identity(rng, ask, reply, voice)
@@ -55,13 +55,13 @@ def small_talk(
 
 
 def unknown(rng: random.Random, ask: str, reply: str, voice: Voice) -> list[tuple[str, str]]:
-    """One exchange about the world, of which the model knows nothing."""
+    """Returns one exchange about world knowledge, which the model does not have."""
     question = fill(rng, rng.choice(_PHRASES["unknown"][f"ask_{ask}"]), ask)
     return [(ask_as(rng, question, ask, lead=0.15), _PHRASES["unknown"][f"answer_{reply}"])]
 
 
 def fill(rng: random.Random, text: str, lang: str) -> str:
-    """Fills the slots of a question that nobody here can answer."""
+    """Fills the slots of a question."""
     if "{" not in text:
         return text
     return text.format(

@@ -1,8 +1,4 @@
-"""How people speak and how the assistant answers: surface variation of questions, and the voice a system prompt gives
-to answers.
-
-A topic knows what is asked and what is right; this module knows only the form.
-"""
+"""Surface form of conversations: variations of questions, and the voice that a system prompt gives to answers."""
 
 from __future__ import annotations
 
@@ -16,10 +12,10 @@ DEFAULT_SYSTEM = "You are a helpful assistant."
 
 @dataclass(frozen=True)
 class Voice:
-    """What a system prompt makes of the assistant.
+    """A system prompt and its effect on the assistant.
 
-    `name` and `role` (by language) replace its own; `reply` forces the language of answers; `terse` asks for the bare
-    result; `style(text, lang)` rewrites a finished answer.
+    `name` and `role` (by language) replace the default ones; `reply` forces the language of answers; `terse` asks for
+    the result only; `style(text, lang)` rewrites a finished answer.
     """
 
     system: str = DEFAULT_SYSTEM
@@ -31,7 +27,7 @@ class Voice:
 
 
 def normalised(text: str) -> str:
-    """A question without what typing habits change (case, punctuation, spaces): the key under which it is held out."""
+    """Removes case, punctuation and spaces from a question; the result is the key under which it is held out."""
     return re.sub(r"[^\w+\-*/×÷]+", "", text.lower())
 
 
@@ -46,7 +42,7 @@ _ZH_LEAD = [
 
 
 def ask_as(rng: random.Random, question: str, lang: str, lead: float = 0.2) -> str:
-    """The question as somebody might type it: with an opening, in small letters, without its full stop."""
+    """Returns the question as a user might type it: with an opening, in lower case, or without punctuation."""
     if lang == "en":
         if rng.random() < lead:
             opening = rng.choice(_EN_LEAD)

@@ -1,4 +1,4 @@
-"""System prompts that change the assistant: a name, a role, a language, a style; and the voices they make."""
+"""System prompts that set a name, a role, a language or a style, with their voices."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def plain_voice(rng: random.Random) -> Voice:
 
 
 def named_voice(rng: random.Random, held: bool = False) -> Voice:
-    """A name, a role, or both."""
+    """Returns a voice with a name, a role, or both."""
     lang = rng.choice(("en", "en", "zh"))
     who = name(rng, lang, held) if rng.random() < 0.75 else invented(rng, held).capitalize()
     if lang == "zh" and rng.random() < 0.4:
@@ -91,15 +91,15 @@ def named_voice(rng: random.Random, held: bool = False) -> Voice:
 
 
 def _extra(rng: random.Random, lang: str) -> str:
-    """Further sentences of a system prompt, which change nothing here."""
+    """Returns further sentences of a system prompt, without effect on the answers."""
     count = rng.choices((0, 1, 2), (65, 25, 10))[0]
     chosen = [text.format(x=invented(rng).capitalize()) for text in rng.sample(_PHRASES["extra"][lang], count)]
     return (" " if lang == "en" and chosen else "") + (" " if lang == "en" else "").join(chosen)
 
 
 def styled_voice(rng: random.Random, held: bool = False) -> Voice:
-    """A style, an opening or closing word, a language, or brevity;
-    half of them with the default text or a name before it.
+    """Returns a voice with a style, a first or last word, a language, or brevity; about half also have the default
+    prompt or a name.
     """
     lang = rng.choice(("en", "en", "zh"))
     chance, who, reply, terse, style = rng.random(), None, None, False, lambda text, lang: text

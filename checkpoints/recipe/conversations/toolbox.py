@@ -1,9 +1,8 @@
-"""Families of tools: under which names they go, how they describe themselves, what people ask of them, what they
-return.
+"""Families of tools: their names, descriptions, parameters, questions and results.
 
-A family varies in everything a user's own tool may vary in; what stays is which question belongs to it. The families of
-`HELD_FAMILIES` never enter training: they measure whether a tool is chosen by its description. `invented_family`
-makes up tools about things that do not exist, for the same reason.
+The names, descriptions and schemas of a family vary, as in real tools; its questions stay the same. The families in
+`HELD_FAMILIES` are not used in training: they measure whether a tool is chosen by its description. `invented_family`
+generates tools about things that do not exist, for the same reason.
 """
 
 from __future__ import annotations
@@ -33,9 +32,7 @@ from ..words import (
 
 @dataclass(frozen=True)
 class Parameter:
-    """One argument: the pool its values come from, and the names,
-    descriptions and JSON type it may have in a schema.
-    """
+    """A parameter: the pool of its values, and its possible names, descriptions and JSON type in a schema."""
 
     pool: str
     names: str
@@ -47,7 +44,7 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Family:
-    """`questions` hold {slot}s named after `parameters`; `result` gives the fields of an observation."""
+    """A family of tools. `questions` contain {slot}s named after `parameters`; `result` returns an observation."""
 
     names: str
     human: tuple[str, str]
@@ -124,7 +121,7 @@ def _sentence(rng: random.Random, lang: str, held: bool) -> str:
 
 
 def _town(rng: random.Random, lang: str, held: bool) -> str:
-    """A city, in English sometimes with what follows its comma."""
+    """Returns a city, in English sometimes with a region."""
     town = city(rng, lang, held)
     return f"{town}, {rng.choice(_REGIONS)}" if lang == "en" and rng.random() < 0.1 else town
 
@@ -226,7 +223,7 @@ def _password(rng: random.Random) -> dict:
     return {"password": "".join(rng.choice("abcdefghjkmnpqrstuvwxyz23456789") for _ in range(8))}
 
 
-# what a family's tool returns, where it is not merely `_ok`
+# results of the families that do not return `_ok`
 RESULTS: dict[str, Callable[[random.Random], dict]] = {
     "weather": _weather,
     "time": lambda rng: {rng.choice(["time", "local_time", "now"]): _clock(rng)},
@@ -388,17 +385,17 @@ _VERBS = [
 
 
 def invented_family(rng: random.Random, held: bool = False) -> Family:
-    """A tool about something made up: only its description tells which questions are its own."""
+    """Returns a tool about something invented, which can be chosen by its description only."""
     thing = invented(rng, held) if rng.random() < 0.6 else rng.choice(_THINGS)
     pool = rng.choice(("word", "title", "code", "person", "number", "city"))
     keys = ("name", "id", "target", "item", "x", "value", thing, f"{thing}_id", f"{thing}_name", invented(rng))
     about = f"the {thing}|{thing}|which {thing}|{thing}的名称"
     slot = {"x": Parameter(pool, rng.choice(keys), about, "integer" if pool == "number" else "string")}
-    return _about_property(rng, thing, slot, held) if rng.random() < 0.5 else _about_deed(rng, thing, slot, held)
+    return _about_property(rng, thing, slot, held) if rng.random() < 0.5 else _about_action(rng, thing, slot, held)
 
 
 def _about_property(rng: random.Random, thing: str, slot: dict[str, Parameter], held: bool) -> Family:
-    """A tool that looks something up."""
+    """Returns a tool that looks something up."""
     noun = invented(rng, held) if rng.random() < 0.4 else rng.choice(_PROPERTIES)
     names = [
         f"get_{noun}",
@@ -434,8 +431,8 @@ def _about_property(rng: random.Random, thing: str, slot: dict[str, Parameter], 
     return Family(name, human, (about_en, about_zh), slot, (ask_en, ask_zh), (f"The {noun} of", f"的{noun}"), result)
 
 
-def _about_deed(rng: random.Random, thing: str, slot: dict[str, Parameter], held: bool) -> Family:
-    """A tool that does something."""
+def _about_action(rng: random.Random, thing: str, slot: dict[str, Parameter], held: bool) -> Family:
+    """Returns a tool that performs an action."""
     verb = invented(rng, held) if rng.random() < 0.35 else rng.choice(_VERBS)
     names = [
         f"{verb}_{thing}",

@@ -1,6 +1,4 @@
-"""Conversations with tools in the ReAct format: a prompt that offers some, and questions that need one,
-two or none of them.
-"""
+"""Conversations in the ReAct format: a prompt with tools, and questions that need one, two or none of them."""
 
 from __future__ import annotations
 
@@ -20,7 +18,7 @@ from .toolbox import FAMILIES, HELD_FAMILIES, POOLS, TRAINED_FAMILIES, Family, i
 
 @dataclass
 class Tool:
-    """One family as one user might declare it: `names` maps its parameters to what the schema calls them."""
+    """A family as a user might declare it. `names` maps its parameters to their names in the schema."""
 
     family: Family
     key: str
@@ -31,7 +29,7 @@ class Tool:
 
 @dataclass
 class Step:
-    """A question that a tool answers, and everything that follows from it."""
+    """A question for a tool, and the call that answers it."""
 
     question: str
     tool: Tool
@@ -40,12 +38,12 @@ class Step:
 
 
 def declare(rng: random.Random, key: str, lang: str, held: bool = False, strange: float = 0.12) -> Tool:
-    """A tool of a family (`key`, or "invented"): name, description and schema drawn anew, in one of two dialects."""
+    """Returns a tool of family `key` (or "invented"): random name, description and schema in one of two formats."""
     family = invented_family(rng, held) if key == "invented" else FAMILIES[key]
     name = rng.choice(family.names.split())
     chance = rng.random()
     if key != "invented" and chance < strange:
-        name = invented(rng, held)  # to be chosen by its description alone
+        name = invented(rng, held)  # can be chosen by its description only
     elif chance < 0.22:
         name = "".join(part.capitalize() for part in name.split("_"))
         name = name[0].lower() + name[1:] if rng.random() < 0.6 else name
@@ -106,7 +104,7 @@ _OPENINGS = {
 
 
 def step(rng: random.Random, tool: Tool, lang: str, held: bool = False) -> Step:
-    """A question for the tool, with the arguments that answer it."""
+    """Returns a question for the tool and the arguments of its call."""
     family = tool.family
     questions = family.questions[0 if lang == "en" else 1]
     while True:
@@ -146,7 +144,7 @@ _FAILURES = [
 
 
 def observe(rng: random.Random, s: Step, lang: str) -> tuple[str, str]:
-    """What the tool returns, and the part of the final answer that says it."""
+    """Returns the tool's result, and the part of the final answer that states it."""
     result = s.tool.family.result(rng)
     chance = rng.random()
     if chance < 0.06:
@@ -186,7 +184,7 @@ def call(rng: random.Random, s: Step, lang: str, first: bool = True) -> str:
 
 
 def use(rng: random.Random, steps: list[Step], lang: str, voice: Voice) -> str:
-    """The assistant's turn: one call per step, each with its observation, then the final answer."""
+    """Returns the assistant's turn: one call per step, each with its observation, then the final answer."""
     text, said = "", []
     for index, s in enumerate(steps):
         observation, answer = observe(rng, s, lang)
@@ -209,9 +207,9 @@ def offer(
     made_up: float = 0.28,
     strange: float = 0.12,
 ) -> list[Tool]:
-    """One to four tools of different families; `unseen` draws at least the first from those training never has.
+    """Returns one to four tools of different families. With `unseen`, at least the first is from a held-out family.
 
-    `made_up` is the share of invented families, `strange` that of known ones under a name that says nothing.
+    `made_up` is the share of invented families, `strange` that of trained families with a meaningless name.
     """
     count = rng.choices((1, 2, 3, 4), (18, 38, 32, 12))[0]
     keys = rng.sample(TRAINED_FAMILIES, count)
@@ -232,7 +230,7 @@ _BESIDE_TOOLS = (
     "greeting", "thanks", "goodbye", "how_are_you", "can_do", "praise", "which_model", "maker", "human", "joke",
     "repository", "size", "ack",
 )  # fmt: skip
-# Families whose questions the others could answer too: not offered beside one another.
+# Families that could answer each other's questions, and are not offered together.
 _RIVALS = [
     {"search", "wiki", "news", "book", "population"},
     {"wiki", "dictionary", "search"},
@@ -256,7 +254,7 @@ _RIVALS = [
 
 
 def compatible(tools: list[Tool]) -> list[Tool]:
-    """The tools without those that could answer an earlier one's questions."""
+    """Removes tools that could answer the questions of an earlier one."""
     kept: list[Tool] = []
     for tool in tools:
         if not any({tool.key, other.key} <= group and tool.key != other.key for group in _RIVALS for other in kept):
@@ -265,7 +263,7 @@ def compatible(tools: list[Tool]) -> list[Tool]:
 
 
 def no_tool_exchange(rng: random.Random, tools: list[Tool], lang: str, voice: Voice) -> tuple[str, str]:
-    """A question that none of the tools is for, and its final answer."""
+    """Returns a question that needs none of the tools, and its final answer."""
     keys = {tool.key for tool in tools}
     answers_anything = keys & {"search", "wiki", "python", "news", "book"}
     chance = rng.random()
@@ -294,12 +292,12 @@ def no_tool_exchange(rng: random.Random, tools: list[Tool], lang: str, voice: Vo
 
 
 def tool_conversation(rng: random.Random, voice: Voice) -> dict:
-    """Tools in the first user turn (sometimes in the second, as an API puts them), then one to four questions."""
+    """Returns a conversation with the tools in the first user turn, or sometimes in the second, as the API does."""
     lang = rng.choice(("en", "en", "zh"))
     tools = compatible(offer(rng, lang, made_up=0.15, strange=0.05))
     functions = [tool.function for tool in tools]
     turns, at = [], 1 if rng.random() < 0.12 else 0
-    total = at + rng.randint(3, 8)  # many, for the instruction is long
+    total = at + rng.randint(3, 8)  # many, because the instruction is long
     if voice.terse or voice.reply:
         voice = Voice()
     for index in range(total):

@@ -1,4 +1,4 @@
-"""The words of the generated conversations, a TOML file a topic; the modules beside hold the rules."""
+"""The words of the generated conversations, one TOML file per topic."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ from pathlib import Path
 
 
 def phrases(topic: str) -> dict:
-    """The tables of `phrases/{topic}.toml`."""
+    """Returns the tables of `phrases/{topic}.toml`."""
     return tomllib.loads((Path(__file__).parent / f"{topic}.toml").read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""The benchmarks, one a module: `qwen eval NAME` runs the one in NAME.py.
+"""The benchmarks, one per module: `qwen eval NAME` runs NAME.py.
 
-The first line of a module's docstring is what `qwen eval` says about it. A module holds one subclass of `Task`.
+Each module has one subclass of `Task`. `qwen eval` shows the first line of its docstring.
 """

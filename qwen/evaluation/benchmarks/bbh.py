@@ -2,8 +2,8 @@
 
     qwen eval bbh -c Qwen/Qwen-7B -d data/BIG-Bench-Hard
 
-The folder is that of the authors (Suzgun et al. 2022, arXiv:2210.09261), with bbh/TASK.json and the worked examples in
-cot-prompts/TASK.txt. An answer is right if what follows "the answer is" equals the target.
+The data are the repository of the authors (Suzgun et al. 2022, arXiv:2210.09261), with bbh/TASK.json and the worked
+examples in cot-prompts/TASK.txt. An answer is right if the text after "the answer is" equals the target.
 """
 
 import re
@@ -13,7 +13,7 @@ from typing import Any
 
 from ..data_files import DataError, check_fields, existing, read_json
 from ..language_model import LanguageModel
-from ..task import Case, Score, Task, by_group, mean
+from ..task import Case, Score, Task, group_records, mean
 
 TASKS = (
     *("boolean_expressions", "causal_judgement", "date_understanding", "disambiguation_qa", "dyck_languages"),
@@ -62,41 +62,41 @@ class EvaluateBBH(Task):
         return {"extracted": found, "correct": found == case.gold}
 
     def summary(self, records: Sequence[dict[str, Any]]) -> list[Score]:
-        tasks = [Score(task, mean(members), len(members)) for task, members in by_group(records).items()]
+        tasks = [Score(task, mean(members), len(members)) for task, members in group_records(records).items()]
         average = sum(score.value for score in tasks) / len(tasks)
         return [Score("average of the tasks", average, len(records)), *tasks]
 
 
 def read_prompt(path: Path) -> tuple[str, tuple[str, ...]]:
-    """What a file of worked examples says in front of them, and the examples.
+    """Read a file of worked examples: the text before them, and the examples.
 
     Raises:
-        DataError: it is not as the authors publish it.
+        DataError: the file is not UTF-8 or not in the published format.
     """
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text ({error}). Download it again.") from error
-    _, line, text = text.partition("\n-----\n")  # above it stands what keeps the file out of training data
+    _, line, text = text.partition("\n-----\n")  # the canary above it keeps the file out of training data
     preamble, *shots = text.strip().split(f"\n\n{QUESTION}")
     if not line or not shots:
-        raise DataError(f'{path}: a line of five dashes and examples that begin with "{QUESTION}" are needed.')
+        raise DataError(f'{path}: no line of five dashes, or no examples after it that begin with "{QUESTION}".')
     return f"{preamble}\n\n", tuple(f"{QUESTION}{shot}\n\n" for shot in shots)
 
 
 def read_examples(path: Path) -> list[dict[str, str]]:
-    """The questions of a task: "input" and "target"."""
+    """Read the questions of a task: dicts with "input" and "target"."""
     content = read_json(path)
     check_fields(content, ("examples",), str(path))
     examples = content["examples"]
     if not isinstance(examples, list) or not examples:
-        raise DataError(f'{path}: a list of questions is needed as "examples".')
+        raise DataError(f'{path}: "examples" must be a non-empty list of questions.')
     for number, example in enumerate(examples):
         check_fields(example, {"input": str, "target": str}, f"{path}, example {number}")
     return examples
 
 
 def extracted(completion: str) -> str | None:
-    """What follows the first "the answer is" in its line, without the period."""
+    """Return the rest of the line after the first "the answer is", without the period."""
     match = re.search(r"the answer is (.*)", completion)
     return match[1].strip().removesuffix(".") if match else None

@@ -3,8 +3,8 @@
     qwen eval ceval -c Qwen/Qwen-7B -d data/ceval
     qwen eval ceval -c Qwen/Qwen-7B -d data/ceval --split test
 
-The answer is the most probable of the tokens "A" "B" "C" "D"; averages are those of the subjects, 8 of which are the
-hard ones. The answers of the test split are not published: with it, a file to submit to C-Eval is written.
+The answer is the most probable of the tokens "A" "B" "C" "D"; averages are over subjects; "hard" has 8 of them.
+The answers of the test split are not published: `--split test` writes a file to submit to C-Eval.
 """
 
 import argparse
@@ -15,14 +15,14 @@ from typing import Any
 
 from ..multiple_choice import FewShotChoice
 from ..subjects import CEVAL, LETTERS
-from ..task import Case, Score, by_group
+from ..task import Case, Score, group_records
 
 
 class EvaluateCEval(FewShotChoice):
     name = "ceval"
     subject_set = CEVAL
-    question_mark = "问题："
-    answer_mark = "答案："
+    question_prefix = "问题："
+    answer_prefix = "答案："
     choices = LETTERS
 
     def __init__(self, arguments: argparse.Namespace):
@@ -49,13 +49,13 @@ class EvaluateCEval(FewShotChoice):
         return super().summary(records)
 
     def finish(self, records: Sequence[dict[str, Any]], output: Path) -> list[str]:
-        """In C-Eval's format: {subject: {id: letter}}."""
+        """Write the file to submit, in C-Eval's format: {subject: {id: letter}}."""
         if not self.to_submit:
             return []
         letters = {
             subject: {record["name"].partition("/")[2]: record["letter"] for record in members}
-            for subject, members in by_group(records).items()
+            for subject, members in group_records(records).items()
         }
         path = output.with_name(f"{output.stem}_submission.json")
         path.write_text(json.dumps(letters, indent=4) + "\n", encoding="utf-8")
-        return [f"To submit at https://cevalbenchmark.com: {path}"]
+        return [f"File to submit at https://cevalbenchmark.com: {path}"]

@@ -1,4 +1,4 @@
-"""GSM8K, 0-shot, for chat models: word problems, a user turn each.
+"""GSM8K, 0-shot, for chat models: word problems, one per user turn.
 
     qwen eval chat_gsm8k -c Qwen/Qwen-7B-Chat -f data/gsm8k/test.jsonl --batch-size 8
     qwen eval chat_gsm8k -c Qwen/Qwen-7B-Chat -f data/gsm8k_saved_by_datasets --use-fewshot
@@ -30,7 +30,7 @@ class EvaluateChatGSM8K(Task):
         parser.add_argument(
             "--use-fewshot",
             action="store_true",
-            help=f"put {SHOTS} solved problems of the train split in front, drawn by the seed",
+            help=f"prepend {SHOTS} solved problems of the train split, drawn by the seed",
         )
 
     def __init__(self, arguments: argparse.Namespace):

@@ -1,9 +1,9 @@
-"""HumanEval for chat models, 0-shot: the problem as a user's turn, the code taken from the reply.
+"""HumanEval for chat models, 0-shot: the problem is a user turn, the code is taken from the reply.
 
     qwen eval chat_humaneval -c Qwen/Qwen-7B-Chat -f HumanEval.jsonl.gz -o HumanEval_chat_res.jsonl
 
-Greedy, pass@1. The programs run in the sandbox; OUT can also be given to OpenAI's human-eval, whose prompt the
-`completion` of a line then follows.
+Greedy, pass@1. The programs run in the sandbox. The file of -o can also be passed to OpenAI's human-eval, which puts
+the `completion` of each line after its own prompt.
 """
 
 import ast
@@ -12,7 +12,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-from ..code import HUMANEVAL_FIELDS, Program, ProgramTask, code_of_reply, defines
+from ..code import HUMANEVAL_FIELDS, Program, ProgramTask, defines, extract_program
 from ..data_files import DataError, read_jsonl
 from ..language_model import LanguageModel
 from ..task import Case
@@ -56,10 +56,10 @@ class EvaluateChatHumanEval(ProgramTask):
 
 
 def described(prompt: str, function: str) -> tuple[str, str]:
-    """The signature of a prompt's function, `add(a: int, b: int) -> int`, and its docstring.
+    """Return the signature of a prompt's function, `add(a: int, b: int) -> int`, and its docstring.
 
     Raises:
-        ValueError: the prompt is no Python with such a function.
+        ValueError: the prompt is not Python, or does not have such a function.
     """
     try:
         body = ast.parse(prompt).body
@@ -75,8 +75,8 @@ def described(prompt: str, function: str) -> tuple[str, str]:
 
 
 def completion(reply: str, head: str, function: str, **_: Any) -> str:
-    """What of a reply goes behind the prompt: the function anew, with what it needs, or the body alone."""
-    code = code_of_reply(reply, function)
+    """Return the code to append to the prompt: the whole function, redefined, or its body alone."""
+    code = extract_program(reply, function)
     if defines(code, function):
-        return f"    pass\n\n\n{code}"  # the first definition is replaced
+        return f"    pass\n\n\n{code}"  # completes the first definition, which is then replaced
     return textwrap.indent(textwrap.dedent(code), "    ")

@@ -1,9 +1,9 @@
-"""MMLU, 0-shot, for chat models: multiple-choice questions of 57 subjects in English, a user turn each.
+"""MMLU, 0-shot, for chat models: multiple-choice questions of 57 subjects in English, one per user turn.
 
     qwen eval chat_mmlu -c Qwen/Qwen-7B-Chat -d data/mmlu --batch-size 8
     qwen eval chat_mmlu -c Qwen/Qwen-7B-Chat -d data/mmlu --subjects anatomy,virology --use-fewshot
 
-The letter is read from the greedy reply; the average is that of all questions.
+The letter is read from the greedy reply; the average is over all questions.
 """
 
 from ..chat_choice import ChatChoice
@@ -19,7 +19,7 @@ class EvaluateChatMMLU(ChatChoice):
     name = "chat_mmlu"
     subject_set = MMLU
     split = "test"
-    answer_mark = "Answer: "
+    answer_prefix = "Answer: "
 
     def prompt(self, question: dict[str, str]) -> str:
         return f"{INSTRUCTION}{question['question']}\n{options(question)}\n"

@@ -3,7 +3,7 @@
     qwen eval cmmlu -c Qwen/Qwen-7B -d data/cmmlu
     qwen eval cmmlu -c Qwen/Qwen-7B -d data/cmmlu --subjects agronomy,chinese_history --limit 20
 
-The answer is the most probable of the tokens "A" "B" "C" "D"; averages are those of the subjects.
+The answer is the most probable of the tokens "A" "B" "C" "D"; averages are over subjects.
 """
 
 from ..multiple_choice import FewShotChoice
@@ -13,6 +13,6 @@ from ..subjects import CMMLU, LETTERS
 class EvaluateCMMLU(FewShotChoice):
     name = "cmmlu"
     subject_set = CMMLU
-    question_mark = "问题："
-    answer_mark = "答案："
+    question_prefix = "问题："
+    answer_prefix = "答案："
     choices = LETTERS

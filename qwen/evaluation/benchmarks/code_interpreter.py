@@ -3,11 +3,11 @@
     qwen eval code_interpreter -c Qwen/Qwen-7B-Chat -f data/eval_code_interpreter_v1.jsonl \\
         --gsm8k data/gsm8k/test.jsonl
 
-Files that the questions speak of lie in upload_file_clean beside the questions. What is counted: of mathematics, which
-is the test split of GSM8K, whether the last number of the answer is the right one; of all, and as published of the
-general questions, whether everything that the model wrote ran without an error. Whether a picture shows what it should,
-a text cannot tell, and the published figures had a vision model judge it; here a visualization counts if its code ran
-and made a picture, so these shares are an upper bound and not to be held beside the published ones.
+Files that the questions refer to are in upload_file_clean next to the questions. Metrics: for mathematics (the test
+split of GSM8K), whether the last number of the answer is right; for general questions, as published, and for all
+questions, whether all code that the model wrote ran without an error. In the published scores a vision model judged the
+plots. Here a visualization counts if its code ran and made a picture: these scores are an upper bound, and not
+comparable with the published ones.
 """
 
 import argparse
@@ -20,12 +20,12 @@ from typing import Any
 
 from ...sandbox import Limits, Sandbox
 from ...sandbox.arguments import add_sandbox_arguments
-from ...tools.code_interpreter import OUTPUT_BYTES, Answer, Call, Output, solve
+from ...tools.code_interpreter import OUTPUT_BYTES, Answer, Call, Output, run_conversation
 from ..code import check_sandbox
 from ..data_files import DataError, existing, read_jsonl
 from ..language_model import LanguageModel
 from ..numbers import close, last_number
-from ..task import Case, Score, Task, add_file_argument, by_group, mean
+from ..task import Case, Score, Task, add_file_argument, group_records, mean
 from ..word_problems import read_problems
 
 CATEGORIES = ("math", "visualization-hard", "visualization-easy", "general")
@@ -39,12 +39,12 @@ class EvaluateCodeInterpreter(Task):
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
-        add_file_argument(parser, f"the questions, as JSON lines; files that they speak of lie in {FILES} beside it")
+        add_file_argument(parser, f"questions as JSON lines; files that they refer to are in {FILES} next to it")
         parser.add_argument(
             "--gsm8k",
             type=Path,
             metavar="FILE",
-            help="GSM8K's test.jsonl, for the mathematics; without it that is left out",
+            help="test.jsonl of GSM8K for the mathematics, which is skipped without it",
         )
         add_sandbox_arguments(parser, seconds=60.0)
 
@@ -63,10 +63,10 @@ class EvaluateCodeInterpreter(Task):
         return cases
 
     def case(self, sample: dict[str, Any], number: int) -> Case:
-        """A question of the file, which counts from 0.
+        """Return the case of a sample; `number` is its index in the file, from 0.
 
         Raises:
-            DataError: no known category, no number as the result of mathematics, or files are not named or missing.
+            DataError: no known category, no number to expect in mathematics, or files are missing or not named.
         """
         where = f"{self.arguments.sample_input_file}, question {number}"
         category = next((name for name in CATEGORIES if name in sample["tags"]), None)
@@ -74,7 +74,7 @@ class EvaluateCodeInterpreter(Task):
             raise DataError(f"{where}: none of its tags {sample['tags']} is one of {', '.join(CATEGORIES)}.")
         gold = last_number(str(sample.get("expected"))) if category == "math" else None
         if category == "math" and gold is None:
-            raise DataError(f'{where}: no number as "expected", which the answer is to be compared with.')
+            raise DataError(f'{where}: no number in "expected", which the answer is compared with.')
         named = sample.get("input_file_path") or []
         if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
             raise DataError(f'{where}: "input_file_path" must be a list of names, not {named!r}.')
@@ -96,7 +96,7 @@ class EvaluateCodeInterpreter(Task):
         return [self.solved(lm, case) for case in cases]
 
     def solved(self, lm: LanguageModel, case: Case) -> dict[str, Any]:
-        """The model's answer to a question, what it ran, and the pictures that came of it."""
+        """Return the model's answer to a question, the code it ran, and the pictures made by it."""
         limits = Limits(wall_seconds=self.arguments.seconds, output_bytes=OUTPUT_BYTES)
         runs: list[dict[str, str]] = []
         reply = None
@@ -106,7 +106,7 @@ class EvaluateCodeInterpreter(Task):
             before = pictures(sandbox.folder)
             messages = [{"role": "user", "content": case.text()}]
             try:
-                for event in solve(lm.model, lm.tokenizer, sandbox, messages):
+                for event in run_conversation(lm.model, lm.tokenizer, sandbox, messages):
                     match event:
                         case Call(code=code):
                             runs.append({"code": code})
@@ -114,7 +114,7 @@ class EvaluateCodeInterpreter(Task):
                             runs[-1] |= {"output": text, "status": status}
                         case Answer(content):
                             reply = content
-            except ValueError as error:  # longer than the model takes: no answer
+            except ValueError as error:  # prompt beyond the context length: no answer
                 print(f"{case.name}: {error}", file=sys.stderr)
             made = sorted(pictures(sandbox.folder) - before)
         return {"reply": reply, "runs": runs, "pictures": made}
@@ -131,10 +131,10 @@ class EvaluateCodeInterpreter(Task):
         return {"executable": executable, "correct": correct}
 
     def summary(self, records: Sequence[dict[str, Any]]) -> list[Score]:
-        says = {"math": "right", "general": "executable"}
-        groups = by_group(records)
+        labels = {"math": "right", "general": "executable"}
+        groups = group_records(records)
         lines = [
-            Score(f"{name}: {says.get(name, 'a picture was made')}", mean(groups[name]), len(groups[name]))
+            Score(f"{name}: {labels.get(name, 'a picture was made')}", mean(groups[name]), len(groups[name]))
             for name in CATEGORIES
             if name in groups
         ]
@@ -142,5 +142,5 @@ class EvaluateCodeInterpreter(Task):
 
 
 def pictures(folder: Path) -> set[str]:
-    """The pictures in a folder, by their path in it."""
+    """Return the pictures in a folder as relative paths."""
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.suffix.lower() in PICTURES}

@@ -3,8 +3,8 @@
     qwen eval gsm8k -c Qwen/Qwen-7B -f data/gsm8k/test.jsonl --batch-size 8
     qwen eval gsm8k -c Qwen/Qwen-7B -f data/gsm8k_saved_by_datasets
 
-The worked examples are drawn from the train split, train.jsonl beside the file, by the seed; which ones stands in every
-record. The last number that the model writes is compared with the right one.
+The seed draws the worked examples from the train split (train.jsonl next to the file). Every record has their indices.
+The last number that the model writes is compared with the right one.
 """
 
 import argparse

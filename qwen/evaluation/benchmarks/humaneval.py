@@ -1,9 +1,9 @@
-"""HumanEval, 0-shot: functions completed from their head and docstring, for base models.
+"""HumanEval, 0-shot: functions completed from their signature and docstring, for base models.
 
     qwen eval humaneval -c Qwen/Qwen-7B -f HumanEval.jsonl.gz -o HumanEval_res.jsonl
 
-Greedy, pass@1. The programs run in the sandbox; OUT can also be given to OpenAI's human-eval, which reads `task_id` and
-`completion` of each line.
+Greedy, pass@1. The programs run in the sandbox. The file of -o can also be passed to OpenAI's human-eval, which reads
+`task_id` and `completion` of each line.
 """
 
 from collections.abc import Sequence

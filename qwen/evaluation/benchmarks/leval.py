@@ -3,19 +3,19 @@
     qwen eval leval -c Qwen/Qwen-72B-Chat -d data/leval
     qwen eval leval -c Qwen/Qwen-7B-Chat -d data/leval --tasks quality,tpo --max-seq-len 8192
 
-The folder holds coursera.jsonl, gsm100.jsonl, quality.jsonl, tpo.jsonl, codeU.jsonl and sci_fi.jsonl as they are
-published: lines of "input" (the document), "instructions" and "outputs". Prompt and reply together have --max-seq-len
-tokens, by default as many as the model takes; what does not fit is cut out of the middle of the document. A task scores
-the mean of its questions, L-Eval the mean of its tasks. A question is right where
+The folder has the published files coursera.jsonl, gsm100.jsonl, quality.jsonl, tpo.jsonl, codeU.jsonl and sci_fi.jsonl:
+lines with "input" (the document), "instructions" and "outputs". Prompt and reply together have up to --max-seq-len
+tokens, by default the context length of the model; longer documents are cut in the middle. The score of a task is the
+mean of its questions, that of L-Eval the mean of its tasks. A question is right if
 
-- coursera: the letters are the right ones. A part of them, and no wrong one, counts a quarter.
-- quality, tpo: the letter is the right one.
-- gsm100: the last number is the right one.
-- codeU: the answer is the right output, but for quotes and spaces; numbers are compared as numbers.
-- sci_fi: True or False is right by the document (loyalty) and, where the file tells it, in the world (factuality); one
-  of the two counts half.
+- coursera: the letters are right. Some of the right letters and no wrong one count a quarter.
+- quality, tpo: the letter is right.
+- gsm100: the last number is right.
+- codeU: the output is right, ignoring quotes and spaces; numbers are compared as numbers.
+- sci_fi: True or False is right according to the document (loyalty) and, if the file has it, in the real world
+  (factuality); one of the two counts half.
 
-The words around a question are this repository's; L-Eval's own differ.
+The wording of the prompts differs from L-Eval's own.
 """
 
 import argparse
@@ -30,10 +30,10 @@ from ..data_files import DataError, existing, read_jsonl
 from ..language_model import LanguageModel
 from ..letters import chosen_letter, chosen_letters
 from ..numbers import close, last_number, number
-from ..task import Case, Score, Task, by_group, mean
+from ..task import Case, Score, Task, group_records, mean
 
 MAX_NEW_TOKENS = 512
-RESERVED = MAX_NEW_TOKENS + 64  # of the context: the reply, the system message and the marks of the chat format
+RESERVED = MAX_NEW_TOKENS + 64  # part of the context: the reply, the system message and the tokens of the chat format
 OPTION = re.compile(r"^\s*\(?([A-Z])[).:][ \t]*(.*)$", re.MULTILINE)
 FACT = re.compile(r"\[\s*fact\s*:\s*(true|false)", re.IGNORECASE)
 TRUTH = re.compile(r"\b(true|false)\b", re.IGNORECASE)
@@ -52,10 +52,10 @@ class EvaluateLEval(Task):
         super().add_arguments(parser)
         parser.add_argument(
             "--tasks",
-            type=named_tasks,
+            type=task_list,
             default=list(TASKS),
             metavar="A,B",
-            help=f"only these of {', '.join(TASKS)}; the mean of some is not L-Eval's",
+            help=f"only these of {', '.join(TASKS)} (the mean is then not L-Eval's)",
         )
 
     def cases(self) -> list[Case]:
@@ -72,7 +72,7 @@ class EvaluateLEval(Task):
         return TASKS[case.group].score(case.prompt, case.gold, answer["reply"])
 
     def summary(self, records: Sequence[dict[str, Any]]) -> list[Score]:
-        tasks = {task: Score(task, mean(members), len(members)) for task, members in by_group(records).items()}
+        tasks = {task: Score(task, mean(members), len(members)) for task, members in group_records(records).items()}
         average = mean([{"correct": score.value} for score in tasks.values()])
         scores = [Score("L-Eval", average, len(records)), *tasks.values()]
         judged = {
@@ -82,23 +82,23 @@ class EvaluateLEval(Task):
         return scores
 
 
-def named_tasks(text: str) -> list[str]:
+def task_list(text: str) -> list[str]:
     names = list(dict.fromkeys(name.strip() for name in text.split(",")))
     if unknown := [name for name in names if name not in TASKS]:
-        raise argparse.ArgumentTypeError(f"there is no task {unknown[0]!r}, only {', '.join(TASKS)}")
+        raise argparse.ArgumentTypeError(f"invalid task {unknown[0]!r}: choose from {', '.join(TASKS)}")
     return names
 
 
 def read_cases(path: Path, task: str) -> list[Case]:
-    """A case an instruction. Raises DataError where a document's instructions and outputs do not go together."""
+    """Return a case per instruction. Raises DataError if instructions and outputs of a document do not match."""
     cases = []
     documents = read_jsonl(path, {"input": str, "instructions": list, "outputs": list})
     for line, document in enumerate(documents, start=1):
         instructions, outputs = document["instructions"], document["outputs"]
         if len(instructions) != len(outputs) or not all(isinstance(text, str) for text in instructions + outputs):
             raise DataError(
-                f"{path}, record {line}: {len(instructions)} instructions and {len(outputs)} outputs; as many texts of "
-                "the one as of the other are needed."
+                f"{path}, record {line}: {len(instructions)} instructions and {len(outputs)} outputs. There must be as "
+                "many outputs as instructions, and all must be text."
             )
         for index, (instruction, output) in enumerate(zip(instructions, outputs, strict=True)):
             try:
@@ -112,20 +112,20 @@ def read_cases(path: Path, task: str) -> list[Case]:
 
 
 def fitted(case: Case, lm: LanguageModel) -> tuple[Case, int]:
-    """The case with as much of its document as the model takes, both ends of it, and how many tokens are left out.
+    """Cut the document of a case in the middle to fit the context; returns the case and the number of cut tokens.
 
-    Where there is no document, or the instruction alone is too long, the instruction is cut the same way.
+    An instruction that is too long by itself is cut the same way.
     """
     room = lm.max_seq_len - RESERVED
     if room < 2:
-        raise ValueError(f"--max-seq-len must be more than {RESERVED + 1}, which is what the reply takes.")
+        raise ValueError(f"--max-seq-len must be more than {RESERVED + 1}, which the reply and the chat format take.")
     question, asked = cut_middle(case.prompt, room, lm)
     opening, left_out = cut_middle(case.preamble, max(room - len(lm.encode(question)), 0), lm)
     return replace(case, prompt=question, preamble=opening), asked + left_out
 
 
 def cut_middle(text: str, room: int, lm: LanguageModel) -> tuple[str, int]:
-    """The first and the last of its tokens, `room` together; and how many are left out."""
+    """Keep the first and last tokens of a text, `room` in total; returns the text and the number of cut tokens."""
     ids = lm.encode(text)
     left_out = len(ids) - room
     if left_out <= 0:
@@ -135,8 +135,8 @@ def cut_middle(text: str, room: int, lm: LanguageModel) -> tuple[str, int]:
     return head + tail, left_out
 
 
-def options_of(instruction: str) -> list[str]:
-    """The texts of A, B, …; where they are not written one a line, empty ones for four letters."""
+def parse_options(instruction: str) -> list[str]:
+    """Return the texts of options A, B, …; four empty ones if they are not written one per line."""
     found = [(letter, text) for letter, text in OPTION.findall(instruction)]
     texts = [text for index, (letter, text) in enumerate(found) if letter == chr(ord("A") + index)]
     return texts if len(texts) > 1 else [""] * 4
@@ -145,38 +145,38 @@ def options_of(instruction: str) -> list[str]:
 def gold_letters(output: str) -> str:
     found = re.match(r"\W*([A-Z](?:[\s,;&]*[A-Z])*)(?![A-Za-z])", output)
     if not found:
-        raise ValueError("one or several letters are needed")
+        raise ValueError("must have one or more letters")
     return "".join(sorted(set(re.findall("[A-Z]", found[1]))))
 
 
 def gold_number(output: str) -> str:
     if (value := last_number(output)) is None:
-        raise ValueError("a number is needed")
+        raise ValueError("must have a number")
     return str(value)
 
 
 def gold_truth(output: str) -> list[str | None]:
-    loyal, fact = truths(output)
+    loyal, fact = parse_verdicts(output)
     if loyal is None:
-        raise ValueError("True or False is needed")
+        raise ValueError("must have True or False")
     return [loyal, fact]
 
 
-def truths(text: str) -> tuple[str | None, str | None]:
-    """What is said to be the case by the document, and what in the world: "true", "false" or None."""
+def parse_verdicts(text: str) -> tuple[str | None, str | None]:
+    """Return the verdicts by the document and in the real world: "true", "false" or None."""
     fact = FACT.search(text)
     loyal = TRUTH.search(FACT.sub("", text))
     return loyal and loyal[1].lower(), fact and fact[1].lower()
 
 
 def score_letters(instruction: str, gold: str, reply: str) -> dict[str, Any]:
-    letters = chosen_letters(reply, options_of(instruction))
+    letters = chosen_letters(reply, parse_options(instruction))
     partly = bool(letters) and set(letters) < set(gold)
     return {"letters": letters, "correct": 1.0 if letters == gold else 0.25 if partly else 0.0}
 
 
 def score_letter(instruction: str, gold: str, reply: str) -> dict[str, Any]:
-    letter = chosen_letter(reply, options_of(instruction))
+    letter = chosen_letter(reply, parse_options(instruction))
     return {"letter": letter, "correct": letter == gold}
 
 
@@ -195,19 +195,19 @@ def score_output(instruction: str, gold: str, reply: str) -> dict[str, Any]:
 
 
 def score_truth(instruction: str, gold: list[str | None], reply: str) -> dict[str, Any]:
-    said = truths(reply)
+    said = parse_verdicts(reply)
     loyalty, factuality = (None if right is None else answer == right for answer, right in zip(said, gold, strict=True))
     judged = [verdict for verdict in (loyalty, factuality) if verdict is not None]
     return {"loyalty": loyalty, "factuality": factuality, "correct": sum(judged) / len(judged)}
 
 
 def bare(text: str) -> str:
-    """An output without Markdown, quotes, a full stop at the end, and spaces other than those between words."""
+    """Strip Markdown, quotes, a full stop at the end, and all spaces except those between words."""
     return re.sub(r"\s+(?!\w)|(?<!\w)\s+|\.$", "", re.sub(r"['\"`*]", "", text.strip()))
 
 
 class Closed(NamedTuple):
-    """A task: what is asked for, an output → the right answer, and (instruction, right answer, reply) → its score."""
+    """A task: its request for an answer, output → right answer, and (instruction, right answer, reply) → score."""
 
     wanted: str
     gold: Callable[[str], Any]

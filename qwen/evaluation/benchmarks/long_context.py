@@ -1,11 +1,11 @@
-"""Perplexity by length: how far a model reads, plain and with what carries it beyond its trained length.
+"""Perplexity by context length: plain, and with the techniques that extend a model beyond its trained length.
 
     qwen eval long_context                                        # the bundled base model, minutes
-    qwen eval long_context -c Qwen/Qwen-7B --text arxiv/          # the published table's columns
+    qwen eval long_context -c Qwen/Qwen-7B --text arxiv/          # the columns of the published table
 
-The text is cut into windows of each length, one behind the other, and each is read on its own: exp of the mean token
-loss. Every row of the table adds a technique: dynamic NTK, LogN attention, window attention. Without --text the sources
-of Python's standard library that the bundled model has not seen are read.
+The text is cut into adjacent windows of each length, and each window is read on its own. The score is exp of the mean
+token loss. Every row of the table adds a technique: dynamic NTK, LogN attention, window attention. Without --text, the
+text is source code of Python's standard library that the bundled model has not seen.
 """
 
 import argparse
@@ -18,19 +18,19 @@ from typing import Any
 from ...checkpoint.bundled import BUNDLED_BASE
 from ...checkpoint.checkpoint import Checkpoint
 from ..data_files import DataError
-from ..harness import at_least_1
+from ..harness import positive_int
 from ..language_model import LanguageModel
-from ..task import Case, Score, Task, by_group, mean
+from ..task import Case, Score, Task, group_records, mean
 from ..texts import read_texts
 
 HELD_OUT = BUNDLED_BASE / "held_out.txt"  # sources of Python's standard library
 SWITCHES = {"dynamic_ntk": "use_dynamic_ntk", "logn": "use_logn_attn", "window_attn": "use_window_attn"}
-TOGETHER = ((), ("dynamic_ntk",), ("dynamic_ntk", "logn"), ("dynamic_ntk", "logn", "window_attn"))
-ALONE = (("logn",), ("window_attn",))
+CUMULATIVE = ((), ("dynamic_ntk",), ("dynamic_ntk", "logn"), ("dynamic_ntk", "logn", "window_attn"))
+SINGLE = (("logn",), ("window_attn",))
 
 
 class LongContext(Task):
-    """A case is a window of the text, read with some of the techniques; its answer is the mean loss of its tokens."""
+    """A case is a window of the text, read with some of the techniques; its answer is the mean token loss."""
 
     name = "long_context"
     max_seq_len = None
@@ -45,32 +45,32 @@ class LongContext(Task):
         parser.add_argument(
             "--lengths",
             nargs="+",
-            type=at_least_1,
+            type=positive_int,
             metavar="TOKENS",
-            help="default: doubling, from the trained length or 1024 to what the model is offered for",
+            help="default: doubling from the trained length, at most 1024, to the context length of the model",
         )
         parser.add_argument(
-            "--tokens", type=at_least_1, default=32768, help="of the text, read at each length (default: %(default)s)"
+            "--tokens", type=positive_int, default=32768, help="tokens to read at each length (default: %(default)s)"
         )
-        parser.add_argument("--alone", action="store_true", help="also LogN and windows without the others")
+        parser.add_argument("--alone", action="store_true", help="also measure LogN and window attention on their own")
 
     def cases(self) -> list[Case]:
         checkpoint = Checkpoint.open(self.arguments.checkpoint_path or BUNDLED_BASE, hub=self.arguments.hub)
         config = checkpoint.config
         lengths = sorted(set(self.arguments.lengths or doubling(config.seq_length, config.max_position_embeddings)))
         if lengths[0] < 2:
-            raise DataError("A length of 1 has no token to predict: name lengths of 2 and more.")
+            raise DataError("A length of 1 has no token to predict: use lengths of at least 2.")
         text = self.text()
         encoded = checkpoint.tokenizer().encode(text, allowed_special=(), verbose=False)
         needed = max(lengths[-1], self.arguments.tokens)
         if len(encoded) < needed:
             raise DataError(
-                f"The text has {len(encoded)} tokens, and {needed} are needed for --tokens {self.arguments.tokens} "
-                f"and --lengths {' '.join(map(str, lengths))}: give more with --text, or lower these."
+                f"The text has {len(encoded)} tokens, but {needed} are needed for --tokens {self.arguments.tokens} "
+                f"and --lengths {' '.join(map(str, lengths))}: give more text with --text, or lower these."
             )
         self.ids = encoded[:needed]
         read = {"text": hashlib.sha256(text.encode()).hexdigest()}
-        techniques = TOGETHER + (ALONE if self.arguments.alone else ())
+        techniques = CUMULATIVE + (SINGLE if self.arguments.alone else ())
         return [
             Case(
                 name=f"{row_name(used)} {length} {start}",
@@ -85,11 +85,11 @@ class LongContext(Task):
         ]
 
     def text(self) -> str:
-        """What is read."""
+        """Return the text to read."""
         if self.arguments.text:
             return read_texts(self.arguments.text)
         if not HELD_OUT.is_file():
-            raise DataError("The bundled text is missing here: name files or folders with --text.")
+            raise DataError("The bundled text is missing: give files or folders with --text.")
         return read_texts([HELD_OUT])
 
     def answer(self, lm: LanguageModel, cases: Sequence[Case]) -> list[dict[str, Any]]:
@@ -107,7 +107,7 @@ class LongContext(Task):
     def summary(self, records: Sequence[dict[str, Any]]) -> list[Score]:
         return [
             Score(group, math.exp(mean(members, "loss")), len(members), percent=False)
-            for group, members in by_group(records).items()
+            for group, members in group_records(records).items()
         ]
 
     def table(self, model: str, scores: Sequence[Score]) -> str:
@@ -122,7 +122,7 @@ class LongContext(Task):
     def finish(self, records: Sequence[dict[str, Any]], output: Path) -> list[str]:
         picture = output.with_suffix(".png")
         draw(curves_of(self.summary(records)), picture)
-        return [f"The picture: {picture}"]
+        return [f"Plot: {picture}"]
 
 
 def row_name(used: Sequence[str]) -> str:
@@ -130,7 +130,7 @@ def row_name(used: Sequence[str]) -> str:
 
 
 def doubling(trained: int, offered: int) -> list[int]:
-    """Lengths from the trained one, or 1024 where that is less, to the longest."""
+    """Return lengths that double from `trained`, at most 1024, to the longer of `offered` and `trained`."""
     lengths = [min(trained, 1024)]
     while lengths[-1] * 2 <= max(offered, trained):
         lengths.append(lengths[-1] * 2)
@@ -138,7 +138,7 @@ def doubling(trained: int, offered: int) -> list[int]:
 
 
 def curves_of(scores: Sequence[Score]) -> dict[str, dict[int, float]]:
-    """The perplexity by length of each row."""
+    """Return the perplexity by length of each row."""
     curves: dict[str, dict[int, float]] = {}
     for score in scores:
         row, length = score.name.rsplit(" ", 1)
@@ -147,7 +147,7 @@ def curves_of(scores: Sequence[Score]) -> dict[str, dict[int, float]]:
 
 
 def draw(curves: dict[str, dict[int, float]], path: Path) -> None:
-    """Perplexity over length, a line a row."""
+    """Plot perplexity over length, one line per row."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.2), layout="constrained")

@@ -2,9 +2,9 @@
 
     qwen eval math -c Qwen/Qwen-7B -d data/MATH
 
-The prompt is that of Minerva (Lewkowycz et al. 2022, arXiv:2206.14858), as lm-evaluation-harness writes it, and its
-four worked examples are looked up in the train split; where they are not in it, others are drawn by the seed. Which
-ones stands in every record. An answer is right if it is written the same after the usual rewriting, or the same number.
+The prompt is that of Minerva (Lewkowycz et al. 2022, arXiv:2206.14858), as lm-evaluation-harness writes it. Its four
+worked examples are taken from the train split; if they are not all there, the seed draws four others. Every record
+names them. An answer is right if it is the same after the usual normalization, or the same number.
 """
 
 import argparse
@@ -17,14 +17,14 @@ from typing import Any
 from ..data_files import DataError, check_fields, existing, read_json
 from ..language_model import LanguageModel
 from ..math_answers import boxed, equivalent, final_answer
-from ..task import Case, Score, Task, by_group, mean
+from ..task import Case, Score, Task, group_records, mean
 
 SUBJECTS = (
     *("algebra", "counting_and_probability", "geometry", "intermediate_algebra"),
     *("number_theory", "prealgebra", "precalculus"),
 )
 SHOTS = 4
-# How the worked examples of Minerva begin, without their spaces.
+# The beginnings of Minerva's worked examples, without spaces.
 STANDARD = (
     r"Findthedomainoftheexpression$\frac{\sqrt{x-2}}{\sqrt{5-x}}$",
     r"If$\det\mathbf{A}=2$and$\det\mathbf{B}=12,$",
@@ -66,16 +66,16 @@ class EvaluateMATH(Task):
         return {"extracted": found, "correct": equivalent(found, case.gold), "level": case.data["level"]}
 
     def summary(self, records: Sequence[dict[str, Any]]) -> list[Score]:
-        levels = by_group([record | {"group": record["level"]} for record in records])
+        levels = group_records([record | {"group": record["level"]} for record in records])
         lines = [Score(name, mean(levels[name]), len(levels[name])) for name in sorted(levels)]
         return [*super().summary(records), *lines]
 
 
 def read_problems(folder: Path, split: str) -> list[dict[str, str]]:
-    """The problems of a split in the order of their numbers, with name, subject and answer.
+    """Read the problems of a split in the order of their numbers, with name, subject and answer.
 
     Raises:
-        DataError: files are missing or not as they should be.
+        DataError: files are missing or invalid.
     """
     problems = []
     for subject in SUBJECTS:
@@ -95,10 +95,10 @@ def read_problems(folder: Path, split: str) -> list[dict[str, str]]:
 
 
 def worked_examples(problems: list[dict[str, str]], seed: int) -> list[dict[str, str]]:
-    """Minerva's four, if all of them are among the problems; else four that the seed draws.
+    """Return Minerva's four examples if all of them are among the problems, else four that the seed draws.
 
     Raises:
-        DataError: there are not that many.
+        DataError: there are fewer than four problems.
     """
     bare = [re.sub(r"\s", "", problem["problem"]) for problem in problems]
     found = [
@@ -114,7 +114,7 @@ def worked_examples(problems: list[dict[str, str]], seed: int) -> list[dict[str,
 
 
 def worked(problem: dict[str, str]) -> str:
-    """A problem with its solution and the sentence that the answer is read from."""
+    """Return a problem with its solution and the sentence that states the answer."""
     return (
         f"Problem:\n{problem['problem']}\n\nSolution: {problem['solution']}\n"
         f"Final Answer: The final answer is ${problem['answer']}$. I hope it is correct.\n\n"

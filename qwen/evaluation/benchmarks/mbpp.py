@@ -3,7 +3,7 @@
     qwen eval mbpp -c Qwen/Qwen-7B -f mbpp.jsonl
 
 The prompt of the paper (Austin et al. 2021, arXiv:2108.07732), as lm-evaluation-harness writes it: the problems 2, 3
-and 4 are the worked examples, 11 to 510 the test. Greedy, pass@1; the programs run in the sandbox.
+and 4 are the worked examples, 11 to 510 the test set. Greedy, pass@1; the programs run in the sandbox.
 """
 
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ class EvaluateMBPP(ProgramTask):
             raise DataError(f"{path} has no problem {missing[0]}, which is one of the worked examples.")
         shots = tuple(f"{asked(problems[number])}{problems[number]['code']}\n[DONE]\n\n" for number in SHOTS)
         if not any(number in TEST for number in problems):
-            raise DataError(f"{path} has none of the problems {TEST[0]} to {TEST[-1]}, which are the test.")
+            raise DataError(f"{path} has none of the problems {TEST[0]} to {TEST[-1]}, which are the test set.")
         return [
             Case(
                 name=f"MBPP/{number}",

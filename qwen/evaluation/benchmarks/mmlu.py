@@ -3,7 +3,7 @@
     qwen eval mmlu -c Qwen/Qwen-7B -d data/mmlu
     qwen eval mmlu -c Qwen/Qwen-7B -d data/mmlu --subjects anatomy,virology --limit 20
 
-The answer is the most probable of the tokens " A" " B" " C" " D"; the average is that of all questions.
+The answer is the most probable of the tokens " A" " B" " C" " D"; the average is over all questions.
 """
 
 from ..multiple_choice import FewShotChoice
@@ -13,8 +13,8 @@ from ..subjects import MMLU
 class EvaluateMMLU(FewShotChoice):
     name = "mmlu"
     subject_set = MMLU
-    question_mark = "Question: "
-    answer_mark = "Answer:"
+    question_prefix = "Question: "
+    answer_prefix = "Answer:"
     choices = (" A", " B", " C", " D")
 
     def preamble(self, subject: str) -> str:

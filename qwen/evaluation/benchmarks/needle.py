@@ -1,14 +1,14 @@
-r"""A needle in a haystack: does a chat model find one sentence, wherever in a long text it stands?
+r"""Needle in a haystack: does a chat model find one sentence at any place in a long text?
 
     qwen eval needle --lengths 96 128 256 512 1024                 # the bundled toy, a minute
     qwen eval needle -c Qwen/Qwen-72B-Chat --haystack essays/ \
         --needle "The best way to cross the lake is by boat." \
         --question "What is the best way to cross the lake?" --answer "by boat"
 
-After an idea of Greg Kamradt (https://github.com/gkamradt/LLMTest_NeedleInAHaystack). A case is a text of a length with
-the needle at a depth, and a question behind it; it is right if the reply holds the answer, in capitals or not. The
-picture has depth over length. Without --haystack the text is a list of keys and values, one of which is asked for (Liu
-et al. 2023, https://arxiv.org/abs/2307.03172, section 3).
+The idea is Greg Kamradt's (https://github.com/gkamradt/LLMTest_NeedleInAHaystack). A case is a text of a given length,
+with the needle at a given depth, and a question after it. It is right if the reply contains the answer, ignoring case.
+The plot shows depth over length. Without --haystack the text is a list of keys and values, one of which is asked for
+(Liu et al. 2023, https://arxiv.org/abs/2307.03172, section 3).
 """
 
 import argparse
@@ -21,15 +21,15 @@ from ...checkpoint.bundled import BUNDLED_CHAT
 from ...checkpoint.checkpoint import Checkpoint
 from ...model.qwen_generation_utils import DEFAULT_SYSTEM, make_context
 from ..data_files import DataError
-from ..harness import at_least_1
+from ..harness import positive_int
 from ..language_model import LanguageModel
 from ..random_words import word
-from ..task import Case, Score, Task, by_group, mean
+from ..task import Case, Score, Task, group_records, mean
 from ..texts import read_texts
 
 NEEDLE, QUESTION = "door: 7351;", "What is door?"
 MAX_NEW_TOKENS = 64
-STEPS = 8  # lengths, where none are named
+STEPS = 8  # default number of lengths
 
 
 class Needle(Task):
@@ -44,15 +44,15 @@ class Needle(Task):
         parser.add_argument(
             "--haystack", nargs="+", type=Path, metavar="PATH", help="files, or folders of *.txt and *.md"
         )
-        parser.add_argument("--needle", default=NEEDLE, help='default: "%(default)s"')
-        parser.add_argument("--question", default=QUESTION, help='default: "%(default)s"')
-        parser.add_argument("--answer", default="7351", help='what a right reply holds (default: "%(default)s")')
+        parser.add_argument("--needle", default=NEEDLE, help='sentence to find (default: "%(default)s")')
+        parser.add_argument("--question", default=QUESTION, help='question about it (default: "%(default)s")')
+        parser.add_argument("--answer", default="7351", help='what a right reply contains (default: "%(default)s")')
         parser.add_argument(
             "--lengths",
             nargs="+",
-            type=at_least_1,
+            type=positive_int,
             metavar="TOKENS",
-            help=f"of the whole prompt (default: {STEPS} steps to what the model is offered for)",
+            help=f"lengths of the whole prompt (default: {STEPS} steps up to the context length of the model)",
         )
         parser.add_argument(
             "--depths",
@@ -60,50 +60,50 @@ class Needle(Task):
             type=_percent,
             default=list(range(0, 101, 10)),
             metavar="PERCENT",
-            help="default: 0 10 … 100",
+            help="positions of the needle (default: 0 10 … 100)",
         )
 
     def cases(self) -> list[Case]:
         if len({self.arguments.needle == NEEDLE, self.arguments.question == QUESTION}) == 2:
-            raise DataError("A needle has a question and an answer of its own: give --needle, --question and --answer.")
+            raise DataError("A needle needs its own question and answer: give --needle, --question and --answer.")
         checkpoint = Checkpoint.open(self.arguments.checkpoint_path or BUNDLED_CHAT, hub=self.arguments.hub)
         config, tokenizer = checkpoint.require_chat().config, checkpoint.tokenizer()
-        offered = config.max_context_length - MAX_NEW_TOKENS
-        lengths = self.arguments.lengths or [offered * step // STEPS for step in range(1, STEPS + 1)]
-        if max(lengths) > offered:
+        max_len = config.max_context_length - MAX_NEW_TOKENS
+        lengths = self.arguments.lengths or [max_len * step // STEPS for step in range(1, STEPS + 1)]
+        if max(lengths) > max_len:
             raise DataError(
-                f"The model takes prompts of up to {offered} tokens, with room to answer; {max(lengths)} are too many."
+                f"The model takes prompts of up to {max_len} tokens plus the reply; {max(lengths)} is too long."
             )
         text = self.text(max(lengths))
         if self.arguments.answer.casefold() in text.casefold():
             raise DataError(
-                f"The haystack holds {self.arguments.answer!r} already: choose another --needle and --answer."
+                f"The haystack already contains {self.arguments.answer!r}: choose another --needle and --answer."
             )
         question = f"\n\n{self.arguments.question}"
-        around = len(make_context(tokenizer, f" {self.arguments.needle} {question}", system=DEFAULT_SYSTEM)[1])
-        hay = tokenizer.encode(text, allowed_special=(), verbose=False)
-        if len(hay) < max(lengths) - around:
+        overhead = len(make_context(tokenizer, f" {self.arguments.needle} {question}", system=DEFAULT_SYSTEM)[1])
+        ids = tokenizer.encode(text, allowed_special=(), verbose=False)
+        if len(ids) < max(lengths) - overhead:
             raise DataError(
-                f"The haystack has {len(hay)} tokens, and {max(lengths)} are needed: give more with --haystack."
+                f"The haystack has {len(ids)} tokens, but {max(lengths)} are needed: give more text with --haystack."
             )
         cases = []
         for length in sorted(set(lengths)):
-            if length <= around:
+            if length <= overhead:
                 raise DataError(
-                    f"A length of {length} tokens has no room for the needle and the question, which take {around}."
+                    f"A length of {length} tokens has no room for the needle and the question, which take {overhead}."
                 )
-            taken = tokenizer.decode(hay[: length - around])
-            taken = taken[: _gap(taken, 1.0)]
+            haystack = tokenizer.decode(ids[: length - overhead])
+            haystack = haystack[: _boundary(haystack, 1.0)]
             for depth in sorted(set(self.arguments.depths)):
-                place = _gap(taken, depth / 100)
-                told = f"{taken[:place].rstrip()} {self.arguments.needle} {taken[place:].lstrip()}".strip()
+                place = _boundary(haystack, depth / 100)
+                context = f"{haystack[:place].rstrip()} {self.arguments.needle} {haystack[place:].lstrip()}".strip()
                 name = f"{length} {depth:g}%"
                 data = {"length": length, "depth": depth}
-                cases.append(Case(name, told + question, self.arguments.answer, group=str(length), data=data))
+                cases.append(Case(name, context + question, self.arguments.answer, group=str(length), data=data))
         return cases
 
     def text(self, tokens: int) -> str:
-        """The haystack, of at least so many tokens where it is made here."""
+        """Return the haystack; generated ones have at least `tokens` tokens."""
         if self.arguments.haystack:
             return read_texts(self.arguments.haystack)
         draw = random.Random(self.arguments.seed)
@@ -117,14 +117,14 @@ class Needle(Task):
         return {"correct": case.gold.casefold() in answer["reply"].casefold(), **case.data}
 
     def summary(self, records: Sequence[dict[str, Any]]) -> list[Score]:
-        groups = by_group(records)
+        groups = group_records(records)
         lines = [Score(f"{length} tokens", mean(members), len(members)) for length, members in groups.items()]
         return [Score("found", mean(records), len(records)), *lines]
 
     def finish(self, records: Sequence[dict[str, Any]], output: Path) -> list[str]:
         picture = output.with_suffix(".png")
         draw(records, picture)
-        return [f"The picture: {picture}"]
+        return [f"Plot: {picture}"]
 
 
 def _percent(text: str) -> float:
@@ -133,24 +133,26 @@ def _percent(text: str) -> float:
     except ValueError:
         value = -1
     if not 0 <= value <= 100:
-        raise argparse.ArgumentTypeError(f"a depth is a number from 0 to 100, not {text!r}")
+        raise argparse.ArgumentTypeError(f"must be a number from 0 to 100, not {text!r}")
     return value
 
 
-def _gap(text: str, share: float) -> int:
-    """The place in the text that is nearest to this share of it and between two lines, sentences or entries; just this
-    share where none is near."""
+def _boundary(text: str, share: float) -> int:
+    """Return the boundary between lines, sentences or entries that is nearest to this share of the text.
+
+    If none is near, return the position of the share itself.
+    """
     aim = round(share * len(text))
-    gaps = [0]
+    boundaries = [0]
     for end in ("\n", ". ", "; ", "。"):
         before, after = text.rfind(end, 0, aim), text.find(end, aim)
-        gaps += [place + len(end) for place in (before, after) if place >= 0]
-    nearest = min(gaps, key=lambda place: abs(place - aim))
+        boundaries += [place + len(end) for place in (before, after) if place >= 0]
+    nearest = min(boundaries, key=lambda place: abs(place - aim))
     return nearest if abs(nearest - aim) <= len(text) / 4 else aim
 
 
 def draw(records: Sequence[dict[str, Any]], path: Path) -> None:
-    """Depth over length: green where the needle was found, red where not."""
+    """Plot depth over length: green if the needle was found, red if not."""
     from matplotlib.figure import Figure
 
     lengths = sorted({record["length"] for record in records})

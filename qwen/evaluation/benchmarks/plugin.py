@@ -1,19 +1,19 @@
-"""Tool use: does a chat model call the right tool, with the right arguments, and none where none is needed?
+"""Tool use: does a chat model call the right tool with the right arguments, and no tool if none is needed?
 
     qwen eval plugin -c Qwen/Qwen-7B-Chat -d data/plugin --eval-react-positive --eval-react-negative
     qwen eval plugin -c Qwen/Qwen-7B-Chat --eval-hfagent --eval-hfagent-filename tasks.jsonl
 
-ReAct files are JSON lines of "prompt" (a whole ReAct prompt, sent as one user turn), "response" (what a good model
-writes) and "query". In the positive one each response calls a tool; in the negative one the prompts offer tools that
-their questions do not need. Published are the versions 20230803 and 20231206.
+ReAct files are JSON lines with "prompt" (a whole ReAct prompt, sent as one user turn), "response" (the reference) and
+"query". In the positive file each response calls a tool. In the negative file the prompts offer tools that are not
+needed. The published versions are 20230803 and 20231206.
 
---eval-hfagent asks in place of transformers' agents, which are gone, an agent of smolagents: pip install smolagents.
-Its file has lines of "query", "tools", a list of {"name", "description", "parameters": a JSON schema}, and "gold",
-{"tool", "arguments"} or null where no tool is needed. Only the first step counts. The tools do nothing.
+--eval-hfagent runs an agent of smolagents (pip install smolagents), since transformers has removed its agents. Its file
+has lines with "query", "tools", a list of {"name", "description", "parameters": a JSON schema}, and "gold", which is
+{"tool", "arguments"}, or null if no tool is needed. Only the first step counts. The tools do nothing.
 
-Three measures: tool selection, the share of questions for which the right tool is called, in capitals or not; Rouge-L
-(F) of the arguments against the right ones, as JSON with sorted keys, on the model's tokens; false positives, the share
-of questions that need no tool for which one is called.
+Three metrics: tool selection, the share of questions for which the right tool is called, ignoring case; Rouge-L (F) of
+the arguments against the right ones, as JSON with sorted keys, on the model's tokens; false positives, the share of
+questions that need no tool but for which one is called.
 """
 
 import argparse
@@ -35,23 +35,23 @@ POSITIVE, NEGATIVE, AGENT = "react positive", "react negative", "agent"
 class EvaluatePlugin(Task):
     name = "plugin"
     chat = True
-    max_seq_len = None  # a prompt with many tools is long, and cut it would be worth nothing
+    max_seq_len = None  # prompts with many tools are long, and useless if cut
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
-        add_folder_argument(parser, "where the files lie (default: here)", default=Path())
+        add_folder_argument(parser, "folder of the files (default: current folder)", default=Path())
         for part, filename in (
             ("react-positive", "exam_plugin_v20231206_react_positive.jsonl"),
             ("react-negative", "exam_plugin_v20231206_react_negative.jsonl"),
             ("hfagent", "exam_plugin_hfagent.jsonl"),
         ):
-            parser.add_argument(f"--eval-{part}", action="store_true", help=f"ask the questions of the {part} file")
+            parser.add_argument(f"--eval-{part}", action="store_true", help=f"evaluate on the {part} file")
             parser.add_argument(
                 f"--eval-{part}-filename",
                 type=Path,
                 default=Path(filename),
                 metavar="FILE",
-                help="in that folder, or anywhere (default: %(default)s)",
+                help="path relative to that folder, or absolute (default: %(default)s)",
             )
 
     def cases(self) -> list[Case]:
@@ -77,15 +77,15 @@ class EvaluatePlugin(Task):
             else:
                 reply = next(replies)
                 call = called(reply)
-            similar = {} if case.gold is None else {"rouge_l": rouge_l(lm, case.gold, call)}
-            answers.append({"reply": reply, "call": call, **similar})
+            similarity = {} if case.gold is None else {"rouge_l": rouge_l(lm, case.gold, call)}
+            answers.append({"reply": reply, "call": call, **similarity})
         return answers
 
     def score(self, case: Case, answer: dict[str, Any]) -> dict[str, Any]:
         call = answer["call"]
         if case.gold is not None:
             return {"correct": call is not None and call["tool"].casefold() == case.gold["tool"].casefold()}
-        # Of a text, also a call that is not finished counts.
+        # In ReAct text an unfinished call counts, too.
         attempted = call is not None or ("tools" not in case.data and f"\n{ACTION} " in f"\n{answer['reply']}")
         return {"correct": not attempted}
 
@@ -105,7 +105,7 @@ class EvaluatePlugin(Task):
 
 
 def react_cases(path: Path, group: str) -> list[Case]:
-    """Questions whose prompts offer tools, in the text format that the model learned."""
+    """Read questions whose prompts offer tools, in the ReAct format on which the model was trained."""
     cases = []
     for number, record in enumerate(read_jsonl(path, {"prompt": str, "response": str, "query": str}), start=1):
         gold = called(record["response"]) if group == POSITIVE else None
@@ -121,7 +121,7 @@ def react_cases(path: Path, group: str) -> list[Case]:
 
 
 def agent_cases(path: Path) -> list[Case]:
-    """Questions to an agent that has tools."""
+    """Read questions to an agent with tools."""
     cases = []
     for number, record in enumerate(read_jsonl(path, {"query": str, "tools": list, "gold": object}), start=1):
         where, gold = f"{path}, record {number}", record["gold"]
@@ -129,7 +129,7 @@ def agent_cases(path: Path) -> list[Case]:
         if gold is not None:
             check_fields(gold, {"tool": str, "arguments": dict}, f"{where}, gold")
             if gold["tool"] not in (names := [tool["name"] for tool in record["tools"]]):
-                raise DataError(f"{where}: gold names the tool {gold['tool']!r}, which is none of {', '.join(names)}.")
+                raise DataError(f"{where}: gold has the tool {gold['tool']!r}, which is not one of {', '.join(names)}.")
             gold = {"tool": gold["tool"], "arguments": json.dumps(gold["arguments"], ensure_ascii=False)}
         data = {"tools": record["tools"]}
         cases.append(Case(name=f"{AGENT}/{number}", prompt=record["query"], gold=gold, group=AGENT, data=data))
@@ -137,13 +137,13 @@ def agent_cases(path: Path) -> list[Case]:
 
 
 def called(text: str) -> dict[str, str] | None:
-    """The tool that a text in the ReAct format calls, and the arguments as they stand there."""
+    """Return the tool that a text in the ReAct format calls, and the arguments as written; None without a call."""
     call = parse_response(text).function_call
     return call and {"tool": call["name"], "arguments": call["arguments"]}
 
 
 def rouge_l(lm: LanguageModel, gold: dict[str, str], call: dict[str, str] | None) -> float:
-    """F of the longest common subsequence of tokens of the arguments (Lin 2004); 0 without a call."""
+    """Return the Rouge-L F-measure (Lin 2004) between the arguments, on the model's tokens; 0 without a call."""
     from rouge_score.rouge_scorer import RougeScorer
 
     if call is None:
@@ -153,7 +153,7 @@ def rouge_l(lm: LanguageModel, gold: dict[str, str], call: dict[str, str] | None
 
 
 def normalized(arguments: str) -> str:
-    """Arguments in JSON, with sorted keys and one way of spacing; others as they are."""
+    """Normalize JSON arguments: sorted keys, uniform spacing. Strip other arguments."""
     try:
         return json.dumps(json.loads(arguments, strict=False), sort_keys=True, ensure_ascii=False)
     except (ValueError, RecursionError):
@@ -161,7 +161,7 @@ def normalized(arguments: str) -> str:
 
 
 class ModelTokens:
-    """The tokenizer that rouge-score asks for: that of the model."""
+    """The tokenizer interface of rouge-score, with the tokens of the model."""
 
     def __init__(self, lm: LanguageModel):
         self.lm = lm

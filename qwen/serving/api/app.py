@@ -1,8 +1,7 @@
-"""The OpenAI-compatible HTTP server as a factory: an engine in, an app out.
+"""Creates the OpenAI-compatible HTTP app of an engine.
 
-Revolves around `create_app`, which holds the routes and what stands in front of them. What a request means is for
-chat.py and completions.py, how its answer is sent for generation.py. Nothing is kept outside the app, so that one
-process may have several.
+`create_app` sets up routes and middleware; chat.py and completions.py interpret requests, generation.py sends the
+responses. All state is in the app, so that one process can have several.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from ..engine import Engine, grammar
 from ..engine.grammar import ConstraintFactory
 from . import chat, completions, errors, metrics
 from .errors import ApiError, invalid, shutting_down
-from .generation import Envelope, Generation, Plan, at_once, stream
+from .generation import Envelope, Generation, Plan, respond, stream
 from .metrics import Metrics, MetricsMiddleware
 from .middleware import Authentication, BodyLimit
 from .requests import ChatCompletionRequest, CompletionRequest, SamplingFields
@@ -39,7 +38,7 @@ from .responses import ChatCompletion, Completion, ErrorResponse, Health, Model,
 logger = logging.getLogger(__name__)
 
 HEALTH = "/health"
-SERVER_SENT_EVENT = {  # as OpenAPI 3.2 describes one, section 4.14.4
+SERVER_SENT_EVENT = {  # as in OpenAPI 3.2, section 4.14.4
     "type": "object",
     "properties": {"data": {"type": "string", "description": "a chunk or an error as JSON, or [DONE]"}},
     "required": ["data"],
@@ -48,20 +47,20 @@ SERVER_SENT_EVENT = {  # as OpenAPI 3.2 describes one, section 4.14.4
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What whoever starts a server decides.
+    """Settings of a server.
 
     Args:
-        model_name: the id of the model; None for the name of its checkpoint.
-        basic_auth: "USER:PASSWORD" that is asked for.
-        api_key: key that is asked for.
-        cors_origins: web pages from there may ask, "*" for all.
-        max_request_bytes: of one request's body.
-        body_seconds: it may take so long to arrive.
-        max_messages: of one conversation.
-        drain_seconds: replies that are being written when the server stops get so long to come to their end.
+        model_name: id of the model; None for the name of its checkpoint.
+        basic_auth: required credentials, "USER:PASSWORD".
+        api_key: required key.
+        cors_origins: origins whose web pages may send requests; "*" for all.
+        max_request_bytes: maximum size of a request body.
+        body_seconds: maximum time for a request body to arrive.
+        max_messages: maximum length of a conversation.
+        drain_seconds: time for running replies to finish when the server stops.
 
     Raises:
-        ValueError: credentials that would let in whoever sends none, or nobody.
+        ValueError: malformed credentials, which would admit everyone or no one.
     """
 
     model_name: str | None = None
@@ -75,13 +74,13 @@ class Settings:
 
     def __post_init__(self) -> None:
         if self.basic_auth is not None and not all(self.basic_auth.partition(":")):
-            raise ValueError("basic_auth is USER:PASSWORD, a user and a password with a colon between them.")
+            raise ValueError("basic_auth must be USER:PASSWORD: a user and a password, separated by a colon.")
         if self.api_key is not None and not (self.api_key and self.api_key == self.api_key.strip()):
-            raise ValueError("api_key is a text, with no blanks around it.")
+            raise ValueError("api_key must be a non-empty string without surrounding whitespace.")
 
 
 class Service:
-    """One engine behind one app."""
+    """The engine, settings and state of one app."""
 
     def __init__(self, engine: Engine, settings: Settings):
         self.engine, self.settings = engine, settings
@@ -96,8 +95,8 @@ class Service:
             "created": int(time.time()),
             "owned_by": "qwen",
         }
-        told_apart_by = f"{engine.model.config.to_json_string()} {engine.model.dtype} {torch.__version__}"
-        self.fingerprint = "fp_" + hashlib.sha256(told_apart_by.encode()).hexdigest()[:12]
+        identity = f"{engine.model.config.to_json_string()} {engine.model.dtype} {torch.__version__}"
+        self.fingerprint = "fp_" + hashlib.sha256(identity.encode()).hexdigest()[:12]
 
     @property
     def status(self) -> Literal["ready", "draining", "failed"]:
@@ -106,33 +105,33 @@ class Service:
         return "draining" if self.draining else "ready"
 
     async def answer(
-        self, request: Request, body: SamplingFields, envelope: Envelope, understand: Callable[..., Plan], *args: Any
+        self, request: Request, body: SamplingFields, envelope: Envelope, build_plan: Callable[..., Plan], *args: Any
     ) -> Response:
-        """Plan a request, beside the event loop, and have the engine carry it out.
+        """Plan a request in a worker thread and run it on the engine.
 
         Raises:
-            ApiError: the request cannot be answered as it is, or not now.
+            ApiError: the request is invalid or cannot be served now.
         """
         if self.draining:
             raise shutting_down()
         if body.stream_options is not None and not body.stream:
-            raise invalid("stream_options needs stream to be true.", "stream_options")
-        plan = await to_thread.run_sync(understand, body, self.engine, *args)
+            raise invalid("stream_options requires stream to be true.", "stream_options")
+        plan = await to_thread.run_sync(build_plan, body, self.engine, *args)
         generation = Generation(self.engine, plan, self.metrics)
         head = envelope.head(self.model["id"], self.fingerprint)
         if not body.stream:
-            return await at_once(request, generation, envelope, head)
+            return await respond(request, generation, envelope, head)
         include_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
         return stream(generation, envelope, head, include_usage, self.settings.drain_seconds)
 
     def drain(self, seconds: float) -> None:
-        """Refuse new requests, and wait until those there are have been answered or so many seconds have passed."""
+        """Reject new requests, and wait up to `seconds` for running ones to finish."""
         self.draining = True
         self.engine.close(seconds)
 
 
 class StrictJsonRequest(Request):
-    """A request whose body is JSON of Unicode text, of a depth that everything behind can follow."""
+    """A request whose body must be JSON: valid Unicode, no NaN, limited nesting."""
 
     async def json(self) -> Any:
         try:
@@ -142,7 +141,7 @@ class StrictJsonRequest(Request):
 
 
 class JsonRoute(APIRoute):
-    """Takes JSON that says that it is JSON: a web page cannot send that to another origin unasked."""
+    """Requires the JSON content type, which web pages cannot send to another origin without a CORS preflight."""
 
     def get_route_handler(self) -> Callable:
         handle = super().get_route_handler()
@@ -150,26 +149,26 @@ class JsonRoute(APIRoute):
         async def check(request: Request) -> Response:
             kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
             if request.method == "POST" and kind != "application/json":
-                raise ApiError(415, f"Send JSON, with Content-Type: application/json, not {kind!r}.")
+                raise ApiError(415, f"Invalid Content-Type {kind!r}. Send JSON with Content-Type: application/json.")
             return await handle(StrictJsonRequest(request.scope, request.receive))
 
         return check
 
 
 def create_app(engine: Engine, settings: Settings | None = None) -> FastAPI:
-    """An app that serves an engine, which it closes when it is shut down.
+    """Create an app that serves an engine and closes it at shutdown.
 
-    Its `state.service` is the Service, whose `drain` whoever runs the app may call before that. What the app does
-    without, since a package is not installed, is logged.
+    `app.state.service` is the Service; its `drain` may be called before shutdown. Features that are disabled because
+    a package is missing are logged.
     """
     settings = settings or Settings()
     service = Service(engine, settings)
     if service.metrics is None:
-        logger.warning("There is no /metrics without prometheus-client: `pip install prometheus-client` brings it.")
+        logger.warning("/metrics is disabled: prometheus-client is not installed (`pip install prometheus-client`).")
     if not grammar.available():
         logger.warning(
-            "Replies are not held to a format (response_format, tool_choice, strict) without llguidance: `pip install "
-            "llguidance` brings it."
+            "Constrained replies (response_format, tool_choice, strict) are disabled: llguidance is not installed "
+            "(`pip install llguidance`)."
         )
 
     @contextlib.asynccontextmanager
@@ -195,11 +194,11 @@ def create_app(engine: Engine, settings: Settings | None = None) -> FastAPI:
     middleware.append(Middleware(BodyLimit, max_bytes=settings.max_request_bytes, seconds=settings.body_seconds))
     app = FastAPI(
         title="Qwen",
-        description="An OpenAI-compatible server of one first-generation Qwen model.",
+        description="OpenAI-compatible server of a first-generation Qwen model.",
         middleware=middleware,
         lifespan=lifespan,
         redoc_url=None,
-        responses={"default": {"model": ErrorResponse, "description": "An error, in the shape of OpenAI's"}},
+        responses={"default": {"model": ErrorResponse, "description": "An error in OpenAI's format"}},
     )
     app.state.service = service
     app.include_router(_routes(service))
@@ -211,18 +210,18 @@ def create_app(engine: Engine, settings: Settings | None = None) -> FastAPI:
 def _routes(service: Service) -> APIRouter:
     router = APIRouter(route_class=JsonRoute)
     generating: dict[str, Any] = {
-        "response_description": "The answer, or, with `stream`, its chunks and then [DONE] as server-sent events",
+        "response_description": "The response, or with `stream` its chunks and then [DONE] as server-sent events",
         "responses": {
             200: {"content": {"text/event-stream": {"itemSchema": SERVER_SENT_EVENT}}},
             **{
                 status: {"model": ErrorResponse, "description": description}
                 for status, description in {
-                    400: "A field that is wrong",
-                    408: "The body did not arrive in time",
-                    413: "Too large",
+                    400: "Invalid field",
+                    408: "The request body did not arrive in time",
+                    413: "The request body is too large",
                     415: "Not JSON",
                     429: "The queue is full",
-                    503: "The server shuts down, or its model has failed for good",
+                    503: "The server is shutting down, or its model has failed and cannot recover",
                 }.items()
             },
         },
@@ -233,7 +232,7 @@ def _routes(service: Service) -> APIRouter:
         """Answer a conversation."""
         limit = service.settings.max_messages
         if len(body.messages) > limit:
-            raise invalid(f"There are {len(body.messages)} messages, and this server takes {limit}.", "messages")
+            raise invalid(f"Too many messages: {len(body.messages)}, at most {limit} on this server.", "messages")
         return await service.answer(request, body, chat.ENVELOPE, chat.plan, service.constraints)
 
     @router.post("/v1/completions", response_model=Completion, tags=["generation"], **generating)
@@ -243,16 +242,16 @@ def _routes(service: Service) -> APIRouter:
 
     @router.get("/v1/models", tags=["models"])
     async def list_models() -> ModelList:
-        """The one model of this server."""
+        """List the model of this server."""
         return {"object": "list", "data": [service.model]}
 
     @router.get("/v1/models/{model_id:path}", tags=["models"])
     async def retrieve_model(model_id: str) -> Model:
-        """The model, by its id."""
+        """Return the model by its id."""
         if model_id != service.model["id"]:
             raise ApiError(
                 404,
-                f"There is no model {model_id!r}. This server has {service.model['id']!r}.",
+                f"Unknown model {model_id!r}. This server has {service.model['id']!r}.",
                 param="model",
                 code="model_not_found",
             )
@@ -260,31 +259,31 @@ def _routes(service: Service) -> APIRouter:
 
     @router.get(HEALTH, tags=["operation"], response_model=Health, responses={503: {"model": Health}})
     async def health() -> Response:
-        """Whether requests are taken; needs no credentials."""
+        """Report whether requests are accepted. Needs no credentials."""
         status = service.status
         return Response(to_json({"status": status}), 200 if status == "ready" else 503, media_type="application/json")
 
-    if (counted := service.metrics) is not None:
+    if (app_metrics := service.metrics) is not None:
 
         @router.get(
             "/metrics", tags=["operation"], response_class=Response, responses={200: {"content": {"text/plain": {}}}}
         )
         async def prometheus() -> Response:
-            """For Prometheus."""
-            text, media_type = counted.render()
+            """Metrics for Prometheus."""
+            text, media_type = app_metrics.render()
             return Response(text, headers={"Content-Type": media_type})
 
     return router
 
 
 def _document_credentials(app: FastAPI, settings: Settings) -> None:
-    """Have /docs ask for what the server asks for."""
+    """Add the required credentials to the OpenAPI document, so that /docs asks for them."""
     schemes = {
         name: {"type": "http", "scheme": name}
         for name, secret in (("basic", settings.basic_auth), ("bearer", settings.api_key))
         if secret is not None
     }
     if schemes:
-        document = app.openapi()  # the app keeps it
+        document = app.openapi()  # cached by the app
         document.setdefault("components", {})["securitySchemes"] = schemes
         document["security"] = [{name: []} for name in schemes]

@@ -1,8 +1,6 @@
-"""Chat completions: messages to a prompt, a reply to messages.
+"""Chat completions: `plan` converts a request for the engine, `ChatWriter` converts the reply to chunks.
 
-Revolves around `plan`, which says what the engine has to do for a request, and `ChatWriter`, which makes chunks of what
-the engine says. Tools are offered and read in the models' own format (qwen.tools); this module gives them the shape of
-OpenAI's `tools`, or of the `functions` before them.
+The model uses tools in its own format (qwen.tools), which is converted to OpenAI's `tools` or the older `functions`.
 """
 
 from __future__ import annotations
@@ -31,61 +29,60 @@ from ..engine import Engine
 from ..engine.detokenizer import Piece, TokenLogprob
 from ..engine.grammar import ConstraintFactory, GrammarConstraint
 from .errors import invalid
-from .generation import Choice, Chunk, Envelope, Plan, check_room, sampling_params
+from .generation import Choice, Chunk, Envelope, Plan, check_num_choices, sampling_params
 from .logprobs import chat_logprobs
 from .requests import ChatCompletionRequest, JsonObjectFormat, JsonSchemaFormat, NamedFunction, NamedTool
 
-Dialect = Literal["tools", "functions"]
+ApiStyle = Literal["tools", "functions"]
 ANY_OBJECT = {"type": "object"}
 
 
-class Offer(NamedTuple):
-    """The tools that a request lets the model see.
+class ToolChoice(NamedTuple):
+    """The tools that a request offers to the model.
 
     Args:
-        functions: as qwen.tools takes them; none where the request has none or does not want them used.
-        dialect: in which the request speaks of them, and the answer must.
-        required: the model has to call one.
-        name: the one it has to call.
+        functions: tools as qwen.tools takes them; empty if the request has none or sets the choice to "none".
+        api_style: request field that they came in; the response uses the same format.
+        required: the model must call a tool.
+        name: the tool that it must call.
     """
 
     functions: list[dict[str, Any]]
-    dialect: Dialect
+    api_style: ApiStyle
     required: bool = False
     name: str | None = None
 
 
 def plan(request: ChatCompletionRequest, engine: Engine, constraints: ConstraintFactory) -> Plan:
-    """What the engine has to do. Encodes the prompt and builds grammars, which may take a while.
+    """Build the generation plan of a request. Encodes the prompt and builds grammars, which may be slow.
 
     Raises:
-        ApiError: fields that do not go together, a conversation that no prompt can be made of, a checkpoint that is
-            no chat model.
+        ApiError: incompatible fields, a malformed conversation, or a base checkpoint.
     """
     _check(request, engine)
-    check_room(engine, request.choices)
-    offer = _offer(request)
+    check_num_choices(engine, request.choices)
+    tool_choice = _read_tool_choice(request)
     messages = [message.model_dump(exclude_none=True) for message in request.messages]
-    prompt_ids, continues = _prompt(messages, offer.functions, engine)
-    uses_react = bool(offer.functions) or any(
+    prompt_ids, continues = _prompt(messages, tool_choice.functions, engine)
+    uses_react = bool(tool_choice.functions) or any(
         message["role"] in ("tool", "function") or message.get("tool_calls") or message.get("function_call")
         for message in messages
     )
-    # Also without tools on offer: the model may remember those of an earlier turn.
+    # Also if no tools are offered: the model may call one of an earlier turn.
     stop = [*request.stop_strings, f"\n{STOP_WORD}"] if uses_react else request.stop_strings
     top_logprobs = (request.top_logprobs or 0) if request.logprobs else None
     max_tokens = request.max_completion_tokens or request.max_tokens
     (settings,) = sampling_params(engine, request, [len(prompt_ids)], max_tokens=max_tokens, top_logprobs=top_logprobs)
-    # The blank in front of a reply that goes on from a message belongs to it, unless the message brings it along.
-    said = _text(messages[-1]) if messages[-1]["role"] == "assistant" else ""
-    lstrip = not said or said[-1].isspace()
-    constraint = _constraint(request, offer, continues, constraints)
+    # A reply that continues a message keeps its leading space, unless the message ends in one.
+    reply_start = _text(messages[-1]) if messages[-1]["role"] == "assistant" else ""
+    lstrip = not reply_start or reply_start[-1].isspace()
+    constraint = _constraint(request, tool_choice, continues, constraints)
     choices = []
     for index, params in enumerate(settings):
         reader = ReplyReader(continues) if uses_react else None
-        writer = ChatWriter(index, engine.tokenizer, reader, offer, bool(request.stop_strings))
-        own = None if constraint is None else constraint.copy()
-        choices.append(Choice(prompt_ids, params, writer, stop, lstrip, True, own))
+        writer = ChatWriter(index, engine.tokenizer, reader, tool_choice, bool(request.stop_strings))
+        choice_constraint = None if constraint is None else constraint.copy()
+        choices.append(Choice(prompt_ids, params, writer, stop, lstrip, True, choice_constraint))
     return Plan(choices, len(prompt_ids), "messages")
 
 
@@ -98,23 +95,23 @@ def _check(request: ChatCompletionRequest, engine: Engine) -> None:
     chat_format = getattr(engine.model.generation_config, "chat_format", None)
     if chat_format != "chatml":
         raise invalid(
-            "This server runs a base model, which continues texts and holds no conversations: send a prompt to "
-            "/v1/completions, or start the server with a chat checkpoint such as Qwen/Qwen-7B-Chat.",
+            "This server runs a base model, which cannot chat: send a prompt to /v1/completions, or start the server "
+            "with a chat checkpoint, for example Qwen/Qwen-7B-Chat.",
             "model",
         )
     if request.top_logprobs is not None and not request.logprobs:
-        raise invalid("top_logprobs needs logprobs to be true.", "top_logprobs")
+        raise invalid("top_logprobs requires logprobs to be true.", "top_logprobs")
 
 
-def _offer(request: ChatCompletionRequest) -> Offer:
+def _read_tool_choice(request: ChatCompletionRequest) -> ToolChoice:
     if request.tools and request.functions:
-        raise invalid("functions is the old name of tools: send one of them.", "functions")
+        raise invalid("functions is the old name of tools: send only one of them.", "functions")
     if request.function_call is not None and (request.tools or request.tool_choice is not None):
-        raise invalid("function_call goes with functions; for tools it is tool_choice.", "function_call")
+        raise invalid("function_call requires functions. With tools, use tool_choice.", "function_call")
     if request.tool_choice is not None and request.functions:
-        raise invalid("tool_choice goes with tools; for functions it is function_call.", "tool_choice")
+        raise invalid("tool_choice requires tools. With functions, use function_call.", "tool_choice")
 
-    dialect: Dialect = "functions" if request.functions else "tools"
+    api_style: ApiStyle = "functions" if request.functions else "tools"
     param = "function_call" if request.function_call is not None else "tool_choice"
     choice = request.tool_choice if request.function_call is None else request.function_call
     if request.functions:
@@ -122,23 +119,23 @@ def _offer(request: ChatCompletionRequest) -> Offer:
     else:
         functions = [tool.function.model_dump(exclude_none=True) for tool in request.tools or []]
     names = [function.get("name_for_model") or function["name"] for function in functions]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise invalid(f"{dialect}: {twice[0]!r} is there twice. Names must be unique.", dialect)
+    if duplicates := [name for name in names if names.count(name) > 1]:
+        raise invalid(f"{api_style}: duplicate name {duplicates[0]!r}. Names must be unique.", api_style)
     if choice == "none":
-        return Offer([], dialect)
+        return ToolChoice([], api_style)
     name = None
     if isinstance(choice, NamedTool | NamedFunction):
         name = choice.function.name if isinstance(choice, NamedTool) else choice.name
         if name not in names:
-            known = f"it is not among {', '.join(names)}" if names else f"there are no {dialect}"
-            raise invalid(f"{param} names {name!r}, and {known}.", param)
+            known = f"expected one of {', '.join(names)}" if names else f"the request has no {api_style}"
+            raise invalid(f"{param}: unknown name {name!r}, {known}.", param)
     if choice == "required" and not names:
-        raise invalid("tool_choice is 'required', and there are no tools.", param)
-    return Offer(functions, dialect, choice == "required" or name is not None, name)
+        raise invalid("tool_choice is 'required' but the request has no tools.", param)
+    return ToolChoice(functions, api_style, choice == "required" or name is not None, name)
 
 
 def _prompt(messages: list[dict], functions: list[dict], engine: Engine) -> tuple[list[int], bool]:
-    """The token ids, and whether they end in the "Thought:" of an assistant's turn that a tool's result left open."""
+    """Return the token ids, and whether they end in "Thought:" after a tool result, for the model to continue."""
     try:
         query, history, system = parse_messages(messages, functions)
     except MalformedConversation as error:
@@ -152,31 +149,31 @@ def _prompt(messages: list[dict], functions: list[dict], engine: Engine) -> tupl
 
 
 def _param(message: str) -> str:
-    """The field that an error of qwen.tools is about: "messages[1].tool_calls[0]" → "messages.1.tool_calls.0"."""
+    """Return the field that an error of qwen.tools names: "messages[1].tool_calls[0]" → "messages.1.tool_calls.0"."""
     found = re.match(r"(messages|tools|functions)\[[\w.\[\]]*", message)
     return re.sub(r"\[(\d+)\]", r".\1", found[0]) if found else "messages"
 
 
 def _constraint(
-    request: ChatCompletionRequest, offer: Offer, continues: bool, constraints: ConstraintFactory
+    request: ChatCompletionRequest, tool_choice: ToolChoice, continues: bool, constraints: ConstraintFactory
 ) -> GrammarConstraint | None:
-    """What the reply may consist of, if that is prescribed."""
+    """Return the grammar that the reply must follow, if any."""
     wanted = request.response_format
     schema, param = None, "response_format"
     if isinstance(wanted, JsonObjectFormat):
         schema = ANY_OBJECT
     elif isinstance(wanted, JsonSchemaFormat):
         schema, param = wanted.json_schema.schema_ or ANY_OBJECT, "response_format.json_schema.schema"
-    strict = any(function.get("strict") for function in offer.functions)
+    strict = any(function.get("strict") for function in tool_choice.functions)
     try:
-        if offer.required or (offer.functions and (schema is not None or strict)):
-            names = None if offer.name is None else [offer.name]
-            param = offer.dialect if schema is None else f"{param} or {offer.dialect}"
+        if tool_choice.required or (tool_choice.functions and (schema is not None or strict)):
+            names = None if tool_choice.name is None else [tool_choice.name]
+            param = tool_choice.api_style if schema is None else f"{param} or {tool_choice.api_style}"
             return constraints.tool_call(
-                offer.functions,
+                tool_choice.functions,
                 names=names,
                 answer_schema=schema,
-                call_required=offer.required,
+                call_required=tool_choice.required,
                 continues=continues,
             )
         if isinstance(wanted, JsonObjectFormat):
@@ -187,22 +184,33 @@ def _constraint(
 
 
 class ChatWriter:
-    """Makes chunks of the pieces of one reply.
+    """Converts the text pieces of one reply to chunks.
 
     Args:
-        index: of the choice.
-        reader: of the models' tool format, where the reply may be in it.
-        offer: the tools on offer, and the dialect to speak of calls in.
-        has_stop: the request has stop strings of its own, which may end a reply in the midst of a call.
+        index: index of the choice.
+        reader: parser of the models' tool format; None if the reply cannot be in it.
+        tool_choice: the offered tools, and the format for calls.
+        has_stop: the request has its own stop strings, which may cut off a call.
     """
 
     def __init__(
-        self, index: int, tokenizer: QWenTokenizer, reader: ReplyReader | None, offer: Offer, has_stop: bool = False
+        self,
+        index: int,
+        tokenizer: QWenTokenizer,
+        reader: ReplyReader | None,
+        tool_choice: ToolChoice,
+        has_stop: bool = False,
     ):
-        self.index, self.tokenizer, self.reader, self.offer, self.has_stop = index, tokenizer, reader, offer, has_stop
-        self.tokens: list[TokenLogprob] = []  # that no chunk has carried yet
+        self.index, self.tokenizer, self.reader, self.tool_choice, self.has_stop = (
+            index,
+            tokenizer,
+            reader,
+            tool_choice,
+            has_stop,
+        )
+        self.tokens: list[TokenLogprob] = []  # not sent yet
         self.arguments: list[str] | None = None  # of the call, if there is one
-        self.spoke = False
+        self.has_content = False
 
     def begin(self) -> Iterable[Chunk]:
         return [self._chunk({"role": "assistant", "content": ""})]
@@ -216,28 +224,28 @@ class ChatWriter:
     def end(self, reason: str) -> Iterable[Chunk]:
         yield from self._chunks(self.reader.finish() if self.reader is not None else [])
         if reason == "stop" and self._called():
-            reason = "tool_calls" if self.offer.dialect == "tools" else "function_call"
+            reason = "tool_calls" if self.tool_choice.api_style == "tools" else "function_call"
         yield self._chunk({}, reason)
 
     def _chunks(self, deltas: Iterable[Delta]) -> Iterator[Chunk]:
         for delta in deltas:
             if isinstance(delta, ContentDelta):
-                self.spoke = True
+                self.has_content = True
                 yield self._chunk({"content": delta.text})
-            elif self.offer.functions:
+            elif self.tool_choice.functions:
                 yield from map(self._chunk, self._call(delta))
-            elif not self.spoke:  # tools of an earlier turn: the model's words are more than nothing at all
+            elif not self.has_content:  # a tool of an earlier turn: send the call as text rather than nothing
                 named = "" if delta.name is None else f"{ACTION} {delta.name}\n{ACTION_INPUT} "
                 yield self._chunk({"content": named + delta.arguments})
 
     def _called(self) -> bool:
-        """Whether there is a call. One that a stop string of the request cut off is none."""
+        """Return whether the reply has a call that was not cut off by a stop string of the request."""
         if self.arguments is None:
             return False
         try:
             from_json("".join(self.arguments))
         except ValueError:
-            return not self.has_stop  # else it is what the model takes for JSON
+            return not self.has_stop  # without stop strings it is a call with invalid JSON
         return True
 
     def _call(self, delta: CallDelta) -> Iterator[dict[str, Any]]:
@@ -249,7 +257,7 @@ class ChatWriter:
         function = {} if delta.name is None else {"name": delta.name}
         function["arguments"] = delta.arguments
         self.arguments.append(delta.arguments)
-        if self.offer.dialect == "functions":
+        if self.tool_choice.api_style == "functions":
             yield {"function_call": function}
         else:
             yield {"tool_calls": [{"index": 0, **head, "function": function}]}
@@ -265,11 +273,11 @@ class ChatWriter:
 
 
 def collect(chunks: list[Chunk]) -> dict[str, Any]:
-    """The chunks of one choice put together."""
+    """Merge the chunks of one choice."""
     content, call_id, call = [], None, []
     for delta in (chunk["delta"] for chunk in chunks):
         content.append(delta.get("content", ""))
-        for part in delta.get("tool_calls", []):  # one at most
+        for part in delta.get("tool_calls", []):  # at most one
             call_id = part.get("id", call_id)
             call.append(part["function"])
         if "function_call" in delta:
@@ -285,11 +293,11 @@ def collect(chunks: list[Chunk]) -> dict[str, Any]:
             message["function_call"] = function
         else:
             message["tool_calls"] = [{"id": call_id, "type": "function", "function": function}]
-    shown = [chunk["logprobs"]["content"] for chunk in chunks if chunk["logprobs"] is not None]
+    parts = [chunk["logprobs"]["content"] for chunk in chunks if chunk["logprobs"] is not None]
     return {
         "index": chunks[0]["index"],
         "message": message,
-        "logprobs": {"content": [entry for part in shown for entry in part], "refusal": None} if shown else None,
+        "logprobs": {"content": [entry for part in parts for entry in part], "refusal": None} if parts else None,
         "finish_reason": chunks[-1]["finish_reason"],
     }
 

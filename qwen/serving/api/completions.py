@@ -1,7 +1,6 @@
-"""Text completions: the model goes on from a text, as base models do.
+"""Text completions: `plan` converts a request for the engine, `TextWriter` converts the reply to chunks.
 
-Revolves around `plan`, which says what the engine has to do for a request, and `TextWriter`, which makes chunks of what
-the engine says. It knows no messages and trims nothing.
+Prompts have no chat template, and replies are not trimmed.
 """
 
 from __future__ import annotations
@@ -13,23 +12,23 @@ from ...model.tokenization_qwen import QWenTokenizer
 from ..engine import Engine
 from ..engine.detokenizer import Piece
 from .errors import invalid
-from .generation import Choice, Chunk, Envelope, Plan, check_room, sampling_params
+from .generation import Choice, Chunk, Envelope, Plan, check_num_choices, sampling_params
 from .logprobs import CompletionLogprobs
 from .requests import CompletionRequest
 
 
 def plan(request: CompletionRequest, engine: Engine) -> Plan:
-    """What the engine has to do. Encodes the prompts, which may take a while.
+    """Build the generation plan of a request. Encodes the prompts, which may be slow.
 
     Raises:
-        ApiError: fields that do not go together, token ids that there are not.
+        ApiError: incompatible fields, or token ids out of range.
     """
     if request.best_of is not None and request.best_of != request.choices:
-        raise invalid("best_of must equal n: every choice is returned, none is ranked.", "best_of")
+        raise invalid("best_of must equal n: all choices are returned, without ranking.", "best_of")
     if request.echo and request.logprobs is not None:
-        raise invalid("echo and logprobs do not go together: there are no log-probabilities of prompts.", "echo")
+        raise invalid("echo cannot be combined with logprobs: prompts have no log-probabilities.", "echo")
     texts = _texts(request)
-    check_room(engine, len(texts) * request.choices)
+    check_num_choices(engine, len(texts) * request.choices)
     prompts = _prompts(texts, engine.tokenizer)
     lengths = [len(ids) for ids in prompts]
     settings = sampling_params(engine, request, lengths, max_tokens=request.max_tokens, top_logprobs=request.logprobs)
@@ -43,7 +42,7 @@ def plan(request: CompletionRequest, engine: Engine) -> Plan:
 
 
 def _texts(request: CompletionRequest) -> list[str] | list[list[int]]:
-    """The prompts, as text or token ids."""
+    """Return the prompts as text or token ids."""
     prompt = request.prompt
     if isinstance(prompt, str) or prompt is None:
         return [prompt or ""]
@@ -51,22 +50,20 @@ def _texts(request: CompletionRequest) -> list[str] | list[list[int]]:
 
 
 def _prompts(texts: list[str] | list[list[int]], tokenizer: QWenTokenizer) -> list[list[int]]:
-    """The token ids of each prompt. Control tokens in a text are control tokens: whoever sends it writes all of it."""
+    """Encode the prompts. Control tokens in a text are encoded as such, since the client writes the whole prompt."""
     encoded = [tokenizer.encode(text) if isinstance(text, str) else text for text in texts]
     for ids in encoded:
         if unknown := [token for token in ids if token >= len(tokenizer)]:
-            raise invalid(
-                f"prompt: {unknown[0]} is no token id of this model, they go from 0 to {len(tokenizer) - 1}.", "prompt"
-            )
-    return [ids or [tokenizer.eod_id] for ids in encoded]  # documents follow upon <|endoftext|>
+            raise invalid(f"prompt: invalid token id {unknown[0]}, valid ids are 0 to {len(tokenizer) - 1}.", "prompt")
+    return [ids or [tokenizer.eod_id] for ids in encoded]  # <|endoftext|> precedes a document
 
 
 class TextWriter:
-    """Makes chunks of the pieces of one text.
+    """Converts the text pieces of one choice to chunks.
 
     Args:
-        index: of the choice.
-        echo: the prompt, where it is wanted in front.
+        index: index of the choice.
+        echo: prompt to put before the reply, or "".
     """
 
     def __init__(self, index: int, tokenizer: QWenTokenizer, echo: str = ""):
@@ -92,12 +89,12 @@ class TextWriter:
 
 
 def collect(chunks: list[Chunk]) -> dict[str, Any]:
-    """The chunks of one choice put together."""
-    shown = [chunk["logprobs"] for chunk in chunks if chunk["logprobs"] is not None]
+    """Merge the chunks of one choice."""
+    parts = [chunk["logprobs"] for chunk in chunks if chunk["logprobs"] is not None]
     return {
         "index": chunks[0]["index"],
         "text": "".join(chunk["text"] for chunk in chunks),
-        "logprobs": {key: [item for part in shown for item in part[key]] for key in shown[0]} if shown else None,
+        "logprobs": {key: [item for part in parts for item in part[key]] for key in parts[0]} if parts else None,
         "finish_reason": chunks[-1]["finish_reason"],
     }
 

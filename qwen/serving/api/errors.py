@@ -1,7 +1,6 @@
-"""What goes wrong, in the shape that OpenAI's clients read: `{"error": {"message", "type", "param", "code"}}`.
+"""API errors in OpenAI's format: `{"error": {"message", "type", "param", "code"}}`.
 
-Revolves around one exception, `ApiError`. Knows what the engine and the validation raise, and which status that is; it
-knows no endpoint.
+Converts exceptions of the engine, of pydantic and of the web framework to `ApiError`, with their HTTP status.
 """
 
 from __future__ import annotations
@@ -18,20 +17,20 @@ from starlette.responses import Response
 
 from ..engine import EngineError, PromptTooLong, QueueFull, SchedulerClosed
 
-MAX_ERRORS = 100  # of one request that are looked at: the first one is reported, with its alternatives
-RETRY_SECONDS = 1  # a place in the queue becomes free about every so often, a slot more seldom
+MAX_ERRORS = 100  # validation errors examined per request; the first one is reported, with its alternatives
+RETRY_SECONDS = 1  # a place in the queue becomes free about this often, a place in the batch less often
 
 
 class ApiError(HTTPException):
-    """An answer other than the one that was asked for.
+    """An error response.
 
     Args:
-        status: of HTTP.
-        message: for people: what is wrong, and what to do.
-        type: OpenAI's coarse kind.
-        param: the field that is to blame, such as "messages.0.content".
-        code: for programs.
-        headers: of the response.
+        status: HTTP status.
+        message: what is wrong and what to do, for people.
+        type: OpenAI's error category.
+        param: request field at fault, e.g. "messages.0.content".
+        code: machine-readable reason.
+        headers: response headers.
     """
 
     def __init__(
@@ -52,22 +51,22 @@ class ApiError(HTTPException):
 
 
 def invalid(message: str, param: str | None = None, code: str | None = None) -> ApiError:
-    """The error of a request that cannot be answered as it is (400)."""
+    """Return the error of an invalid request (400)."""
     return ApiError(400, message, param=param, code=code)
 
 
 def from_engine(error: Exception, param: str | None = None) -> ApiError | None:
-    """What an error of the engine means to the client; None where it is no error of the engine.
+    """Convert an exception of the engine to an API error; return None for other exceptions.
 
     Args:
-        param: the field that the prompt comes from.
+        param: request field that holds the prompt.
     """
     if isinstance(error, PromptTooLong):
         return invalid(str(error), param, "context_length_exceeded")
     if isinstance(error, QueueFull):
         return ApiError(
             429,
-            "The server has as many requests as it can take. Try again in a moment.",
+            "The request queue is full. Try again in a moment.",
             type="requests",
             code="rate_limit_exceeded",
             headers={"Retry-After": str(RETRY_SECONDS)},
@@ -83,14 +82,14 @@ def from_engine(error: Exception, param: str | None = None) -> ApiError | None:
 
 def shutting_down() -> ApiError:
     return ApiError(
-        503, "The server is shutting down and takes no more requests.", type="server_error", code="shutting_down"
+        503, "The server is shutting down and accepts no more requests.", type="server_error", code="shutting_down"
     )
 
 
 def cut_off() -> ApiError:
     return ApiError(
         503,
-        "The server is shutting down and did not wait for the end of this reply: what there is of it breaks off.",
+        "The server is shutting down and did not wait for this reply to finish: the reply is incomplete.",
         type="server_error",
         code="shutting_down",
     )
@@ -99,26 +98,26 @@ def cut_off() -> ApiError:
 def engine_failed() -> ApiError:
     return ApiError(
         503,
-        "The model of this server has failed for good; its log says why. It takes no requests until it is restarted.",
+        "The model failed and cannot recover; see the server log. Requests are rejected until the server is restarted.",
         type="server_error",
         code="engine_failed",
     )
 
 
 def server_error() -> ApiError:
-    # What exactly failed is for the log, not for whoever asks.
-    return ApiError(500, "The server failed to answer. Its log says why.", type="server_error")
+    # The details go to the log, not to the client.
+    return ApiError(500, "The server failed to answer. See its log for the reason.", type="server_error")
 
 
 def from_validation(errors: Sequence[Mapping[str, Any]], body: Any) -> ApiError:
-    """The first thing that pydantic found.
+    """Convert the first error that pydantic found.
 
-    Of the alternatives of a union each reports its own errors; those of a wrong type are left out where one of the
-    right type came farther.
+    Each alternative of a union reports its own errors. Type mismatches are dropped if an alternative of the right type
+    failed too.
 
     Args:
-        errors: as `ValidationError.errors()` has them.
-        body: what was validated.
+        errors: output of `ValidationError.errors()`.
+        body: the validated input.
     """
     located = [(_path(error["loc"], body, error["type"]), error) for error in errors[:MAX_ERRORS]]
     first = located[0][0]
@@ -131,7 +130,7 @@ def from_validation(errors: Sequence[Mapping[str, Any]], body: Any) -> ApiError:
 
 
 def _path(location: Sequence[str | int], body: Any, kind: str) -> tuple[str | int, ...]:
-    """A location without the names of the alternatives that pydantic tried."""
+    """Remove the names of union alternatives, which pydantic adds, from a location."""
     path: list[str | int] = []
     for step in location[1:]:  # the first one is "body"
         steps = range(len(body)) if isinstance(body, list) else body if isinstance(body, dict) else ()
@@ -146,7 +145,7 @@ def _path(location: Sequence[str | int], body: Any, kind: str) -> tuple[str | in
 def _reason(error: Mapping[str, Any]) -> str:
     context = error.get("ctx", {})
     if error["type"] == "missing":
-        return "required, and missing"
+        return "required but missing"
     if error["type"] == "union_tag_invalid":
         return f"{context['tag']!r} is not supported, expected one of {context['expected_tags']}"
     if error["type"] == "union_tag_not_found":
@@ -164,12 +163,12 @@ def _reason(error: Mapping[str, Any]) -> str:
 
 
 def install(app: FastAPI) -> None:
-    """Have every error of an app answered in this shape."""
+    """Install handlers that answer all errors of an app in this format."""
 
     async def api_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         if not isinstance(error, ApiError):
-            error = _of_http(request, error)
+            error = _from_http(request, error)
         return error.response()
 
     async def validation_error(request: Request, error: Exception) -> Response:
@@ -177,23 +176,19 @@ def install(app: FastAPI) -> None:
         return from_validation(error.errors(), error.body).response()
 
     async def unexpected_error(request: Request, error: Exception) -> Response:
-        return server_error().response()  # it is logged by whoever runs the app
+        return server_error().response()  # logged by the ASGI server
 
     app.add_exception_handler(HTTPException, api_error)
     app.add_exception_handler(RequestValidationError, validation_error)
     app.add_exception_handler(Exception, unexpected_error)
 
 
-def _of_http(request: Request, error: HTTPException) -> ApiError:
-    """The errors that the framework finds itself."""
+def _from_http(request: Request, error: HTTPException) -> ApiError:
+    """Convert an error that the framework raised."""
     what = f"{request.method} {request.url.path}"
     if error.status_code == 404:
-        return ApiError(
-            404, f"There is nothing at {what}. The API is below /v1, and /docs lists what there is.", code="unknown_url"
-        )
+        return ApiError(404, f"Not found: {what}. The API is under /v1; /docs lists all endpoints.", code="unknown_url")
     if error.status_code == 405:
         allowed = (error.headers or {}).get("Allow", "another method")
-        return ApiError(
-            405, f"{what} is not allowed, only {allowed}.", code="method_not_allowed", headers=error.headers
-        )
+        return ApiError(405, f"{what} is not allowed. Use {allowed}.", code="method_not_allowed", headers=error.headers)
     return ApiError(error.status_code, str(error.detail), headers=error.headers)

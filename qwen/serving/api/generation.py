@@ -1,8 +1,7 @@
-"""The choices of one request, from the engine to the client: all at once or as server-sent events.
+"""Generates the choices of one request and sends them to the client, at once or as server-sent events.
 
-Revolves around `Generation`: several streams that run side by side, each read by a writer that makes chunks of it. An
-answer at once is the chunks of a streamed one put together, so that the two cannot differ. What a chunk looks like,
-the writers know; of routes and sockets nothing is known here, but that a client may go away.
+`Generation` reads the streams of all choices concurrently, and a `Writer` converts each to chunks. A response that is
+sent at once is merged from the same chunks as a streamed one, so that the two cannot differ.
 """
 
 from __future__ import annotations
@@ -28,26 +27,25 @@ from .errors import ApiError, cut_off, engine_failed, from_engine, invalid, serv
 from .metrics import CLIENT_GONE, Metrics
 from .requests import SamplingFields
 
-# Entries of log-probabilities in one answer, at about 100 bytes of JSON: what a whole context with 20 a token comes to
-# fits.
+# Log-probabilities in one response, about 100 bytes of JSON each: enough for a full context with 20 per token.
 MAX_LOGPROBS = 2**18
 
 Chunk = dict[str, Any]
 
 
 class Writer(Protocol):
-    """Makes one choice's chunks of the pieces of its text."""
+    """Converts the text pieces of one choice to chunks."""
 
     def begin(self) -> Iterable[Chunk]: ...
 
     def write(self, piece: Piece) -> Iterable[Chunk]: ...
 
     def end(self, reason: str) -> Iterable[Chunk]:
-        """`reason` is "stop" or "length"."""
+        """Finish the choice. `reason` is "stop" or "length"."""
 
 
 class Choice(NamedTuple):
-    """What the engine needs to know of one choice, and who writes it down."""
+    """The engine's inputs for one choice, and the writer of its chunks."""
 
     prompt_ids: list[int]
     params: SamplingParams
@@ -60,12 +58,12 @@ class Choice(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """A request that has been understood.
+    """A parsed request, ready for the engine.
 
     Args:
-        choices: in the order of their index.
-        prompt_tokens: counted once, however many choices there are.
-        prompt_param: the field that the prompt comes from.
+        choices: all choices, in the order of their index.
+        prompt_tokens: tokens of the prompts, counted once for all choices.
+        prompt_param: request field that holds the prompt.
     """
 
     choices: list[Choice]
@@ -75,13 +73,13 @@ class Plan:
 
 @dataclass(frozen=True)
 class Envelope:
-    """What surrounds the choices of an answer.
+    """The fields of a response around its choices.
 
     Args:
-        object: the name of an answer's type.
-        chunk_object: the same for the parts of a streamed one.
-        id_prefix: ids begin with it.
-        collect: puts the chunks of one choice together.
+        object: object type of a response.
+        chunk_object: object type of a streamed chunk.
+        id_prefix: prefix of response ids.
+        collect: merges the chunks of one choice.
     """
 
     object: str
@@ -99,11 +97,11 @@ class Envelope:
         }
 
 
-def check_room(engine: Engine, choices: int) -> None:
-    """Raises ApiError for more choices than the server has places, before there is work on any of them."""
+def check_num_choices(engine: Engine, choices: int) -> None:
+    """Raise ApiError for more choices than the server can hold, before any work is done."""
     capacity = engine.max_batch_size + engine.max_queue
     if choices > capacity:
-        raise invalid(f"{choices} choices are asked for in one request, and this server takes {capacity} at most.")
+        raise invalid(f"Too many choices: {choices} requested, at most {capacity} per request on this server.")
 
 
 def sampling_params(
@@ -114,19 +112,19 @@ def sampling_params(
     max_tokens: int | None,
     top_logprobs: int | None,
 ) -> list[list[SamplingParams]]:
-    """The settings of a request's choices, for each prompt those of its `n`.
+    """Build the sampling settings of all choices: a list of `n` for each prompt.
 
     Args:
-        prompt_lengths: in tokens.
-        max_tokens, top_logprobs: of SamplingParams; the two endpoints have different names for them.
+        prompt_lengths: tokens of each prompt.
+        max_tokens, top_logprobs: fields of SamplingParams, whose names differ between the two endpoints.
 
     Raises:
-        ApiError: settings that are out of range for this model, log-probabilities without measure.
+        ApiError: settings out of range for this model, or too many log-probabilities.
     """
     bias = {int(token): value for token, value in (request.logit_bias or {}).items()}
     if unknown := [token for token in bias if token >= len(engine.tokenizer)]:
         raise invalid(
-            f"logit_bias: {unknown[0]} is no token id of this model, they go from 0 to {len(engine.tokenizer) - 1}.",
+            f"logit_bias: invalid token id {unknown[0]}, valid ids are 0 to {len(engine.tokenizer) - 1}.",
             "logit_bias",
         )
     settings: dict[str, Any] = {
@@ -139,13 +137,13 @@ def sampling_params(
         "logit_bias": bias or None,
         "top_logprobs": top_logprobs,
     }
-    if request.top_p == 0:  # no probability but the likeliest token's: greedy
+    if request.top_p == 0:  # only the most likely token remains: greedy
         settings |= {"top_p": None, "temperature": 0.0}
     seeds = [None if request.seed is None else request.seed + index for index in range(request.choices)]
     try:
         params = [
-            [engine.params(**settings, max_tokens=most, seed=seed) for seed in seeds]
-            for most in (_max_tokens(request, length, max_tokens) for length in prompt_lengths)
+            [engine.params(**settings, max_tokens=limit, seed=seed) for seed in seeds]
+            for limit in (_max_tokens(request, length, max_tokens) for length in prompt_lengths)
         ]
     except ValueError as error:
         raise invalid(str(error), str(error).split()[0]) from error
@@ -157,8 +155,8 @@ def sampling_params(
         )
         if tokens * (1 + top_logprobs) > MAX_LOGPROBS:
             raise invalid(
-                f"The choices may come to {tokens} tokens, with {1 + top_logprobs} log-probabilities each, and one "
-                f"answer takes {MAX_LOGPROBS} of them at most: ask for fewer tokens, choices or log-probabilities.",
+                f"Too many log-probabilities: up to {tokens} tokens with {1 + top_logprobs} each, at most "
+                f"{MAX_LOGPROBS} per response. Ask for fewer tokens, choices or log-probabilities.",
                 "logprobs",
             )
     return params
@@ -170,17 +168,17 @@ def _max_tokens(request: SamplingFields, prompt_tokens: int, max_tokens: int | N
     room = request.max_length - prompt_tokens
     if room < 1:
         raise invalid(
-            f"max_length counts the prompt too, which has {prompt_tokens} tokens: ask for more than that.",
+            f"max_length includes the prompt, which has {prompt_tokens} tokens: use a larger value.",
             "max_length",
         )
     return room if max_tokens is None else min(room, max_tokens)
 
 
 class Generation:
-    """All choices of a request while they are being generated.
+    """All choices of a request while they are generated.
 
     Raises:
-        ApiError: the engine refuses one of them; none is generated then.
+        ApiError: the engine rejected a choice; the others are cancelled.
     """
 
     def __init__(self, engine: Engine, plan: Plan, metrics: Metrics | None):
@@ -195,10 +193,10 @@ class Generation:
         except Exception as error:
             for stream in self.streams:
                 stream.cancel()
-            answer = engine_failed() if engine.failed else from_engine(error, plan.prompt_param)
-            if answer is None:
+            api_error = engine_failed() if engine.failed else from_engine(error, plan.prompt_param)
+            if api_error is None:
                 raise
-            raise answer from error
+            raise api_error from error
         self.closed = False
 
     @property
@@ -211,10 +209,10 @@ class Generation:
         }
 
     async def chunks(self) -> AsyncGenerator[Chunk, None]:
-        """The chunks of all choices, as they come.
+        """Yield the chunks of all choices as they arrive.
 
         Raises:
-            ApiError: the model failed, or the server stops.
+            ApiError: the model failed, or the server is stopping.
         """
         arrived: asyncio.Queue[tuple[int, Piece | Exception | None]] = asyncio.Queue()
 
@@ -240,7 +238,7 @@ class Generation:
                 if item is not None:
                     chunks = writers[index].write(item)
                 elif (reason := self.streams[index].finish_reason) is None or reason == "cancelled":
-                    raise cut_off()  # by the drain: nobody else cancels a stream that is being read
+                    raise cut_off()  # only draining cancels a stream that is being read
                 else:
                     chunks = writers[index].end(reason)
                     running -= 1
@@ -252,7 +250,7 @@ class Generation:
             self.close()
 
     def close(self) -> None:
-        """Stop what still runs, and count what there was. May be called again."""
+        """Cancel running streams and record metrics. May be called again."""
         for stream in self.streams:
             stream.cancel()
         if not self.closed:
@@ -265,7 +263,7 @@ class Generation:
 
 
 class ChunkResponse(EventSourceResponse):
-    """A generation as server-sent events, which ends with the connection at the latest."""
+    """Sends a generation as server-sent events and closes it when the connection ends."""
 
     def __init__(self, generation: Generation, events: AsyncIterator[str], **arguments: Any):
         super().__init__(events, sep="\n", **arguments)
@@ -275,27 +273,27 @@ class ChunkResponse(EventSourceResponse):
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self.generation.close()  # also where not one event was asked for
+            self.generation.close()  # even if no event was requested
 
 
 def stream(
     generation: Generation, envelope: Envelope, head: dict[str, Any], include_usage: bool, grace_seconds: float
 ) -> Response:
-    """The answer in chunks.
+    """Return a streamed response.
 
     Args:
-        include_usage: a last chunk without choices says how many tokens there were.
-        grace_seconds: what it may take to send the rest once the web server shuts down.
+        include_usage: end with a chunk without choices that has the token counts.
+        grace_seconds: time to send the rest when the web server shuts down.
     """
     head = head | {"object": envelope.chunk_object}
-    more = {"usage": None} if include_usage else {}
+    no_usage = {"usage": None} if include_usage else {}
 
     async def events() -> AsyncIterator[str]:
         try:
             async with contextlib.aclosing(generation.chunks()) as chunks:
                 async for chunk in chunks:
-                    yield to_json(head | {"choices": [chunk]} | more).decode()
-        except ApiError as error:  # too late for another status
+                    yield to_json(head | {"choices": [chunk]} | no_usage).decode()
+        except ApiError as error:  # the status has been sent already
             yield to_json(error.body).decode()
             return
         if include_usage:
@@ -305,11 +303,11 @@ def stream(
     return ChunkResponse(generation, events(), shutdown_grace_period=grace_seconds)
 
 
-async def at_once(request: Request, generation: Generation, envelope: Envelope, head: dict[str, Any]) -> Response:
-    """The whole answer in one, unless the client goes away before.
+async def respond(request: Request, generation: Generation, envelope: Envelope, head: dict[str, Any]) -> Response:
+    """Return the whole response at once, or an empty one if the client disconnects first.
 
     Raises:
-        ApiError: the model failed, or the server stops.
+        ApiError: the model failed, or the server is stopping.
     """
 
     async def collect() -> list[dict[str, Any]]:
@@ -319,12 +317,12 @@ async def at_once(request: Request, generation: Generation, envelope: Envelope, 
                 parts[chunk["index"]].append(chunk)
         return [envelope.collect(part) for part in parts]
 
-    async def left() -> None:
+    async def wait_for_disconnect() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
 
     collecting = asyncio.create_task(collect())
-    tasks = (collecting, asyncio.create_task(left()))
+    tasks = (collecting, asyncio.create_task(wait_for_disconnect()))
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         if not collecting.done():

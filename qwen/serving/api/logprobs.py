@@ -1,7 +1,7 @@
-"""Log-probabilities of a reply's tokens, in the two shapes that OpenAI's endpoints have for them.
+"""Formats the log-probabilities of a reply's tokens for OpenAI's two endpoints.
 
-A token of these models is a string of bytes and need not be text by itself: a Chinese character may take two or three.
-The bytes are exact; the text of a token that is none is written as OpenAI does, `bytes:\\\\xe4\\\\xbd`.
+A token is a byte string and may not be valid text by itself: a Chinese character may take two or three tokens. The
+bytes are exact; a token that is not valid text is written as OpenAI does, `bytes:\\\\xe4\\\\xbd`.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import Any
 from ...model.tokenization_qwen import QWenTokenizer
 from ..engine.detokenizer import TokenLogprob
 
-LOWEST = -9999.0  # stands for minus infinity, which JSON does not have
+LOWEST = -9999.0  # replaces minus infinity, which JSON does not have
 
 
 def token_bytes(tokenizer: QWenTokenizer, token_id: int) -> bytes:
-    """What a token stands for; nothing for a row of the model's matrix that has no token."""
+    """Return the bytes of a token; empty for a row of the output matrix without a token."""
     if token_id >= len(tokenizer):
         return b""
     token = tokenizer.convert_ids_to_tokens(token_id)
@@ -32,7 +32,7 @@ def token_text(content: bytes) -> str:
 
 
 def chat_logprobs(tokenizer: QWenTokenizer, tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
-    """As `choices[].logprobs` of a chat completion has them."""
+    """Format `choices[].logprobs` of a chat completion."""
 
     def entry(token_id: int, logprob: float) -> dict[str, Any]:
         content = token_bytes(tokenizer, token_id)
@@ -46,10 +46,10 @@ def chat_logprobs(tokenizer: QWenTokenizer, tokens: Sequence[TokenLogprob]) -> d
 
 
 class CompletionLogprobs:
-    """As `choices[].logprobs` of a text completion has them, which also says where in the text each token begins.
+    """Formats `choices[].logprobs` of a text completion, which includes the text offset of each token.
 
     Args:
-        offset: characters in front of the first token.
+        offset: characters before the first token.
     """
 
     def __init__(self, tokenizer: QWenTokenizer, offset: int = 0):
@@ -57,7 +57,7 @@ class CompletionLogprobs:
         self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def __call__(self, tokens: Sequence[TokenLogprob]) -> dict[str, list[Any]]:
-        """The next tokens of the text."""
+        """Format the next tokens of the text."""
         shape: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for token in tokens:
             content = token_bytes(self.tokenizer, token.token_id)
@@ -69,13 +69,13 @@ class CompletionLogprobs:
             shape["top_logprobs"].append(likeliest)
             new = self.decoder.decode(content)
             self.offset += len(new)
-            shape["text_offset"].append(self.offset - len(_own(content, new)))
+            shape["text_offset"].append(self.offset - len(_own_text(content, new)))
         return shape
 
 
-def _own(content: bytes, new: str) -> str:
-    """What of the text that a token made certain is its own: not the replacement of a character that broke off."""
+def _own_text(content: bytes, new: str) -> str:
+    """Return the token's part of the newly decoded text, without the replacement of an earlier incomplete character."""
     try:
         return codecs.getincrementaldecoder("utf-8")().decode(content)
-    except UnicodeDecodeError:  # the rest of a character
+    except UnicodeDecodeError:  # the token completes a character
         return new

@@ -1,7 +1,6 @@
-"""Who may ask, how much at once and how slowly: credentials, the size of a request and the time it takes to come.
+"""ASGI middlewares that check credentials and limit the size and upload time of requests.
 
-Revolves around two ASGI middlewares that stand in front of everything else. Neither looks into a body or an answer,
-so that streams pass through as they are.
+Neither buffers bodies or responses, so that streams pass through unchanged.
 """
 
 from __future__ import annotations
@@ -18,17 +17,17 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .errors import ApiError
 
-# A client that is still sending would not see an answer that comes before it is through. So much is read to no end.
+# A client that is still sending would miss an early response: read and drop up to this much of a rejected body.
 LINGER_BYTES = 64 * 2**20
 
 
 class Authentication:
-    """Lets those in who know the user and password (HTTP Basic) or the key (Bearer); either will do where both are set.
+    """Requires a user and password (HTTP Basic) or a key (Bearer); if both are set, either is accepted.
 
     Args:
         basic: "USER:PASSWORD".
-        key: as OpenAI's clients send it.
-        open_paths: need neither.
+        key: API key, as OpenAI's clients send it.
+        open_paths: paths that need no credentials.
     """
 
     def __init__(self, app: ASGIApp, basic: str | None, key: str | None, open_paths: Collection[str] = ()):
@@ -38,25 +37,25 @@ class Authentication:
         }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in self.open_paths or self._knows(Headers(scope=scope)):
+        if scope["type"] != "http" or scope["path"] in self.open_paths or self._is_authorized(Headers(scope=scope)):
             await self.app(scope, receive, send)
             return
         schemes = [f'{scheme.capitalize()} realm="qwen"' for scheme in self.accepted]
         wanted = {"basic": "user and password (HTTP Basic)", "bearer": "an API key (Authorization: Bearer KEY)"}
         error = ApiError(
             401,
-            f"This server needs {' or '.join(wanted[scheme] for scheme in self.accepted)}, and the right one.",
+            f"Missing or invalid credentials. Send {' or '.join(wanted[scheme] for scheme in self.accepted)}.",
             code="invalid_api_key",
             headers={"WWW-Authenticate": ", ".join(schemes)},
         )
         await error.response()(scope, receive, send)
 
-    def _knows(self, headers: Headers) -> bool:
+    def _is_authorized(self, headers: Headers) -> bool:
         scheme, _, given = headers.get("authorization", "").strip().partition(" ")
         secret = self.accepted.get(scheme.lower())
         if secret is None:
             return False
-        # Header bytes reach us as latin-1 characters.
+        # Starlette decodes headers as latin-1.
         credentials = given.strip().encode("latin-1")
         if scheme.lower() == "basic":
             try:
@@ -67,8 +66,7 @@ class Authentication:
 
 
 class BodyLimit:
-    """Refuses bodies of more than so many bytes, whether their length is declared or found out, and such as take longer
-    to arrive than so many seconds."""
+    """Rejects request bodies over `max_bytes` (413), declared or received, or slower than `seconds` (408)."""
 
     def __init__(self, app: ASGIApp, max_bytes: int, seconds: float):
         self.app, self.max_bytes, self.seconds = app, max_bytes, seconds
@@ -79,22 +77,22 @@ class BodyLimit:
             return
         received, complete = 0, False
         deadline = asyncio.get_running_loop().time() + self.seconds
-        close = {"Connection": "close"}  # what is left of the body is not read
+        close = {"Connection": "close"}  # the rest of the body is not read
         error = ApiError(
             413,
-            f"The request is larger than the {self.max_bytes} bytes that this server takes.",
+            f"The request body is larger than the limit of {self.max_bytes} bytes.",
             code="too_large",
             headers=close,
         )
 
-        async def arriving() -> Message:
+        async def receive_in_time() -> Message:
             try:
                 async with asyncio.timeout_at(deadline):
                     return await receive()
             except TimeoutError:
                 raise ApiError(
                     408,
-                    f"The body of the request did not arrive within {self.seconds:g} seconds.",
+                    f"The request body did not arrive within {self.seconds:g} seconds.",
                     code="timeout",
                     headers=close,
                 ) from None
@@ -103,15 +101,15 @@ class BodyLimit:
             dropped, more = 0, True
             with contextlib.suppress(ApiError):
                 while more and dropped < LINGER_BYTES:
-                    message = await arriving()
+                    message = await receive_in_time()
                     dropped += len(message.get("body", b""))
                     more = bool(message.get("more_body"))
 
-        async def limited() -> Message:
+        async def receive_limited() -> Message:
             nonlocal received, complete
-            if complete:  # what comes now is that the client leaves
+            if complete:  # the next message is a disconnect
                 return await receive()
-            message = await arriving()
+            message = await receive_in_time()
             complete = not message.get("more_body")
             if message["type"] == "http.request":
                 received += len(message.get("body", b""))
@@ -126,4 +124,4 @@ class BodyLimit:
             await linger()
             await error.response()(scope, receive, send)
         else:
-            await self.app(scope, limited, send)
+            await self.app(scope, receive_limited, send)

@@ -1,10 +1,10 @@
-"""OpenAI's requests as models: which fields there are, of which type, in which range.
+"""Request models of the OpenAI API: the fields, their types and ranges.
 
-Revolves around two of them, `ChatCompletionRequest` and `CompletionRequest`. It checks each field by itself; how fields
-go together, and what they do, is decided where they are used. Unknown fields are ignored, `null` is a field left out.
+Each field is checked by itself; combinations are checked in chat.py and completions.py. Unknown fields are ignored, and
+`null` is the same as a missing field.
 
-Source: https://platform.openai.com/docs/api-reference; beyond it the reference server's `top_k`, `max_length` and
-`repetition_penalty`, and its functions with `name_for_model`.
+Source: https://platform.openai.com/docs/api-reference, plus the reference server's `top_k`, `max_length`,
+`repetition_penalty` and functions with `name_for_model`.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ MAX_STOP = 16
 MAX_TOOLS = 128
 MAX_PROMPTS = 128
 MAX_BIASES = 1024
-MAX_MESSAGES = 16384  # a server allows fewer; this bounds what is read before it can look
+MAX_MESSAGES = 16384  # bounds validation; the server's own limit is lower and checked later
 MAX_TOP_K = 2**31 - 1
 
 T = TypeVar("T")
-# Half a million wrong elements would be as many errors, of some kilobytes each.
+# Report one error per list: each takes several kilobytes, and a list may have 500,000 wrong elements.
 Array = Annotated[list[T], Field(fail_fast=True)]
 
 
 class Fields(BaseModel):
-    """Base of all: JSON's types as they are, no "1" for 1, no NaN."""
+    """Base class: strict JSON types ("1" is not 1), no NaN."""
 
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
 
@@ -36,8 +36,8 @@ StopString = Annotated[str, Field(min_length=1, max_length=1000)]
 TokenId = Annotated[str, Field(pattern="^[0-9]{1,9}$")]
 
 
-def _few(bias: Any) -> Any:
-    """Before the entries are looked at: a dict reports every one that is wrong."""
+def _limit_entries(bias: Any) -> Any:
+    """Limit the size before validating entries: pydantic reports every wrong one."""
     if isinstance(bias, dict) and len(bias) > MAX_BIASES:
         raise ValueError(f"should have at most {MAX_BIASES} entries, not {len(bias)}")
     return bias
@@ -46,7 +46,7 @@ def _few(bias: Any) -> Any:
 LogitBias = Annotated[
     dict[TokenId, Annotated[float, Field(ge=-100, le=100)]],
     Field(json_schema_extra={"maxProperties": MAX_BIASES}),
-    BeforeValidator(_few),
+    BeforeValidator(_limit_entries),
 ]
 FunctionName = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^\S([^\r\n]*\S)?$")]
 
@@ -56,25 +56,25 @@ class StreamOptions(Fields):
 
 
 class SamplingFields(Fields):
-    """What both endpoints take. A field left out is as the checkpoint's generation_config.json has it."""
+    """Fields of both endpoints. Defaults are those of the checkpoint's generation_config.json."""
 
-    model: str | None = Field(None, description="any name is accepted: the one model of this server answers")
-    stream: bool | None = Field(None, description="server-sent events in place of one answer")
+    model: str | None = Field(None, description="any name is accepted; the server has one model")
+    stream: bool | None = Field(None, description="respond with server-sent events")
     stream_options: StreamOptions | None = None
-    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = Field(None, description="so many choices")
-    max_tokens: Annotated[int, Field(ge=1)] | None = Field(None, description="new tokens at most")
-    max_length: Annotated[int, Field(ge=1)] | None = Field(None, description="tokens of prompt and reply at most")
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = Field(None, description="number of choices")
+    max_tokens: Annotated[int, Field(ge=1)] | None = Field(None, description="maximum number of new tokens")
+    max_length: Annotated[int, Field(ge=1)] | None = Field(None, description="maximum tokens of prompt plus reply")
     stop: StopString | Annotated[Array[StopString], Field(max_length=MAX_STOP)] | None = Field(
-        None, description="strings that end a reply; they are not part of it"
+        None, description="strings that end a reply; not included in it"
     )
     temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(None, description="below 0.01 is greedy")
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1, le=MAX_TOP_K)] | None = Field(None, description="0 and -1 are off")
+    top_k: Annotated[int, Field(ge=-1, le=MAX_TOP_K)] | None = Field(None, description="0 and -1 disable it")
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    logit_bias: LogitBias | None = Field(None, description="token id → added to its logit")
-    seed: int | None = Field(None, description="the same seed and request give the same answer")
+    logit_bias: LogitBias | None = Field(None, description="token id → value added to its logit")
+    seed: int | None = Field(None, description="the same seed and request give the same reply")
 
     @property
     def choices(self) -> int:
@@ -126,7 +126,7 @@ class Tool(Fields):
 
 
 class LegacyFunction(Fields):
-    """A function of the old dialect, or in the style of the first-generation Qwen models (`name_for_model`)."""
+    """An entry of `functions`: OpenAI's, or in the style of the first-generation Qwen models (`name_for_model`)."""
 
     name: FunctionName | None = None
     description: str | None = None
@@ -173,17 +173,17 @@ class JsonSchemaFormat(Fields):
 
 class ChatCompletionRequest(SamplingFields):
     messages: Annotated[Array[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = Field(None, description="counts before max_tokens")
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = Field(None, description="overrides max_tokens")
     tools: Annotated[Array[Tool], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
-    parallel_tool_calls: bool | None = Field(None, description="accepted; the model calls one tool a turn")
+    parallel_tool_calls: bool | None = Field(None, description="accepted; the model calls one tool per turn")
     functions: Annotated[Array[LegacyFunction], Field(max_length=MAX_TOOLS)] | None = None
     function_call: Literal["none", "auto"] | NamedFunction | None = None
     response_format: Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")] | None = (
         None
     )
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = Field(None, description="needs logprobs")
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = Field(None, description="requires logprobs")
     modalities: Array[Literal["text"]] | None = None
 
 
@@ -200,8 +200,8 @@ class CompletionRequest(SamplingFields):
         | PromptIds
         | Annotated[Array[PromptIds], Field(min_length=1, max_length=MAX_PROMPTS)]
         | None
-    ) = Field(None, description="text, token ids, or a list of either; without one, the beginning of a document")
-    echo: bool | None = Field(None, description="the prompt in front of the reply")
-    best_of: Annotated[int, Field(ge=1)] | None = Field(None, description="accepted where it equals n")
-    suffix: Literal[""] | None = Field(None, description="not supported: these models only continue a text")
+    ) = Field(None, description="text, token ids, or a list of either; if empty, the start of a document")
+    echo: bool | None = Field(None, description="put the prompt before the reply")
+    best_of: Annotated[int, Field(ge=1)] | None = Field(None, description="must equal n")
+    suffix: Literal[""] | None = Field(None, description="not supported: these models only continue text")
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None

@@ -1,13 +1,13 @@
-"""OpenAI's answers as types, for the documentation at /docs; the tests hold the server to them.
+"""Response types of the OpenAI API, for the documentation at /docs and for tests.
 
-They describe what is sent, they do not make it: chat.py and completions.py build plain dicts of these shapes.
+chat.py and completions.py build plain dicts of these shapes.
 """
 
 from __future__ import annotations
 
 from typing import Literal, NotRequired
 
-from typing_extensions import TypedDict  # pydantic does not read typing's own before Python 3.12
+from typing_extensions import TypedDict  # pydantic rejects typing.TypedDict before Python 3.12
 
 
 class Error(TypedDict):
@@ -105,7 +105,7 @@ class ChatChunkChoice(TypedDict):
 
 
 class ChatCompletionChunk(TypedDict):
-    """One event of a streamed answer; `usage` with stream_options.include_usage only, null but in the last one."""
+    """One event of a streamed response. `usage` needs stream_options.include_usage and is null until the last event."""
 
     id: str
     object: Literal["chat.completion.chunk"]
@@ -131,7 +131,7 @@ class TextChoice(TypedDict):
 
 
 class Completion(TypedDict):
-    """An answer, or one event of a streamed one; there `usage` is as in chat."""
+    """A response, or one event of a streamed one, with `usage` as in ChatCompletionChunk."""
 
     id: str
     object: Literal["text_completion"]

@@ -1,8 +1,8 @@
-"""uvicorn that lets replies finish: the first signal drains, the second one cuts short what is still being written.
+"""A uvicorn server that lets replies finish: the first signal drains the app, the second one cuts replies off.
 
-uvicorn by itself stops listening at the first signal, so that nobody can be told why, and dies of that signal in the
-end. This one goes on listening while the app drains, refuses by the app's own words, and returns. Clients that are slow
-to send or to read are given up in the end; that is no failure of the app, and is not logged as one.
+uvicorn itself stops listening at the first signal and re-raises it at the end. This server keeps listening while the
+app drains, so that new requests get the app's error response, and then returns. Clients that are slow to send or to
+read are dropped at the end, which is not logged as an error.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from .errors import shutting_down
 
 
 class DrainingServer(uvicorn.Server):
-    """A server of one app.
+    """Serves one app.
 
     Args:
-        config: of uvicorn, with the app itself and not its name.
-        drain: blocks until the app has nothing left to do, or for so many seconds; callable again meanwhile.
-        seconds: for the first signal; the second one gives none.
-        on_ready: called when requests are taken.
+        config: uvicorn's configuration, with the app itself instead of its name.
+        drain: blocks until the app is idle, for at most the given seconds; may be called again meanwhile.
+        seconds: time to drain after the first signal; after the second it is 0.
+        on_ready: called when requests are accepted.
         on_drain: called at the first signal.
 
     Attributes:
-        signals: how many came.
+        signals: number of signals received.
     """
 
     def __init__(
@@ -41,8 +41,8 @@ class DrainingServer(uvicorn.Server):
         on_ready: Callable[[], None] = lambda: None,
         on_drain: Callable[[], None] = lambda: None,
     ):
-        app: Any = config.app  # uvicorn takes other kinds too, and ours is ASGI 3
-        config.app = _may_be_given_up(app)
+        app: Any = config.app  # uvicorn also takes other kinds; this one is ASGI 3
+        config.app = _answer_when_cancelled(app)
         super().__init__(config)
         self.drain, self.seconds, self.on_ready, self.on_drain = drain, seconds, on_ready, on_drain
         self.signals = 0
@@ -53,9 +53,9 @@ class DrainingServer(uvicorn.Server):
             self.on_ready()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """The handler of SIGTERM and SIGINT."""
+        """Handle SIGTERM and SIGINT."""
         self.signals += 1
-        # Draining blocks, and a handler must not.
+        # Draining blocks, and a signal handler must not.
         threading.Thread(target=self._drain, args=[self.signals == 1], name="drain", daemon=True).start()
 
     def _drain(self, first: bool) -> None:
@@ -64,22 +64,22 @@ class DrainingServer(uvicorn.Server):
         try:
             self.drain(self.seconds if first else 0)
         finally:
-            self.should_exit = True  # what was written last is still sent
+            self.should_exit = True  # pending output is still sent
 
 
-def _may_be_given_up(app: ASGIApp) -> ASGIApp:
-    """An app whose requests uvicorn may cancel: those that have no answer yet get one."""
+def _answer_when_cancelled(app: ASGIApp) -> ASGIApp:
+    """Wrap an app so that requests cancelled by uvicorn get a 503 if they have no response yet."""
 
     async def run(scope: Scope, receive: Receive, send: Send) -> None:
         started = False
 
-        async def observed(message: Message) -> None:
+        async def send_observed(message: Message) -> None:
             nonlocal started
             started = True
             await send(message)
 
         try:
-            await app(scope, receive, observed)
+            await app(scope, receive, send_observed)
         except asyncio.CancelledError:
             if scope["type"] != "http":
                 raise

@@ -1,4 +1,4 @@
-"""The engine: continuous batching of replies, token ids in and out."""
+"""The engine: continuous batching of requests, token ids in and out."""
 
 from .engine import GREEDY_BELOW, Engine, EngineError, PromptTooLong, TextStream
 from .scheduler import QueueFull, SchedulerClosed

@@ -1,10 +1,10 @@
-"""Keys and values of sequences of different lengths, side by side in one batch.
+"""Key/value cache of a batch whose sequences have different lengths.
 
-A key/value cache as the model's forward expects it, whose rows come and go while the batch runs: each has its own
-length, and a new token is written behind its own last one.
+Rows are added and removed while the batch runs. Each row has its own length, and a new token is written after the row's
+last one.
 
-Stored as (rows, tokens, H, D), H heads of D channels, so that a token is one piece of memory. There is room for a power
-of two of rows; layers are reallocated one by one, so that growing needs little memory beside the cache itself.
+Stored as (rows, tokens, H, D), H heads of D channels, so that a token is contiguous in memory. The number of allocated
+rows is a power of two. Layers are reallocated one by one, so that growing needs little memory besides the cache itself.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ from ...model.kv_cache_qwen import QuantizedStates, prompt_state, quantize_token
 
 
 class Lengths:
-    """How many tokens each row holds; shared by the layers of a cache, and `tokens` with its `PromptState`."""
+    """Number of tokens in each row; shared by the layers of a cache. `tokens` is also shared with its `PromptState`."""
 
     def __init__(self, device: torch.device):
         self.tokens: list[int] = []
@@ -25,19 +25,19 @@ class Lengths:
         self.refresh()
 
     def refresh(self) -> None:
-        """To be called whenever `tokens` has changed."""
+        """Update the derived values. Call this after changing `tokens`."""
         self.longest = max(self.tokens, default=0)
         self.tensor = torch.tensor(self.tokens, dtype=torch.long, device=self.device)
 
 
 class RaggedLayer(CacheLayerMixin):
-    """Keys and values of one layer; in 8 bits where `quantized`, and then read as bytes where `fused`."""
+    """Keys and values of one layer; in 8 bits if `quantized`, attended to without dequantizing if also `fused`."""
 
     def __init__(self, lengths: Lengths, capacity: int, quantized: bool, fused: bool):
         super().__init__()
         self.lengths, self.capacity, self.quantized, self.fused = lengths, capacity, quantized, fused
-        self.states = QuantizedStates()  # the rows in use, as views of:
-        # Keys and values, each of them as it is or as (q, scale, zero point): (rows, capacity, H, D or 1).
+        self.states = QuantizedStates()  # views of the rows in use
+        # Keys and values, each a tensor or quantized to (q, scale, zero point): (rows, capacity, H, D or 1).
         self.store: list[torch.Tensor] = []
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -47,8 +47,8 @@ class RaggedLayer(CacheLayerMixin):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor] | tuple[QuantizedStates, QuantizedStates]:
-        """Append one token to every row: (B, H, 1, D) each → (B, H, longest + 1, D); what lies behind a row's own
-        length is left to the attention mask."""
+        """Append one token to every row: (B, H, 1, D) each → (B, H, longest + 1, D). The attention mask must hide what
+        follows a row's own length."""
         ends = self.lengths.tensor.to(key_states.device)
         if not self.states.segments or len(self.states.segments[0][0]) != len(ends):
             self.states.segments = [tuple(stored[: len(ends)].transpose(1, 2) for stored in self.store)]
@@ -66,7 +66,7 @@ class RaggedLayer(CacheLayerMixin):
         return (self.states, self.states) if self.fused else self.states.dequantize(self.dtype)
 
     def write(self, row: int, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Put a whole sequence, (1, H, S, D) each, into a row."""
+        """Write a whole sequence, (1, H, S, D) each, to a row."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         new = self._encode(key_states, value_states)
@@ -78,10 +78,10 @@ class RaggedLayer(CacheLayerMixin):
             stored[row, : tensor.shape[2]] = tensor[0].transpose(0, 1)
 
     def vacate(self, row: int, last: int) -> None:
-        """Have the last row take the place of another one.
+        """Move the last row to the place of another one.
 
-        What they leave is cleared: a NaN behind the end of a later, shorter row would be masked, and yet spoil its
-        weighted sum.
+        The freed memory is zeroed: a NaN after the end of a later, shorter row would be masked but still turn its
+        weighted sum into NaN.
         """
         ends = self.lengths.tokens
         for stored in self.store:
@@ -91,9 +91,9 @@ class RaggedLayer(CacheLayerMixin):
             stored[last, : ends[last]] = 0
 
     def resize(self, rows: int) -> None:
-        """Make room for so many rows, and keep those that fit."""
+        """Reallocate to `rows` rows, and keep the contents of those that fit."""
         for index, stored in enumerate(self.store):
-            # Zeros and not whatever was in the memory: a masked NaN would still spoil the weighted sum.
+            # Zeros instead of uninitialized memory: a masked NaN would still spoil the weighted sum.
             resized = stored.new_zeros(rows, *stored.shape[1:])
             kept = min(rows, len(stored))
             resized[:kept] = stored[:kept]
@@ -116,14 +116,14 @@ class RaggedLayer(CacheLayerMixin):
 
 
 class RaggedCache(Cache):
-    """The batch of a continuous-batching step.
+    """Key/value cache of one batch of the scheduler.
 
     Args:
-        num_layers: layers of the model.
-        capacity: tokens that a row can hold.
-        device: where the lengths live; each layer's tensors go where its keys come from.
+        num_layers: number of layers of the model.
+        capacity: maximum number of tokens per row.
+        device: device of the lengths; each layer's tensors are on the device of its keys.
         quantized: store in 8 bits.
-        fused: attend to those bits directly, for `use_cache_kernel=True`.
+        fused: attend to the 8-bit values directly, for `use_cache_kernel=True`.
     """
 
     def __init__(
@@ -135,25 +135,25 @@ class RaggedCache(Cache):
             layers=[RaggedLayer(self.lengths, capacity, quantized, quantized and fused) for _ in range(num_layers)]
         )
         self.prompt_state = prompt_state(self)  # read by the model
-        self.prompt_state.rows = self.lengths.tokens  # the list itself: it is changed in place only
+        self.prompt_state.rows = self.lengths.tokens  # the same list, which is only changed in place
 
     @property
     def rows(self) -> int:
-        """Sequences in the batch."""
+        """Number of sequences in the batch."""
         return len(self.lengths.tokens)
 
     @staticmethod
     def room_for(rows: int) -> int:
-        """Rows that are allocated to hold so many."""
+        """Return the number of rows allocated for `rows` sequences."""
         return 1 << (rows - 1).bit_length() if rows else 0
 
     @property
     def allocated_tokens(self) -> int:
-        """Rows × capacity, in use or not."""
+        """Allocated rows × capacity, in use or not."""
         return self.room_for(self.rows) * self.capacity
 
     def join(self, prompts: DynamicCache, row: int, length: int) -> None:
-        """Take over a sequence as the last row: the first `length` tokens of row `row` of `prompts`."""
+        """Append a sequence as the last row: the first `length` tokens of row `row` of `prompts`."""
         for layer, encoded in zip(self.layers, prompts.layers, strict=True):
             layer.write(self.rows, encoded.keys[row : row + 1, :, :length], encoded.values[row : row + 1, :, :length])
         if (alpha := prompt_state(prompts).alpha) is not None:
@@ -163,7 +163,7 @@ class RaggedCache(Cache):
         self.lengths.refresh()
 
     def leave(self, row: int) -> None:
-        """Remove a sequence; the last row takes its place."""
+        """Remove a row; the last row takes its place."""
         last = self.rows - 1
         for layer in self.layers:
             layer.vacate(row, last)
@@ -178,11 +178,11 @@ class RaggedCache(Cache):
                 layer.resize(self.room_for(self.rows))
 
     def advance(self) -> None:
-        """To be called after a forward: every row has one token more."""
+        """Increment the length of every row. Call this after each forward."""
         self.lengths.tokens[:] = [length + 1 for length in self.lengths.tokens]
         self.lengths.refresh()
 
     def attention_mask(self) -> torch.Tensor:
-        """For the forward of one more token in every row: (B, longest + 1), 1 for tokens and 0 behind a row's end."""
+        """Return the mask for one more token in every row: (B, longest + 1), 1 for tokens and 0 after a row's end."""
         positions = torch.arange(self.lengths.longest + 1, device=self.lengths.device)
         return (positions <= self.lengths.tensor[:, None]).long()

@@ -1,8 +1,7 @@
-"""Tokens to text, as it grows.
+"""Incremental detokenization, with stop strings.
 
-Revolves around one rule: text that has been given away cannot be taken back. So a character appears when all of its
-bytes are there, and what may still become a stop string, or be stripped, waits. Knows a tokenizer; of requests and of
-models nothing.
+Emitted text cannot be taken back. A character is emitted once all of its bytes are there, and text that may become part
+of a stop string, or be stripped, is held back.
 """
 
 import codecs
@@ -14,7 +13,7 @@ from .sampler import SampledToken
 
 
 class TokenLogprob(NamedTuple):
-    """A token of the reply, its log-probability, and the likeliest tokens at its place with theirs."""
+    """A token of the reply, its log-probability, and the most likely tokens at its position with theirs."""
 
     token_id: int
     logprob: float
@@ -22,19 +21,19 @@ class TokenLogprob(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """Text that is new, and the tokens that it begins with or within; the tokens only where log-probabilities are."""
+    """New text, and the tokens that begin in it; tokens only if log-probabilities were requested."""
 
     text: str
     tokens: list[TokenLogprob]
 
 
 class IncrementalText:
-    """The text of one reply.
+    """Incremental text of one reply.
 
     Args:
-        tokenizer: what the tokens are of.
-        stop: the reply ends in front of the first of these strings.
-        lstrip, rstrip: leave out white space at the beginning, at the end of the reply.
+        tokenizer: tokenizer of the model.
+        stop: the reply ends before the first occurrence of any of these strings.
+        lstrip, rstrip: strip whitespace at the start or end of the reply.
     """
 
     def __init__(
@@ -47,13 +46,13 @@ class IncrementalText:
         self.tokenizer, self.stop = tokenizer, tuple(stop)
         self.lstrip, self.rstrip = lstrip, rstrip
         self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self.held = ""  # decoded, and not given away yet
+        self.held = ""  # decoded, not emitted yet
         self.begun = False
-        self.tokens: list[tuple[int, TokenLogprob]] = []  # not given away yet, with the place in `held` they begin at
+        self.tokens: list[tuple[int, TokenLogprob]] = []  # not emitted yet, with their start in `held`
         self.stopped = False
 
     def feed(self, token: SampledToken) -> Piece:
-        """The text that a token adds, which may be none. Sets `stopped` when a stop string is complete."""
+        """Add a token and return the text to emit, which may be empty. Sets `stopped` at a complete stop string."""
         if token.logprob is not None:
             self.tokens.append((len(self.held), TokenLogprob(token.token_id, token.logprob, token.top or [])))
         self.held += self._decode(token.token_id)
@@ -65,7 +64,7 @@ class IncrementalText:
         return self._give(len(self.held) - max((_overlap(self.held, word) for word in self.stop), default=0))
 
     def finish(self) -> Piece:
-        """What was still waiting, once no token follows."""
+        """Return the text held back, when no more tokens follow."""
         if self.stopped:
             return Piece("", [])
         self.held += self.decoder.decode(b"", final=True)
@@ -73,7 +72,7 @@ class IncrementalText:
         return Piece(piece.text, [*piece.tokens, *(token for _, token in self.tokens)])
 
     def _decode(self, token_id: int) -> str:
-        if token_id >= len(self.tokenizer):  # a matrix may have more rows than there are tokens
+        if token_id >= len(self.tokenizer):  # the output matrix may have more rows than there are tokens
             return ""
         token = self.tokenizer.convert_ids_to_tokens(token_id)
         if isinstance(token, bytes):
@@ -81,7 +80,7 @@ class IncrementalText:
         return self.decoder.decode(b"", final=True) + token  # a control token ends an unfinished character
 
     def _give(self, end: int) -> Piece:
-        if self.rstrip:  # white space waits until something follows it
+        if self.rstrip:  # whitespace is held back until something follows it
             end = len(self.held[:end].rstrip())
         text, self.held = self.held[:end], self.held[end:]
         if self.lstrip and not self.begun:
@@ -93,5 +92,5 @@ class IncrementalText:
 
 
 def _overlap(text: str, word: str) -> int:
-    """How much of the end of `text` may be the beginning of `word`."""
+    """Return the length of the longest end of `text` that is a proper prefix of `word`."""
     return next((size for size in range(min(len(word) - 1, len(text)), 0, -1) if text.endswith(word[:size])), 0)

@@ -1,8 +1,4 @@
-"""A model, its tokenizer and a scheduler: prompts in, growing texts out.
-
-The way in for everything that serves several people from one model. Knows token ids and text; it knows nothing of
-messages, tools or HTTP.
-"""
+"""Serves concurrent requests from one model: prompts in, streams of text out."""
 
 import asyncio
 import dataclasses
@@ -18,26 +14,26 @@ from .detokenizer import IncrementalText, Piece
 from .sampler import Constraint, ConstraintError, SampledToken, SamplingParams
 from .scheduler import EndReason, GenerationSequence, Load, QueueFull, Scheduler, SchedulerClosed
 
-# Below this the published server decodes greedily; clients send 0.001 or so where they mean 0.
+# Like the published server, decode greedily below this temperature: some clients send 0.001 for 0.
 GREEDY_BELOW = 0.01
 
 
 class PromptTooLong(ValueError):
-    """A prompt that leaves no room for a reply."""
+    """The prompt leaves no room for a reply."""
 
 
 class EngineError(RuntimeError):
-    """The model failed while it wrote a reply."""
+    """The model failed while generating a reply."""
 
 
 class TextStream:
-    """A reply while it is being written: iterate over its pieces once, with `for` from a thread or `async for`.
+    """A reply that is being generated. Iterate over its pieces once, with `for` in a thread or with `async for`.
 
     Attributes:
         prompt_tokens: length of the prompt.
-        completion_tokens: tokens of the reply so far, without the one that ends it.
+        completion_tokens: tokens of the reply so far, without the end token.
         finish_reason: None while it runs, then "stop", "length" or "cancelled".
-        first_token_seconds: from the request to its first token, None before.
+        first_token_seconds: time from the request to its first token; None before that.
     """
 
     def __init__(self, prompt_tokens: int, text: IncrementalText):
@@ -46,12 +42,12 @@ class TextStream:
         self.first_token_seconds: float | None = None
         self._text = text
         self._started = time.perf_counter()
-        self._items: deque[Piece | BaseException | None] = deque()  # None is the end
+        self._items: deque[Piece | BaseException | None] = deque()  # None marks the end
         self._wake: Callable[[], Any] = lambda: None
         self.on_cancel: Callable[[], None] = lambda: None  # set by the engine
 
     def cancel(self) -> None:
-        """End the reply before its next token. Callable from any thread, at any time."""
+        """End the reply before its next token. May be called from any thread, at any time."""
         self.on_cancel()
 
     def __iter__(self) -> Iterator[Piece]:
@@ -66,7 +62,7 @@ class TextStream:
                 arrived.wait()
                 arrived.clear()
         finally:
-            self.cancel()  # a reader that leaves early needs no more
+            self.cancel()  # the reader may have stopped early
 
     async def __aiter__(self) -> AsyncIterator[Piece]:
         arrived, loop = asyncio.Event(), asyncio.get_running_loop()
@@ -91,7 +87,7 @@ class TextStream:
     # Called by the scheduler.
 
     def on_token(self, token: SampledToken) -> bool:
-        """Take a token in; True where the reply is complete."""
+        """Add a token; return whether the reply is complete."""
         if self.first_token_seconds is None:
             self.first_token_seconds = time.perf_counter() - self._started
         self.completion_tokens += 1
@@ -99,8 +95,8 @@ class TextStream:
         return self._text.stopped
 
     def on_end(self, reason: EndReason, error: Exception | None) -> None:
-        """Hand the reader the rest of the text, or the error."""
-        if isinstance(error, ConstraintError):  # of the request, not of the model
+        """Send the rest of the text, or the error, to the reader."""
+        if isinstance(error, ConstraintError):  # caused by the request, not by the model
             self._put(error)
             return
         if reason is EndReason.ERROR:
@@ -118,7 +114,7 @@ class TextStream:
         self._items.append(item)
         try:
             self._wake()
-        except RuntimeError:  # the event loop of the reader is closed
+        except RuntimeError:  # the reader's event loop is closed
             self.cancel()
 
 
@@ -126,14 +122,14 @@ class Engine:
     """Serves many requests from one model.
 
     Args:
-        model: in eval mode; nobody else may use it from now on.
-        tokenizer: its tokenizer.
-        max_batch_size: requests that are answered at once.
-        max_queue: requests that may wait beside them.
-        cache_tokens: tokens of key/value cache; from the free memory if None.
+        model: model in eval mode, for the exclusive use of the engine.
+        tokenizer: tokenizer of the model.
+        max_batch_size: maximum number of concurrent requests.
+        max_queue: maximum number of waiting requests.
+        cache_tokens: size of the key/value cache in tokens; None to use the free memory.
 
     Attributes:
-        context_length: tokens that prompt and reply may have together.
+        context_length: maximum number of tokens of prompt and reply together.
     """
 
     def __init__(
@@ -158,10 +154,10 @@ class Engine:
         self.stop = [tokenizer.decode(words) for words in stop_words if len(words) > 1]
 
     def params(self, **overrides: Any) -> SamplingParams:
-        """Sampling settings as the checkpoint's generation config has them, and what is given here in their place.
+        """Return the checkpoint's sampling settings with the given overrides.
 
         Args:
-            overrides: fields of SamplingParams; None leaves a field as the checkpoint has it.
+            overrides: fields of SamplingParams; None keeps the checkpoint's value.
 
         Raises:
             ValueError: a value out of range.
@@ -184,31 +180,31 @@ class Engine:
         rstrip: bool = False,
         constraint: Constraint | None = None,
     ) -> TextStream:
-        """Have a prompt continued. Returns at once; iterate over the result for the text.
+        """Queue a prompt and return immediately. Iterate over the result for the text of the reply.
 
         Args:
-            prompt_ids: the prompt.
-            params: sampling settings; `max_tokens` is cut to what the model has room for.
-            stop: the reply ends in front of the first of these strings.
-            lstrip, rstrip: leave out white space at the beginning, at the end of the reply.
-            constraint: what the reply may consist of.
+            prompt_ids: token ids of the prompt.
+            params: sampling settings; `max_tokens` is limited to the rest of the context.
+            stop: the reply ends before the first occurrence of any of these strings.
+            lstrip, rstrip: strip whitespace at the start or end of the reply.
+            constraint: grammar that the reply must follow.
 
         Raises:
             PromptTooLong: the prompt alone fills the model's context.
-            QueueFull: too many requests wait already.
-            SchedulerClosed: after `close`.
-            ValueError: an empty prompt, token ids that the model does not have.
+            QueueFull: too many requests are waiting.
+            SchedulerClosed: the engine is closed or has failed.
+            ValueError: an empty prompt, or token ids out of range.
         """
         room = self.context_length - len(prompt_ids)
         if room < 1:
             raise PromptTooLong(
-                f"The prompt has {len(prompt_ids)} tokens, and prompt and reply together may have "
-                f"{self.context_length}: shorten it."
+                f"The prompt is too long: it has {len(prompt_ids)} tokens, and prompt and reply together may have at "
+                f"most {self.context_length}. Shorten the prompt."
             )
         known = range(self.model.config.vocab_size)
         for name, ids in (("The prompt", prompt_ids), ("logit_bias", params.logit_bias)):
             if any(token not in known for token in ids):
-                raise ValueError(f"{name} holds token ids that the model does not have: they go from 0 to {known[-1]}.")
+                raise ValueError(f"{name} has invalid token ids: valid ids are 0 to {known[-1]}.")
         text = IncrementalText(self.tokenizer, [*stop, *self.stop], lstrip, rstrip)
         stream = TextStream(len(prompt_ids), text)
         sequence = GenerationSequence(
@@ -224,16 +220,16 @@ class Engine:
         return stream
 
     def load(self) -> Load:
-        """How many requests are being answered, and how many wait."""
+        """Return the number of running and of waiting requests."""
         return self.scheduler.load()
 
     @property
     def failed(self) -> bool:
-        """Whether it has stopped because of an error, and answers nothing any more."""
+        """Whether the engine has stopped because of an error and rejects all requests."""
         return self.scheduler.failed
 
     def close(self, timeout: float | None = None) -> None:
-        """Take no more requests, finish those there are (for at most `timeout` seconds), and end the thread."""
+        """Reject new requests, finish the others (for at most `timeout` seconds), and end the thread."""
         self.scheduler.close(timeout)
 
 

@@ -1,7 +1,7 @@
-"""Hold replies to a grammar: JSON and tool calls that are valid by construction.
+"""Constrains replies to a grammar: JSON and tool calls that are valid by construction.
 
-llguidance turns a grammar into masks over the vocabulary, which say what tokens may come next. Without it constraints
-are refused, and everything else works.
+llguidance converts a grammar to masks over the vocabulary, of the allowed next tokens. Without it constraints are
+rejected, and everything else works.
 """
 
 from __future__ import annotations
@@ -25,63 +25,63 @@ except ModuleNotFoundError:
 else:
     _INSTALLED = True
 
-# JSON as the models were taught to write it. No other blanks: a weak model would go on with them for ever.
+# JSON as the models were trained to write it. No other whitespace: a weak model might repeat it forever.
 _STYLE = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
-# In characters. Building a grammar takes time that grows faster than its schema: about a second at this size.
+# In characters. The time to build a grammar grows faster than its schema: about a second at this size.
 _MAX_SCHEMA = 65_536
 _MAX_THOUGHT = 400
-# Keywords by where they hold further schemas: one, in a list, by name.
+# Keywords that hold a schema, a list of schemas, or schemas by name.
 _HOLDS_ONE = {"items", "additionalProperties"}
 _HOLDS_LIST = {"prefixItems", "anyOf", "oneOf", "allOf"}
 _HOLDS_NAMED = {"properties", "patternProperties", "$defs", "definitions"}
-# What else may say which properties an object has.
+# Other keywords that may determine the properties of an object.
 _MORE_PROPERTIES = {"additionalProperties", "patternProperties", "minProperties", "$ref", "anyOf", "oneOf"}
 
 
 def available() -> bool:
-    """Whether llguidance is installed, which constraints need."""
+    """Return whether llguidance is installed, which constraints need."""
     return _INSTALLED
 
 
 class GrammarConstraint:
-    """Where one reply stands in its grammar.
+    """The state of one reply in its grammar.
 
     Raises:
-        ValueError: the grammar cannot be used; holds llguidance's words.
+        ValueError: the grammar cannot be used; includes llguidance's message.
     """
 
     def __init__(self, tokenizer: LLTokenizer, grammar: str):
         self._matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=LLParserLimits(verbose_errors=False))
-        self._matcher.compute_logit_bias()  # some of what is wrong with a grammar shows only now
+        self._matcher.compute_logit_bias()  # some errors of a grammar show only here
         if self._matcher.is_error():
             raise ValueError(_error(self._matcher))
 
     def copy(self) -> GrammarConstraint:
-        """Another one that stands where this one does; cheaper than to build the grammar again."""
+        """Return a copy in the same state; cheaper than building the grammar again."""
         twin = object.__new__(GrammarConstraint)
         twin._matcher = self._matcher.deep_copy()
         return twin
 
     def allowed(self) -> torch.Tensor:
-        """Tokens that may come next, (vocab_size,) bool. Once the text may end the end tokens are among them, and once
-        it must, nothing else is. Raises ConstraintError where the text led to what llguidance finds too complex."""
+        """Return the allowed next tokens, (vocab_size,) bool. They include the end tokens if the text may end, and
+        nothing else if it must. Raises ConstraintError if the text led to a state too complex for llguidance."""
         mask = bytearray(self._matcher.compute_logit_bias())
         if self._matcher.is_error():
-            raise ConstraintError(f"The reply cannot be held to its grammar any longer: {_error(self._matcher)}")
+            raise ConstraintError(f"The grammar of the reply failed: {_error(self._matcher)}")
         return torch.frombuffer(mask, dtype=torch.uint8).bool()
 
     def accept(self, token_id: int) -> None:
-        """Take note of the token that was chosen. Raises ValueError for one that was not allowed."""
+        """Advance by the chosen token. Raises ValueError if it is not allowed."""
         if not self._matcher.consume_token(token_id):
             raise ValueError(f"Token {token_id} is not allowed here: {_error(self._matcher)}")
 
 
 class ConstraintFactory:
-    """Makes constraints for replies in one vocabulary; any thread may ask for one.
+    """Creates constraints for one vocabulary. Thread-safe.
 
     Args:
-        tokenizer: its `<|im_end|>` and `<|endoftext|>` end a text.
-        vocab_size: the number of the model's logits, at least that of the tokenizer. The rest is never allowed.
+        tokenizer: tokenizer whose `<|im_end|>` and `<|endoftext|>` end a text.
+        vocab_size: number of logits, at least the size of the tokenizer. Ids beyond the tokenizer are never allowed.
     """
 
     def __init__(self, tokenizer: QWenTokenizer, vocab_size: int):
@@ -97,12 +97,12 @@ class ConstraintFactory:
     def json_schema(self, schema: dict) -> GrammarConstraint:
         """JSON that is valid against a schema, written as `{"a": 1, "b": [2, 3]}`.
 
-        Objects that list their properties hold no others, unless the schema speaks of more; properties come in the
-        order of the schema. A `format` that llguidance does not know is a remark, as JSON Schema has it.
+        Objects with listed properties have no others, unless the schema explicitly allows more; properties are in the
+        order of the schema. As in JSON Schema, a `format` that llguidance does not support is ignored.
 
         Raises:
-            ValueError: a schema that is too large, unsatisfiable, refers to the network, or uses what llguidance does
-                not support; says which. Or llguidance is not installed.
+            ValueError: the schema is too large, unsatisfiable, refers to the network, or uses unsupported features (the
+                message says which), or llguidance is not installed.
         """
         _require_llguidance()
         return self._enforced(schema, "The schema")[1]
@@ -120,31 +120,31 @@ class ConstraintFactory:
 
         Args:
             functions: tools, as qwen.tools takes them. The arguments of a call are valid against their parameters.
-            names: of the tools that may be called; None for all.
-            answer_schema: what a final answer is valid against, in JSON; None for free text.
-            call_required: whether a final answer may not come in place of the call.
-            continues: the reply goes on right after "Thought:".
+            names: names of the tools that may be called; None for all.
+            answer_schema: JSON schema of a final answer; None for free text.
+            call_required: do not allow a final answer instead of a call.
+            continues: the reply continues after "Thought:".
 
         Raises:
-            ValueError: no such tool, one that cannot be called, or a schema as in `json_schema`; says which. Or
-                llguidance is not installed.
+            ValueError: an unknown tool, a tool that cannot be called, or a schema error as in `json_schema` (the
+                message says which), or llguidance is not installed.
         """
         _require_llguidance()
         tools = read_tools(functions)
         if unknown := set(names or ()) - {tool.name for tool in tools}:
             raise ValueError(
-                f"There is no tool {sorted(unknown)[0]!r}: the tools are {', '.join(tool.name for tool in tools)}."
+                f"Unknown tool {sorted(unknown)[0]!r}. The tools are {', '.join(tool.name for tool in tools)}."
             )
         tools = [tool for tool in tools if names is None or tool.name in names]
         if not tools:
-            raise ValueError("There is no tool to call: offer at least one.")
+            raise ValueError("There is no tool to call. Offer at least one.")
         rules, steps, size = [], [], 0
         for index, tool in enumerate(tools):
             schema, _ = self._enforced(_arguments_schema(tool), f"The schema of the parameters of tool {tool.name!r}")
             size += len(schema)
             if size > _MAX_SCHEMA:
                 raise ValueError(
-                    f"The parameters of the tools have together more than {_MAX_SCHEMA} characters of JSON."
+                    f"The parameters of all tools together have more than {_MAX_SCHEMA} characters of JSON."
                 )
             before, after = f"\n{ACTION} {_one_line(tool.name)}\n{ACTION_INPUT} ", f"\n{STOP_WORD}"
             rules.append(f"arguments_{index}: %json {schema}")
@@ -154,7 +154,7 @@ class ConstraintFactory:
             answer = "/(?s:.*)/" if answer_schema is None else f"%json {self._enforced(answer_schema, 'The schema')[0]}"
             rules.append(f"answer: {answer}")
             steps.append(f"{_literal(before)} answer")
-        # Read back, what follows an opened "Thought:" stands at the start of a line.
+        # The parser treats what follows a given "Thought:" as the start of a line.
         rules.append(f"THOUGHT: / [^\\r\\n]{{0,{_MAX_THOUGHT}}}/ & ~/\\s*({'|'.join(MARKERS)})(?s:.*)/")
         opening = "" if continues else _literal(THOUGHT)
         rules.append(f"start: {opening} THOUGHT ({' | '.join(steps)})")
@@ -164,8 +164,8 @@ class ConstraintFactory:
             raise ValueError(f"The tools cannot be used together: {error}") from None
 
     def _enforced(self, schema: dict, what: str) -> tuple[str, GrammarConstraint]:
-        """A schema as a stranger sent it → JSON text that llguidance takes, in the style of the models, and the
-        constraint that it makes."""
+        """Convert an untrusted schema to JSON text for llguidance, in the style of the models; return the text and its
+        constraint."""
         if not isinstance(schema, dict):
             raise ValueError(f"{what} must be a JSON object, not {type(schema).__name__}.")
         try:
@@ -173,7 +173,7 @@ class ConstraintFactory:
             if len(text) > _MAX_SCHEMA:
                 raise ValueError(f"it has {len(text)} characters of JSON, more than {_MAX_SCHEMA}")
             failures = []
-            # An object that several schemas describe could have nothing, were each of them closed.
+            # An object described by several schemas could have no properties if each of them were closed.
             for close in [False] if '"allOf"' in text else [True, False]:
                 text = json.dumps({**_prepared(schema, close), "x-guidance": _STYLE})
                 try:
@@ -201,18 +201,18 @@ class ConstraintFactory:
 def _require_llguidance() -> None:
     if not available():
         raise ValueError(
-            "A reply that is held to a format (response_format, a required tool call, strict) needs a package that is "
-            "not installed where the model runs: `pip install llguidance`, or the extra `serve`. Ask without one."
+            "Constrained replies (response_format, a required tool call, strict) need a package that is not installed "
+            "on the server: `pip install llguidance`, or the extra `serve`. Or send the request without a constraint."
         )
 
 
 def _prepared(schema: Any, close: bool) -> Any:
-    """A copy without unknown formats and, on request, where objects hold the listed properties only."""
+    """Copy a schema without unsupported formats; if `close`, objects allow only their listed properties."""
     if not isinstance(schema, dict):
         return schema
     prepared = {}
     for key, value in schema.items():
-        # Alternatives beside properties speak of the same object.
+        # Alternatives next to properties describe the same object.
         inner = close and not (key in _HOLDS_LIST and "properties" in schema)
         if key in _HOLDS_NAMED and isinstance(value, dict):
             value = {name: _prepared(part, close) for name, part in value.items()}
@@ -235,9 +235,9 @@ def _known_format(name: object) -> bool:
 
 def _arguments_schema(tool: Tool) -> dict:
     parameters = tool.parameters
-    if isinstance(parameters, list):  # Qwen's own dialect
+    if isinstance(parameters, list):  # Qwen's own format
         if not all(isinstance(part, dict) and isinstance(part.get("name"), str) for part in parameters):
-            raise ValueError(f"The parameters of tool {tool.name!r} need a name each.")
+            raise ValueError(f"Each parameter of tool {tool.name!r} needs a name.")
         return {
             "type": "object",
             "properties": {part["name"]: part.get("schema", True) for part in parameters},
@@ -252,15 +252,15 @@ def _arguments_schema(tool: Tool) -> dict:
 
 def _one_line(name: str) -> str:
     if not name.isprintable() or name != name.strip():
-        raise ValueError(f"A tool with the name {name!r} cannot be called: take out line breaks and outer blanks.")
+        raise ValueError(f"The tool {name!r} cannot be called. Remove line breaks and outer whitespace from its name.")
     return name
 
 
 def _literal(text: str) -> str:
-    """A text in a Lark grammar."""
+    """Quote a text for a Lark grammar."""
     return json.dumps(text, ensure_ascii=False)
 
 
 def _error(matcher: LLMatcher) -> str:
     text = matcher.get_error().removesuffix("<non-verbose/>").strip()
-    return f"llguidance says {text if len(text) <= 500 else text[:500] + '…'}"
+    return f"llguidance: {text if len(text) <= 500 else text[:500] + '…'}"

@@ -1,7 +1,6 @@
-"""Logits to the next token, each row with its own settings.
+"""Samples the next token of each row of a batch, with its own settings.
 
-Revolves around one call, `sample`, that serves rows of different requests together: what it chooses for a row depends
-on that row alone, and its random numbers come from a generator of its own. Knows token ids and logits only.
+The result of `sample` for a row depends on that row alone, and each row has its own random number generator.
 """
 
 import random
@@ -13,39 +12,39 @@ import torch
 
 
 class ConstraintError(ValueError):
-    """A reply cannot be held to its constraint any longer."""
+    """The constraint of a reply failed."""
 
 
 class Constraint(Protocol):
-    """What a reply may consist of, for one sequence."""
+    """Restricts the tokens of one sequence."""
 
     def allowed(self) -> torch.Tensor:
-        """The tokens that may come next: (vocab_size), bool, on the CPU. May raise ConstraintError."""
+        """Return the allowed next tokens: (vocab_size), bool, on the CPU. May raise ConstraintError."""
 
     def accept(self, token_id: int) -> None:
-        """Take note of the token that came."""
+        """Advance by the chosen token."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How one sequence is continued.
+    """Sampling settings of one sequence.
 
     Args:
-        max_tokens: new tokens at most.
-        temperature: logits are divided by it; 0 always takes the likeliest token.
-        top_k: choose among so many of the likeliest tokens; 0 for all.
-        top_p: choose among the likeliest tokens that make up this probability (Holtzman et al. 2019,
+        max_tokens: maximum number of new tokens.
+        temperature: divisor of the logits; 0 for greedy decoding.
+        top_k: number of most likely tokens to choose among; 0 for all.
+        top_p: choose among the most likely tokens that together have this probability (Holtzman et al. 2019,
             https://arxiv.org/abs/1904.09751, section 3.1).
         repetition_penalty: divides positive and multiplies negative logits of tokens in the prompt or the reply
             (Keskar et al. 2019, https://arxiv.org/abs/1909.05858, section 4.1).
         presence_penalty: subtracted from the logits of tokens in the reply.
-        frequency_penalty: subtracted as often as a token is in the reply.
-        logit_bias: token id → added to its logit.
-        seed: of the random numbers; None for one that nobody knows.
-        top_logprobs: report log-probabilities: of the chosen token and of so many of the likeliest. None for none.
+        frequency_penalty: subtracted once for each occurrence of a token in the reply.
+        logit_bias: token id → value added to its logit.
+        seed: seed of the random numbers; None for a random one.
+        top_logprobs: report log-probabilities of the chosen token and of this many most likely ones; None for none.
 
     Raises:
-        ValueError: a value out of range; its text begins with the field's name.
+        ValueError: a value out of range; the message begins with the field's name.
     """
 
     max_tokens: int
@@ -62,23 +61,23 @@ class SamplingParams:
     def __post_init__(self):
         largest = float("inf")
         ranges = {
-            "max_tokens": (self.max_tokens >= 1, "a whole number from 1 on"),
-            "temperature": (0 <= self.temperature < largest, "a number from 0 on"),
-            "top_k": (self.top_k >= 0, "a whole number from 0 on"),
-            "top_p": (0 < self.top_p <= 1, "a number above 0 and up to 1"),
-            "repetition_penalty": (0 < self.repetition_penalty < largest, "a number above 0"),
+            "max_tokens": (self.max_tokens >= 1, "an integer >= 1"),
+            "temperature": (0 <= self.temperature < largest, "a finite number >= 0"),
+            "top_k": (self.top_k >= 0, "an integer >= 0"),
+            "top_p": (0 < self.top_p <= 1, "a number > 0 and <= 1"),
+            "repetition_penalty": (0 < self.repetition_penalty < largest, "a finite number > 0"),
             "presence_penalty": (abs(self.presence_penalty) < largest, "a finite number"),
             "frequency_penalty": (abs(self.frequency_penalty) < largest, "a finite number"),
-            "top_logprobs": (self.top_logprobs is None or self.top_logprobs >= 0, "a whole number from 0 on"),
+            "top_logprobs": (self.top_logprobs is None or self.top_logprobs >= 0, "an integer >= 0"),
         }
         for name, (holds, meaning) in ranges.items():
             if not holds:
-                raise ValueError(f"{name} is {meaning}, not {getattr(self, name)!r}.")
+                raise ValueError(f"{name} must be {meaning}, not {getattr(self, name)!r}.")
 
 
 class SampledToken(NamedTuple):
-    """A token, and where it was asked for its log-probability and the likeliest tokens with theirs (natural logarithm,
-    of the model's own distribution, before any setting changes it)."""
+    """A token and, if requested, its log-probability and the most likely tokens with theirs (natural logarithm, of the
+    model's distribution before any settings are applied)."""
 
     token_id: int
     logprob: float | None = None
@@ -86,7 +85,7 @@ class SampledToken(NamedTuple):
 
 
 class SamplingState:
-    """What the sampler keeps of one sequence between its tokens."""
+    """Sampler state of one sequence."""
 
     def __init__(
         self,
@@ -97,7 +96,7 @@ class SamplingState:
         constraint: Constraint | None = None,
     ):
         self.params, self.constraint = params, constraint
-        # As text, since random takes -1 and 1 for the same.
+        # As a string: random.Random treats -1 and 1 as the same seed.
         self.random = random.Random(None if params.seed is None else str(params.seed))
         self.seen = self.counts = self.bias = None
         if params.repetition_penalty != 1:
@@ -111,11 +110,11 @@ class SamplingState:
 
     @property
     def adjusts(self) -> bool:
-        """Whether anything but temperature, top-k and top-p is asked for."""
+        """Whether any setting other than temperature, top-k and top-p is used."""
         return any(part is not None for part in (self.seen, self.counts, self.bias, self.constraint))
 
     def accept(self, token_id: int) -> None:
-        """Take note of the token that was chosen."""
+        """Update the state with the chosen token."""
         if self.seen is not None:
             self.seen[token_id] = True
         if self.counts is not None:
@@ -125,16 +124,16 @@ class SamplingState:
 
 
 def sample(logits: torch.Tensor, states: Sequence[SamplingState]) -> list[SampledToken | Exception]:
-    """Choose a token for every row, and have its state accept it.
+    """Choose a token for every row and update its state.
 
     The order is that of transformers: penalties and bias, constraint, temperature, top-k, top-p.
 
     Args:
         logits: (B, vocab_size).
-        states: one a row.
+        states: one per row.
 
     Returns:
-        One a row. An exception where the logits hold NaN or the constraint failed: it is the matter of that row alone.
+        One per row. An exception if the logits contain NaN or the constraint failed; other rows are unaffected.
     """
     logits = logits.float()
     adjusted, failures = _adjust(logits, states)
@@ -152,7 +151,7 @@ def sample(logits: torch.Tensor, states: Sequence[SamplingState]) -> list[Sample
 
 
 def _adjust(logits: torch.Tensor, states: Sequence[SamplingState]) -> tuple[torch.Tensor, dict[int, Exception]]:
-    """What the settings make of the logits before a token is drawn, each for the rows that ask for it; and the rows
+    """Apply penalties, bias and constraints to the rows that have them. Returns the new logits, and the errors of rows
     whose constraint failed."""
     adjusted, failures = logits.clone(), {}
     for row, state in enumerate(states):
@@ -178,18 +177,18 @@ def _adjust(logits: torch.Tensor, states: Sequence[SamplingState]) -> tuple[torc
 
 
 def _draw(scores: torch.Tensor, states: Sequence[SamplingState]) -> torch.Tensor:
-    """Draw from what temperature, top-k and top-p leave of each row. scores: (B, vocab_size) → (B).
+    """Apply temperature, top-k and top-p to each row and draw a token. scores: (B, vocab_size) → (B).
 
-    By inversion of the cumulative distribution, in the order of the vocabulary, with one random number a row. Top-k and
-    top-p are taken as thresholds on scores and probabilities, so that tokens that are equally likely, as is common in
-    16 bits, stay or go together: which of them a sort puts first would depend on the other rows.
+    Draws by inverting the cumulative distribution, in the order of the vocabulary, with one random number per row.
+    Top-k and top-p are applied as thresholds on scores and probabilities, so that equally likely tokens, which are
+    common in 16 bits, are kept or dropped together: their order in a sort would depend on the other rows.
     """
     vocab_size, params = scores.shape[-1], [state.params for state in states]
 
     def column(values: list[float]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.float64, device=scores.device)[:, None]
 
-    scores = scores.double() - scores.amax(-1, keepdim=True)  # so that a small temperature leads to no inf
+    scores = scores.double() - scores.amax(-1, keepdim=True)  # so that a small temperature cannot lead to inf
     scores /= column([each.temperature for each in params])
     widths = [min(each.top_k or vocab_size, vocab_size) for each in params]
     limited = [row for row, width in enumerate(widths) if width < vocab_size]
@@ -206,15 +205,15 @@ def _draw(scores: torch.Tensor, states: Sequence[SamplingState]) -> torch.Tensor
     cumulative = probabilities.cumsum(-1)
     uniform = column([state.random.random() for state in states])
     place = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
-    # Rounding may put the number at the very end, behind the last token that has a chance.
+    # Rounding may place the number after the last token with a nonzero probability.
     last = torch.where(probabilities > 0, torch.arange(vocab_size, device=scores.device), 0).amax(-1, keepdim=True)
     return torch.minimum(place, last)[:, 0]
 
 
 def _accept(logits: torch.Tensor, token_id: int, state: SamplingState) -> SampledToken | Exception:
-    """The chosen token of one row, with its log-probabilities where they are asked for. logits: (vocab_size)."""
+    """Update the state; return the chosen token, with log-probabilities if requested. logits: (vocab_size)."""
     if token_id < 0:
-        return FloatingPointError("the logits are not numbers; load the model in bfloat16 or float32")
+        return FloatingPointError("the logits contain NaN; load the model in bfloat16 or float32")
     try:
         state.accept(token_id)
     except Exception as error:

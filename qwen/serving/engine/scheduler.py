@@ -1,11 +1,11 @@
 """Continuous batching: sequences of token ids in, tokens out.
 
-One thread owns the model and repeats a step (Yu et al. 2022, Orca, section 3.2): take in waiting sequences, encode a
-piece of prompt, give every running sequence its next token. Sequences join and leave between steps. What one gets does
-not depend on the others: each keeps its sampling settings, its random numbers and the NTK base of its own prompt.
+One thread owns the model and repeats a step (Yu et al. 2022, Orca, section 3.2): admit waiting sequences, prefill a
+chunk of their prompts, decode one token of every running sequence. Sequences are added and removed between steps. The
+output of a sequence does not depend on the others: each has its own sampling settings, random numbers and NTK base.
 
-Memory: a sequence is taken in only when there is room for all the tokens it may ever have, so that a running one is
-never pushed out. Rows of about the same reach share a cache, so that one long sequence does not pad the short ones.
+Memory: a sequence is admitted only if there is room for its maximum length, so that running sequences are never
+evicted. Rows of a similar maximum length share a cache, so that a long sequence does not pad short ones.
 """
 
 import enum
@@ -27,32 +27,32 @@ from .sampler import Constraint, SampledToken, SamplingParams, SamplingState, sa
 
 logger = logging.getLogger(__name__)
 
-SHORTEST_REACH = 512  # tokens; the reaches of the caches are this times powers of 4
-PREFILL_TOKENS = 1024  # encoded between two decoding steps: longer prompts come in pieces, short ones share a forward
-# Parameters from which on the cores of a CPU share the work. Below, they would spend their time waiting for each other.
+SHORTEST_REACH = 512  # tokens; row lengths of the caches are this times powers of 4
+PREFILL_TOKENS = 1024  # per step: longer prompts are prefilled in chunks, short ones share a forward
+# Minimum number of parameters to use several CPU cores. In smaller models they would mostly wait for each other.
 SHARED_FROM = 50_000_000
-MEMORY_SHARE = 0.9  # of the memory that is free once the model is loaded
+MEMORY_SHARE = 0.9  # of the memory that is free after loading the model
 
 
 class QueueFull(Exception):
-    """More sequences wait than the scheduler was told to keep."""
+    """The queue of waiting sequences is full."""
 
 
 class SchedulerClosed(Exception):
-    """The scheduler takes no more sequences."""
+    """The scheduler accepts no more sequences."""
 
 
 class EndReason(enum.Enum):
-    """Why a sequence has no more tokens."""
+    """Why a sequence has ended."""
 
-    STOP = "stop"  # an end token, or `on_token` had enough
+    STOP = "stop"  # an end token, or `on_token` returned True
     LENGTH = "length"
     CANCELLED = "cancelled"
     ERROR = "error"
 
 
 class Load(NamedTuple):
-    """Sequences that are being continued, and sequences that wait."""
+    """Numbers of running and of waiting sequences."""
 
     running: int
     queued: int
@@ -60,15 +60,15 @@ class Load(NamedTuple):
 
 @dataclass(eq=False)
 class GenerationSequence:
-    """A prompt to be continued, and who is told.
+    """A prompt to continue, with callbacks for the result.
 
     Args:
         prompt_ids: the prompt, at least one token.
-        params: how it is continued.
-        end_token_ids: tokens that end it; they are not handed on.
-        on_token: called with each token, from the scheduler's thread; True ends the sequence.
-        on_end: called once, from the scheduler's thread, with the reason and the error if there was one.
-        constraint: what the reply may consist of.
+        params: sampling settings.
+        end_token_ids: tokens that end the sequence; not passed to `on_token`.
+        on_token: called with each token, in the scheduler's thread; True ends the sequence.
+        on_end: called once, in the scheduler's thread, with the reason and the error, if any.
+        constraint: grammar that the reply must follow.
     """
 
     prompt_ids: Sequence[int]
@@ -77,7 +77,7 @@ class GenerationSequence:
     on_token: Callable[[SampledToken], bool]
     on_end: Callable[[EndReason, Exception | None], None]
     constraint: Constraint | None = None
-    state: SamplingState = field(init=False)  # from its first token on
+    state: SamplingState = field(init=False)  # set at its first token
     last_token: int = field(default=-1, init=False)
     generated: int = field(default=0, init=False)
     cancelled: bool = field(default=False, init=False)
@@ -85,19 +85,19 @@ class GenerationSequence:
 
     @property
     def reach(self) -> int:
-        """Tokens it may come to."""
+        """Maximum number of tokens of prompt and reply."""
         return len(self.prompt_ids) + self.params.max_tokens
 
 
 class Batch:
-    """Sequences of about the same reach and their cache, row by row."""
+    """Sequences of a similar maximum length, and their cache with a row for each."""
 
     def __init__(self, cache: RaggedCache):
         self.cache = cache
         self.sequences: list[GenerationSequence] = []
 
     def join(self, sequence: GenerationSequence, prompts: DynamicCache, row: int) -> None:
-        """Take over a sequence, whose prompt is row `row` of `prompts`."""
+        """Add a sequence whose prompt is row `row` of `prompts`."""
         self.cache.join(prompts, row, len(sequence.prompt_ids))
         self.sequences.append(sequence)
 
@@ -111,7 +111,7 @@ class Batch:
 
 @dataclass
 class Prefill:
-    """Prompts that are being encoded together: several in one forward, or one in pieces."""
+    """Prompts that are prefilled together: several in one forward, or one in chunks."""
 
     sequences: list[GenerationSequence]
     cache: DynamicCache
@@ -122,13 +122,13 @@ Group = TypeVar("Group", Prefill, Batch)
 
 
 class Scheduler:
-    """Continues many sequences at once.
+    """Continues many sequences concurrently.
 
     Args:
-        model: in eval mode; used by the scheduler's thread alone from now on.
-        max_batch_size: sequences that are continued at once.
-        max_queue: sequences that may wait beside them.
-        cache_tokens: tokens that the caches may hold together; from the free memory if None.
+        model: model in eval mode, for the exclusive use of the scheduler's thread.
+        max_batch_size: maximum number of running sequences.
+        max_queue: maximum number of waiting sequences.
+        cache_tokens: maximum number of tokens in all caches together; None to use the free memory.
     """
 
     def __init__(
@@ -137,8 +137,8 @@ class Scheduler:
         self.model, self.config, self.device = model, model.config, model.device
         self.max_batch_size, self.max_queue = max_batch_size, max_queue
         self.cache_tokens = cache_tokens or _affordable_tokens(model)
-        self.batches: dict[int, Batch] = {}  # by reach
-        self.prefills: list[Prefill] = []  # at most two: a long prompt, and short ones that pass it
+        self.batches: dict[int, Batch] = {}  # by the row length of the cache
+        self.prefills: list[Prefill] = []  # at most two: a long prompt, and short ones that overtake it
         self.waiting: deque[GenerationSequence] = deque()
         self.changed = threading.Condition()  # guards `waiting` and the flags
         self.closing = self.cancelling = self.failed = False
@@ -146,44 +146,44 @@ class Scheduler:
         self.thread.start()
 
     def submit(self, sequence: GenerationSequence) -> None:
-        """Have a sequence continued. Returns at once.
+        """Queue a sequence and return immediately.
 
         Raises:
-            QueueFull: as many sequences wait as may.
+            QueueFull: too many sequences are waiting.
             SchedulerClosed: after `close`, or after an error that ended the thread.
-            ValueError: an empty prompt, or more tokens than the caches hold.
+            ValueError: an empty prompt, or more tokens than the caches can hold.
         """
         if not sequence.prompt_ids:
-            raise ValueError("The prompt is empty: it needs one token at least.")
+            raise ValueError("The prompt is empty. Give at least one token.")
         if self._capacity(sequence.reach) > self.cache_tokens:
             raise ValueError(
-                f"Prompt and reply may come to {sequence.reach} tokens, and the memory holds {self.cache_tokens}: "
-                "shorten the prompt, or ask for fewer tokens."
+                f"Prompt and reply may have {sequence.reach} tokens, but the cache holds {self.cache_tokens}. Shorten "
+                "the prompt, or ask for fewer tokens."
             )
         with self.changed:
             if self.closing:
-                raise SchedulerClosed("No more requests are taken.")
+                raise SchedulerClosed("The scheduler accepts no more requests.")
             if sum(self.load()) >= self.max_batch_size + self.max_queue:
-                raise QueueFull(f"{len(self.waiting)} requests are waiting already.")
+                raise QueueFull(f"The queue is full: {len(self.waiting)} requests are waiting.")
             self.waiting.append(sequence)
             self.changed.notify()
 
     def cancel(self, sequence: GenerationSequence) -> None:
-        """End a sequence before its next token; nothing happens where it has ended."""
+        """End a sequence before its next token. Does nothing if it has ended already."""
         with self.changed:
             sequence.cancelled = True
             self.changed.notify()
 
     def load(self) -> Load:
-        """How busy it is."""
+        """Return the numbers of running and of waiting sequences."""
         groups: list[Prefill | Batch] = [*self.prefills, *list(self.batches.values())]
         return Load(sum(len(group.sequences) for group in groups), len(self.waiting))
 
     def close(self, timeout: float | None = None) -> None:
-        """Take no more sequences, finish those there are, and end the thread.
+        """Reject new sequences, finish the others, and end the thread.
 
         Args:
-            timeout: seconds after which the unfinished ones are cancelled; None waits for them.
+            timeout: seconds after which unfinished sequences are cancelled; None to wait for them.
         """
         with self.changed:
             self.closing = True
@@ -192,7 +192,7 @@ class Scheduler:
         self.cancelling = True
         self.thread.join()
 
-    # What follows runs in the scheduler's thread.
+    # The following methods run in the scheduler's thread.
 
     @torch.inference_mode()
     def _run(self) -> None:
@@ -202,7 +202,7 @@ class Scheduler:
         try:
             while self._wait_for_work():
                 self._step()
-        except Exception as unexpected:  # nobody may wait for a thread that has ended
+        except Exception as unexpected:  # callers must not wait for a thread that has ended
             logger.exception("The scheduler stopped")
             error = unexpected
         with self.changed:
@@ -214,7 +214,7 @@ class Scheduler:
         self._fail(self.waiting, error)
 
     def _wait_for_work(self) -> bool:
-        """Blocks while there is nothing to do; False when there will never be anything again."""
+        """Block until there is work; return False if there is none left and the scheduler is closing."""
         with self.changed:
             while not (self.waiting or self.prefills or self.batches or self.closing):
                 self.changed.wait()
@@ -227,13 +227,13 @@ class Scheduler:
         for prefill in self.prefills:
             self._guarded(self._encode, prefill)
         for batch in list(self.batches.values()):
-            if batch.sequences:  # else all of them were cancelled
+            if batch.sequences:  # empty if all were cancelled
                 self._guarded(self._decode, batch)
         self.prefills = [prefill for prefill in self.prefills if prefill.sequences]
         self.batches = {reach: batch for reach, batch in self.batches.items() if batch.sequences}
 
     def _guarded(self, work: Callable[[Group], None], group: Group) -> None:
-        """An error costs the sequences it happened to, not the others."""
+        """Run a step of a group. An error ends its sequences only."""
         try:
             work(group)
         except Exception as error:
@@ -267,7 +267,7 @@ class Scheduler:
             self._end(sequence, EndReason.CANCELLED)
 
     def _admit(self) -> None:
-        """Begin with the prompts that came first, as far as rows and memory allow."""
+        """Admit waiting sequences in order, as far as rows and memory allow."""
         admitted: list[GenerationSequence] = []
         with self.changed:
             while self.waiting and self._fits(self.waiting[0], admitted):
@@ -276,19 +276,19 @@ class Scheduler:
                 return
             prefill = Prefill(admitted, DynamicCache(config=self.config))
             self.prefills.append(prefill)
-        # The whole length counts for NTK, also where the first forward sees a piece of the prompt only.
+        # NTK needs the whole length, even if the first forward has only a chunk of the prompt.
         lengths = [len(sequence.prompt_ids) for sequence in admitted]
         prompt_state(prefill.cache).lengths = torch.tensor(lengths, device=self.device)
 
     def _fits(self, sequence: GenerationSequence, admitted: list[GenerationSequence]) -> bool:
-        """Whether a sequence can be taken in, after those that have just been."""
+        """Return whether a sequence can be admitted in addition to `admitted`."""
         encoding = [other for prefill in self.prefills for other in prefill.sequences]
         running = [other for batch in self.batches.values() for other in batch.sequences]
         together = [*running, *encoding, *admitted, sequence]
         if len(together) > self.max_batch_size:
             return False
         width = max(len(other.prompt_ids) for other in [*admitted, sequence]) * (len(admitted) + 1)
-        if width > PREFILL_TOKENS and (admitted or encoding):  # a long prompt is encoded alone
+        if width > PREFILL_TOKENS and (admitted or encoding):  # a long prompt is prefilled alone
             return False
         rows: dict[int, int] = {}
         for other in together:
@@ -297,18 +297,18 @@ class Scheduler:
         return sum(RaggedCache.room_for(count) * reach for reach, count in rows.items()) <= self.cache_tokens
 
     def _capacity(self, reach: int) -> int:
-        """Tokens a row gets that may come to `reach` tokens."""
+        """Return the row length for a sequence of up to `reach` tokens."""
         capacity = SHORTEST_REACH
         while capacity < reach:
             capacity *= 4
-        # The longest are not rounded up to more than the memory holds.
+        # Do not round up beyond the available memory.
         return max(reach, min(capacity, self.cache_tokens))
 
     def _encode(self, prefill: Prefill) -> None:
-        """One piece of the prompts; behind the last piece the first token, and on to the batch."""
+        """Prefill one chunk of the prompts. After the last chunk, sample the first token and move to the batch."""
         prompts = [sequence.prompt_ids for sequence in prefill.sequences]
         end = min(max(map(len, prompts)), prefill.encoded + PREFILL_TOKENS)
-        # Padded on the right: no token sees what comes after it, so that padding needs no mask.
+        # Padded on the right: attention is causal, so that padding needs no mask.
         pieces = [
             [*prompt[prefill.encoded : end], *[0] * (end - max(len(prompt), prefill.encoded))] for prompt in prompts
         ]
@@ -331,7 +331,7 @@ class Scheduler:
             prefill.sequences.remove(sequence)
 
     def _batch(self, sequence: GenerationSequence) -> Batch:
-        """The batch of sequences that reach about as far."""
+        """Return the batch for sequences of this maximum length; create it if needed."""
         reach = self._capacity(sequence.reach)
         if reach not in self.batches:
             self.batches[reach] = Batch(
@@ -346,7 +346,7 @@ class Scheduler:
         return self.batches[reach]
 
     def _decode(self, batch: Batch) -> None:
-        """One token for every row."""
+        """Decode one token of every row."""
         cache = batch.cache
         ids = torch.tensor([[sequence.last_token] for sequence in batch.sequences], device=self.device)
         hidden = self._forward(ids, cache.lengths.tensor[:, None], cache, cache.attention_mask())
@@ -372,7 +372,7 @@ class Scheduler:
         return self.model.lm_head(hidden).to(self.device)
 
     def _hand_on(self, sequence: GenerationSequence, token: SampledToken | Exception) -> bool:
-        """Tell of a token; whether the sequence has ended with it."""
+        """Pass a token to its sequence; return whether the sequence has ended."""
         if isinstance(token, Exception):
             return self._end(sequence, EndReason.ERROR, token)
         if token.token_id in sequence.end_token_ids:
@@ -381,7 +381,7 @@ class Scheduler:
         sequence.generated += 1
         try:
             enough = sequence.on_token(token)
-        except Exception as error:  # in the code of one request
+        except Exception as error:  # raised by the callback of one request
             return self._end(sequence, EndReason.ERROR, error)
         if enough:
             return self._end(sequence, EndReason.STOP)
@@ -397,10 +397,10 @@ class Scheduler:
 
 
 def _affordable_tokens(model: QWenLMHeadModel) -> int:
-    """Tokens of key/value cache that the free memory has room for.
+    """Return the number of key/value cache tokens that fit into the free memory.
 
-    A prompt exists twice while it moves from the cache that it was encoded in, always in full precision, to that of its
-    batch; and one may be as long as all of it.
+    A prompt, which may fill the whole budget, is in memory twice while it is copied from its prefill cache, always in
+    full precision, to the cache of its batch.
     """
     config = model.config
     full = config.kv_channels * model.dtype.itemsize
@@ -408,7 +408,7 @@ def _affordable_tokens(model: QWenLMHeadModel) -> int:
     per_token = 2 * config.num_hidden_layers * config.num_attention_heads * (full + stored)
     gpus = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
     if gpus:
-        # Layers are spread evenly: the fullest device decides.
+        # Layers are distributed evenly, so the device with the least free memory limits all.
         free = len(gpus) * min(torch.cuda.mem_get_info(device)[0] for device in gpus)
     else:
         free = psutil.virtual_memory().available

@@ -1,1 +1,1 @@
-"""The page in the browser, on Gradio."""
+"""The web demo, built with Gradio."""

@@ -1,8 +1,7 @@
-"""The web demo: the page of page.py, its looks, and what keeps it to itself.
+"""Starts and stops the web demo, with its theme and content security policy.
 
-Revolves around two calls, `launch` and `close`. The page needs nothing from the internet and the server tells nobody
-about it: fonts are those of the reader's system, Gradio's statistics and records are switched off, and a policy forbids
-the browser to fetch from elsewhere what a model wrote into a reply.
+The page loads nothing from the internet and reports nothing: it uses system fonts, Gradio's analytics and history are
+switched off, and the policy keeps the browser from fetching other hosts' content that a model put into a reply.
 """
 
 import logging
@@ -16,10 +15,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ..engine import Engine
 from .page import TEXT, Page
 
-SPARE_WORKERS = 8  # so that the engine, not Gradio, is the one to say that its queue is full
-SECONDS_FOR_LAST_UPDATES = 0.5  # for replies that were broken off just now to reach their pages
+SPARE_WORKERS = 8  # so that the engine, not Gradio, rejects requests beyond its queue
+SECONDS_FOR_LAST_UPDATES = 0.5  # for replies that were just cut off to reach their pages
 
-# Fonts of the reader's system, so that the page looks the same without a network; the later ones have Chinese.
+# System fonts, so that the page looks the same without a network; the later ones have Chinese.
 FONTS = ["system-ui", "Segoe UI", "Noto Sans", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "sans-serif"]
 MONOSPACE = ["ui-monospace", "Consolas", "DejaVu Sans Mono", "Noto Sans Mono CJK SC", "monospace"]
 
@@ -37,8 +36,8 @@ CSS = """
 .sidebar .toggle-button .chevron { display: none; }
 """
 
-# What a reply makes the browser do, an image in its Markdown for example, stays on this server. Gradio's own page has
-# scripts and styles in it.
+# Content of a reply, for example an image in its Markdown, must not make the browser contact other hosts. Gradio's own
+# page needs inline scripts and styles.
 CONTENT_SECURITY_POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; media-src 'self' data: blob:; font-src 'self' data:; worker-src 'self' blob:; "
@@ -53,8 +52,6 @@ class ContentSecurityPolicy:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """As ASGI calls it."""
-
         async def send_with_policy(message: Message) -> None:
             if message["type"] == "http.response.start":
                 message["headers"].append((b"content-security-policy", CONTENT_SECURITY_POLICY.encode()))
@@ -64,15 +61,15 @@ class ContentSecurityPolicy:
 
 
 def launch(engine: Engine, name: str, **options: Any) -> gr.Blocks:
-    """Serve the page from a thread of its own, until `close` is called with what is returned.
+    """Serve the page from a background thread until `close` is called with the returned blocks.
 
     Args:
-        engine: answers.
-        name: of the model.
-        options: for `gradio.Blocks.launch`: server_name, server_port, share, auth, inbrowser.
+        engine: generates the replies.
+        name: model name.
+        options: options of `gradio.Blocks.launch`: server_name, server_port, share, auth, inbrowser.
 
     Raises:
-        OSError: the port is taken, or the address is not this machine's.
+        OSError: the port is in use, or the address is not this machine's.
     """
     blocks = Page(engine, name).blocks
     blocks.launch(
@@ -83,13 +80,13 @@ def launch(engine: Engine, name: str, **options: Any) -> gr.Blocks:
         theme=gr.themes.Default(primary_hue="indigo", font=FONTS, font_mono=MONOSPACE),
         css=CSS,
         footer_links=[],
-        run_history=False,  # of Gradio: every question and answer once more, in the browser or on a hub
+        run_history=False,  # Gradio would store every question and reply again, in the browser or on a hub
         ssr_mode=False,
         pwa=False,
         mcp_server=False,
         enable_monitoring=False,
-        max_file_size=1,  # nothing is uploaded here
-        # A reply occupies one of Gradio's workers also while it waits in the engine's queue.
+        max_file_size=1,  # in bytes: the page has no uploads
+        # A reply holds a Gradio worker even while it waits in the engine's queue.
         max_threads=engine.max_batch_size + engine.max_queue + SPARE_WORKERS,
         app_kwargs={"middleware": [Middleware(ContentSecurityPolicy)]},
     )
@@ -97,7 +94,7 @@ def launch(engine: Engine, name: str, **options: Any) -> gr.Blocks:
 
 
 def close(blocks: gr.Blocks) -> None:
-    """End the server of `launch`, also while pages are open in browsers: each keeps a connection that never ends."""
+    """Stop the server of `launch`. Open pages keep connections that never end, so these are cut off."""
     time.sleep(SECONDS_FOR_LAST_UPDATES)
     logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # it would log each broken connection as an error
     blocks.server.force_exit = True

@@ -1,9 +1,7 @@
-"""The page of the web demo: a conversation in the browser, answered by an `Engine`.
+"""The Gradio page of the web demo: a conversation in the browser, answered by an `Engine`.
 
-Revolves around the conversation as the page holds it. The server keeps none: every event brings the messages and the
-settings along and sends the new messages back, so there is nothing that two people could share; all that is known of a
-page is which reply is being written for it, so that it can be stopped. Knows Gradio, the prompt and the engine's way
-in; where the model comes from and how it is run, it does not.
+The browser holds the conversation: every event sends the messages and settings and receives the new messages, so that
+users cannot see each other's. The server only keeps the running reply of each page, to be able to stop it.
 """
 
 import asyncio
@@ -20,12 +18,12 @@ from ...model.qwen_generation_utils import DEFAULT_SYSTEM, History, make_context
 from ..engine import Engine, PromptTooLong, QueueFull, SchedulerClosed, TextStream
 from .texts import TEXTS
 
-Messages = list[dict[str, Any]]  # as the chat component has them
-Update = tuple[Any, Any]  # of the box and the conversation
+Messages = list[dict[str, Any]]  # in the format of the chat component
+Update = tuple[Any, Any]  # of the text box and the conversation
 
 logger = logging.getLogger(__name__)
 
-SECONDS_BETWEEN_UPDATES = 0.05  # the page renders the whole reply each time; nobody reads faster than this
+SECONDS_BETWEEN_UPDATES = 0.05  # each update renders the whole reply; nobody reads faster than this
 
 TEXT = gr.I18n(**TEXTS)
 COMPLAINTS = {PromptTooLong: "too_long", QueueFull: "queue_full", SchedulerClosed: "closed"}  # else "failed"
@@ -38,30 +36,30 @@ LATEX_DELIMITERS: list[dict[str, str | bool]] = [
 ]
 
 FOCUS = "() => document.querySelector('#box textarea').focus()"
-# Components change before what was kept is back in them, and that must not be kept.
+# Components also change before the saved state is restored; do not save those changes.
 RESTORED = "() => { window.conversationRestored = true; }"
 SAVE = """(saved, ...values) =>
     window.conversationRestored ? Object.fromEntries(NAMES.map((name, i) => [name, values[i]])) : saved"""
 
 
 def text_for(request: gr.Request, key: str) -> str:
-    """A text for a notice, which Gradio does not translate on the page as it does all else."""
+    """Return the text of a notice, which Gradio does not translate on the page, unlike all other texts."""
     language = "zh" if request.headers.get("accept-language", "").lower().startswith("zh") else "en"
     return TEXTS[language][key]
 
 
 def text_message(role: str, text: str) -> dict[str, Any]:
-    """A message as the chat component takes it; a bare string would lose the indentation of code there."""
+    """Return a message for the chat component. A plain string would lose the indentation of code."""
     return {"role": role, "content": [{"type": "text", "text": text}]}
 
 
 def text_of(message: dict[str, Any]) -> str:
-    """The text of a message as the chat component gives it."""
+    """Return the text of a message of the chat component."""
     return "".join(part["text"] for part in message["content"] if part["type"] == "text")
 
 
 def question_and_history(messages: Sequence[dict[str, Any]]) -> tuple[str, History]:
-    """Messages that end in a question → its text, and the answered questions before it."""
+    """Split messages that end in a question into its text and the answered questions before it."""
     history, question = [], ""
     for message in messages[:-1]:
         if message["role"] == "user":
@@ -73,9 +71,9 @@ def question_and_history(messages: Sequence[dict[str, Any]]) -> tuple[str, Histo
 
 
 async def growing_text(stream: TextStream) -> AsyncGenerator[str, None]:
-    """The whole reply so far, not more often than it can be shown; nothing where it is cancelled before it begins.
+    """Yield the whole reply so far, at a limited rate; nothing if it is cancelled before it begins.
 
-    Leaving early ends the computation.
+    Closing the generator early cancels the reply.
     """
     text, shown_at = "", 0.0
     try:
@@ -91,36 +89,36 @@ async def growing_text(stream: TextStream) -> AsyncGenerator[str, None]:
 
 
 class Run:
-    """A reply that is being written, as its page can stop it. Used from the event loop only."""
+    """A running reply that its page can stop. Used from the event loop only."""
 
     def __init__(self):
-        self.stream: TextStream | None = None  # once the engine has taken the question
+        self.stream: TextStream | None = None  # set when the engine accepts the question
         self.stopped = self.cleared = False
 
     def stop(self) -> None:
-        """End the reply; what has been said stays."""
+        """Stop the reply and keep its text so far."""
         self.stopped = True
         if self.stream is not None:
             self.stream.cancel()
 
     def started(self, stream: TextStream) -> None:
-        """The engine has taken the question."""
+        """Set the stream once the engine has accepted the question."""
         self.stream = stream
         if self.stopped:
             stream.cancel()
 
 
 class Page:
-    """The components of the page, and what happens between them.
+    """The components of the page and their event handlers.
 
     Args:
-        engine: answers.
-        name: of the model, for the title; each model has a conversation of its own in the browser.
+        engine: generates the replies.
+        name: model name, for the title; the browser keeps a separate conversation for each model.
     """
 
     def __init__(self, engine: Engine, name: str):
         self.engine = engine
-        self.runs: dict[str | None, Run] = {}  # by Gradio's random name of the page
+        self.runs: dict[str | None, Run] = {}  # by Gradio's session id of the page
         with gr.Blocks(
             title=f"{name} · Qwen", fill_width=True, fill_height=True, analytics_enabled=False
         ) as self.blocks:
@@ -138,7 +136,7 @@ class Page:
                     buttons=["copy", "copy_all"],
                     latex_delimiters=LATEX_DELIMITERS,
                     sanitize_html=True,
-                    allow_tags=True,  # what is no HTML, such as <stdio.h>, is shown as it is written
+                    allow_tags=True,  # show text like <stdio.h>, which is not HTML, as written
                     group_consecutive_messages=False,
                     placeholder=TEXT("greeting"),
                 )
@@ -150,19 +148,19 @@ class Page:
                     autofocus=True,
                     submit_btn=True,
                 )
-            # The key is sent to every page and keeps no secret; a fixed one lets conversations outlive the server.
+            # Every page gets the key, so it protects nothing; a fixed one lets conversations survive a server restart.
             self.saved = gr.BrowserState(storage_key=f"qwen-web-demo {name}", secret="qwen-web-demo")
             self._connect(reset)
 
     def _settings(self) -> dict[str, gr.components.Component]:
-        """The system prompt, and a control for each sampling setting, by its name in SamplingParams."""
-        own = self.engine.params()
+        """Create the system prompt and a control for each sampling setting, by its name in SamplingParams."""
+        defaults = self.engine.params()
 
-        def slider(name: str, least: float, most: float, step: float) -> gr.Slider:
-            value = getattr(own, name)
+        def slider(name: str, minimum: float, maximum: float, step: float) -> gr.Slider:
+            value = getattr(defaults, name)
             return gr.Slider(
-                min(least, value),
-                max(most, value),
+                min(minimum, value),
+                max(maximum, value),
                 value,
                 step=step,
                 precision=0 if step == 1 else None,
@@ -184,7 +182,7 @@ class Page:
 
     def _connect(self, reset: gr.Button) -> None:
         settings = list(self.settings.values())
-        # Not limited here: the engine knows how many it can serve and who has to wait.
+        # No limit here: the engine limits concurrency and has its own queue.
         streaming: dict[str, Any] = {
             "outputs": [self.box, self.chat],
             "concurrency_limit": None,
@@ -200,7 +198,7 @@ class Page:
         ]
         for reply in replies:
             reply.then(idle, None, self.box, **at_once).then(None, js=FOCUS, **at_once)
-        # Not through Gradio's `cancels`: the page takes the broken-off event for an error now and then.
+        # Gradio's `cancels` is not used: the page sometimes shows the cancelled event as an error.
         self.box.stop(self.stop, None, None, **at_once)
         self.chat.clear(self.clear, None, None, **at_once)
         self.chat.undo(self.undo, self.chat, [self.chat, self.box], **at_once)
@@ -219,27 +217,27 @@ class Page:
         )
 
     async def send(self, request: gr.Request, text: str, messages: Messages, *settings: Any) -> AsyncIterator[Update]:
-        """A new question."""
+        """Answer a new question."""
         if not text.strip():
-            yield gr.skip(), gr.skip()  # a generator without a first value would empty both
+            yield gr.skip(), gr.skip()  # without a first value Gradio would clear both outputs
             return
         question = text_message("user", text)
         asked = [*messages, question]
-        async for update in self._reply(request, asked, settings, draft="", otherwise=(text, messages)):
+        async for update in self._reply(request, asked, settings, draft="", fallback=(text, messages)):
             yield update
 
     async def retry(self, request: gr.Request, messages: Messages, *settings: Any) -> AsyncIterator[Update]:
-        """Another reply to the last question."""
+        """Generate another reply to the last question."""
         asked = list(messages)
         while asked and asked[-1]["role"] != "user":
             asked.pop()
-        async for update in self._reply(request, asked, settings, otherwise=(None, messages)):
+        async for update in self._reply(request, asked, settings, fallback=(None, messages)):
             yield update
 
     async def edit(
         self, request: gr.Request, change: gr.EditData, messages: Messages, *settings: Any
     ) -> AsyncIterator[Update]:
-        """An earlier question in other words, and a reply to it; what came after it is gone."""
+        """Replace an earlier question, drop what came after it, and reply."""
         earlier, later = messages[: change.index], messages[change.index + 1 :]
         before = [*earlier, text_message("user", change.previous_value), *later]
         if not change.value.strip():
@@ -247,7 +245,7 @@ class Page:
             return
         question = text_message("user", change.value)
         asked = [*earlier, question]
-        async for update in self._reply(request, asked, settings, otherwise=(change.value, before)):
+        async for update in self._reply(request, asked, settings, fallback=(change.value, before)):
             yield update
 
     async def _reply(
@@ -255,16 +253,16 @@ class Page:
         request: gr.Request,
         asked: Messages,
         settings: Sequence[Any],
-        otherwise: tuple[str | None, Messages],
+        fallback: tuple[str | None, Messages],
         draft: str | None = None,
     ) -> AsyncIterator[Update]:
-        """Updates of the box and the conversation while a question is answered.
+        """Yield updates of the text box and the conversation while a question is answered.
 
         Args:
-            request: says which language the browser prefers.
+            request: has the session and the language of the browser.
             asked: messages that end in the question.
-            settings: the values of `self.settings`.
-            otherwise: text of the box and messages where no reply begins, so that nothing is lost.
+            settings: values of `self.settings`.
+            fallback: text and messages to restore if no reply begins.
             draft: text of the box in the meantime; None leaves it.
         """
         page, run = request.session_hash, Run()
@@ -280,25 +278,25 @@ class Page:
                     yield gr.skip(), [*asked, text_message("assistant", reply)]
             if stream.finish_reason == "length":
                 gr.Info(text_for(request, "cut"))
-        except Exception as error:  # all of them: the page would wait for a reply for ever
-            complaint = COMPLAINTS.get(type(error), "failed")
-            if complaint == "failed":
+        except Exception as error:  # of any kind, or the page would wait forever
+            notice = COMPLAINTS.get(type(error), "failed")
+            if notice == "failed":
                 logger.exception("A reply failed")
-            gr.Warning(text_for(request, complaint))
+            gr.Warning(text_for(request, notice))
         finally:
             if self.runs.get(page) is run:
                 del self.runs[page]
-        if run.cleared:  # the last updates may have come after
+        if run.cleared:  # updates may have arrived after clearing
             yield gr.skip(), []
         elif reply is None:
-            text, before = otherwise
-            yield gr.skip() if text is None else gr.update(value=text), before
+            text, messages = fallback
+            yield gr.skip() if text is None else gr.update(value=text), messages
 
     async def _start(self, asked: Messages, system: str, *sampling: Any) -> TextStream:
-        """Have the question answered that the messages end in.
+        """Start a reply to the question that the messages end in.
 
         Raises:
-            PromptTooLong, QueueFull, SchedulerClosed: as `Engine.start`.
+            PromptTooLong, QueueFull, SchedulerClosed: see `Engine.start`.
         """
         engine = self.engine
         names = [name for name in self.settings if name != "system"]
@@ -306,33 +304,33 @@ class Page:
         question, history = question_and_history(asked)
         window = getattr(engine.model.generation_config, "max_window_size", None)
         window = {} if window is None else {"max_window_size": window}
-        # In a thread, as a pasted book takes seconds, in which the others' replies should go on.
+        # In a thread: a pasted book takes seconds to encode, which must not block other replies.
         _, ids = await asyncio.to_thread(make_context, engine.tokenizer, question, history, system, **window)
         return engine.start(ids, params, lstrip=True, rstrip=True)
 
     async def stop(self, request: gr.Request) -> None:
-        """End the reply that is being written for this page."""
+        """Stop the running reply of this page."""
         if (run := self.runs.get(request.session_hash)) is not None:
             run.stop()
 
     async def clear(self, request: gr.Request) -> None:
-        """Forget the conversation, also the reply that is being written."""
+        """Clear the conversation and stop the running reply."""
         if (run := self.runs.get(request.session_hash)) is not None:
             run.cleared = True
             run.stop()
 
     def undo(self, last: gr.UndoData, messages: Messages) -> tuple[Messages, str]:
-        """Take the last question back into the box."""
+        """Move the last question back into the text box."""
         return messages[: last.index], text_of(messages[last.index])
 
     def own_settings(self) -> list[Any]:
-        """The settings as they are at first: the checkpoint's own."""
+        """Return the initial settings, those of the checkpoint."""
         return [component.value for component in self.settings.values()]
 
     def restore(self, saved: Any) -> list[Any]:
-        """What the browser kept: text of the box, messages and settings; what is not as it should be is left out.
+        """Return text, messages and settings saved by the browser; invalid values are ignored.
 
-        A question whose page went away before its reply began goes back into the box.
+        A question whose page was closed before its reply began goes back into the text box.
         """
         saved = saved if isinstance(saved, dict) else {}
         try:
@@ -348,7 +346,7 @@ class Page:
 
 
 def fits(component: gr.components.Component, value: Any) -> bool:
-    """Whether a control can have this value."""
+    """Return whether a value is valid for a control."""
     if isinstance(component, gr.Slider):
         return type(value) in (int, float) and component.minimum <= value <= component.maximum
     if isinstance(component, gr.Number):
@@ -357,5 +355,5 @@ def fits(component: gr.components.Component, value: Any) -> bool:
 
 
 def idle() -> dict[str, Any]:
-    """The box when no reply is being written."""
+    """Return the update that resets the text box after a reply."""
     return gr.update(interactive=True, submit_btn=True, stop_btn=False)

@@ -1,4 +1,4 @@
-"""What the page of the web demo says, by language. Gradio has the names of its own buttons in many more."""
+"""Texts of the web demo by language. Gradio translates its own buttons into many more."""
 
 TEXTS = {
     "en": {
@@ -6,7 +6,7 @@ TEXTS = {
         "ask": "Ask something; Shift+Enter starts a new line",
         "settings": "Settings",
         "system": "System prompt",
-        "system_info": "What the model is told to be.",
+        "system_info": "Instructions for the model.",
         "temperature": "Temperature",
         "temperature_info": "0: always the likeliest token; higher: more varied.",
         "top_p": "Top p",
@@ -15,16 +15,16 @@ TEXTS = {
         "top_k_info": "Choose among this many tokens; 0: no limit.",
         "repetition_penalty": "Repetition penalty",
         "repetition_penalty_info": "1: none; higher: fewer repetitions.",
-        "max_tokens": "Longest reply",
-        "max_tokens_info": "In tokens; about three quarters of an English word each.",
+        "max_tokens": "Maximum reply length",
+        "max_tokens_info": "In tokens, each about three quarters of an English word.",
         "seed": "Seed",
-        "seed_info": "The same seed gives the same reply; empty: another one each time.",
-        "reset": "Reset to the model's own",
+        "seed_info": "The same seed gives the same reply; empty: a different one each time.",
+        "reset": "Reset to the model's defaults",
         "queue_full": "Too many people are waiting for an answer. Try again in a moment.",
         "too_long": "This is too long for the model. Shorten the message or the system prompt.",
-        "closed": "The server is being stopped and takes no more questions.",
+        "closed": "The server is shutting down and accepts no more questions.",
         "failed": "The model failed while it wrote this reply. Try again; if it happens again, clear the conversation.",
-        "cut": "The reply reached the longest length allowed. Settings can raise it.",
+        "cut": "The reply reached the maximum length. You can raise it in the settings.",
     },
     "zh": {
         "greeting": "想聊点什么？",
