@@ -3,10 +3,9 @@
 import sys
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
 
 
-def old_names(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
+def old_names(module: str, names: Mapping[str, str]) -> Callable[[str], object]:
     """Return a module's `__getattr__` (PEP 562) that resolves old names with a DeprecationWarning.
 
     Args:
@@ -14,7 +13,7 @@ def old_names(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
         names: old name to new name.
     """
 
-    def resolve(name: str) -> Any:
+    def resolve(name: str) -> object:
         if name not in names:
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
         new = names[name]

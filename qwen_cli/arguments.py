@@ -4,7 +4,7 @@ import argparse
 import re
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import TypedDict, Unpack
 
 BUNDLED_NOTE = (
     "This is the small bundled toy model. Real ones: -c Qwen/Qwen-1_8B-Chat, Qwen/Qwen-7B-Chat, Qwen/Qwen-14B-Chat, "
@@ -23,7 +23,16 @@ SCRIPTS = {
 }
 
 
-def make_parser(description: str, prog: str | None, **settings: Any) -> argparse.ArgumentParser:
+class ParserSettings(TypedDict, total=False):
+    """Further arguments of ArgumentParser that commands use."""
+
+    usage: str
+    epilog: str
+    add_help: bool
+    allow_abbrev: bool
+
+
+def make_parser(description: str, prog: str | None, **settings: Unpack[ParserSettings]) -> argparse.ArgumentParser:
     """Create a parser that keeps the line breaks of its description.
 
     Args:

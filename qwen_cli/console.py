@@ -6,9 +6,13 @@ import logging
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from .arguments import with_script_names
+
+if TYPE_CHECKING:  # takes seconds to import
+    from qwen.model.modeling_qwen import QWenLMHeadModel
+    from qwen.model.tokenization_qwen import QWenTokenizer
 
 NOTHING_WRITTEN = "\nStopped. Nothing was written."
 
@@ -93,7 +97,7 @@ def quiet_imports() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def load(arguments: argparse.Namespace, *, chat: bool = False) -> tuple[Any, Any]:
+def load(arguments: argparse.Namespace, *, chat: bool = False) -> "tuple[QWenLMHeadModel, QWenTokenizer]":
     """Load the model and the tokenizer selected by the options of `add_model_arguments`, without log output.
 
     Args:

@@ -8,7 +8,7 @@ import os
 import re
 import socket
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from .arguments import (
     BUNDLED_NOTE,
@@ -20,6 +20,10 @@ from .arguments import (
     whole,
 )
 from .console import explain_errors, how_to_install, load, say
+
+if TYPE_CHECKING:  # takes seconds to import
+    from qwen.model.modeling_qwen import QWenLMHeadModel
+    from qwen.model.tokenization_qwen import QWenTokenizer
 
 AUTH_VARIABLE, KEY_VARIABLE = "QWEN_API_AUTH", "QWEN_API_KEY"
 LAST_BYTES_SECONDS = 5  # for slow clients to read the end of their replies
@@ -120,7 +124,9 @@ def bind(host: str, port: int) -> socket.socket:
     return bound
 
 
-def serve(model: Any, tokenizer: Any, arguments: argparse.Namespace, bound: socket.socket) -> int:
+def serve(
+    model: "QWenLMHeadModel", tokenizer: "QWenTokenizer", arguments: argparse.Namespace, bound: socket.socket
+) -> int:
     """Serve requests until a signal arrives. Returns the exit status."""
     import logging
 

@@ -8,7 +8,7 @@ import socket
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from .arguments import (
     BUNDLED_NOTE,
@@ -19,6 +19,10 @@ from .arguments import (
     user_and_password,
 )
 from .console import explain_errors, how_to_install, load, say
+
+if TYPE_CHECKING:  # takes seconds to import
+    from qwen.model.modeling_qwen import QWenLMHeadModel
+    from qwen.model.tokenization_qwen import QWenTokenizer
 
 BUNDLED = "qwen-tiny-chat"
 
@@ -57,7 +61,7 @@ def check_address(host: str, port: int) -> None:
         ) from error
 
 
-def serve(model: Any, tokenizer: Any, arguments: argparse.Namespace) -> None:
+def serve(model: "QWenLMHeadModel", tokenizer: "QWenTokenizer", arguments: argparse.Namespace) -> None:
     """Serve the page until Ctrl-C or SIGTERM."""
     from qwen.serving.engine import Engine
     from qwen.serving.web import launch as web
@@ -82,7 +86,7 @@ def serve(model: Any, tokenizer: Any, arguments: argparse.Namespace) -> None:
             web.close(page)
 
 
-def stop(*_: Any) -> None:
+def stop(*_: object) -> None:
     """Raise KeyboardInterrupt, and ignore further signals so that they do not interrupt the cleanup."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)

@@ -1,6 +1,7 @@
 """Checks the arguments of `from_pretrained` and chooses device, precision and attention from them."""
 
-from typing import Any
+from collections.abc import Mapping
+from typing import cast
 
 import torch
 from transformers import PreTrainedConfig
@@ -14,7 +15,7 @@ logger = logging.get_logger(__name__)
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def check_arguments(kwargs: dict[str, Any]) -> None:
+def check_arguments(kwargs: Mapping[str, object]) -> None:
     """Check that the arguments of `from_pretrained` do not contradict one another.
 
     Raises:
@@ -47,7 +48,7 @@ def check_arguments(kwargs: dict[str, Any]) -> None:
         )
 
 
-def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
+def as_dtype(dtype: object) -> torch.dtype:
     """`"bfloat16"`, `"torch.bfloat16"` or `torch.bfloat16` → `torch.bfloat16`.
 
     Raises:
@@ -59,12 +60,12 @@ def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
     return found
 
 
-def target_device(device_map: Any) -> torch.device:
+def target_device(device_map: object) -> torch.device:
     """Return the device `from_pretrained(device_map=…)` computes on: the accelerator if available and not excluded."""
     places = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
     if all(str(place) in ("cpu", "disk", "meta") for place in places) or not torch.accelerator.is_available():
         return torch.device("cpu")
-    return torch.accelerator.current_accelerator()
+    return cast(torch.device, torch.accelerator.current_accelerator())  # None only if none is available
 
 
 def choose_dtype(config: PreTrainedConfig, device: torch.device) -> torch.dtype | str:

@@ -6,7 +6,7 @@ device that the model is loaded to.
 
 import dataclasses
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self, cast
 
 from safetensors import SafetensorError
 from transformers import PreTrainedConfig
@@ -15,8 +15,13 @@ from .configuration_qwen import QWenConfig
 from .gptq_qwen import is_gptq, with_kernel
 from .loading_options_qwen import PRECISIONS, check_arguments, choose_attention, choose_dtype, target_device
 
+if TYPE_CHECKING:  # what the mixin expects of the class that it is mixed into
+    from transformers import PreTrainedModel as Host
+else:
+    Host = object
 
-class LoadingMixin:
+
+class LoadingMixin(Host):
     """`from_pretrained` for a PreTrainedModel with a `QWenConfig`."""
 
     @classmethod
@@ -24,9 +29,9 @@ class LoadingMixin:
         cls,
         pretrained_model_name_or_path: str | os.PathLike | None,
         *model_args: Any,
-        config: QWenConfig | str | os.PathLike | None = None,
+        config: PreTrainedConfig | str | os.PathLike | None = None,
         **kwargs: Any,
-    ) -> Any:
+    ) -> Self:
         """transformers' `from_pretrained`, which also accepts the fields of `QWenConfig` as keyword arguments.
 
         Without a dtype, the precision depends on the flags (`bf16=True` …) and the device, not on the stored weights;
@@ -43,32 +48,32 @@ class LoadingMixin:
         # transformers merges it with that of the file, but only if QWenConfig does not consume it.
         quantization_config = kwargs.pop("quantization_config", None)
         if isinstance(config, PreTrainedConfig):
-            config = config.overridden(kwargs)
+            network = cast(QWenConfig, config).overridden(kwargs)
             fields = {field.name for field in dataclasses.fields(QWenConfig)}
             kwargs = {name: value for name, value in kwargs.items() if name not in fields}
         else:
             names = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
             hub_kwargs = {name: kwargs[name] for name in names if name in kwargs}
             named = {} if dtype is None else {"dtype": dtype}
-            config, kwargs = QWenConfig.from_pretrained(
-                config or pretrained_model_name_or_path, return_unused_kwargs=True, **kwargs, **named
-            )
+            place = cast(str | os.PathLike, config or pretrained_model_name_or_path)
+            loaded = QWenConfig.from_pretrained(place, return_unused_kwargs=True, **kwargs, **named)
+            network, kwargs = cast(tuple[QWenConfig, dict], loaded)  # as return_unused_kwargs=True asks for
             kwargs |= hub_kwargs
 
         device_map = kwargs.get("device_map")
         # Without a device_map, transformers loads GPTQ weights on the CPU.
-        device = target_device("cpu" if device_map is None and is_gptq(config) else device_map)
-        flagged = any(getattr(config, name) for name in PRECISIONS)
-        if dtype is None or (dtype == "auto" and (flagged or is_gptq(config))):
-            dtype = choose_dtype(config, device)
-        config, quantization_config = with_kernel(config, quantization_config, dtype, device)
+        device = target_device("cpu" if device_map is None and is_gptq(network) else device_map)
+        flagged = any(getattr(network, name) for name in PRECISIONS)
+        if dtype is None or (dtype == "auto" and (flagged or is_gptq(network))):
+            dtype = choose_dtype(network, device)
+        with_backend, quantization_config = with_kernel(network, quantization_config, dtype, device)
         if quantization_config is not None:
             kwargs["quantization_config"] = quantization_config
-        requested = kwargs.get("attn_implementation", config._attn_implementation)
-        kwargs["attn_implementation"] = choose_attention(config, dtype, device, requested)
+        requested = kwargs.get("attn_implementation", with_backend._attn_implementation)
+        kwargs["attn_implementation"] = choose_attention(with_backend, dtype, device, requested)
         try:
             return super().from_pretrained(
-                pretrained_model_name_or_path, *model_args, config=config, dtype=dtype, **kwargs
+                pretrained_model_name_or_path, *model_args, config=with_backend, dtype=dtype, **kwargs
             )
         except (SafetensorError, FileNotFoundError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and not is_damaged_weight_file(error):

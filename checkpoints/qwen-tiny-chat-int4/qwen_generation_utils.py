@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
-from typing import Any
+from typing import cast
 
 import torch
 from transformers import LogitsProcessor, PreTrainedTokenizerBase
@@ -20,7 +20,7 @@ MOVED = ("Abandoned", "ChatMixin", "TokenQueue", "check_stop_words", "mask_of_le
 """Names that moved to `chat_qwen.py`."""
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     """Resolve moved names for old imports. Without a package there is no sibling to import them from."""
     if name in MOVED and __package__:
         return getattr(importlib.import_module(f"{__package__}.chat_qwen"), name)
@@ -63,7 +63,8 @@ def make_context(
         return f"<|im_start|>{role}\n{content}<|im_end|>", ids
 
     system_text, system_ids = message("system", system)
-    kept_text, kept_ids = "", []
+    kept_text = ""
+    kept_ids: list[int] = []
     for past_query, past_response in reversed(check_history(history)):
         asked, asked_ids = message("user", past_query)
         answered, answered_ids = message("assistant", past_response)
@@ -126,7 +127,8 @@ def decode_tokens(
             reply, end_reason = reply[:position], f"Gen {tokenizer.decode([token])!r}"
             break
     # The embedding has more rows than the tokenizer has tokens, and sampling may choose one of them.
-    text = tokenizer.decode([token for token in reply if token < len(tokenizer)], errors=errors)
+    known = [token for token in reply if token < len(tokenizer)]
+    text = cast(str, tokenizer.decode(known, errors=errors))
     if verbose:
         print(f"\nRaw reply: {text}\nEnd reason: {end_reason}")
     if chat_format == "raw" and RAW_STOP_WORD in text:
@@ -135,7 +137,7 @@ def decode_tokens(
     return (text, end_reason) if return_end_reason else text
 
 
-def check_history(history: Any) -> Sequence[Sequence[str]]:
+def check_history(history: object) -> Sequence[Sequence[str]]:
     """Return the history, [] for None, after checking its shape.
 
     Raises:
@@ -173,4 +175,4 @@ class StopWordsLogitsProcessor(LogitsProcessor):
                 stopped |= (input_ids[:, -len(words) :] == words.to(input_ids.device)).all(-1)
         only_eos = torch.full_like(scores[:1], -float("inf"))
         only_eos[:, self.eos_token_id] = 0
-        return torch.where(stopped[:, None], only_eos, scores)
+        return cast(torch.FloatTensor, torch.where(stopped[:, None], only_eos, scores))

@@ -11,8 +11,8 @@ import codecs
 import copy
 import queue
 import threading
-from collections.abc import Collection, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import torch
 from transformers import (
@@ -33,8 +33,22 @@ from .qwen_generation_utils import (
     make_context,
 )
 
+Arguments: TypeAlias = dict[str, Any]  # of `generate`: what it passes on depends on the class of the model
 
-class ChatMixin:
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers.generation.utils import GenerateOutput
+
+    class Host(PreTrainedModel):
+        """What the mixin expects of the class that it is mixed into."""
+
+        generation_config: GenerationConfig
+        generate: Callable[..., GenerateOutput | torch.LongTensor]
+else:
+    Host = object
+
+
+class ChatMixin(Host):
     """Adds `chat`, `chat_stream` and `chat_batch` to a language model, and `stop_words_ids` to its `generate`."""
 
     def generate(
@@ -45,7 +59,7 @@ class ChatMixin:
         *args: Any,
         stop_words_ids: list[list[int]] | None = None,
         **kwargs: Any,
-    ) -> Any:
+    ) -> GenerateOutput | torch.LongTensor:
         """transformers' `generate` with the additional argument `stop_words_ids`.
 
         Left-padded batches need no attention mask: if none is given, it is derived from the pad token, even if that
@@ -84,7 +98,7 @@ class ChatMixin:
         system: str = DEFAULT_SYSTEM,
         stop_words_ids: list[list[int]] | None = None,
         generation_config: GenerationConfig | None = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> tuple[str, History]:
         """Answer one query.
 
@@ -116,7 +130,7 @@ class ChatMixin:
         system: str | Sequence[str] = DEFAULT_SYSTEM,
         stop_words_ids: list[list[int]] | None = None,
         generation_config: GenerationConfig | None = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> tuple[list[str], list[History]]:
         """Answer several queries in one `generate` call, each as `chat` would answer it alone.
 
@@ -156,9 +170,10 @@ class ChatMixin:
         sequences = output if isinstance(output, torch.Tensor) else output.sequences
         if len(sequences) != len(rows):
             raise ValueError("chat returns one reply per query: leave num_return_sequences at 1, or call generate.")
-        responses = [decode_tokens(row, tokenizer, context_length=length) for row in sequences]
+        responses = [cast(str, decode_tokens(row, tokenizer, context_length=length)) for row in sequences]
         turns = zip(queries, responses, strict=True)
-        return responses, [[*map(tuple, past or []), turn] for past, turn in zip(histories, turns, strict=True)]
+        pasts = [[(asked, answered) for asked, answered in past or ()] for past in histories]
+        return responses, [[*past, turn] for past, turn in zip(pasts, turns, strict=True)]
 
     def chat_stream(
         self,
@@ -168,7 +183,7 @@ class ChatMixin:
         system: str = DEFAULT_SYSTEM,
         stop_words_ids: list[list[int]] | None = None,
         generation_config: GenerationConfig | None = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> Iterator[str]:
         """Answer one query as a stream: yield the whole reply so far each time it grows.
 
@@ -184,7 +199,7 @@ class ChatMixin:
         ids = self._chat_prompt(tokenizer, query, history, system, generation_config)
         return self._stream(tokenizer, ids, arguments)
 
-    def _stream(self, tokenizer: PreTrainedTokenizerBase, ids: list[int], arguments: dict[str, Any]) -> Iterator[str]:
+    def _stream(self, tokenizer: PreTrainedTokenizerBase, ids: list[int], arguments: Arguments) -> Iterator[str]:
         tokens = TokenQueue()
         criteria = StoppingCriteriaList([*(arguments.pop("stopping_criteria", None) or []), Abandoned(tokens)])
         prompt = torch.tensor([ids], device=self.device)
@@ -227,8 +242,8 @@ class ChatMixin:
         tokenizer: PreTrainedTokenizerBase,
         stop_words_ids: list[list[int]] | None,
         generation_config: GenerationConfig | None,
-        kwargs: dict[str, Any],
-    ) -> dict[str, Any]:
+        kwargs: dict[str, object],
+    ) -> Arguments:
         """Return the arguments of `generate` for a chat, including the stop tokens."""
         if "stream" in kwargs:
             raise ValueError("chat has no argument `stream`: call chat_stream, which yields the reply as it grows.")
@@ -245,7 +260,7 @@ class ChatMixin:
         stop_words_ids = [*stop_words_ids, *get_stop_words_ids(chat_format, tokenizer)]
         # Stop words of one token are passed as eos tokens; longer ones need the logits processor.
         ends = [words[0] for words in stop_words_ids if len(words) == 1]
-        eos = kwargs.pop("eos_token_id", None)
+        eos = cast("int | Sequence[int] | None", kwargs.pop("eos_token_id", None))
         eos = self._generation_setting("eos_token_id", generation_config) if eos is None else eos
         eos = [tokenizer.eod_id] if eos is None else [eos] if isinstance(eos, int) else [*eos]
         pad = kwargs.pop("pad_token_id", None)
@@ -321,11 +336,12 @@ class Abandoned(StoppingCriteria):
     def __init__(self, tokens: TokenQueue):
         self.tokens = tokens
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> torch.BoolTensor:
-        return torch.full((len(input_ids),), self.tokens.abandoned.is_set(), device=input_ids.device)
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: object) -> torch.BoolTensor:
+        stop = torch.full((len(input_ids),), self.tokens.abandoned.is_set(), device=input_ids.device)
+        return cast(torch.BoolTensor, stop)
 
 
-def reply_so_far(tokens: Iterator[int], tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+def reply_so_far(tokens: Iterable[int], tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
     """Yield the stripped text of a reply so far each time it grows by whole characters."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     ends = {tokenizer.eod_id, tokenizer.im_start_id, tokenizer.im_end_id}
@@ -335,7 +351,7 @@ def reply_so_far(tokens: Iterator[int], tokenizer: PreTrainedTokenizerBase) -> I
             break
         if token >= len(tokenizer):  # an embedding row beyond the vocabulary
             continue
-        piece = tokenizer.convert_ids_to_tokens(token)
+        piece = cast("bytes | str", tokenizer.convert_ids_to_tokens(token))
         text += decoder.decode(piece) if isinstance(piece, bytes) else decoder.decode(b"", final=True) + piece
         if text.strip() != shown:
             shown = text.strip()
@@ -345,7 +361,7 @@ def reply_so_far(tokens: Iterator[int], tokenizer: PreTrainedTokenizerBase) -> I
         yield text.strip()
 
 
-def check_stop_words(stop_words_ids: Any) -> None:
+def check_stop_words(stop_words_ids: object) -> None:
     """Check that `stop_words_ids` is a list of non-empty lists of token ids.
 
     Raises:

@@ -11,17 +11,17 @@ Shapes: B batch, S new tokens, T = past + S, H heads, D head size, R rotary chan
 
 import functools
 import inspect
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import Cache, DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -32,7 +32,10 @@ from .kv_cache_qwen import QuantizedKVCache, QuantizedStates, cache_of_tuples, p
 from .loading_qwen import LoadingMixin
 from .rope_qwen import MAX_DOUBLINGS as MAX_DOUBLINGS  # re-exported for old imports
 from .rope_qwen import logn_scale, ntk_alpha, rotary_tables, rotate
-from .window_attention_qwen import Window, window_attention, windows
+from .window_attention_qwen import AttentionFunction, Window, window_attention, windows
+
+if TYPE_CHECKING:
+    from transformers.generation.continuous_batching import ContinuousBatchingManager
 
 # Name of the cache argument in transformers: `cache` from 5.24 on.
 CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
@@ -60,7 +63,7 @@ def eager_attention(
     attention_mask: torch.Tensor | None,
     scaling: float,
     dropout: float = 0.0,
-    **kwargs: Any,
+    **kwargs: object,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Plain softmax attention. query: (B, H, S, D), key and value: (B, H, T, D) → (B, S, H, D), (B, H, S, T)."""
     scores = torch.matmul(query, key.transpose(2, 3)) * scaling
@@ -94,7 +97,7 @@ class QWenAttention(nn.Module):
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         window: Window | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """hidden_states: (B, S, C) → (B, S, C), and the weights (B, H, S, T) if the implementation returns them."""
         batch, length, _ = hidden_states.shape
@@ -111,6 +114,7 @@ class QWenAttention(nn.Module):
         if CACHE == "cache" and "cache" in kwargs:  # before 5.24 the attention function updates it
             key, value = kwargs.pop("cache").update(key, value, self.layer_idx, kwargs=kwargs)
 
+        attention: AttentionFunction
         if isinstance(key, QuantizedStates):
             attention = quantized_attention
         else:
@@ -162,7 +166,7 @@ class QWenBlock(GradientCheckpointingLayer):
         past_key_values: Cache | None = None,
         use_cache: bool | None = False,
         position_embeddings: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: object,
     ) -> torch.Tensor:
         attended, _ = self.attn(
             hidden_states=self.ln_1(hidden_states),
@@ -214,12 +218,12 @@ class QWenModel(QWenPreTrainedModel):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         cache: Cache | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: object,
     ) -> BaseModelOutputWithPast:
         """Compute hidden states from token ids.
 
@@ -256,7 +260,7 @@ class QWenModel(QWenPreTrainedModel):
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            **{CACHE: past_key_values},
+            **cache_argument(past_key_values),
         )
         cos, sin = rotary_tables(position_ids, self.config.rotary_dim, self.config.rotary_emb_base, alpha)
         stretch_queries = self.config.use_logn_attn and not self.training
@@ -276,7 +280,7 @@ class QWenModel(QWenPreTrainedModel):
                 **kwargs,
             )
         return BaseModelOutputWithPast(
-            last_hidden_state=self.ln_f(hidden_states), **{CACHE: past_key_values if use_cache else None}
+            last_hidden_state=self.ln_f(hidden_states), **cache_argument(past_key_values if use_cache else None)
         )
 
     def new_cache(self) -> Cache:
@@ -291,7 +295,7 @@ class QWenModel(QWenPreTrainedModel):
 
     def layer_windows(
         self, cache: Cache | None, past_length: int | torch.Tensor, inputs_embeds: torch.Tensor
-    ) -> list[Window | None]:
+    ) -> Sequence[Window | None]:
         """Return the window of each layer, None for no limit. Raises ValueError for flex attention (no tensor mask)."""
         if not self.config.use_window_attn or self.training:
             return [None] * len(self.h)
@@ -344,6 +348,11 @@ class QWenModel(QWenPreTrainedModel):
         return alpha
 
 
+def cache_argument(cache: Cache | None) -> dict[str, Any]:
+    """Return the keyword argument that passes a cache to transformers."""
+    return {CACHE: cache}
+
+
 def count_prompt_tokens(
     inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None
 ) -> torch.Tensor:
@@ -388,7 +397,7 @@ class QWenLMHeadModel(QWenPreTrainedModel, ChatMixin, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         cache: Cache | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: object,
     ) -> CausalLMOutputWithPast:
         """Compute logits (B, S, vocab_size), and the loss if labels are given. See `QWenModel.forward`.
 
@@ -406,19 +415,21 @@ class QWenLMHeadModel(QWenPreTrainedModel, ChatMixin, GenerationMixin):
             cache=cache,
             **kwargs,
         )
-        logits = self.lm_head(keep_positions(outputs.last_hidden_state, logits_to_keep))
+        hidden_states = outputs.last_hidden_state
+        assert hidden_states is not None
+        logits = self.lm_head(keep_positions(hidden_states, logits_to_keep))
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            **{CACHE: getattr(outputs, CACHE)},
+            **cache_argument(getattr(outputs, CACHE)),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
 
-    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> "ContinuousBatchingManager":
         """As in transformers.
 
         Raises:
@@ -438,18 +449,21 @@ class QWenLMHeadModel(QWenPreTrainedModel, ChatMixin, GenerationMixin):
         return super().init_continuous_batching(*args, **kwargs)
 
     def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> None:
+        self, generation_config: GenerationConfig, model_kwargs: dict, *args: Any, **kwargs: Any
+    ) -> bool:
         wants_default = generation_config.cache_implementation is None and generation_config.use_cache is not False
         if isinstance(model_kwargs.get(CACHE), tuple | list):
             model_kwargs[CACHE] = cache_of_tuples(model_kwargs[CACHE], self.transformer.fused)
         if self.config.use_cache_quantization and wants_default and model_kwargs.get(CACHE) is None:
             model_kwargs[CACHE] = self.transformer.new_cache()
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        result = super()._prepare_cache_for_generation(  # type: ignore[misc]  # its `self` has attributes unused here
+            generation_config, model_kwargs, *args, **kwargs
+        )
         # The last call before the first forward. The full prompt is known here; the forward may get only a chunk of it.
         cache, position_ids = model_kwargs.get(CACHE), model_kwargs.get("position_ids")
         if cache is not None and position_ids is not None and cache.get_seq_length() == 0:
             prompt_state(cache).lengths = position_ids.amax(-1) + 1
+        return result
 
 
 __all__ = ["QWenLMHeadModel", "QWenModel", "QWenPreTrainedModel"]

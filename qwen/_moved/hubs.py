@@ -1,10 +1,10 @@
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
 from qwen._moved import redirect
-from qwen.checkpoint.hub import HUBS, HubOptions, default_hub
+from qwen.checkpoint.hub import HUBS, DownloadOptions, HubKwargs, HubOptions, default_hub
 from qwen.checkpoint.locate import find
 
 redirect(__name__)
@@ -27,12 +27,12 @@ def use(hub: str | None) -> None:
         )
 
 
-def config_file(name: str, **hub_kwargs: Any) -> Path:
+def config_file(name: str, **hub_kwargs: Unpack[HubKwargs]) -> Path:
     """Download only config.json."""
     return find(name, HubOptions(**hub_kwargs)).config()
 
 
-def source(name: str, *, weights: bool = False, **hub_kwargs: Any) -> tuple[str, dict[str, Any]]:
+def source(name: str, *, weights: bool = False, **hub_kwargs: Unpack[HubKwargs]) -> tuple[str, DownloadOptions]:
     """Return the first argument of from_pretrained and its keyword arguments."""
     return find(name, HubOptions(**hub_kwargs)).source(weights=weights)
 

@@ -6,13 +6,21 @@ peft is imported where it is used, since most checkpoints do not need it.
 import importlib.util
 import pickle
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from .._renamed import old_names
 from ..model.modeling_qwen import QWenLMHeadModel
-from .files import CheckpointError, is_complete, is_lfs_pointer, join_names, lfs_pointer_message, read_json
+from .files import (
+    CheckpointError,
+    JSONObject,
+    is_complete,
+    is_lfs_pointer,
+    join_names,
+    lfs_pointer_message,
+    read_json,
+)
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -26,7 +34,7 @@ def is_adapter(folder: Path) -> bool:
     return (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
 
 
-def check_adapter(folder: Path, config: dict[str, Any] | None = None) -> None:
+def check_adapter(folder: Path, config: JSONObject | None = None) -> None:
     """Raise CheckpointError unless the folder holds a complete LoRA adapter. Tensors are not read.
 
     Args:
@@ -56,7 +64,7 @@ def check_adapter(folder: Path, config: dict[str, Any] | None = None) -> None:
         raise CheckpointError(f"{folder} holds an adapter (LoRA), which needs another package: `pip install peft`.")
 
 
-def recorded_base(folder: Path, config: dict[str, Any] | None = None) -> tuple[str, str | None]:
+def recorded_base(folder: Path, config: JSONObject | None = None) -> tuple[str, str | None]:
     """Return the name of the model that the adapter was trained on, and its hub revision (None: the latest).
 
     Args:
@@ -138,7 +146,7 @@ def attach_adapter(
     return adapted
 
 
-def _check_names(found: set[str], adapted: Any, grown: bool) -> None:
+def _check_names(found: set[str], adapted: "PeftModel", grown: bool) -> None:
     """Raise ValueError unless `found` are the adapter's tensor names. peft would leave missing ones at initial values.
 
     The embedding and the output matrix may be among them. If `grown`, they must be: their new rows are random.

@@ -8,7 +8,7 @@ import copy
 import functools
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from transformers import GenerationConfig
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
@@ -22,6 +22,7 @@ from .adapters import ADAPTER_CONFIG, check_adapter, is_adapter, load_adapter, r
 from .files import (
     VOCABULARY,
     CheckpointError,
+    JSONObject,
     check_architecture,
     check_gptq_installed,
     check_vocabulary,
@@ -130,7 +131,7 @@ class Checkpoint:
         return isinstance(self._files, LocalFiles) and is_adapter(self._files.path)
 
     @functools.cached_property
-    def adapter_config(self) -> dict[str, Any]:
+    def adapter_config(self) -> JSONObject:
         """The content of adapter_config.json."""
         folder = self._files.folder()
         return read_json(folder / ADAPTER_CONFIG, folder)
@@ -171,7 +172,7 @@ class Checkpoint:
         return self._files.folder()
 
     @functools.cached_property
-    def config_json(self) -> dict[str, Any]:
+    def config_json(self) -> JSONObject:
         """The content of config.json; for an adapter, that of its base."""
         if self.base is not None:
             return self.base.config_json
@@ -189,7 +190,7 @@ class Checkpoint:
         return QWenConfig.from_dict(copy.deepcopy(self.config_json))
 
     @functools.cached_property
-    def generation_settings(self) -> dict[str, Any]:
+    def generation_settings(self) -> JSONObject:
         """The content of generation_config.json; if missing, that of the base for an adapter, else an empty dict."""
         try:
             path = self._files.find(GENERATION_CONFIG_NAME)
@@ -235,7 +236,7 @@ class Checkpoint:
             )
         return self
 
-    def tokenizer(self, **from_pretrained_kwargs: Any) -> QWenTokenizer:
+    def tokenizer(self, **from_pretrained_kwargs: object) -> QWenTokenizer:
         """Load the tokenizer; for an adapter without a vocabulary, that of its base.
 
         Args:
@@ -252,7 +253,7 @@ class Checkpoint:
             raise CheckpointError(f"The tokenizer of {self.name} could not be loaded. {error}") from error
 
     def load(
-        self, *, cpu_only: bool = False, int8_cache: bool = False, **from_pretrained_kwargs: Any
+        self, *, cpu_only: bool = False, int8_cache: bool = False, **from_pretrained_kwargs: object
     ) -> tuple[QWenLMHeadModel, QWenTokenizer]:
         """Load the model, ready to generate, and its tokenizer.
 
@@ -315,7 +316,7 @@ class Checkpoint:
             config, kwargs = QWenConfig.from_dict(copy.deepcopy(self.config_json), return_unused_kwargs=True, **kwargs)
             kwargs |= kept
         try:
-            model, report = QWenLMHeadModel.from_pretrained(
+            loaded = QWenLMHeadModel.from_pretrained(
                 place, config=config, output_loading_info=True, **keywords, **kwargs
             )
         except ImportError as error:  # a quantized checkpoint without its library
@@ -329,6 +330,7 @@ class Checkpoint:
             ) from error
         except OSError as error:
             raise CheckpointError(f"{self.name} could not be loaded. {error}") from error
+        model, report = cast(tuple[QWenLMHeadModel, dict], loaded)  # as output_loading_info=True asks for
         if missing := sorted(report["missing_keys"]):
             raise CheckpointError(
                 f"{len(missing)} tensors are missing from the weight files of {self.name}, for example {missing[0]}: "

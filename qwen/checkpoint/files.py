@@ -18,12 +18,15 @@ BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 VOCABULARY = "qwen.tiktoken"
 LFS_POINTER = b"version https://git-lfs"
 
+JSONObject = dict[str, Any]
+"""A JSON object whose fields others choose: they are checked where they are used."""
+
 
 class CheckpointError(OSError):
     """A checkpoint cannot be loaded. The message says what is wrong, where, and what to do."""
 
 
-def check_architecture(config: dict[str, Any], name: str | Path) -> None:
+def check_architecture(config: JSONObject, name: str | Path) -> None:
     """Raise CheckpointError unless this is the config.json of a first-generation Qwen that can be loaded here.
 
     Args:
@@ -49,7 +52,7 @@ def check_architecture(config: dict[str, Any], name: str | Path) -> None:
     )
 
 
-def check_quantization(quantization: Any, name: str | Path) -> None:
+def check_quantization(quantization: object, name: str | Path) -> None:
     """Raise CheckpointError unless weights quantized like this can be loaded here.
 
     Args:
@@ -168,7 +171,7 @@ def is_complete(path: Path) -> bool:
     return size == 8 + header_size + end
 
 
-def read_json(path: Path, name: str | Path) -> dict[str, Any]:
+def read_json(path: Path, name: str | Path) -> JSONObject:
     """Read a JSON object from a file of the checkpoint `name`.
 
     Raises:

@@ -5,7 +5,7 @@ import os
 import re
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict, cast
 
 from .files import CheckpointError
 
@@ -19,6 +19,17 @@ PUBLISHED = tuple(
     for kind in ("", "-Chat", "-Chat-Int4", "-Chat-Int8")
 )
 """Hub ids of the published checkpoints: every size as base, chat, and chat quantized to 4 and 8 bits."""
+
+
+class DownloadOptions(TypedDict, total=False):
+    """Keyword arguments of `from_pretrained` for downloads; see `HubOptions`."""
+
+    revision: str
+    subfolder: str
+    cache_dir: str | Path
+    token: str | bool
+    local_files_only: bool
+    force_download: bool
 
 
 @dataclass(frozen=True)
@@ -49,10 +60,23 @@ class HubOptions:
         """Remove the options from `kwargs` and return them; other keyword arguments stay."""
         return cls(**{field.name: kwargs.pop(field.name) for field in fields(cls) if field.name in kwargs})
 
-    def keywords(self) -> dict[str, Any]:
+    def keywords(self) -> DownloadOptions:
         """Return the options that differ from the defaults, as keyword arguments of `from_pretrained`."""
         given = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "hub"}
-        return {name: value for name, value in given.items() if value != getattr(HubOptions, name)}
+        changed = {name: value for name, value in given.items() if value != getattr(HubOptions, name)}
+        return cast(DownloadOptions, changed)
+
+
+class HubKwargs(TypedDict, total=False):
+    """The fields of `HubOptions` as keyword arguments of a function."""
+
+    hub: str | None
+    revision: str | None
+    subfolder: str | None
+    cache_dir: str | os.PathLike | None
+    token: str | bool | None
+    local_files_only: bool
+    force_download: bool
 
 
 class Files(Protocol):
@@ -70,7 +94,7 @@ class Files(Protocol):
         """
         ...
 
-    def source(self, *, weights: bool = False) -> tuple[str, dict[str, Any]]:
+    def source(self, *, weights: bool = False) -> tuple[str, DownloadOptions]:
         """Return the first argument of `from_pretrained` and its keyword arguments.
 
         Args:

@@ -1,13 +1,12 @@
 """Downloads checkpoints from the Hugging Face Hub, with actionable errors."""
 
 from pathlib import Path
-from typing import Any
 
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 from transformers.utils.hub import get_checkpoint_shard_files
 
 from .files import BIN, BIN_INDEX, SAFETENSORS, SAFETENSORS_INDEX, CheckpointError, first_line
-from .hub import HubOptions, hub_unreachable_message, model_not_found_message
+from .hub import DownloadOptions, HubOptions, hub_unreachable_message, model_not_found_message
 
 
 class HuggingFaceFiles:
@@ -63,7 +62,7 @@ class HuggingFaceFiles:
         except OSError as error:  # connection, proxy and TLS errors of the HTTP client
             raise CheckpointError(unreachable) from error
 
-    def source(self, *, weights: bool = False) -> tuple[str, dict[str, Any]]:
+    def source(self, *, weights: bool = False) -> tuple[str, DownloadOptions]:
         return self._name, self._keywords
 
     def folder(self) -> Path:

@@ -7,18 +7,25 @@ import io
 import logging
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict, cast
 
 from transformers.utils import CONFIG_NAME
 from transformers.utils.logging import is_progress_bar_enabled
 
 from .files import CheckpointError, first_line
-from .hub import HubOptions, hub_unreachable_message, model_not_found_message
+from .hub import DownloadOptions, HubOptions, hub_unreachable_message, model_not_found_message
 
 if TYPE_CHECKING:
     from modelscope_hub import FileInfo
 
 _SMALL = ("*.json", "*.tiktoken")  # all files of a model except weights, and code, which is not used
+
+
+class _DownloadKwargs(TypedDict):
+    """Keyword arguments of `HubApi.download_repo`."""
+
+    revision: str | None
+    cache_dir: str | Path | None
 
 
 class ModelScopeFiles:
@@ -43,7 +50,10 @@ class ModelScopeFiles:
         self._api: HubApi = HubApi(token=options.token if isinstance(options.token, str) else None)
         # "main" is the default revision of the Hugging Face Hub.
         self._revision = None if options.revision == "main" else options.revision
-        self._download_kwargs: dict[str, Any] = {"revision": self._revision, "cache_dir": options.cache_dir}
+        self._download_kwargs: _DownloadKwargs = {
+            "revision": self._revision,
+            "cache_dir": cast("str | Path | None", options.cache_dir),
+        }
         self._subfolder = (options.subfolder or "").strip("/")
         self._local_only = options.local_files_only
         self._name = self._cached_spelling(name)
@@ -61,7 +71,7 @@ class ModelScopeFiles:
             )
         return path
 
-    def source(self, *, weights: bool = False) -> tuple[str, dict[str, Any]]:
+    def source(self, *, weights: bool = False) -> tuple[str, DownloadOptions]:
         return str(self.folder() if weights else self._small_files / self._subfolder), {}
 
     def folder(self) -> Path:

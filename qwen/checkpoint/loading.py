@@ -3,7 +3,7 @@
 import copy
 import os
 from dataclasses import fields
-from typing import Any
+from typing import Any, Unpack
 
 from ..model.configuration_qwen import QWenConfig
 from ..model.modeling_qwen import QWenLMHeadModel
@@ -12,7 +12,7 @@ from ..quiet import quiet_loading
 from .bundled import BUNDLED_BASE, BUNDLED_CHAT, BUNDLED_CHAT_INT4, CHECKPOINTS
 from .checkpoint import Checkpoint, resolve
 from .files import CheckpointError
-from .hub import HUB_ID, PUBLISHED, HubOptions
+from .hub import HUB_ID, PUBLISHED, HubKwargs, HubOptions
 
 # Download options of from_pretrained.
 HUB_KWARGS = tuple(field.name for field in fields(HubOptions) if field.name != "hub")
@@ -44,7 +44,7 @@ def load_model(
     cpu_only: bool = False,
     int8_cache: bool = False,
     base: str | os.PathLike | None = None,
-    **options: Any,
+    **options: object,
 ) -> tuple[QWenLMHeadModel, QWenTokenizer]:
     """Load a first-generation Qwen checkpoint, ready to generate. Shortcut for `Checkpoint.open(…).load(…)`.
 
@@ -95,22 +95,22 @@ def load_model_quietly(
         return checkpoint.load(**options)
 
 
-def check_chat(name_or_path: str | os.PathLike | None, **hub_options: Any) -> None:
+def check_chat(name_or_path: str | os.PathLike | None, **hub_options: Unpack[HubKwargs]) -> None:
     """Raise CheckpointError unless this is a complete checkpoint of a chat model. Weights are not read."""
     Checkpoint.open(name_or_path, **hub_options).require_chat()
 
 
-def check_checkpoint(name_or_path: str | os.PathLike, **hub_options: Any) -> None:
+def check_checkpoint(name_or_path: str | os.PathLike, **hub_options: Unpack[HubKwargs]) -> None:
     """Raise CheckpointError unless this is a complete checkpoint. Weights are not read."""
     Checkpoint.open(name_or_path, **hub_options)
 
 
-def chat_format(name_or_path: str | os.PathLike | None, **hub_options: Any) -> str | None:
+def chat_format(name_or_path: str | os.PathLike | None, **hub_options: Unpack[HubKwargs]) -> str | None:
     """Return `Checkpoint.chat_format` without checking the checkpoint."""
     return Checkpoint(name_or_path, **hub_options).chat_format
 
 
-def load_config(name_or_path: str | os.PathLike | None = None, **options: Any) -> QWenConfig:
+def load_config(name_or_path: str | os.PathLike | None = None, **options: object) -> QWenConfig:
     """Return `Checkpoint.config`. The checkpoint may be incomplete.
 
     Args:
@@ -120,7 +120,7 @@ def load_config(name_or_path: str | os.PathLike | None = None, **options: Any) -
     return QWenConfig.from_dict(copy.deepcopy(checkpoint.config_json), **options)
 
 
-def load_tokenizer(name_or_path: str | os.PathLike | None = None, **options: Any) -> QWenTokenizer:
+def load_tokenizer(name_or_path: str | os.PathLike | None = None, **options: object) -> QWenTokenizer:
     """Return `Checkpoint.tokenizer`. The checkpoint may be incomplete.
 
     Args:

@@ -2,12 +2,11 @@
 
 import difflib
 from pathlib import Path
-from typing import Any
 
 from transformers.utils import CONFIG_NAME
 
 from .files import CheckpointError, download_advice, join_names
-from .hub import HUB_ID, PUBLISHED, Files, HubOptions, default_hub
+from .hub import HUB_ID, PUBLISHED, DownloadOptions, Files, HubOptions, default_hub
 from .hub_huggingface import HuggingFaceFiles
 from .hub_modelscope import ModelScopeFiles
 
@@ -62,7 +61,7 @@ class LocalFiles:
             )
         return self.path / CONFIG_NAME
 
-    def source(self, *, weights: bool = False) -> tuple[str, dict[str, Any]]:
+    def source(self, *, weights: bool = False) -> tuple[str, DownloadOptions]:
         return str(self.path), {}
 
     def folder(self) -> Path:

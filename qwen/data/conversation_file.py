@@ -10,7 +10,7 @@ import re
 from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, overload
+from typing import BinaryIO, overload
 
 from tqdm import tqdm
 
@@ -101,7 +101,7 @@ class ConversationFile(Sequence[dict]):
             what = f"cannot be read: {error.strerror}."
         raise DataFileError(f"{self.path} {what}")
 
-    def _check(self, file: BinaryIO, start: int, sample: Any) -> None:
+    def _check(self, file: BinaryIO, start: int, sample: object) -> None:
         try:
             check_sample(sample, len(self))
         except MalformedSample as error:
@@ -142,7 +142,7 @@ class _JsonReader:
             self.offset = len(codecs.BOM_UTF8)
         file.seek(self.offset)
 
-    def __iter__(self) -> Iterator[tuple[int, int, Any]]:
+    def __iter__(self) -> Iterator[tuple[int, int, object]]:
         form = "a JSON list of samples, [{…}, …], or JSON Lines, a sample {…} on each line"
         opening = self._peek()
         if not opening:
@@ -175,7 +175,7 @@ class _JsonReader:
         if self._peek():
             raise self._error("text follows the end of the list: remove it, or merge it into the list")
 
-    def _value(self) -> tuple[int, int, Any]:
+    def _value(self) -> tuple[int, int, object]:
         start = self.offset
         while True:
             try:

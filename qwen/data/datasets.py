@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch.utils.data import Dataset
@@ -18,6 +18,9 @@ from tqdm import tqdm
 from ..model.qwen_generation_utils import DEFAULT_SYSTEM
 from .conversation_file import PROGRESS_DELAY
 from .samples import encode_sample, pack_samples, pad_samples
+
+if TYPE_CHECKING:
+    from ..model.tokenization_qwen import QWenTokenizer
 
 
 class SupervisedDataset(Dataset):
@@ -39,7 +42,7 @@ class SupervisedDataset(Dataset):
     def __init__(
         self,
         samples: Sequence[dict],
-        tokenizer: Any,
+        tokenizer: "QWenTokenizer",
         max_length: int,
         *,
         system_message: str = DEFAULT_SYSTEM,

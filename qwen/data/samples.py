@@ -6,11 +6,14 @@ Fine-tuning, calibration and the training of the bundled chat checkpoint use it.
 import weakref
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 import torch
 
 from ..model.qwen_generation_utils import DEFAULT_SYSTEM
+
+if TYPE_CHECKING:
+    from ..model.tokenization_qwen import QWenTokenizer
 
 IGNORE_INDEX = -100
 
@@ -22,7 +25,7 @@ class MalformedSample(ValueError):
     """A sample is invalid. The message names the sample, the field and what to change."""
 
 
-def check_sample(sample: Any, index: int | None = None) -> None:
+def check_sample(sample: object, index: int | None = None) -> None:
     """Check that a sample has the format `{"id": …, "system": text, "conversations": […]}`; see `encode_sample`.
 
     Raises:
@@ -33,7 +36,7 @@ def check_sample(sample: Any, index: int | None = None) -> None:
 
 def encode_sample(
     sample: dict,
-    tokenizer,
+    tokenizer: "QWenTokenizer",
     max_length: int,
     system_message: str = DEFAULT_SYSTEM,
     index: int | None = None,
@@ -53,7 +56,7 @@ def encode_sample(
 
 def encode_conversation(
     conversations: list[dict],
-    tokenizer,
+    tokenizer: "QWenTokenizer",
     max_length: int,
     system_message: str = DEFAULT_SYSTEM,
 ) -> dict[str, list[int]]:
@@ -74,7 +77,9 @@ def encode_conversation(
     return _encode(system_message if system is None else system, turns, tokenizer, max_length)
 
 
-def _encode(system: str, turns: list[tuple[str, str]], tokenizer, max_length: int) -> dict[str, list[int]]:
+def _encode(
+    system: str, turns: list[tuple[str, str]], tokenizer: "QWenTokenizer", max_length: int
+) -> dict[str, list[int]]:
     if max_length < 1:
         raise ValueError(f"max_length is {max_length}: it must be at least 1.")
     encode_cached = _cached_encoder(tokenizer)
@@ -150,18 +155,19 @@ def pack_samples(samples: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]
 
 
 # Roles, the newline and usually the system message recur in every sample. Weak keys let unused tokenizers be freed.
-_encoders: weakref.WeakKeyDictionary[Any, Callable[[str], list[int]]] = weakref.WeakKeyDictionary()
+_encoders: "weakref.WeakKeyDictionary[QWenTokenizer, Callable[[str], list[int]]]" = weakref.WeakKeyDictionary()
 
 
-def _cached_encoder(tokenizer) -> Callable[[str], list[int]]:
+def _cached_encoder(tokenizer: "QWenTokenizer") -> Callable[[str], list[int]]:
     """Return an encode function with an LRU cache. Callers must not modify the returned lists."""
     if tokenizer not in _encoders:
-        tokenizer_ref: Callable[[], Any] = weakref.ref(tokenizer)
+        # Not None: the entry of a freed tokenizer is removed.
+        tokenizer_ref = cast("Callable[[], QWenTokenizer]", weakref.ref(tokenizer))
         _encoders[tokenizer] = lru_cache(maxsize=16)(lambda text: tokenizer_ref().encode(text, allowed_special="all"))
     return _encoders[tokenizer]
 
 
-def _parse_sample(sample: Any, index: int | None) -> tuple[str | None, list[tuple[str, str]]]:
+def _parse_sample(sample: object, index: int | None) -> tuple[str | None, list[tuple[str, str]]]:
     """Return the sample's system message, or None, and the turns (role, text) to encode."""
     if not isinstance(sample, dict) or "conversations" not in sample:
         place = "A sample" if index is None else f"Sample {index}"
@@ -181,7 +187,7 @@ def _parse_sample(sample: Any, index: int | None) -> tuple[str | None, list[tupl
         raise MalformedSample(f"Sample {name}: {error}") from None
 
 
-def _parse_turns(conversations: Any) -> tuple[str | None, list[tuple[str, str]]]:
+def _parse_turns(conversations: object) -> tuple[str | None, list[tuple[str, str]]]:
     if not isinstance(conversations, list) or not conversations:
         raise MalformedSample(f"conversations must be a list with at least one turn, not {_short(conversations)}.")
     system = None
@@ -213,6 +219,6 @@ def _parse_turns(conversations: Any) -> tuple[str | None, list[tuple[str, str]]]
     return system, turns
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

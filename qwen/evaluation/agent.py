@@ -5,12 +5,15 @@ optional dependency, so it is imported inside the functions.
 """
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..tools import STOP_WORD, parse_messages, parse_response
 from .data_files import DataError, check_fields
 from .language_model import LanguageModel
-from .task import Case
+from .task import Case, JSONObject
+
+if TYPE_CHECKING:
+    from smolagents import Tool
 
 
 class FirstCallAgent:
@@ -23,7 +26,7 @@ class FirstCallAgent:
     def __init__(self, lm: LanguageModel, max_new_tokens: int):
         self.lm, self.max_new_tokens = lm, max_new_tokens
 
-    def ask(self, query: str, tools: list[dict]) -> tuple[str, dict[str, str] | None]:
+    def ask(self, query: str, tools: list[JSONObject]) -> tuple[str, dict[str, str] | None]:
         """Return the model's reply and the tool call in it: {"tool", "arguments"}, or None without a call.
 
         The arguments are the text that the model wrote, usually JSON.
@@ -48,7 +51,7 @@ class FirstCallAgent:
         return model.reply, model.call
 
 
-def check_tools(tools: list, where: str) -> None:
+def check_tools(tools: list[JSONObject], where: str) -> None:
     """Raise DataError unless smolagents accepts each tool; `where` starts the message."""
     for number, tool in enumerate(tools):
         check_fields(tool, {"name": str, "description": str, "parameters": dict}, f"{where}, tools[{number}]")
@@ -63,7 +66,7 @@ def check_tools(tools: list, where: str) -> None:
         raise DataError(f"{where}: two tools are named {duplicates[0]!r} (smolagents itself defines final_answer).")
 
 
-def _stub(tool: dict) -> Any:
+def _stub(tool: JSONObject) -> "Tool":
     """Return a tool that does nothing."""
     from smolagents import Tool
 
@@ -99,7 +102,7 @@ def _model(lm: LanguageModel, max_new_tokens: int) -> Any:
         reply: str | None = None
         call: dict[str, str] | None = None
 
-        def generate(self, messages: list, *, tools_to_call_from: list, **_: Any) -> ChatMessage:
+        def generate(self, messages: list, *, tools_to_call_from: list, **_: object) -> ChatMessage:
             # These models write the final answer as text, not as a tool call.
             functions = [get_tool_json_schema(tool) for tool in tools_to_call_from if tool.name != "final_answer"]
             sent = [{"role": message.role.value, "content": message.content} for message in messages]

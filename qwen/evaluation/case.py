@@ -1,7 +1,13 @@
-"""`Case`: one question of a benchmark."""
+"""`Case`: one question of a benchmark, and `JSONObject`: a row of its data, or an answer or score in its results."""
 
 from dataclasses import dataclass, field
 from typing import Any
+
+JSONObject = dict[str, Any]
+"""A JSON object of a data file, whose required fields `check_fields` checks, or of a result file.
+
+Every benchmark has its own fields.
+"""
 
 
 @dataclass(frozen=True)
@@ -24,7 +30,7 @@ class Case:
     group: str = ""
     preamble: str = ""
     shots: tuple[str, ...] = ()
-    data: dict[str, Any] = field(default_factory=dict)
+    data: JSONObject = field(default_factory=dict)
 
     def text(self, dropped: int = 0) -> str:
         """Return the whole prompt, without the first `dropped` shots."""

@@ -7,13 +7,13 @@ wording; letters.py reads the chosen letter from the reply.
 import argparse
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from .data_files import DataError
 from .language_model import LanguageModel
 from .letters import chosen_letter
 from .subjects import LETTERS, SubjectSet, add_subjects_argument, averages, read_subjects
-from .task import Case, Score, Task
+from .task import Case, JSONObject, Score, Task
 
 SHOTS = 5
 MAX_NEW_TOKENS = 512
@@ -69,12 +69,12 @@ class ChatChoice(Task):
         """Return a question with its answer."""
         return f"{self.prompt(question).rstrip()}\n{self.answer_prefix}{question['answer']}\n\n"
 
-    def answer(self, lm: LanguageModel, cases: Sequence[Case]) -> list[dict[str, Any]]:
+    def answer(self, lm: LanguageModel, cases: Sequence[Case]) -> list[JSONObject]:
         return [{"reply": reply} for reply in lm.reply(cases, max_new_tokens=MAX_NEW_TOKENS)]
 
-    def score(self, case: Case, answer: dict[str, Any]) -> dict[str, Any]:
+    def score(self, case: Case, answer: JSONObject) -> JSONObject:
         letter = chosen_letter(answer["reply"], case.data["options"])
         return {"letter": letter, "correct": letter == case.gold}
 
-    def summary(self, records: Sequence[dict[str, Any]]) -> list[Score]:
+    def summary(self, records: Sequence[JSONObject]) -> list[Score]:
         return averages(records, self.subject_set)

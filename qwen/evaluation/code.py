@@ -18,12 +18,12 @@ import time
 from abc import abstractmethod
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ..sandbox import Limits, Sandbox, SandboxUnavailable
 from ..sandbox.arguments import add_sandbox_arguments
 from ..tools.code_interpreter import FENCED
-from .task import Case, Task, add_file_argument
+from .task import Case, JSONObject, Task, add_file_argument
 
 HUMANEVAL_FIELDS = dict.fromkeys(("task_id", "prompt", "entry_point", "test"), str)
 STOP = ("\n\n", "\ndef ")  # ends the completion of a function
@@ -125,13 +125,13 @@ class ProgramTask(Task):
         check_sandbox(arguments.allow_weaker_sandbox)
 
     @abstractmethod
-    def program(self, case: Case, answer: dict[str, Any]) -> Program:
+    def program(self, case: Case, answer: JSONObject) -> Program:
         """Return the program that is run to score an answer."""
 
-    def score(self, case: Case, answer: dict[str, Any]) -> dict[str, Any]:
+    def score(self, case: Case, answer: JSONObject) -> JSONObject:
         return self.scores([case], [answer])[0]
 
-    def scores(self, cases: Sequence[Case], answers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    def scores(self, cases: Sequence[Case], answers: Sequence[JSONObject]) -> list[JSONObject]:
         programs = [self.program(case, answer) for case, answer in zip(cases, answers, strict=True)]
         allow_weaker = self.arguments.allow_weaker_sandbox
         return [

@@ -6,7 +6,9 @@ import json
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
+
+from .case import JSONObject
 
 Fields = Sequence[str] | Mapping[str, type]
 """Required fields of an object, optionally with their types: str, int, list or dict."""
@@ -62,7 +64,7 @@ def read_csv(
     return records
 
 
-def read_jsonl(path: Path, required: Fields) -> list[dict[str, Any]]:
+def read_jsonl(path: Path, required: Fields) -> list[JSONObject]:
     """Read the objects of a JSON lines file, which may be compressed (.gz).
 
     Raises:
@@ -77,14 +79,13 @@ def read_jsonl(path: Path, required: Fields) -> list[dict[str, Any]]:
                 record = json.loads(line)
             except (ValueError, RecursionError) as error:
                 raise DataError(f"{path}, line {number}: not JSON ({error}).") from error
-            check_fields(record, required, f"{path}, line {number}")
-            records.append(record)
+            records.append(check_fields(record, required, f"{path}, line {number}"))
     if not records:
         raise DataError(f"{path} is empty. Each line must be a JSON object with {', '.join(required)}.")
     return records
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path) -> object:
     """Read a JSON file.
 
     Raises:
@@ -97,8 +98,8 @@ def read_json(path: Path) -> Any:
             raise DataError(f"{path}: not JSON ({error}). Download the file again.") from error
 
 
-def check_fields(record: Any, required: Fields, where: str) -> None:
-    """Raise DataError unless `record` is an object with the required fields; `where` starts the message."""
+def check_fields(record: object, required: Fields, where: str) -> JSONObject:
+    """Return `record`. Raises DataError unless it is an object with the required fields; `where` starts the message."""
     if not isinstance(record, dict):
         raise DataError(f"{where}: must be an object with {', '.join(required)}, not {type(record).__name__}.")
     if missing := [name for name in required if name not in record]:
@@ -108,6 +109,7 @@ def check_fields(record: Any, required: Fields, where: str) -> None:
     for name, kind in required.items() if isinstance(required, Mapping) else ():
         if not isinstance(record[name], kind):
             raise DataError(f"{where}: {name!r} must be {_TYPE_NAMES[kind]}, not {type(record[name]).__name__}.")
+    return record
 
 
 class _OpenText:
@@ -125,7 +127,7 @@ class _OpenText:
             raise self._data_error(error) from error
         return self.file
 
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self.file.close()
         if isinstance(error, UnicodeDecodeError):
             raise DataError(f"{self.path} is not UTF-8 text ({error}). Download it again.") from error

@@ -17,7 +17,6 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 from tqdm import tqdm
@@ -28,7 +27,7 @@ from ..checkpoint.checkpoint import resolve
 from ..checkpoint.loading import load_model_quietly
 from .data_files import DataError
 from .language_model import LanguageModel
-from .task import Case, Score, Task
+from .task import Case, JSONObject, Score, Task
 
 # Options that do not affect the results. All others must be the same when a run is resumed, except the batch size,
 # which may have to be reduced after running out of memory.
@@ -43,7 +42,7 @@ def positive_int(text: str) -> int:
     return int(text)
 
 
-def variant(chosen: dict[str, Any]) -> list[str]:
+def variant(chosen: dict[str, object]) -> list[str]:
     """Describe the options in which a run differs from the standard benchmark, in a few words each."""
     words = []
     for name, value in chosen.items():
@@ -55,7 +54,7 @@ def variant(chosen: dict[str, Any]) -> list[str]:
     return words
 
 
-def evaluate(task_class: type[Task], options: argparse.Namespace, chosen: dict[str, Any]) -> None:
+def evaluate(task_class: type[Task], options: argparse.Namespace, chosen: dict[str, object]) -> None:
     """Evaluate a checkpoint on a benchmark and print the table.
 
     Args:
@@ -147,7 +146,7 @@ def work(task: Task, lm: LanguageModel, cases: Sequence[Case], run: "Run", optio
             bar.update(len(batch))
 
 
-def settings(task: Task, checkpoint: str, cases: Sequence[Case], options: argparse.Namespace) -> dict[str, Any]:
+def settings(task: Task, checkpoint: str, cases: Sequence[Case], options: argparse.Namespace) -> JSONObject:
     """Return everything that determines the results; the data as a digest of the cases."""
     digest = hashlib.sha256()
     for case in cases:
@@ -157,7 +156,7 @@ def settings(task: Task, checkpoint: str, cases: Sequence[Case], options: argpar
     return {"task": task.name, **model, **chosen, "cases": len(cases), "digest": digest.hexdigest()}
 
 
-def _is_path(value: Any) -> bool:
+def _is_path(value: object) -> bool:
     """Whether an argument names files, whose content counts but not their path."""
     return isinstance(value, Path) or (isinstance(value, list) and any(map(_is_path, value)))
 
@@ -179,7 +178,7 @@ class Run:
         DataError: the output name is invalid, or another run is writing the files.
     """
 
-    def __init__(self, output: Path, settings: dict[str, Any], variant: Sequence[str], overwrite: bool):
+    def __init__(self, output: Path, settings: JSONObject, variant: Sequence[str], overwrite: bool):
         self.records_file = output
         self.summary_file, self.table_file = output.with_suffix(".json"), output.with_suffix(".md")
         if output.suffix in (".json", ".md", ".png"):
@@ -189,7 +188,7 @@ class Run:
         if output.is_dir():
             raise DataError(f"{output} is a folder: name a file in it, for example OUT.jsonl.")
         self.settings, self.variant, self.overwrite = settings, variant, overwrite
-        self.records: list[dict[str, Any]] = []
+        self.records: list[JSONObject] = []
         self.kept = 0  # size of the resumed records in bytes
 
     def __enter__(self) -> "Run":
@@ -260,7 +259,7 @@ class Run:
                 "with -o, or replace it with --overwrite."
             )
 
-    def add(self, records: Sequence[dict[str, Any]]) -> None:
+    def add(self, records: Sequence[JSONObject]) -> None:
         """Append the records of a batch."""
         with self.records_file.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
@@ -283,7 +282,7 @@ class Run:
         return table
 
     def _write_summary(self, scores: Sequence[Score] | None) -> None:
-        summary: dict[str, Any] = {"settings": self.settings, "scores": None}
+        summary: JSONObject = {"settings": self.settings, "scores": None}
         if scores is not None:
             summary["scores"] = {
                 score.name: {"value": None if math.isnan(score.value) else score.value, "count": score.count}

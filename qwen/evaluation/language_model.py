@@ -6,7 +6,7 @@ It handles tokens, caches and the limit of the context.
 import copy
 from collections.abc import Sequence
 from itertools import takewhile
-from typing import Any
+from typing import TypedDict
 
 import torch
 from transformers import Cache, StoppingCriteria, StoppingCriteriaList
@@ -158,7 +158,7 @@ class LanguageModel:
         replies, _ = self.model.chat_batch(self.tokenizer, queries, system=system, **self._greedy(stop, max_new_tokens))
         return [cut(reply, stop) for reply in replies]
 
-    def _greedy(self, stop: Sequence[str], max_new_tokens: int) -> dict[str, Any]:
+    def _greedy(self, stop: Sequence[str], max_new_tokens: int) -> "GreedyOptions":
         criteria = [StopStrings(self.tokenizer, stop)] if stop else []
         return {
             "max_new_tokens": max_new_tokens,
@@ -166,6 +166,15 @@ class LanguageModel:
             "repetition_penalty": 1.0,
             "stopping_criteria": StoppingCriteriaList(criteria),
         }
+
+
+class GreedyOptions(TypedDict):
+    """Options of `generate` for greedy decoding."""
+
+    max_new_tokens: int
+    do_sample: bool
+    repetition_penalty: float
+    stopping_criteria: StoppingCriteriaList
 
 
 class StopStrings(StoppingCriteria):
@@ -177,7 +186,7 @@ class StopStrings(StoppingCriteria):
         # A string that the newest token completes spans at most this many tokens, as each has at least one byte.
         self.reach = max(len(text.encode()) for text in stop)
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: object) -> torch.Tensor:
         if self.prompt_length is None:
             self.prompt_length = input_ids.shape[1] - 1
         start = max(self.prompt_length, input_ids.shape[1] - self.reach)

@@ -6,12 +6,12 @@ probable letter. The benchmarks define the wording; subjects.py has the subjects
 
 import argparse
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from .data_files import DataError
 from .language_model import LanguageModel
 from .subjects import LETTERS, SubjectSet, add_subjects_argument, averages, options, read_subjects
-from .task import Case, Score, Task
+from .task import Case, JSONObject, Score, Task
 
 SHOTS = 5
 
@@ -67,7 +67,7 @@ class FewShotChoice(Task):
         """Return a question with its options, up to where the letter goes."""
         return f"{self.question_prefix}{question['question']}\n{options(question)}\n{self.answer_prefix}"
 
-    def answer(self, lm: LanguageModel, cases: Sequence[Case]) -> list[dict[str, Any]]:
+    def answer(self, lm: LanguageModel, cases: Sequence[Case]) -> list[JSONObject]:
         answers = []
         for scores in lm.choose(cases, self.choices):
             logprobs = dict(zip(LETTERS, scores, strict=True))
@@ -75,8 +75,8 @@ class FewShotChoice(Task):
             answers.append({"letter": letter, "logprobs": logprobs})
         return answers
 
-    def score(self, case: Case, answer: dict[str, Any]) -> dict[str, Any]:
+    def score(self, case: Case, answer: JSONObject) -> JSONObject:
         return {"correct": answer["letter"] == case.gold}
 
-    def summary(self, records: Sequence[dict[str, Any]]) -> list[Score]:
+    def summary(self, records: Sequence[JSONObject]) -> list[Score]:
         return averages(records, self.subject_set)

@@ -1,14 +1,14 @@
 """Reads a split of a dataset: from JSON lines files, or from a folder that `datasets` saved."""
 
 from pathlib import Path
-from typing import Any
 
+from .case import JSONObject
 from .data_files import DataError, Fields, check_fields, read_jsonl
 
 _SAVED = "dataset_dict.json"  # in a folder of splits saved by `datasets`
 
 
-def read_split(path: Path, split: str, required: Fields) -> list[dict[str, Any]]:
+def read_split(path: Path, split: str, required: Fields) -> list[JSONObject]:
     """Read the samples of a split.
 
     Args:
@@ -36,7 +36,7 @@ def split_file(path: Path, split: str) -> Path:
     return path if split == "test" else path.with_name(f"{split}{''.join(path.suffixes)}")
 
 
-def _saved_split(folder: Path, split: str, required: Fields) -> list[dict[str, Any]]:
+def _saved_split(folder: Path, split: str, required: Fields) -> list[JSONObject]:
     try:
         from datasets import load_from_disk
     except ImportError as error:
@@ -50,6 +50,6 @@ def _saved_split(folder: Path, split: str, required: Fields) -> list[dict[str, A
     samples = splits[split].to_list()
     if not samples:
         raise DataError(f"{folder}: the split {split!r} is empty.")
-    for number, sample in enumerate(samples):
-        check_fields(sample, required, f"{folder}, sample {number} of {split}")
-    return samples
+    return [
+        check_fields(sample, required, f"{folder}, sample {number} of {split}") for number, sample in enumerate(samples)
+    ]

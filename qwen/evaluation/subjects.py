@@ -8,10 +8,9 @@ import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from .data_files import existing, read_csv
-from .task import Score, group_records, mean
+from .task import JSONObject, Score, group_records, mean
 
 LETTERS = ("A", "B", "C", "D")
 
@@ -337,7 +336,7 @@ def options(question: dict[str, str]) -> str:
     return "\n".join(f"{letter}. {question[letter]}" for letter in LETTERS)
 
 
-def averages(records: Sequence[dict[str, Any]], benchmark: SubjectSet) -> list[Score]:
+def averages(records: Sequence[JSONObject], benchmark: SubjectSet) -> list[Score]:
     """Return the accuracy over all questions, of each group that was asked about, and of each subject.
 
     Args:

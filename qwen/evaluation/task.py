@@ -9,9 +9,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from .case import Case
+from .case import Case, JSONObject
 
 if TYPE_CHECKING:
     from .language_model import LanguageModel
@@ -58,18 +58,18 @@ class Task(ABC):
         """Return all questions in order. Raises DataError for missing or invalid files."""
 
     @abstractmethod
-    def answer(self, lm: "LanguageModel", cases: Sequence[Case]) -> list[dict[str, Any]]:
+    def answer(self, lm: "LanguageModel", cases: Sequence[Case]) -> list[JSONObject]:
         """Return the answer of the model to each case of a batch, JSON-serializable."""
 
     @abstractmethod
-    def score(self, case: Case, answer: dict[str, Any]) -> dict[str, Any]:
+    def score(self, case: Case, answer: JSONObject) -> JSONObject:
         """Score an answer: {"correct": True}, or numbers under other names that `summary` uses."""
 
-    def scores(self, cases: Sequence[Case], answers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    def scores(self, cases: Sequence[Case], answers: Sequence[JSONObject]) -> list[JSONObject]:
         """Score a batch. Override it if scoring is slow and can run in parallel."""
         return [self.score(case, answer) for case, answer in zip(cases, answers, strict=True)]
 
-    def summary(self, records: Sequence[dict[str, Any]]) -> list[Score]:
+    def summary(self, records: Sequence[JSONObject]) -> list[Score]:
         """Average the records. A record is a dict with the name, group, answer, gold and score of a case."""
         groups = group_records(records)
         lines = [Score(group, mean(members), len(members)) for group, members in groups.items()]
@@ -80,7 +80,7 @@ class Task(ABC):
         lines = [f"| {self.name} | {model} | questions |", "|---|---:|---:|"]
         return "\n".join([*lines, *(f"| {score.name} | {score} | {score.count} |" for score in scores)])
 
-    def finish(self, records: Sequence[dict[str, Any]], output: Path) -> list[str]:
+    def finish(self, records: Sequence[JSONObject], output: Path) -> list[str]:
         """Write additional result files next to `output`; returns a sentence about each."""
         return []
 
@@ -106,14 +106,14 @@ def add_file_argument(parser: argparse.ArgumentParser, what: str) -> None:
     )
 
 
-def mean(records: Sequence[dict[str, Any]], key: str = "correct") -> float:
+def mean(records: Sequence[JSONObject], key: str = "correct") -> float:
     """Return the mean of a number or truth value of the records; NaN without records."""
     return sum(float(record[key]) for record in records) / len(records) if records else math.nan
 
 
-def group_records(records: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+def group_records(records: Sequence[JSONObject]) -> dict[str, list[JSONObject]]:
     """Return the records of each group, with the groups in order of first appearance."""
-    groups: dict[str, list[dict[str, Any]]] = {}
+    groups: dict[str, list[JSONObject]] = {}
     for record in records:
         groups.setdefault(record["group"], []).append(record)
     return groups

@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -173,7 +173,8 @@ def write_gguf(
     writer.write_ti_data_to_file()
     try:
         for entry, type_ in tqdm(typed, unit="tensor", disable=not progress):
-            writer.write_tensor_data(_Converted(entry.load(), type_))
+            # The writer only reads its `nbytes` and calls `tofile`.
+            writer.write_tensor_data(cast(np.ndarray, _Converted(entry.load(), type_)))
     finally:
         writer.close()
 

@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
 from safetensors import SafetensorError
@@ -18,7 +18,7 @@ from transformers import Qwen2Config
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
 from ..checkpoint.checkpoint import Checkpoint, resolve
-from ..checkpoint.files import SAFETENSORS, SAFETENSORS_INDEX, apply_umask
+from ..checkpoint.files import SAFETENSORS, SAFETENSORS_INDEX, JSONObject, apply_umask
 from ..checkpoint.staging import check_target, staged_directory
 from ..checkpoint.weights import Weights
 from ..model.configuration_qwen import QWenConfig
@@ -121,7 +121,7 @@ def qwen2_config(config: QWenConfig, max_length: int | None = None) -> Qwen2Conf
         num_hidden_layers=config.num_hidden_layers,
         num_attention_heads=config.num_attention_heads,
         num_key_value_heads=config.num_attention_heads,
-        head_dim=config.kv_channels,
+        head_dim=config.kv_channels,  # type: ignore[call-arg]  # an extra field of config.json, which engines read
         intermediate_size=config.intermediate_size // 2,
         vocab_size=config.vocab_size,
         max_position_embeddings=max(exact_length(config), max_length or 0),
@@ -154,7 +154,7 @@ def qwen2_tensors(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.
             yield f"model.layers.{layer}.{target}.{part}", third.contiguous()
 
 
-def generation_config(source: Checkpoint, tokenizer: QWenTokenizer) -> dict[str, Any]:
+def generation_config(source: Checkpoint, tokenizer: QWenTokenizer) -> JSONObject:
     """Return the generation config with all end tokens as EOS: other engines do not read `stop_words_ids`."""
     generation = {name: value for name, value in source.generation_settings.items() if name not in _QWEN_ONLY_FIELDS}
     if generation.get("top_k") == 0:  # all tokens; SGLang rejects 0, all engines accept vocab_size
@@ -206,21 +206,19 @@ def _write_file(tensors: dict[str, torch.Tensor], path: Path) -> list[str]:
     return list(tensors)
 
 
-def _config_json(
-    config: Qwen2Config, source: Checkpoint, tokenizer: QWenTokenizer, dtype: torch.dtype
-) -> dict[str, Any]:
+def _config_json(config: Qwen2Config, source: Checkpoint, tokenizer: QWenTokenizer, dtype: torch.dtype) -> JSONObject:
     """Return config.json for engines; renamed fields have both the current and the old name of transformers."""
     document = {name: getattr(config, name) for name in _CONFIG_FIELDS}
     document |= {
         "architectures": ["Qwen2ForCausalLM"],
         "eos_token_id": tokenizer.im_end_id if source.is_chat else tokenizer.eod_id,
         "pad_token_id": tokenizer.eod_id,
-        "rope_theta": config.rope_parameters["rope_theta"],
+        "rope_theta": cast(JSONObject, config.rope_parameters)["rope_theta"],
         "torch_dtype": str(dtype).removeprefix("torch."),
     }
     quantization = getattr(source.config, "quantization_config", None)
     return document | ({"quantization_config": quantization} if quantization else {})
 
 
-def _write_json(document: dict[str, Any], path: Path) -> None:
+def _write_json(document: JSONObject, path: Path) -> None:
     path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")

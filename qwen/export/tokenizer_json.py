@@ -7,7 +7,6 @@ letters.
 import json
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -86,7 +85,7 @@ def write_tokenizer(tokenizer: QWenTokenizer, folder: Path, max_length: int, cha
     """
     fast_tokenizer(tokenizer).save(str(folder / "tokenizer.json"))
     tokenizer.save_vocabulary(str(folder))
-    config: dict[str, Any] = {
+    config = {
         "tokenizer_class": "PreTrainedTokenizerFast",  # loads tokenizer.json unchanged
         "model_max_length": max_length,
         "eos_token": IM_END if chat else ENDOFTEXT,

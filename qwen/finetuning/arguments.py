@@ -8,20 +8,26 @@ import dataclasses
 import difflib
 import importlib.util
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, cast
 
 import torch
 import transformers
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, IntervalStrategy
+from transformers.hf_argparser import DataClassType
 
+from ..checkpoint.files import JSONObject
 from ..checkpoint.hub import HUBS
 from ..model.qwen_generation_utils import DEFAULT_SYSTEM
 from .distributed import join_deepspeed
 from .transformers4_arguments import translate
 
 LORA_TARGETS = ["c_attn", "c_proj", "w1", "w2"]
+
+Settings = dict[str, Any]
+"""The fields of all arguments by name, before the dataclasses are created. Each has its own type."""
 
 
 class ArgumentError(ValueError):
@@ -90,7 +96,7 @@ class TrainingArguments(transformers.TrainingArguments):
     """transformers' TrainingArguments with the loss logged by default, plus `model_max_length` and `use_lora`, which
     the published scripts have here."""
 
-    output_dir: str | None = field(default="output_qwen", metadata={"help": "Folder for the result."})
+    output_dir: str = field(default="output_qwen", metadata={"help": "Folder for the result."})
     report_to: None | str | list[str] = field(  # noqa: RUF036  HfArgumentParser reads only the first two
         default="tensorboard", metadata={"help": "Where to log the loss: tensorboard, wandb, …, or none."}
     )
@@ -157,7 +163,7 @@ def parse(argv: list[str]) -> tuple[Arguments, list[str]]:
     return arguments, notes
 
 
-def read_settings(argv: list[str]) -> tuple[dict[str, Any], list[str]]:
+def read_settings(argv: list[str]) -> tuple[Settings, list[str]]:
     """Read the fields of all arguments from a command line. Also returns notes for the user.
 
     Precision and device depend on the hardware unless the command line names them.
@@ -170,7 +176,7 @@ def read_settings(argv: list[str]) -> tuple[dict[str, Any], list[str]]:
     namespace, unknown = parser.parse_known_args(argv)
     if unknown:
         raise ArgumentError(_unknown(unknown[0], parser))
-    settings = vars(namespace)
+    settings: Settings = vars(namespace)
     typed = {word[2:].partition("=")[0] for word in argv if word.startswith("--")}
     if settings["deepspeed"]:
         settings["deepspeed"] = _deepspeed_config(settings["deepspeed"], settings["lr_scheduler_type"], notes)
@@ -193,13 +199,14 @@ def read_settings(argv: list[str]) -> tuple[dict[str, Any], list[str]]:
 
 def make_parser() -> HfArgumentParser:
     """Build the parser of all arguments, ours and transformers'."""
-    return _Parser((ModelArguments, DataArguments, LoraArguments, TrainingArguments), allow_abbrev=False)
+    kinds = (ModelArguments, DataArguments, LoraArguments, TrainingArguments)
+    return _Parser(cast(Iterable[DataClassType], kinds), allow_abbrev=False)
 
 
 class _Parser(HfArgumentParser):
     """Raises ArgumentError instead of printing two hundred options and exiting."""
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         raise ArgumentError(f"{message[0].upper()}{message[1:]}. `--help-all` lists all arguments.")
 
 
@@ -213,7 +220,7 @@ def _unknown(word: str, parser: HfArgumentParser) -> str:
     )
 
 
-def _device_and_precision(settings: dict[str, Any], typed: set[str]) -> dict[str, Any]:
+def _device_and_precision(settings: Settings, typed: set[str]) -> dict[str, bool]:
     """Choose what the command line leaves open: bfloat16 on a GPU that supports it, else float16; float32 on the CPU.
 
     Adapters on GPTQ weights compute in float16, the precision in which these weights are stored.
@@ -230,7 +237,7 @@ def _device_and_precision(settings: dict[str, Any], typed: set[str]) -> dict[str
     return {"use_cpu": False, half: True}
 
 
-def _deepspeed_config(file_or_json: str | dict, schedule: str, notes: list[str]) -> dict[str, Any]:
+def _deepspeed_config(file_or_json: str | JSONObject, schedule: str, notes: list[str]) -> JSONObject:
     """Read the DeepSpeed configuration. Drops its learning rate schedule, which would override the arguments', and lets
     ZeRO 3 gather the weights for saving."""
     if importlib.util.find_spec("deepspeed") is None:
@@ -288,9 +295,8 @@ def _check(arguments: Arguments) -> None:
     if not training.output_dir:
         raise ArgumentError("--output_dir is empty: name a folder, or leave it out for output_qwen.")
     if training.eval_strategy != "no" and not arguments.data.eval_data_path:
-        raise ArgumentError(
-            f"--eval_strategy {training.eval_strategy.value} needs evaluation data: add --eval_data_path FILE."
-        )
+        strategy = IntervalStrategy(training.eval_strategy).value
+        raise ArgumentError(f"--eval_strategy {strategy} needs evaluation data: add --eval_data_path FILE.")
 
 
 def zero_stage(training: TrainingArguments) -> int:

@@ -6,6 +6,7 @@ base is named. `qwen.checkpoint.adapters` loads adapters into models.
 
 import os
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors import SafetensorError
@@ -65,7 +66,8 @@ def merge(
     check_target(out, Path(into).expanduser(), overwrite)  # also rejects the adapter's folder
     with staged_directory(out.absolute()) as folder:
         model, tokenizer = checkpoint.load(cpu_only=True, dtype="auto" if dtype is None else torch.float32)
-        model.to(dtype or model.dtype)
+        # The decorator of transformers' own `to` hides its parameters.
+        cast(torch.nn.Module, model).to(dtype or model.dtype)
         try:
             model.save_pretrained(folder, max_shard_size=max_shard_size)
         except SafetensorError as error:  # raised when the disk is full

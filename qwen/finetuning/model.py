@@ -7,18 +7,22 @@ weights are loaded.
 import copy
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
-from transformers import GenerationConfig, GPTQConfig, PreTrainedModel
+from transformers import GenerationConfig, GPTQConfig
 
 from ..checkpoint.adapters import ADAPTER_CONFIG, attach_adapter, check_adapter, is_adapter
 from ..checkpoint.bundled import BUNDLED_CHAT_INT4
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.files import read_json
+from ..checkpoint.files import JSONObject, read_json
 from ..model.modeling_qwen import QWenLMHeadModel
 from ..model.tokenization_qwen import QWenTokenizer
 from .arguments import LORA_TARGETS, ArgumentError, Arguments, LoraArguments, TrainingArguments, zero_stage
 from .vocabulary import expand_embeddings
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 EMBEDDINGS = ["wte", "lm_head"]
 """Modules to train whole, so that a model learns control tokens that it has not been trained on."""
@@ -26,7 +30,7 @@ EMBEDDINGS = ["wte", "lm_head"]
 _RECORDED_AS = {"lora_r": "r", "lora_target_modules": "target_modules", "lora_bias": "bias"}  # in adapter_config.json
 
 
-def load_for_training(arguments: Arguments) -> tuple[PreTrainedModel, QWenTokenizer]:
+def load_for_training(arguments: Arguments) -> "tuple[QWenLMHeadModel | PeftModel, QWenTokenizer]":
     """Load the model, with the parameters to train marked, and its tokenizer.
 
     The model is a QWenLMHeadModel, or a PeftModel around one. It gets the generation config of a chat model, since
@@ -75,11 +79,11 @@ def load_for_training(arguments: Arguments) -> tuple[PreTrainedModel, QWenTokeni
         except ValueError as error:
             raise ArgumentError(str(error)) from error
     if training.use_lora:
-        model = add_lora(model, lora, modules_to_save)
+        return add_lora(model, lora, modules_to_save), tokenizer
     return model, tokenizer
 
 
-def add_lora(model: QWenLMHeadModel, lora: LoraArguments, modules_to_save: list[str]) -> PreTrainedModel:
+def add_lora(model: QWenLMHeadModel, lora: LoraArguments, modules_to_save: list[str]) -> "PeftModel":
     """Freeze the model and add trainable LoRA matrices and modules, or load an adapter to train it further.
 
     Trained parameters are kept in float32, so that small updates are not lost to rounding.
@@ -87,30 +91,31 @@ def add_lora(model: QWenLMHeadModel, lora: LoraArguments, modules_to_save: list[
     from peft import LoraConfig, get_peft_model
 
     if lora.lora_weight_path:
-        model = attach_adapter(model, Path(lora.lora_weight_path).expanduser(), trainable=True)
+        adapted = attach_adapter(model, Path(lora.lora_weight_path).expanduser(), trainable=True)
     else:
         config = LoraConfig(
             r=lora.lora_r,
             lora_alpha=lora.lora_alpha,
             lora_dropout=lora.lora_dropout,
             target_modules=lora.lora_target_modules,
-            bias=lora.lora_bias,
+            bias=cast(Literal["none", "all", "lora_only"], lora.lora_bias),  # checked by the parser
             modules_to_save=modules_to_save or None,
             task_type="CAUSAL_LM",
         )
-        model = get_peft_model(model, config)
-    for parameter in model.parameters():
+        adapted = get_peft_model(model, config)
+    for parameter in adapted.parameters():
         if parameter.requires_grad and parameter.dtype != torch.float32:
             parameter.data = parameter.data.float()
-    return model
+    return adapted
 
 
 def chat_generation_config(config: GenerationConfig) -> GenerationConfig:
     """Turn the generation config of any checkpoint into a chat model's, which a trained base model becomes."""
     config = copy.deepcopy(config)
     if getattr(config, "chat_format", None) != "chatml":
-        config.chat_format = "chatml"
-        vars(config).pop("stop_words_ids", None)  # those of a base model
+        fields = vars(config)
+        fields["chat_format"] = "chatml"
+        fields.pop("stop_words_ids", None)  # those of a base model
     return config
 
 
@@ -139,7 +144,7 @@ def _check_modules(lora: LoraArguments, modules_to_save: list[str]) -> None:
             raise ArgumentError(f"--{option} {' '.join(unknown)}: these models have {', '.join(known)}.")
 
 
-def _check_adapter_to_train(lora: LoraArguments) -> dict:
+def _check_adapter_to_train(lora: LoraArguments) -> JSONObject:
     """Return the configuration of the adapter to train further. Rejects arguments that would change it."""
     folder = Path(lora.lora_weight_path).expanduser()
     if not is_adapter(folder):
@@ -180,7 +185,7 @@ def _modules_to_save(name: str, is_chat: bool, arguments: Arguments) -> list[str
     return modules
 
 
-def _loading_arguments(quantization: dict | None, training: TrainingArguments) -> dict:
+def _loading_arguments(quantization: JSONObject | None, training: TrainingArguments) -> dict:
     """Return the arguments of from_pretrained: precision of frozen and trained weights, kernel and device."""
     half = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
     if quantization is not None:

@@ -10,10 +10,13 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
+from torch import nn
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, set_seed
+from transformers import PrinterCallback, ProgressCallback, set_seed
 from transformers.integrations import is_tensorboard_available
+from transformers.training_args import OptimizerNames
 
 from ..checkpoint.adapters import ADAPTER_CONFIG, is_adapter
 from ..data.conversation_file import ConversationFile, DataFileError
@@ -59,7 +62,8 @@ def finetune(arguments: Arguments) -> TrainResult:
     try:
         SupervisedTrainer.get_optimizer_cls_and_kwargs(training)  # its package may be missing
     except (ValueError, ImportError) as error:
-        raise ArgumentError(f"--optim {training.optim.value}: {' '.join(str(error).split())}") from error
+        name = OptimizerNames(training.optim).value
+        raise ArgumentError(f"--optim {name}: {' '.join(str(error).split())}") from error
     set_seed(training.seed)  # adapters are initialized randomly
     model, tokenizer = load_for_training(arguments)
 
@@ -73,12 +77,13 @@ def finetune(arguments: Arguments) -> TrainResult:
             progress=is_main_process(),
         )
 
-    train_dataset: Dataset = supervised(train_file)
+    train_samples = supervised(train_file)
     if not data.lazy_preprocess or data.packing:  # lengths are known
-        _note_cut_samples(train_dataset.lengths, training.model_max_length)
-    _check_labels(train_dataset, tokenizer, train_file.path)
+        _note_cut_samples(train_samples.lengths, training.model_max_length)
+    _check_labels(train_samples, tokenizer, train_file.path)
+    train_dataset: Dataset = train_samples
     if data.packing:
-        train_dataset = PackedDataset(train_dataset, training.model_max_length)
+        train_dataset = PackedDataset(train_samples, training.model_max_length)
     if training.fsdp:
         allow_fsdp_on_cpu()
     interrupts = SaveOnInterrupt()
@@ -124,7 +129,7 @@ def _last_evaluation(trainer: SupervisedTrainer) -> dict[str, float] | None:
     return last
 
 
-def _print_setup(arguments: Arguments, model: PreTrainedModel, file: ConversationFile, checkpoint: str | None) -> None:
+def _print_setup(arguments: Arguments, model: nn.Module, file: ConversationFile, checkpoint: str | None) -> None:
     training = arguments.training
     method = "Q-LoRA on" if arguments.lora.q_lora else "LoRA on" if training.use_lora else "All weights of"
     # Under ZeRO 3 a parameter is empty until it is needed; ds_numel is its full size.
@@ -158,14 +163,15 @@ def _note_cut_samples(lengths: Sequence[int], max_length: int) -> None:
 
 def _check_packages(training: TrainingArguments) -> None:
     """Raise ArgumentError if a required package is missing. For packages that only show the loss, print a note."""
-    needed = [*(["peft"] if training.use_lora else []), *(["wandb"] if "wandb" in training.report_to else [])]
+    loggers = cast(list[str], training.report_to)  # once __post_init__ has run
+    needed = [*(["peft"] if training.use_lora else []), *(["wandb"] if "wandb" in loggers else [])]
     if missing := [name for name in needed if not _is_installed(name)]:
         raise ArgumentError(
             f"These arguments need missing packages: `pip install {' '.join(missing)}`. The extra `finetune` has all "
             "but wandb; --report_to none disables logging."
         )
-    if "tensorboard" in training.report_to and not is_tensorboard_available():
-        training.report_to.remove("tensorboard")
+    if "tensorboard" in loggers and not is_tensorboard_available():
+        loggers.remove("tensorboard")
         _say("The loss is not logged for TensorBoard, which is not installed: `pip install tensorboard`.")
     if not _is_installed("matplotlib"):
         _say(f"{LOSS_CURVE} is not drawn, since matplotlib is not installed: `pip install matplotlib`.")

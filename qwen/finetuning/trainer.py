@@ -2,9 +2,12 @@
 
 import copy
 from pathlib import Path
+from typing import Any, cast
 
 import torch
+from torch import nn
 from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader
 from transformers import EvalPrediction, Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput
@@ -12,14 +15,18 @@ from transformers.trainer_utils import EvalLoopOutput
 from ..checkpoint.files import apply_umask
 from ..data.samples import IGNORE_INDEX
 from ..model.modeling_qwen import QWenLMHeadModel
-from .arguments import zero_stage
+from ..model.tokenization_qwen import QWenTokenizer
+from .arguments import TrainingArguments, zero_stage
 
 
 class SupervisedTrainer(Trainer):
     """Trains on {"input_ids", "labels", …} and writes folders that load as chat models."""
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, compute_metrics=mean_over_tokens, **kwargs)
+    args: TrainingArguments
+    processing_class: QWenTokenizer
+
+    def __init__(self, model: nn.Module, args: TrainingArguments, **kwargs: Any):
+        super().__init__(model, args, compute_metrics=mean_over_tokens, **kwargs)
         self._final_dtype: torch.dtype | None = None
 
     def compute_loss(self, model, inputs, *args, **kwargs):
@@ -43,8 +50,16 @@ class SupervisedTrainer(Trainer):
         total, count = sums.sum(0)
         return total / count.clamp(min=1), sums, labels
 
-    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        assert output.metrics is not None  # the Trainer always makes a dict
         # The Trainer's own loss is a mean of means, which depends on the batching.
         output.metrics[f"{metric_key_prefix}_loss"] = output.metrics.pop(f"{metric_key_prefix}_token_loss")
         return output
@@ -99,7 +114,8 @@ class SupervisedTrainer(Trainer):
         config = copy.deepcopy(model.config)
         config.use_cache = True
         with torch.device("meta"):
-            empty = QWenLMHeadModel(config).to(dtype)
+            empty = QWenLMHeadModel(config)
+            cast(nn.Module, empty).to(dtype)  # the decorator of transformers' own `to` hides its parameters
         empty.generation_config = model.generation_config
         return empty
 

@@ -8,7 +8,6 @@ import dataclasses
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 from transformers import TrainingArguments
 
@@ -64,7 +63,7 @@ _IGNORED = {
 }
 
 # FSDP 1 was configured by words after --fsdp; FSDP 2 uses fields of --fsdp_config.
-_FSDP_WORDS = {
+_FSDP_WORDS: dict[str, dict[str, bool]] = {
     "full_shard": {"reshard_after_forward": True},
     "shard_grad_op": {"reshard_after_forward": False},
     "offload": {"cpu_offload": True},
@@ -82,7 +81,7 @@ def translate(argv: list[str]) -> tuple[list[str], list[str]]:
     """
     new_argv: list[str] = []
     notes: list[str] = []
-    accelerator: dict[str, Any] = {}
+    accelerator: dict[str, bool] = {}
     groups = _groups(argv)
     named = dict(groups)
     shadowed = None
@@ -145,7 +144,7 @@ def _is_true(values: list[str]) -> bool:
 
 
 def _fsdp_config(words: list[str], file: list[str] | None) -> str:
-    config: dict[str, Any] = {}
+    config: dict[str, object] = {}
     if file:
         try:
             config = json.loads(file[0] if file[0].startswith("{") else Path(file[0]).read_text(encoding="utf-8"))

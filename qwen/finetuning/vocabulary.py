@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
+from typing import cast
 
 import torch
 from transformers import PreTrainedModel
@@ -70,8 +71,13 @@ def expand_embeddings(model: PreTrainedModel, tokenizer: QWenTokenizer, base_tok
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
 
     ranks = base_tokenizer.mergeable_ranks
-    pieces = {index: [ranks[piece] for piece in merge_pieces(single_bytes(token), ranks)] for index, token in added}
-    matrices = (model.get_input_embeddings().weight, model.get_output_embeddings().weight)
+    pieces = {
+        # Only regular tokens, which are bytes, can be new: all vocabularies have the same control tokens.
+        index: [ranks[piece] for piece in merge_pieces(single_bytes(cast(bytes, token)), ranks)]
+        for index, token in added
+    }
+    modules = (model.get_input_embeddings(), model.get_output_embeddings())
+    matrices = [cast(torch.nn.Parameter, module.weight) for module in modules]
     distinct = list({id(weight): weight for weight in matrices}.values())  # one if tied
     with torch.no_grad(), _gathered(distinct):
         for weight in distinct:

@@ -9,7 +9,7 @@ ModelScope's own chat pipelines need transformers 4. Importing this module regis
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from modelscope.hub.file_download import model_file_download
 from modelscope.pipelines import builder
@@ -22,6 +22,13 @@ from ..model.configuration_qwen import QWenConfig
 from ..model.qwen_generation_utils import History
 
 TYPE = "qwen-chat"  # in configuration.json beside published weights, and in modelscope's registry
+
+
+class _Question(TypedDict):
+    """A query with the earlier turns."""
+
+    text: str
+    history: NotRequired[Sequence[tuple[str, str]] | None]
 
 
 @builder.PIPELINES.register_module(Tasks.chat, module_name=TYPE, force=True)
@@ -38,13 +45,13 @@ class QwenChat:
         CheckpointError: the model is not a chat model, or cannot be loaded.
     """
 
-    def __init__(self, model: str, device: str = "gpu", device_map: Any = None, **kwargs: Any):
+    def __init__(self, model: str, device: str = "gpu", device_map: object = None, **kwargs: Any):
         if device_map is None:
             device_map = "auto" if device in ("gpu", "cuda") else device.replace("gpu", "cuda")
         self.model, self.tokenizer = Checkpoint.open(model).require_chat().load(device_map=device_map, **kwargs)
 
     def __call__(
-        self, input: str | dict[str, Any], history: Sequence[tuple[str, str]] | None = None, **kwargs: Any
+        self, input: str | _Question, history: Sequence[tuple[str, str]] | None = None, **kwargs: Any
     ) -> dict[str, str | History]:
         """Answer one query.
 
@@ -68,10 +75,10 @@ def _register() -> None:
     """Patch the functions that `pipeline` calls to inspect a model; programs may have imported `pipeline` already."""
     is_official, read = builder.is_official_hub_path, builder.read_config
 
-    def is_official_hub_path(path: Any, revision: str | None = None) -> bool:
+    def is_official_hub_path(path: object, revision: str | None = None) -> bool:
         return _is_qwen(path, revision) or is_official(path, revision)
 
-    def read_config(path: Any, revision: str | None = None) -> Any:
+    def read_config(path: object, revision: str | None = None) -> Config:
         if not _is_qwen(path, revision):
             return read(path, revision)
         return Config({"framework": "pytorch", "task": "chat", "pipeline": {"type": TYPE}})
@@ -81,7 +88,7 @@ def _register() -> None:
     LazyImportModule.get_ast_index()["index"]["PIPELINES", "chat", TYPE] = {"module": __name__}
 
 
-def _is_qwen(path: Any, revision: str | None) -> bool:
+def _is_qwen(path: object, revision: str | None) -> bool:
     """Whether this is a folder or a ModelScope id of a first-generation Qwen model."""
     if not isinstance(path, str):
         return False

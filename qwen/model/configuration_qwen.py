@@ -5,7 +5,9 @@ Both published formats of `config.json` load into the same class.
 
 import copy
 import dataclasses
-from typing import Any, ClassVar
+import types
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeAlias, TypeVar, cast
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
@@ -23,6 +25,18 @@ FIRST_RELEASE_NAMES = {
     "embd_pdrop": "emb_dropout_prob",
     "attn_pdrop": "attn_dropout_prob",
 }
+
+T = TypeVar("T")
+UNSET: Any = None  # default of a field that `__post_init__` sets
+if TYPE_CHECKING:
+    SetLater: TypeAlias = Annotated[T, "set by __post_init__"]
+else:
+
+    class SetLater:
+        """`SetLater[int]` is an int for readers, and `int | None` for `@strict`, which also checks the default."""
+
+        def __class_getitem__(cls, kind: type) -> types.UnionType:
+            return kind | None
 
 
 @strict
@@ -60,7 +74,7 @@ class QWenConfig(PreTrainedConfig):
     model_type = "qwen"
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache"]
     attribute_map: ClassVar[dict[str, str]] = {"head_dim": "kv_channels"}
-    base_model_fsdp_plan: ClassVar[dict[Any, str]] = {
+    base_model_fsdp_plan: ClassVar[dict[str, str]] = {
         "wte": "free_full_weight",
         "h.*": "free_full_weight",
         "ln_f": "keep_full_weight",
@@ -72,17 +86,17 @@ class QWenConfig(PreTrainedConfig):
     num_attention_heads: int = 32
     intermediate_size: int = 22016
     kv_channels: int = 128
-    seq_length: int | None = None
+    seq_length: SetLater[int] = UNSET
     max_position_embeddings: int = 8192
     rotary_pct: float | int = 1.0
     rotary_emb_base: float | int = 10000
-    use_dynamic_ntk: bool | None = None
-    use_logn_attn: bool | None = None
+    use_dynamic_ntk: SetLater[bool] = UNSET
+    use_logn_attn: SetLater[bool] = UNSET
     use_window_attn: bool = False
     window_sizes: list[int] | None = None
     emb_dropout_prob: float | int = 0.0
     attn_dropout_prob: float | int = 0.0
-    layer_norm_epsilon: float | int | None = None
+    layer_norm_epsilon: SetLater[float | int] = UNSET
     initializer_range: float | int = 0.02
     scale_attn_weights: bool = True
     softmax_in_fp32: bool = False
@@ -99,14 +113,14 @@ class QWenConfig(PreTrainedConfig):
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
 
-    def __post_init__(self, **kwargs: Any):
+    def __post_init__(self, **kwargs: object):
         first_release = any(name in kwargs for name in FIRST_RELEASE_NAMES)
         if first_release:
             for name, today in FIRST_RELEASE_NAMES.items():
                 if name in kwargs:
                     setattr(self, today, kwargs.pop(name))
             # In this format vocab_size is the tokenizer's length; the matrices have padded_vocab_size rows.
-            self.vocab_size = kwargs.pop("padded_vocab_size", self.vocab_size)
+            self.vocab_size = cast(int, kwargs.pop("padded_vocab_size", self.vocab_size))
         if self.use_dynamic_ntk is None:
             self.use_dynamic_ntk = not first_release
         if self.use_logn_attn is None:
@@ -171,7 +185,7 @@ class QWenConfig(PreTrainedConfig):
         if len(flags) > 1:
             raise ValueError(f"config: {' and '.join(flags)} are both true; set one of bf16, fp16, fp32, or none.")
 
-    def overridden(self, arguments: dict[str, Any]) -> "QWenConfig":
+    def overridden(self, arguments: Mapping[str, object]) -> "QWenConfig":
         """Return a copy with the fields in `arguments` set as `from_dict` would; other names are ignored.
 
         Raises:
@@ -191,7 +205,7 @@ class QWenConfig(PreTrainedConfig):
         return config
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+    def from_dict(cls, config_dict: dict[str, object], **kwargs: object) -> Any:
         """transformers' `from_dict`; keyword arguments take precedence over the file.
 
         Returns:

@@ -8,12 +8,20 @@ saved.
 import copy
 import os
 import sys
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from safetensors import safe_open
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
+
+if TYPE_CHECKING:  # what the mixin expects of the class that it is mixed into
+    from transformers import GPTQConfig
+    from transformers import PreTrainedModel as Host
+    from transformers.utils.loading_report import LoadStateDictInfo
+else:
+    Host = object
 
 logger = logging.get_logger(__name__)
 
@@ -32,7 +40,7 @@ def is_gptq(config: PreTrainedConfig) -> bool:
     return quantization.get("quant_method") == "gptq"
 
 
-def choose_kernel(quantization: dict[str, Any], dtype: torch.dtype | str, device: torch.device) -> str:
+def choose_kernel(quantization: Mapping[str, object], dtype: torch.dtype | str, device: torch.device) -> str:
     """Return GPTQModel's fastest `backend` for these GPTQ weights on this device.
 
     On accelerators, and on the CPU for layouts that its 4-bit kernel supports, GPTQModel chooses. On NVIDIA GPUs its
@@ -63,8 +71,8 @@ def _has_nvcc() -> bool:
 
 
 def with_kernel(
-    config: PreTrainedConfig, asked: Any, dtype: torch.dtype | str, device: torch.device
-) -> tuple[PreTrainedConfig, Any]:
+    config: PreTrainedConfig, asked: "GPTQConfig | None", dtype: torch.dtype | str, device: torch.device
+) -> "tuple[PreTrainedConfig, GPTQConfig | None]":
     """Set the kernel in both configurations that transformers merges, and return them.
 
     A kernel named in the checkpoint was chosen on the machine that wrote it, so it is ignored.
@@ -80,17 +88,17 @@ def with_kernel(
     stored = stored if isinstance(stored, dict) else stored.to_dict()
     kernel = choose_kernel(stored, dtype, device)
     config.quantization_config = {**stored, "backend": kernel}
-    if getattr(asked, "backend", None) == "auto":
+    if asked is not None and getattr(asked, "backend", None) == "auto":
         asked = copy.copy(asked)
         asked.backend = kernel
     return config, asked
 
 
-class GPTQMixin:
+class GPTQMixin(Host):
     """Adapts loading, training and saving of a PreTrainedModel whose weights may be quantized with GPTQ."""
 
     @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Self:
         """As in transformers."""
         loaded = super().from_pretrained(*args, **kwargs)
         for module in (loaded[0] if isinstance(loaded, tuple) else loaded).modules():
@@ -98,7 +106,7 @@ class GPTQMixin:
                 module.qweight = module.int8_weight_nk  # peft reads it to put adapters on the same device
         return loaded
 
-    def train(self, mode: bool = True) -> "GPTQMixin":
+    def train(self, mode: bool = True) -> Self:
         """As in torch.
 
         Raises:
@@ -134,8 +142,12 @@ class GPTQMixin:
 
     @staticmethod
     def _load_pretrained_model(
-        model: PreTrainedModel, state_dict: Any, checkpoint_files: list[str] | None, *args: Any, **kwargs: Any
-    ) -> Any:
+        model: PreTrainedModel,
+        state_dict: dict | None,
+        checkpoint_files: list[str] | None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> "tuple[LoadStateDictInfo, dict]":
         """As in transformers, but all-zero biases without a parameter are not reported as unexpected: published GPTQ
         files have one for every layer.
 

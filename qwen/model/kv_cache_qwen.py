@@ -14,7 +14,7 @@ import os
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
@@ -26,6 +26,7 @@ TILE = 64  # tokens that the kernel reads at once; segments hold whole tiles
 # Number of vectors of D channels converted at once: their floats fit in a CPU's cache, and on a GPU take little memory
 # (256 MB at D = 128).
 PIECE, GPU_PIECE = 2**13, 2**19
+PROMPT_STATE = "qwen_prompt_state"  # attribute of a cache
 Segment = tuple[torch.Tensor, ...]  # of keys, then of values: bytes (B, H, n, D), scale and zero point (B, H, n, 1)
 
 
@@ -47,9 +48,9 @@ class PromptState:
 
 def prompt_state(cache: Cache) -> PromptState:
     """Return the mutable `PromptState` of a cache, and attach one if it has none."""
-    if not hasattr(cache, "qwen_prompt_state"):
-        cache.qwen_prompt_state = PromptState()
-    return cache.qwen_prompt_state
+    if not hasattr(cache, PROMPT_STATE):
+        setattr(cache, PROMPT_STATE, PromptState())
+    return getattr(cache, PROMPT_STATE)
 
 
 def quantize_cache_v(
@@ -75,7 +76,8 @@ def quantize_cache_v(
     low, high = x.amin(dim=(-2, -1), keepdim=True), x.amax(dim=(-2, -1), keepdim=True)
     scale = (high - low) / (qmax - qmin)
     zero = qmin - low / scale
-    q = (x / scale + zero).clamp(qmin, qmax).to(torch.uint8)
+    # torch's type hints know two numbers and two tensors, but not one of each.
+    q = (x / scale + zero).clamp(cast(int, qmin), cast(int, qmax)).to(torch.uint8)
     shape = (*x.shape[:-1], 1)
     return q, scale.expand(shape).contiguous(), zero.expand(shape).contiguous()
 
@@ -148,7 +150,7 @@ class QuantizedStates:
     def __init__(self, segments: Sequence[Segment] = (), length: int = 0):
         self.segments, self.length = segments, length
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return vars(self) | {"_tiles": None}  # a copy has other tensor addresses
 
     @property
@@ -216,7 +218,7 @@ def quantized_attention(
     value: QuantizedStates,
     attention_mask: torch.Tensor | None,
     scaling: float,
-    **kwargs: Any,
+    **kwargs: object,
 ) -> tuple[torch.Tensor, None]:
     """Attention of one new token over bytes, with the signature of transformers' attention functions.
 
@@ -255,11 +257,11 @@ def decode_in_torch(
     """
     query32 = query.float() * scaling
     total = query32.sum(-1, keepdim=True)
-    scores = [
+    parts = [
         (query32 @ key.float().mT - total * zero.float().mT) * scale.float().mT
         for key, scale, zero, *_ in states.parts()
     ]
-    scores = torch.cat(scores, dim=-1)
+    scores = torch.cat(parts, dim=-1)
     if mask is not None and mask.dtype == torch.bool:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     elif mask is not None:
@@ -283,7 +285,7 @@ class QuantizedKVLayer(DynamicLayer):
 
     GROWTH = 128  # minimum number of tokens added when a layer is full; otherwise an eighth of its length
 
-    def __init__(self, fused: bool = False, **kwargs: Any):
+    def __init__(self, fused: bool = False, **kwargs: object):
         super().__init__()
         self.fused = fused
         self.states = QuantizedStates()
@@ -292,8 +294,8 @@ class QuantizedKVLayer(DynamicLayer):
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
 
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    def update(  # type: ignore[override]  # may return bytes, for attention in this package
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor] | tuple[QuantizedStates, QuantizedStates]:
         """Append (B, H, S, D) keys and values; return all of them, (B, H, T, D), dequantized unless all are new."""
         if not self.is_initialized:
@@ -400,13 +402,14 @@ class QuantizedKVCache(Cache):
     """
 
     def __init__(self, fused: bool = False):
-        super().__init__(layer_class_to_replicate=functools.partial(QuantizedKVLayer, fused=fused))
+        layer_class = functools.partial(QuantizedKVLayer, fused=fused)
+        super().__init__(layer_class_to_replicate=cast(type[QuantizedKVLayer], layer_class))
 
     def __getitem__(self, layer_idx: int) -> tuple[Segment, Segment]:
-        return self.layers[layer_idx].quantized
+        return cast(QuantizedKVLayer, self.layers[layer_idx]).quantized
 
     def __iter__(self) -> Iterator[tuple[Segment, Segment]]:
-        return (layer.quantized for layer in self.layers)
+        return (layer.quantized for layer in cast(list[QuantizedKVLayer], self.layers))
 
     @classmethod
     def from_legacy_cache(cls, layers: Sequence[tuple[Segment, Segment]], fused: bool = False) -> QuantizedKVCache:

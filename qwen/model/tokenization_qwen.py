@@ -16,7 +16,7 @@ import unicodedata
 from base64 import b64decode
 from binascii import b2a_base64
 from collections.abc import Collection, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, cast, overload
 
 import tiktoken
 from transformers import AddedToken, BatchEncoding, PreTrainedTokenizer
@@ -102,7 +102,7 @@ class QWenTokenizer(PreTrainedTokenizer):
         vocab_file: str | os.PathLike | None,
         errors: str = "replace",
         extra_vocab_file: str | os.PathLike | None = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> None:
         if vocab_file is None:
             raise ValueError(
@@ -138,7 +138,7 @@ class QWenTokenizer(PreTrainedTokenizer):
         self.im_start_id = self.special_tokens[IM_START]
         self.im_end_id = self.special_tokens[IM_END]
 
-        self._check_saved_tokens(kwargs.pop("added_tokens_decoder", {}), vocab_file)
+        self._check_saved_tokens(cast(dict[int, AddedToken], kwargs.pop("added_tokens_decoder", {})), vocab_file)
         self._added_tokens_decoder = {
             i: AddedToken(token, normalized=False, special=True) for token, i in self.special_tokens.items()
         }
@@ -158,9 +158,9 @@ class QWenTokenizer(PreTrainedTokenizer):
         """The highest id plus one, including control tokens: the number of rows that an embedding needs."""
         return self.tokenizer.n_vocab
 
-    def get_vocab(self) -> dict[bytes | str, int]:
+    def get_vocab(self) -> dict[bytes | str, int]:  # type: ignore[override]  # regular tokens are bytes
         """All tokens and their ids: regular tokens as bytes, control tokens as str."""
-        return {**self.mergeable_ranks, **self.special_tokens}
+        return cast(dict[bytes | str, int], self.mergeable_ranks) | self.special_tokens
 
     @property
     def all_special_tokens(self) -> list[str]:
@@ -188,7 +188,7 @@ class QWenTokenizer(PreTrainedTokenizer):
 
     # ---- control tokens ----
 
-    def _check_control_tokens(self, tokens: Iterable[str | AddedToken]) -> None:
+    def _check_control_tokens(self, tokens: Iterable[object]) -> None:
         for token in map(str, tokens):
             if token not in self.special_tokens:
                 raise ValueError(
@@ -207,17 +207,22 @@ class QWenTokenizer(PreTrainedTokenizer):
                     "vocabulary was replaced on purpose."
                 )
 
-    def __setattr__(self, key: str, value: Any) -> None:
+    def __setattr__(self, key: str, value: object) -> None:
         name = key.removesuffix("_id")
         if name in self.SPECIAL_TOKENS_ATTRIBUTES and value is not None:
             if name != key:
-                key, value = name, self.convert_ids_to_tokens(value)
+                key, value = name, self.convert_ids_to_tokens(cast(int, value))
             self._check_control_tokens([value])
         elif key == "extra_special_tokens":
-            self._check_control_tokens(value or ())
+            self._check_control_tokens(cast(Iterable[object], value or ()))
         super().__setattr__(key, value)
 
-    def add_special_tokens(self, special_tokens_dict: dict[str, Any], *args: Any, **kwargs: Any) -> int:
+    def add_special_tokens(
+        self,
+        special_tokens_dict: dict[str, str | AddedToken | Sequence[str | AddedToken]],
+        *args: object,
+        **kwargs: object,
+    ) -> int:
         """Give known control tokens a role (`{"pad_token": "<|extra_0|>"}`) and return 0, the number of new tokens.
 
         Raises:
@@ -239,13 +244,14 @@ class QWenTokenizer(PreTrainedTokenizer):
 
     # ---- text to ids ----
 
-    def tokenize(
+    def tokenize(  # type: ignore[override]  # regular tokens are bytes
         self,
         text: str,
         *,
         allowed_special: str | Collection[str] = "all",
         disallowed_special: str | Collection[str] = (),
-        **kwargs: Any,
+        split_special_tokens: bool | None = None,
+        **kwargs: object,
     ) -> list[bytes | str]:
         """Split a text into tokens: bytes for regular ones, str for control tokens.
 
@@ -256,20 +262,22 @@ class QWenTokenizer(PreTrainedTokenizer):
             allowed_special: the control tokens whose written form becomes the token, "all" or a set. The others are
                 split as plain text.
             disallowed_special: texts that must not occur; "all" stands for every control token that is not allowed.
+            split_special_tokens: allow no control token.
 
         Raises:
             ValueError: the text contains a disallowed one.
         """
-        ids = self._encode_text(text, allowed_special, disallowed_special, kwargs.get("split_special_tokens"))
+        ids = self._encode_text(text, allowed_special, disallowed_special, split_special_tokens)
         return [self.decoder[i] for i in ids]
 
-    def encode(self, text: Any, *args: Any, **kwargs: Any) -> list[int]:
+    def encode(self, text: str | list[str] | list[int], *args: Any, **kwargs: Any) -> list[int]:
         """The ids of a text, as in PreTrainedTokenizer; `allowed_special` and `disallowed_special` as in `tokenize`."""
         kwargs.setdefault("return_attention_mask", False)  # it would be built and thrown away
         return super().encode(text, *args, **kwargs)
 
-    @functools.wraps(PreTrainedTokenizer.apply_chat_template)
-    def apply_chat_template(self, *args: Any, **kwargs: Any) -> Any:
+    def apply_chat_template(
+        self, *args: Any, **kwargs: Any
+    ) -> str | list[int] | list[str] | list[list[int]] | BatchEncoding:
         # Before 5.20, transformers passes the argument to the template, which ignores it.
         if kwargs.get("sanitize_control_tokens") and not _SANITIZES:
             raise ValueError(
@@ -278,9 +286,14 @@ class QWenTokenizer(PreTrainedTokenizer):
             )
         return super().apply_chat_template(*args, **kwargs)
 
-    def _encode_plus(self, text: Any, text_pair: Any = None, **kwargs: Any) -> BatchEncoding:
-        is_plain_text = isinstance(text, str) and text_pair is None
-        if not is_plain_text or kwargs.get("is_split_into_words") or kwargs.get("sanitize_control_tokens"):
+    # As a decorator, `functools.wraps`, it would give the method another type than that of the base class.
+    functools.update_wrapper(apply_chat_template, PreTrainedTokenizer.apply_chat_template)
+
+    def _encode_plus(  # type: ignore[override]  # called with keyword arguments only
+        self, text: str | list[str] | list[int], text_pair: str | list[str] | list[int] | None = None, **kwargs: Any
+    ) -> BatchEncoding:
+        as_usual = kwargs.get("is_split_into_words") or kwargs.get("sanitize_control_tokens")
+        if not isinstance(text, str) or text_pair is not None or as_usual:
             return super()._encode_plus(text, text_pair, **kwargs)  # which calls this method for each text
         # Straight from text to ids: the base class would go through a list of tokens.
         ids = self._encode_text(
@@ -347,14 +360,14 @@ class QWenTokenizer(PreTrainedTokenizer):
             ids += self.tokenizer.encode(part[start:], disallowed_special=())
         return ids
 
-    def _get_padding_truncation_strategies(self, padding: Any = False, **kwargs: Any) -> tuple:
+    def _get_padding_truncation_strategies(self, padding: object = False, *args: object, **kwargs: object) -> tuple:
         # the base class suggests adding a token, which this vocabulary does not support
         if padding not in (False, "do_not_pad") and self.pad_token is None:
             raise ValueError(
                 "Cannot pad: there is no padding token. Load the tokenizer with pad_token='<|extra_0|>', or set "
                 "tokenizer.pad_token = '<|extra_0|>'."
             )
-        return super()._get_padding_truncation_strategies(padding=padding, **kwargs)
+        return super()._get_padding_truncation_strategies(padding, *args, **kwargs)
 
     # ---- tokens and ids ----
 
@@ -369,13 +382,13 @@ class QWenTokenizer(PreTrainedTokenizer):
         return [self._token_to_id(token) for token in tokens]
 
     def _token_to_id(self, token: bytes | str) -> int:
-        table = self.special_tokens if isinstance(token, str) else self.mergeable_ranks
-        if token not in table:
+        index = self.special_tokens.get(token) if isinstance(token, str) else self.mergeable_ranks.get(token)
+        if index is None:
             hint = " Only control tokens are str, regular tokens are bytes." if isinstance(token, str) else ""
             raise ValueError(f"The token {token!r} is not in the vocabulary.{hint}")
-        return table[token]
+        return index
 
-    @overload
+    @overload  # type: ignore[override]  # regular tokens are bytes
     def convert_ids_to_tokens(self, ids: int, skip_special_tokens: bool = False) -> bytes | str: ...
 
     @overload
@@ -405,14 +418,17 @@ class QWenTokenizer(PreTrainedTokenizer):
     if TYPE_CHECKING:  # transformers has no overloads, so the type would be str | list[str]
 
         @overload
-        def decode(self, token_ids: int | Sequence[int], skip_special_tokens: bool = ..., **kwargs: Any) -> str: ...
+        def decode(self, token_ids: int | Sequence[int], skip_special_tokens: bool = ..., **kwargs: object) -> str: ...
 
         @overload
         def decode(
-            self, token_ids: Sequence[Sequence[int]], skip_special_tokens: bool = ..., **kwargs: Any
+            self, token_ids: Sequence[Sequence[int]], skip_special_tokens: bool = ..., **kwargs: object
         ) -> list[str]: ...
 
-        def decode(self, token_ids: Any, skip_special_tokens: bool = False, **kwargs: Any) -> str | list[str]: ...
+        @overload
+        def decode(self, token_ids: object, skip_special_tokens: bool = ..., **kwargs: object) -> str | list[str]: ...
+
+        def decode(self, token_ids: object, skip_special_tokens: bool = False, **kwargs: object) -> str | list[str]: ...
 
     def convert_tokens_to_string(self, tokens: Iterable[bytes | str]) -> str:
         """The text of a list of tokens, control tokens in their written form."""
@@ -425,7 +441,7 @@ class QWenTokenizer(PreTrainedTokenizer):
         skip_special_tokens: bool = False,
         clean_up_tokenization_spaces: bool | None = None,
         errors: str | None = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> str:
         ids = [token_ids] if isinstance(token_ids, int) else token_ids
         if skip_special_tokens:

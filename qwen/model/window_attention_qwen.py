@@ -8,16 +8,24 @@ Shapes: B batch, H heads, S queries, T keys, D head size.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from .kv_cache_qwen import QuantizedStates
 
 MIN_BLOCK = 128  # queries; smaller blocks cost more in calls than they save in scores
 
 AttentionFunction: TypeAlias = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
+
+
+class AttentionModule(Protocol):
+    """The layer that an attention function computes for."""
+
+    @property
+    def config(self) -> PreTrainedConfig: ...
 
 
 class Window(NamedTuple):
@@ -43,6 +51,7 @@ def windows(
         past_length: tokens in the cache; a tensor for a static cache.
         rows: length of each row, if the rows differ in length and all start at index 0; then there is one query.
     """
+    first: int | None
     if rows is not None:
         positions, first = torch.tensor(rows, device=device)[:, None], min(rows)
     else:
@@ -54,12 +63,12 @@ def windows(
 def window_attention(
     attention: AttentionFunction,
     window: Window,
-    module: nn.Module,
+    module: AttentionModule,
     query: torch.Tensor,
     key: torch.Tensor | QuantizedStates,
     value: torch.Tensor | QuantizedStates,
     attention_mask: torch.Tensor | None,
-    **kwargs: Any,
+    **kwargs: object,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Run `attention` with a window: a query at position i sees the keys i − size + 1 … i.
 
@@ -77,37 +86,37 @@ def window_attention(
     in_bytes = isinstance(key, QuantizedStates)
     if "flash" in module.config._attn_implementation and not in_bytes:
         return attention(module, query, key, value, attention_mask, sliding_window=window.size, **kwargs)
-    if window.first is not None and (key.length if in_bytes else key.shape[2]) <= window.size:
+    if window.first is not None and _length(key) <= window.size:
         return attention(module, query, key, value, attention_mask, **kwargs)
-    attend = _attend_with_mask if in_bytes or window.first is None else _attend_in_blocks
-    return attend(attention, window, module, query, key, value, attention_mask, **kwargs)
+    if isinstance(key, QuantizedStates) or isinstance(value, QuantizedStates) or window.first is None:
+        return _attend_with_mask(attention, window, module, query, key, value, attention_mask, **kwargs)
+    return _attend_in_blocks(attention, window, module, query, key, value, attention_mask, **kwargs)
 
 
 def _attend_with_mask(
     attention: AttentionFunction,
     window: Window,
-    module: nn.Module,
+    module: AttentionModule,
     query: torch.Tensor,
     key: torch.Tensor | QuantizedStates,
     value: torch.Tensor | QuantizedStates,
     attention_mask: torch.Tensor | None,
-    **kwargs: Any,
+    **kwargs: object,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Pass all keys, and a mask with the window: the shapes do not depend on the position."""
-    keys = key.length if isinstance(key, QuantizedStates) else key.shape[2]
-    mask = _mask(attention_mask, window, slice(None), slice(0, keys))
+    mask = _mask(attention_mask, window, slice(None), slice(0, _length(key)))
     return attention(module, query, key, value, mask, **kwargs)
 
 
 def _attend_in_blocks(
     attention: AttentionFunction,
     window: Window,
-    module: nn.Module,
+    module: AttentionModule,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    **kwargs: Any,
+    **kwargs: object,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Pass blocks of queries with the keys that they can see: the work is S · size instead of S · T, and no (S, T) mask
     is built."""
@@ -126,6 +135,10 @@ def _attend_in_blocks(
         if weight is not None:
             weights.append(nn.functional.pad(weight, (low, keys - high)))
     return torch.cat(outputs, dim=1), torch.cat(weights, dim=2) if weights else None
+
+
+def _length(key: torch.Tensor | QuantizedStates) -> int:
+    return key.length if isinstance(key, QuantizedStates) else key.shape[2]
 
 
 def _mask(attention_mask: torch.Tensor | None, window: Window, queries: slice, keys: slice) -> torch.Tensor:

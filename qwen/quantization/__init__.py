@@ -10,7 +10,6 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -20,7 +19,7 @@ from ..checkpoint.staging import staged_directory
 from ..data.samples import encode_sample
 from ..model.tokenization_qwen import QWenTokenizer
 from .checks import GROUP_SIZES, as_checkpoint, bytes_before, check, check_finite, explain_out_of_memory, format_bytes
-from .gptqmodel_runner import PUBLISHED_SETTINGS, Progress, run_gptq
+from .gptqmodel_runner import PUBLISHED_SETTINGS, LogEntry, Progress, run_gptq
 from .writer import save
 
 __all__ = [
@@ -133,7 +132,7 @@ def quantize(
     return QuantizeResult(target, before, after, time.perf_counter() - began, _losses(log))
 
 
-def _losses(log: list[dict[str, Any]]) -> dict[str, LayerError]:
+def _losses(log: list[LogEntry]) -> dict[str, LayerError]:
     by_kind = defaultdict(list)
     for entry in sorted(log, key=lambda entry: (entry["layer"], entry["module"])):
         by_kind[entry["module"]].append((float(entry["loss"]), entry["layer"]))

@@ -10,7 +10,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TypedDict
 
 from tqdm import tqdm
 
@@ -57,6 +57,14 @@ def undo_side_effects() -> Iterator[None]:
             os.environ.pop(_WORKERS, None)
 
 
+class LogEntry(TypedDict):
+    """GPTQModel's log entry of a matrix: the fields that are read here."""
+
+    layer: int
+    module: str
+    loss: str
+
+
 class Progress:
     """Progress callback of GPTQModel: a bar on a terminal, elsewhere a line per layer."""
 
@@ -65,7 +73,7 @@ class Progress:
         self.layer = -1
         self.bar: tqdm | None = None
 
-    def subset_event(self, stage: str, layer_idx: int, subset_total: int, **event: Any) -> None:
+    def subset_event(self, stage: str, layer_idx: int, subset_total: int, **event: object) -> None:
         """Called by GPTQModel. A subset is the matrices with the same input; all layers have equally many."""
         if stage == "forward_start" and layer_idx != self.layer:
             self.layer = layer_idx
@@ -87,7 +95,7 @@ def run_gptq(
     options: dict[str, int],
     cpu_only: bool,
     progress: Progress | None,
-) -> list[dict[str, Any]]:
+) -> list[LogEntry]:
     """Replace the model's matrices by packed ones. Returns GPTQModel's log, with an entry per matrix.
 
     Raises:

@@ -4,6 +4,7 @@ import copy
 import json
 import shutil
 from pathlib import Path
+from typing import cast
 
 from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError
@@ -42,7 +43,7 @@ def save(
         raise OSError(f"The weights could not be written: {first_line(error)}") from error
     apply_umask(folder)
     tokenizer.save_pretrained(folder)
-    custom_object_save(model, folder, config=model.config)
+    custom_object_save(model, folder, config=cast(dict, model.config))  # takes both, see its docstring
     model.config.save_pretrained(folder)
     _write_config(source, folder, options)
     found = source.find(GENERATION_CONFIG_NAME)

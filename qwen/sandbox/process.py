@@ -15,7 +15,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 WORKER = Path(__file__).with_name("worker.py")
 GRACE = 5.0  # seconds an interrupted cell has to clean up before the process is killed
@@ -104,7 +104,8 @@ class Process:
         for pipe in (self.commands, self.results, self.stdout):
             os.set_blocking(pipe, False)
         try:
-            self.missing: list[str] = self._request(b"", START, lambda: "")[0]["missing"]
+            answer, _ = self._request(b"", START, lambda: "")
+            self.missing = cast("dict[str, list[str]]", answer)["missing"]
         except (Ended, KeyError, TypeError) as error:
             self.kill()
             reason = self.printed().strip() or str(error)
@@ -144,7 +145,7 @@ class Process:
         os.close(self.commands)
         os.close(self.results)
 
-    def _request(self, cell: bytes, seconds: float, excess: Callable[[], str]) -> tuple[Any, bool]:
+    def _request(self, cell: bytes, seconds: float, excess: Callable[[], str]) -> tuple[object, bool]:
         """Send the cell, collect its output and wait; return the worker's answer and whether it was interrupted."""
         deadline, next_check, interrupted, reply = time.monotonic() + seconds, time.monotonic() + LOOK, False, b""
         with selectors.DefaultSelector() as pipes:

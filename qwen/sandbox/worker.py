@@ -19,12 +19,19 @@ import threading
 import traceback
 import types
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO, TypedDict
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # not added in isolated mode
 from confinement import confine, forbid_processes, set_limit
 
 SESSION = 100  # processor time of a session, as a multiple of the limit of a cell
+
+
+class Cell(TypedDict):
+    """A cell to run: its number and its code."""
+
+    cell: int
+    code: str
 
 
 class Notebook:
@@ -75,8 +82,10 @@ class Notebook:
 
     def save_figures(self) -> None:
         """Save open matplotlib figures to files and close them."""
-        pyplot: Any = sys.modules.get("matplotlib.pyplot")
-        for figure in pyplot.get_fignums() if pyplot else ():
+        pyplot = sys.modules.get("matplotlib.pyplot")
+        if not pyplot:
+            return
+        for figure in pyplot.get_fignums():
             count = 1
             while (path := Path(f"figure-{count}.png")).exists():
                 count += 1
@@ -88,7 +97,7 @@ class Notebook:
 def main() -> None:
     """Serve cells until the other end of the pipe closes."""
     settings = json.loads(sys.argv[1])
-    cells: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+    cells: queue.SimpleQueue[Cell] = queue.SimpleQueue()
 
     def receive() -> None:
         with open(settings["commands"], encoding="utf-8") as lines:
@@ -96,7 +105,7 @@ def main() -> None:
                 cells.put(json.loads(line))
         os._exit(0)  # the session or the parent has ended; nobody reads the result of a running cell
 
-    def send(message: dict[str, Any]) -> None:
+    def send(message: dict[str, object]) -> None:
         os.write(settings["results"], json.dumps(message).encode() + b"\n")
 
     output = sys.stdout

@@ -7,7 +7,7 @@ A conversation of API-style messages uses one sandbox, which keeps variables bet
 import json
 import re
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -15,6 +15,10 @@ from .._renamed import old_names
 from ..model.qwen_generation_utils import make_context
 from ..sandbox import Sandbox
 from . import STOP_WORD, extend_stop_words, parse_messages, parse_response
+
+if TYPE_CHECKING:
+    from ..model.modeling_qwen import QWenLMHeadModel
+    from ..model.tokenization_qwen import QWenTokenizer
 
 MAX_STEPS = 8  # calls per question, in case the model never answers
 MAX_NEW_TOKENS = 1024  # per step
@@ -65,7 +69,7 @@ def extract_code(action_input: str) -> str:
     return (block[1] if block else action_input).strip("\n")
 
 
-def next_step(model: Any, tokenizer: Any, messages: list[dict]) -> tuple[str, bool]:
+def next_step(model: "QWenLMHeadModel", tokenizer: "QWenTokenizer", messages: list[dict]) -> tuple[str, bool]:
     """Generate up to "Observation:" or the end of the turn.
 
     Returns:
@@ -93,11 +97,11 @@ def next_step(model: Any, tokenizer: Any, messages: list[dict]) -> tuple[str, bo
         repetition_penalty=1.0,  # code repeats itself
         **dict.fromkeys(("temperature", "top_k", "top_p")),  # unused: no sampling
     )
-    return tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True), bool(start)
+    return tokenizer.decode(output[0, len(ids) :].tolist(), skip_special_tokens=True), bool(start)
 
 
 def run_conversation(
-    model: Any, tokenizer: Any, sandbox: Sandbox, messages: list[dict]
+    model: "QWenLMHeadModel", tokenizer: "QWenTokenizer", sandbox: Sandbox, messages: list[dict]
 ) -> Iterator[Call | Output | Answer]:
     """Answer the last message. Appends the new messages to `messages`.
 

@@ -10,13 +10,17 @@ import copy
 import difflib
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 from ..arguments import seed as seed_number
 from .settings import changed_settings, parse_settings
 from .terminal import Terminal
+
+if TYPE_CHECKING:  # takes seconds to import
+    from qwen.model.modeling_qwen import QWenLMHeadModel
+    from qwen.model.tokenization_qwen import QWenTokenizer
 
 HELP = '''\
 Type a question and press Enter. A pasted text of several lines is one question; to type one, put """ before and after.
@@ -53,7 +57,9 @@ def interrupted_once() -> Iterator[None]:
 class Session:
     """A conversation with one model."""
 
-    def __init__(self, model: Any, tokenizer: Any, terminal: Terminal, system: str, seed: int) -> None:
+    def __init__(
+        self, model: "QWenLMHeadModel", tokenizer: "QWenTokenizer", terminal: Terminal, system: str, seed: int
+    ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.terminal = terminal
@@ -88,7 +94,7 @@ class Session:
                 if self.terminal.interactive:
                     print(self.terminal.paint("Qwen> ", "1;36"), end="", flush=True)
                 replies = self.model.chat_stream(self.tokenizer, query, history=self.history, system=self.system)
-                with contextlib.closing(replies):  # closing it stops the computation
+                with contextlib.closing(cast("Generator[str]", replies)):  # closing it stops the computation
                     for reply in replies:
                         print(reply[shown:], end="", flush=True)
                         shown = len(reply)

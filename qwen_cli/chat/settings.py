@@ -5,7 +5,10 @@ import copy
 import difflib
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # takes seconds to import
+    from transformers import GenerationConfig
 
 Range = tuple[str, Callable[[Any], bool]]
 
@@ -55,11 +58,11 @@ QWEN_KEYS = {"chat_format", "max_window_size", "stop_words_ids"}
 NOT_SETTABLE = {"compile_config", "watermarking_config", "transformers_version", "return_dict_in_generate"}
 
 
-def _is_ids(value: Any) -> bool:
+def _is_ids(value: object) -> bool:
     return isinstance(value, list) and bool(value) and all(type(x) is int and x >= 0 for x in value)
 
 
-def parse_settings(text: str) -> dict[str, Any]:
+def parse_settings(text: str) -> dict[str, object]:
     """Parse "top_p=0.9 do_sample=true" into a dict. Values are Python or JSON literals, else strings; no code is run.
 
     Raises:
@@ -76,7 +79,7 @@ def parse_settings(text: str) -> dict[str, Any]:
     return settings
 
 
-def _literal(text: str) -> Any:
+def _literal(text: str) -> object:
     named = {"true": True, "false": False, "null": None, "none": None}
     if text.lower() in named:
         return named[text.lower()]
@@ -86,7 +89,7 @@ def _literal(text: str) -> Any:
         return text
 
 
-def changed_settings(config: Any, settings: dict[str, Any]) -> Any:
+def changed_settings(config: "GenerationConfig", settings: dict[str, object]) -> "GenerationConfig":
     """Return a copy of a GenerationConfig with some fields changed.
 
     Raises:

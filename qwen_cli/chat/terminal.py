@@ -9,7 +9,7 @@ from pathlib import Path
 try:  # line editing and history; absent on Windows
     import readline
 except ImportError:
-    readline = None  # type: ignore[assignment]
+    readline = None  # type: ignore[assignment]  # not on Windows
 
 
 class Terminal:
@@ -20,7 +20,7 @@ class Terminal:
         dumb = os.environ.get("TERM", "dumb") == "dumb"
         self.colour = sys.stdout.isatty() and not dumb and not os.environ.get("NO_COLOR")
         for stream in (sys.stdin, sys.stdout, sys.stderr):  # do not crash on characters that the locale lacks
-            stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+            stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # a text file
         self.history_file: Path | None = None
         self.pastes_are_marked = False
         if self.interactive and readline is not None:

@@ -110,7 +110,7 @@ def test_old_functions_still_work(bundled_chat: Path) -> None:
 
 
 @pytest.mark.parametrize("module", NAMES)
-@pytest.mark.filterwarnings("ignore:.*has moved")
+@pytest.mark.filterwarnings("ignore:.*has moved", "ignore:.*is now")
 def test_all_public_names_of_the_last_release_exist(module: str) -> None:
     found = importlib.import_module(module)
     assert [name for name in NAMES[module] if not hasattr(found, name)] == []

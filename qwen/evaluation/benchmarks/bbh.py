@@ -9,11 +9,10 @@ examples in cot-prompts/TASK.txt. An answer is right if the text after "the answ
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from ..data_files import DataError, check_fields, existing, read_json
 from ..language_model import LanguageModel
-from ..task import Case, Score, Task, group_records, mean
+from ..task import Case, JSONObject, Score, Task, group_records, mean
 
 TASKS = (
     *("boolean_expressions", "causal_judgement", "date_understanding", "disambiguation_qa", "dyck_languages"),
@@ -53,15 +52,15 @@ class EvaluateBBH(Task):
                 )
         return cases
 
-    def answer(self, lm: LanguageModel, cases: Sequence[Case]) -> list[dict[str, Any]]:
+    def answer(self, lm: LanguageModel, cases: Sequence[Case]) -> list[JSONObject]:
         completions = lm.complete(cases, stop=STOP, max_new_tokens=MAX_NEW_TOKENS)
         return [{"completion": completion} for completion in completions]
 
-    def score(self, case: Case, answer: dict[str, Any]) -> dict[str, Any]:
+    def score(self, case: Case, answer: JSONObject) -> JSONObject:
         found = extracted(answer["completion"])
         return {"extracted": found, "correct": found == case.gold}
 
-    def summary(self, records: Sequence[dict[str, Any]]) -> list[Score]:
+    def summary(self, records: Sequence[JSONObject]) -> list[Score]:
         tasks = [Score(task, mean(members), len(members)) for task, members in group_records(records).items()]
         average = sum(score.value for score in tasks) / len(tasks)
         return [Score("average of the tasks", average, len(records)), *tasks]
@@ -86,9 +85,7 @@ def read_prompt(path: Path) -> tuple[str, tuple[str, ...]]:
 
 def read_examples(path: Path) -> list[dict[str, str]]:
     """Read the questions of a task: dicts with "input" and "target"."""
-    content = read_json(path)
-    check_fields(content, ("examples",), str(path))
-    examples = content["examples"]
+    examples = check_fields(read_json(path), ("examples",), str(path))["examples"]
     if not isinstance(examples, list) or not examples:
         raise DataError(f'{path}: "examples" must be a non-empty list of questions.')
     for number, example in enumerate(examples):

@@ -11,11 +11,10 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from ..multiple_choice import FewShotChoice
 from ..subjects import CEVAL, LETTERS
-from ..task import Case, Score, group_records
+from ..task import Case, JSONObject, Score, group_records
 
 
 class EvaluateCEval(FewShotChoice):
@@ -40,15 +39,15 @@ class EvaluateCEval(FewShotChoice):
     def to_submit(self) -> bool:
         return self.split in CEVAL.unanswered
 
-    def score(self, case: Case, answer: dict[str, Any]) -> dict[str, Any]:
+    def score(self, case: Case, answer: JSONObject) -> JSONObject:
         return {} if self.to_submit else super().score(case, answer)
 
-    def summary(self, records: Sequence[dict[str, Any]]) -> list[Score]:
+    def summary(self, records: Sequence[JSONObject]) -> list[Score]:
         if self.to_submit:
             return [Score("C-Eval test, not scored here", float("nan"), len(records))]
         return super().summary(records)
 
-    def finish(self, records: Sequence[dict[str, Any]], output: Path) -> list[str]:
+    def finish(self, records: Sequence[JSONObject], output: Path) -> list[str]:
         """Write the file to submit, in C-Eval's format: {subject: {id: letter}}."""
         if not self.to_submit:
             return []

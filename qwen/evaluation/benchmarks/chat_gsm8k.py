@@ -9,11 +9,10 @@ The last number of the greedy reply is compared with the right one, within 1e-4.
 import argparse
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Any
 
 from ..language_model import LanguageModel
 from ..numbers import close, last_number
-from ..task import Case, Task
+from ..task import Case, JSONObject, Task
 from ..word_problems import add_problems_argument, read_problems, worked_examples
 
 SHOTS = 8
@@ -53,10 +52,10 @@ class EvaluateChatGSM8K(Task):
             for number, problem in enumerate(problems)
         ]
 
-    def answer(self, lm: LanguageModel, cases: Sequence[Case]) -> list[dict[str, Any]]:
+    def answer(self, lm: LanguageModel, cases: Sequence[Case]) -> list[JSONObject]:
         shots = {"shots": self.shot_indices} if self.arguments.use_fewshot else {}
         return [{"reply": reply, **shots} for reply in lm.reply(cases, max_new_tokens=MAX_NEW_TOKENS)]
 
-    def score(self, case: Case, answer: dict[str, Any]) -> dict[str, Any]:
+    def score(self, case: Case, answer: JSONObject) -> JSONObject:
         found = last_number(answer["reply"])
         return {"number": None if found is None else str(found), "correct": close(found, Fraction(case.gold))}

@@ -10,12 +10,11 @@ import ast
 import re
 import textwrap
 from collections.abc import Sequence
-from typing import Any
 
 from ..code import HUMANEVAL_FIELDS, Program, ProgramTask, defines, extract_program
 from ..data_files import DataError, read_jsonl
 from ..language_model import LanguageModel
-from ..task import Case
+from ..task import Case, JSONObject
 
 MAX_NEW_TOKENS = 1024
 
@@ -44,14 +43,14 @@ class EvaluateChatHumanEval(ProgramTask):
             )
         return cases
 
-    def answer(self, lm: LanguageModel, cases: Sequence[Case]) -> list[dict[str, Any]]:
+    def answer(self, lm: LanguageModel, cases: Sequence[Case]) -> list[JSONObject]:
         replies = lm.reply(cases, max_new_tokens=MAX_NEW_TOKENS)
         return [
             {"task_id": case.name, "completion": completion(reply, **case.data), "reply": reply}
             for case, reply in zip(cases, replies, strict=True)
         ]
 
-    def program(self, case: Case, answer: dict[str, Any]) -> Program:
+    def program(self, case: Case, answer: JSONObject) -> Program:
         return Program(case.data["head"] + answer["completion"], case.data["tests"])
 
 
@@ -74,7 +73,7 @@ def described(prompt: str, function: str) -> tuple[str, str]:
     return signature, docstring.strip()
 
 
-def completion(reply: str, head: str, function: str, **_: Any) -> str:
+def completion(reply: str, head: str, function: str, **_: object) -> str:
     """Return the code to append to the prompt: the whole function, redefined, or its body alone."""
     code = extract_program(reply, function)
     if defines(code, function):

@@ -16,7 +16,6 @@ import sys
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 from ...sandbox import Limits, Sandbox
 from ...sandbox.arguments import add_sandbox_arguments
@@ -25,7 +24,7 @@ from ..code import check_sandbox
 from ..data_files import DataError, existing, read_jsonl
 from ..language_model import LanguageModel
 from ..numbers import close, last_number
-from ..task import Case, Score, Task, add_file_argument, group_records, mean
+from ..task import Case, JSONObject, Score, Task, add_file_argument, group_records, mean
 from ..word_problems import read_problems
 
 CATEGORIES = ("math", "visualization-hard", "visualization-easy", "general")
@@ -62,7 +61,7 @@ class EvaluateCodeInterpreter(Task):
                 cases.append(Case(f"gsm8k/{number}", problem.question, gold=str(problem.gold), group="math"))
         return cases
 
-    def case(self, sample: dict[str, Any], number: int) -> Case:
+    def case(self, sample: JSONObject, number: int) -> Case:
         """Return the case of a sample; `number` is its index in the file, from 0.
 
         Raises:
@@ -92,10 +91,10 @@ class EvaluateCodeInterpreter(Task):
     def files(self) -> Path:
         return self.arguments.sample_input_file.parent / FILES
 
-    def answer(self, lm: LanguageModel, cases: Sequence[Case]) -> list[dict[str, Any]]:
+    def answer(self, lm: LanguageModel, cases: Sequence[Case]) -> list[JSONObject]:
         return [self.solved(lm, case) for case in cases]
 
-    def solved(self, lm: LanguageModel, case: Case) -> dict[str, Any]:
+    def solved(self, lm: LanguageModel, case: Case) -> JSONObject:
         """Return the model's answer to a question, the code it ran, and the pictures made by it."""
         limits = Limits(wall_seconds=self.arguments.seconds, output_bytes=OUTPUT_BYTES)
         runs: list[dict[str, str]] = []
@@ -119,7 +118,7 @@ class EvaluateCodeInterpreter(Task):
             made = sorted(pictures(sandbox.folder) - before)
         return {"reply": reply, "runs": runs, "pictures": made}
 
-    def score(self, case: Case, answer: dict[str, Any]) -> dict[str, Any]:
+    def score(self, case: Case, answer: JSONObject) -> JSONObject:
         statuses = [run["status"] for run in answer["runs"]]
         executable = bool(statuses) and set(statuses) == {"ok"}
         if case.group == "math":
@@ -130,7 +129,7 @@ class EvaluateCodeInterpreter(Task):
             correct = executable and bool(answer["pictures"])
         return {"executable": executable, "correct": correct}
 
-    def summary(self, records: Sequence[dict[str, Any]]) -> list[Score]:
+    def summary(self, records: Sequence[JSONObject]) -> list[Score]:
         labels = {"math": "right", "general": "executable"}
         groups = group_records(records)
         lines = [

@@ -10,11 +10,10 @@ The last number that the model writes is compared with the right one.
 import argparse
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Any
 
 from ..language_model import LanguageModel
 from ..numbers import last_number
-from ..task import Case, Task
+from ..task import Case, JSONObject, Task
 from ..word_problems import add_problems_argument, read_problems, worked_examples
 
 SHOTS = 8
@@ -42,10 +41,10 @@ class EvaluateGSM8K(Task):
             for number, problem in enumerate(problems)
         ]
 
-    def answer(self, lm: LanguageModel, cases: Sequence[Case]) -> list[dict[str, Any]]:
+    def answer(self, lm: LanguageModel, cases: Sequence[Case]) -> list[JSONObject]:
         completions = lm.complete(cases, stop=STOP, max_new_tokens=MAX_NEW_TOKENS)
         return [{"completion": completion, "shots": self.shot_indices} for completion in completions]
 
-    def score(self, case: Case, answer: dict[str, Any]) -> dict[str, Any]:
+    def score(self, case: Case, answer: JSONObject) -> JSONObject:
         found = last_number(answer["completion"])
         return {"number": None if found is None else str(found), "correct": found == Fraction(case.gold)}

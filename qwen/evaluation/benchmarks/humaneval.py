@@ -7,12 +7,11 @@ Greedy, pass@1. The programs run in the sandbox. The file of -o can also be pass
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 from ..code import HUMANEVAL_FIELDS, STOP, Program, ProgramTask, cut_completion
 from ..data_files import read_jsonl
 from ..language_model import LanguageModel
-from ..task import Case
+from ..task import Case, JSONObject
 
 MAX_NEW_TOKENS = 512
 
@@ -32,12 +31,12 @@ class EvaluateHumanEval(ProgramTask):
             for problem in problems
         ]
 
-    def answer(self, lm: LanguageModel, cases: Sequence[Case]) -> list[dict[str, Any]]:
+    def answer(self, lm: LanguageModel, cases: Sequence[Case]) -> list[JSONObject]:
         completions = lm.complete(cases, stop=STOP, max_new_tokens=MAX_NEW_TOKENS)
         return [
             {"task_id": case.name, "completion": cut_completion(completion)}
             for case, completion in zip(cases, completions, strict=True)
         ]
 
-    def program(self, case: Case, answer: dict[str, Any]) -> Program:
+    def program(self, case: Case, answer: JSONObject) -> Program:
         return Program(case.prompt + answer["completion"], case.data["tests"])

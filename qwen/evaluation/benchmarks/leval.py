@@ -30,7 +30,7 @@ from ..data_files import DataError, existing, read_jsonl
 from ..language_model import LanguageModel
 from ..letters import chosen_letter, chosen_letters
 from ..numbers import close, last_number, number
-from ..task import Case, Score, Task, group_records, mean
+from ..task import Case, JSONObject, Score, Task, group_records, mean
 
 MAX_NEW_TOKENS = 512
 RESERVED = MAX_NEW_TOKENS + 64  # part of the context: the reply, the system message and the tokens of the chat format
@@ -63,15 +63,15 @@ class EvaluateLEval(Task):
         paths = existing(self.arguments.eval_data_path, [f"{task}.jsonl" for task in tasks])
         return [case for task, path in zip(tasks, paths, strict=True) for case in read_cases(path, task)]
 
-    def answer(self, lm: LanguageModel, cases: Sequence[Case]) -> list[dict[str, Any]]:
+    def answer(self, lm: LanguageModel, cases: Sequence[Case]) -> list[JSONObject]:
         fitting = [fitted(case, lm) for case in cases]
         replies = lm.reply([case for case, _ in fitting], max_new_tokens=MAX_NEW_TOKENS)
         return [{"reply": reply, "cut_tokens": left_out} for reply, (_, left_out) in zip(replies, fitting, strict=True)]
 
-    def score(self, case: Case, answer: dict[str, Any]) -> dict[str, Any]:
+    def score(self, case: Case, answer: JSONObject) -> JSONObject:
         return TASKS[case.group].score(case.prompt, case.gold, answer["reply"])
 
-    def summary(self, records: Sequence[dict[str, Any]]) -> list[Score]:
+    def summary(self, records: Sequence[JSONObject]) -> list[Score]:
         tasks = {task: Score(task, mean(members), len(members)) for task, members in group_records(records).items()}
         average = mean([{"correct": score.value} for score in tasks.values()])
         scores = [Score("L-Eval", average, len(records)), *tasks.values()]
@@ -169,23 +169,23 @@ def parse_verdicts(text: str) -> tuple[str | None, str | None]:
     return loyal and loyal[1].lower(), fact and fact[1].lower()
 
 
-def score_letters(instruction: str, gold: str, reply: str) -> dict[str, Any]:
+def score_letters(instruction: str, gold: str, reply: str) -> JSONObject:
     letters = chosen_letters(reply, parse_options(instruction))
     partly = bool(letters) and set(letters) < set(gold)
     return {"letters": letters, "correct": 1.0 if letters == gold else 0.25 if partly else 0.0}
 
 
-def score_letter(instruction: str, gold: str, reply: str) -> dict[str, Any]:
+def score_letter(instruction: str, gold: str, reply: str) -> JSONObject:
     letter = chosen_letter(reply, parse_options(instruction))
     return {"letter": letter, "correct": letter == gold}
 
 
-def score_number(instruction: str, gold: str, reply: str) -> dict[str, Any]:
+def score_number(instruction: str, gold: str, reply: str) -> JSONObject:
     found = last_number(reply)
     return {"number": None if found is None else str(found), "correct": close(found, Fraction(gold))}
 
 
-def score_output(instruction: str, gold: str, reply: str) -> dict[str, Any]:
+def score_output(instruction: str, gold: str, reply: str) -> JSONObject:
     named = ANSWER.findall(reply)
     lines = [line for line in reply.splitlines() if line.strip("`* ")]
     output = bare(named[-1] if named else lines[-1] if lines else "")
@@ -194,7 +194,7 @@ def score_output(instruction: str, gold: str, reply: str) -> dict[str, Any]:
     return {"output": output, "correct": same}
 
 
-def score_truth(instruction: str, gold: list[str | None], reply: str) -> dict[str, Any]:
+def score_truth(instruction: str, gold: list[str | None], reply: str) -> JSONObject:
     said = parse_verdicts(reply)
     loyalty, factuality = (None if right is None else answer == right for answer, right in zip(said, gold, strict=True))
     judged = [verdict for verdict in (loyalty, factuality) if verdict is not None]
@@ -210,8 +210,8 @@ class Closed(NamedTuple):
     """A task: its request for an answer, output → right answer, and (instruction, right answer, reply) → score."""
 
     wanted: str
-    gold: Callable[[str], Any]
-    score: Callable[[str, Any, str], dict[str, Any]]
+    gold: Callable[[str], object]
+    score: Callable[[str, Any, str], JSONObject]
 
 
 LETTER = "Answer with the letter of the correct option alone."

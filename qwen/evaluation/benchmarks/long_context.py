@@ -13,14 +13,13 @@ import hashlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from ...checkpoint.bundled import BUNDLED_BASE
 from ...checkpoint.checkpoint import Checkpoint
 from ..data_files import DataError
 from ..harness import positive_int
 from ..language_model import LanguageModel
-from ..task import Case, Score, Task, group_records, mean
+from ..task import Case, JSONObject, Score, Task, group_records, mean
 from ..texts import read_texts
 
 HELD_OUT = BUNDLED_BASE / "held_out.txt"  # sources of Python's standard library
@@ -92,7 +91,7 @@ class LongContext(Task):
             raise DataError("The bundled text is missing: give files or folders with --text.")
         return read_texts([HELD_OUT])
 
-    def answer(self, lm: LanguageModel, cases: Sequence[Case]) -> list[dict[str, Any]]:
+    def answer(self, lm: LanguageModel, cases: Sequence[Case]) -> list[JSONObject]:
         answers = []
         for case in cases:
             for technique, switch in SWITCHES.items():
@@ -101,10 +100,10 @@ class LongContext(Task):
             answers.append({"loss": lm.loss(self.ids[start : start + case.data["length"]])})
         return answers
 
-    def score(self, case: Case, answer: dict[str, Any]) -> dict[str, Any]:
+    def score(self, case: Case, answer: JSONObject) -> JSONObject:
         return {"row": row_name(case.data["used"]), "length": case.data["length"]}
 
-    def summary(self, records: Sequence[dict[str, Any]]) -> list[Score]:
+    def summary(self, records: Sequence[JSONObject]) -> list[Score]:
         return [
             Score(group, math.exp(mean(members, "loss")), len(members), percent=False)
             for group, members in group_records(records).items()
@@ -119,7 +118,7 @@ class LongContext(Task):
             lines.append(f"| {row} | " + " | ".join(cells) + " |")
         return "\n".join(lines)
 
-    def finish(self, records: Sequence[dict[str, Any]], output: Path) -> list[str]:
+    def finish(self, records: Sequence[JSONObject], output: Path) -> list[str]:
         picture = output.with_suffix(".png")
         draw(curves_of(self.summary(records)), picture)
         return [f"Plot: {picture}"]

@@ -12,12 +12,11 @@ import random
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from ..data_files import DataError, check_fields, existing, read_json
 from ..language_model import LanguageModel
 from ..math_answers import boxed, equivalent, final_answer
-from ..task import Case, Score, Task, group_records, mean
+from ..task import Case, JSONObject, Score, Task, group_records, mean
 
 SUBJECTS = (
     *("algebra", "counting_and_probability", "geometry", "intermediate_algebra"),
@@ -57,15 +56,15 @@ class EvaluateMATH(Task):
             for problem in read_problems(self.arguments.eval_data_path, "test")
         ]
 
-    def answer(self, lm: LanguageModel, cases: Sequence[Case]) -> list[dict[str, Any]]:
+    def answer(self, lm: LanguageModel, cases: Sequence[Case]) -> list[JSONObject]:
         completions = lm.complete(cases, stop=STOP, max_new_tokens=MAX_NEW_TOKENS)
         return [{"completion": completion, "shots": self.shot_names} for completion in completions]
 
-    def score(self, case: Case, answer: dict[str, Any]) -> dict[str, Any]:
+    def score(self, case: Case, answer: JSONObject) -> JSONObject:
         found = final_answer(answer["completion"])
         return {"extracted": found, "correct": equivalent(found, case.gold), "level": case.data["level"]}
 
-    def summary(self, records: Sequence[dict[str, Any]]) -> list[Score]:
+    def summary(self, records: Sequence[JSONObject]) -> list[Score]:
         levels = group_records([record | {"group": record["level"]} for record in records])
         lines = [Score(name, mean(levels[name]), len(levels[name])) for name in sorted(levels)]
         return [*super().summary(records), *lines]
@@ -84,8 +83,8 @@ def read_problems(folder: Path, split: str) -> list[dict[str, str]]:
             key=lambda name: (len(name), name),  # 9.json before 10.json
         )
         for path in existing(folder, names or [f"{split}/{subject}/0.json"]):
-            problem = read_json(path)
-            check_fields(problem, {"problem": str, "level": str, "solution": str}, str(path))
+            fields = {"problem": str, "level": str, "solution": str}
+            problem = check_fields(read_json(path), fields, str(path))
             answer = boxed(problem["solution"])
             if answer is None:
                 raise DataError(rf"{path}: the solution has no answer in a \boxed{{…}}.")

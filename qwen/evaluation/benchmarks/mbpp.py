@@ -7,12 +7,11 @@ and 4 are the worked examples, 11 to 510 the test set. Greedy, pass@1; the progr
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 from ..code import Program, ProgramTask
 from ..data_files import DataError, read_jsonl
 from ..language_model import LanguageModel
-from ..task import Case
+from ..task import Case, JSONObject
 
 SHOTS = (2, 3, 4)
 TEST = range(11, 511)
@@ -47,15 +46,15 @@ class EvaluateMBPP(ProgramTask):
             if number in TEST
         ]
 
-    def answer(self, lm: LanguageModel, cases: Sequence[Case]) -> list[dict[str, Any]]:
+    def answer(self, lm: LanguageModel, cases: Sequence[Case]) -> list[JSONObject]:
         completions = lm.complete(cases, stop=STOP, max_new_tokens=MAX_NEW_TOKENS)
         return [{"completion": completion} for completion in completions]
 
-    def program(self, case: Case, answer: dict[str, Any]) -> Program:
+    def program(self, case: Case, answer: JSONObject) -> Program:
         return Program(answer["completion"], case.data["tests"])
 
 
-def asked(problem: dict[str, Any]) -> str:
+def asked(problem: JSONObject) -> str:
     tests = "\n".join(problem["test_list"])
     return (
         f"You are an expert Python programmer, and here is your task: {problem['text']} "

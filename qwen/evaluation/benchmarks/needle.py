@@ -15,7 +15,6 @@ import argparse
 import random
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from ...checkpoint.bundled import BUNDLED_CHAT
 from ...checkpoint.checkpoint import Checkpoint
@@ -24,7 +23,7 @@ from ..data_files import DataError
 from ..harness import positive_int
 from ..language_model import LanguageModel
 from ..random_words import word
-from ..task import Case, Score, Task, group_records, mean
+from ..task import Case, JSONObject, Score, Task, group_records, mean
 from ..texts import read_texts
 
 NEEDLE, QUESTION = "door: 7351;", "What is door?"
@@ -110,18 +109,18 @@ class Needle(Task):
         pairs = (f"{word(draw)}: {word(draw)}" for _ in range(tokens // 4))  # each has at least 4
         return "; ".join(pair for pair in pairs if self.arguments.answer not in pair)
 
-    def answer(self, lm: LanguageModel, cases: Sequence[Case]) -> list[dict[str, Any]]:
+    def answer(self, lm: LanguageModel, cases: Sequence[Case]) -> list[JSONObject]:
         return [{"reply": reply} for reply in lm.reply(cases, max_new_tokens=MAX_NEW_TOKENS)]
 
-    def score(self, case: Case, answer: dict[str, Any]) -> dict[str, Any]:
+    def score(self, case: Case, answer: JSONObject) -> JSONObject:
         return {"correct": case.gold.casefold() in answer["reply"].casefold(), **case.data}
 
-    def summary(self, records: Sequence[dict[str, Any]]) -> list[Score]:
+    def summary(self, records: Sequence[JSONObject]) -> list[Score]:
         groups = group_records(records)
         lines = [Score(f"{length} tokens", mean(members), len(members)) for length, members in groups.items()]
         return [Score("found", mean(records), len(records)), *lines]
 
-    def finish(self, records: Sequence[dict[str, Any]], output: Path) -> list[str]:
+    def finish(self, records: Sequence[JSONObject], output: Path) -> list[str]:
         picture = output.with_suffix(".png")
         draw(records, picture)
         return [f"Plot: {picture}"]
@@ -151,7 +150,7 @@ def _boundary(text: str, share: float) -> int:
     return nearest if abs(nearest - aim) <= len(text) / 4 else aim
 
 
-def draw(records: Sequence[dict[str, Any]], path: Path) -> None:
+def draw(records: Sequence[JSONObject], path: Path) -> None:
     """Plot depth over length: green if the needle was found, red if not."""
     from matplotlib.figure import Figure
 

@@ -20,13 +20,12 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from ...tools import ACTION, STOP_WORD, parse_response
 from ..agent import FirstCallAgent, check_tools
 from ..data_files import DataError, check_fields, read_jsonl
 from ..language_model import LanguageModel
-from ..task import Case, Score, Task, add_folder_argument, mean
+from ..task import Case, JSONObject, Score, Task, add_folder_argument, mean
 
 MAX_NEW_TOKENS = 512
 POSITIVE, NEGATIVE, AGENT = "react positive", "react negative", "agent"
@@ -67,7 +66,7 @@ class EvaluatePlugin(Task):
             raise DataError("Nothing to do: give --eval-react-positive, --eval-react-negative or --eval-hfagent.")
         return cases
 
-    def answer(self, lm: LanguageModel, cases: Sequence[Case]) -> list[dict[str, Any]]:
+    def answer(self, lm: LanguageModel, cases: Sequence[Case]) -> list[JSONObject]:
         react = [case for case in cases if "tools" not in case.data]
         replies = iter(lm.reply(react, max_new_tokens=MAX_NEW_TOKENS, stop=(f"\n{STOP_WORD}",)) if react else ())
         answers = []
@@ -81,7 +80,7 @@ class EvaluatePlugin(Task):
             answers.append({"reply": reply, "call": call, **similarity})
         return answers
 
-    def score(self, case: Case, answer: dict[str, Any]) -> dict[str, Any]:
+    def score(self, case: Case, answer: JSONObject) -> JSONObject:
         call = answer["call"]
         if case.gold is not None:
             return {"correct": call is not None and call["tool"].casefold() == case.gold["tool"].casefold()}
@@ -89,7 +88,7 @@ class EvaluatePlugin(Task):
         attempted = call is not None or ("tools" not in case.data and f"\n{ACTION} " in f"\n{answer['reply']}")
         return {"correct": not attempted}
 
-    def summary(self, records: Sequence[dict[str, Any]]) -> list[Score]:
+    def summary(self, records: Sequence[JSONObject]) -> list[Score]:
         scores = []
         for name, groups in (("ReAct", (POSITIVE, NEGATIVE)), ("agent", (AGENT,))):
             asked = [record for record in records if record["group"] in groups]

@@ -105,7 +105,7 @@ class Service:
         return "draining" if self.draining else "ready"
 
     async def answer(
-        self, request: Request, body: SamplingFields, envelope: Envelope, build_plan: Callable[..., Plan], *args: Any
+        self, request: Request, body: SamplingFields, envelope: Envelope, build_plan: Callable[..., Plan], *args: object
     ) -> Response:
         """Plan a request in a worker thread and run it on the engine.
 
@@ -133,7 +133,7 @@ class Service:
 class StrictJsonRequest(Request):
     """A request whose body must be JSON: valid Unicode, no NaN, limited nesting."""
 
-    async def json(self) -> Any:
+    async def json(self) -> object:
         try:
             return from_json(await self.body(), allow_inf_nan=False)
         except ValueError as error:

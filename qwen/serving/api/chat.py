@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import uuid
 from collections.abc import Iterable, Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from pydantic_core import from_json
 
@@ -29,9 +29,20 @@ from ..engine import Engine
 from ..engine.detokenizer import Piece, TokenLogprob
 from ..engine.grammar import ConstraintFactory, GrammarConstraint
 from .errors import invalid
-from .generation import Choice, Chunk, Envelope, Plan, check_num_choices, sampling_params
+from .generation import Choice, Envelope, Plan, check_num_choices, sampling_params
 from .logprobs import chat_logprobs
-from .requests import ChatCompletionRequest, JsonObjectFormat, JsonSchemaFormat, NamedFunction, NamedTool
+from .requests import ChatCompletionRequest, JSONObject, JsonObjectFormat, JsonSchemaFormat, NamedFunction, NamedTool
+from .responses import (
+    AssistantMessage,
+    CalledFunction,
+    ChatChoice,
+    ChatChunkChoice,
+    ChatFinishReason,
+    FunctionDelta,
+    MessageDelta,
+    TextFinishReason,
+    ToolDelta,
+)
 
 ApiStyle = Literal["tools", "functions"]
 ANY_OBJECT = {"type": "object"}
@@ -47,7 +58,7 @@ class ToolChoice(NamedTuple):
         name: the tool that it must call.
     """
 
-    functions: list[dict[str, Any]]
+    functions: list[JSONObject]
     api_style: ApiStyle
     required: bool = False
     name: str | None = None
@@ -86,7 +97,7 @@ def plan(request: ChatCompletionRequest, engine: Engine, constraints: Constraint
     return Plan(choices, len(prompt_ids), "messages")
 
 
-def _text(message: dict[str, Any]) -> str:
+def _text(message: JSONObject) -> str:
     content = message.get("content") or ""
     return content if isinstance(content, str) else "\n".join(part["text"] for part in content)
 
@@ -134,7 +145,7 @@ def _read_tool_choice(request: ChatCompletionRequest) -> ToolChoice:
     return ToolChoice(functions, api_style, choice == "required" or name is not None, name)
 
 
-def _prompt(messages: list[dict], functions: list[dict], engine: Engine) -> tuple[list[int], bool]:
+def _prompt(messages: list[JSONObject], functions: list[JSONObject], engine: Engine) -> tuple[list[int], bool]:
     """Return the token ids, and whether they end in "Thought:" after a tool result, for the model to continue."""
     try:
         query, history, system = parse_messages(messages, functions)
@@ -212,22 +223,23 @@ class ChatWriter:
         self.arguments: list[str] | None = None  # of the call, if there is one
         self.has_content = False
 
-    def begin(self) -> Iterable[Chunk]:
+    def begin(self) -> Iterable[ChatChunkChoice]:
         return [self._chunk({"role": "assistant", "content": ""})]
 
-    def write(self, piece: Piece) -> Iterable[Chunk]:
+    def write(self, piece: Piece) -> Iterable[ChatChunkChoice]:
         self.tokens += piece.tokens
         if self.reader is not None:
             return self._chunks(self.reader.feed(piece.text))
         return self._chunks([ContentDelta(piece.text)] if piece.text else [])
 
-    def end(self, reason: str) -> Iterable[Chunk]:
+    def end(self, reason: TextFinishReason) -> Iterable[ChatChunkChoice]:
         yield from self._chunks(self.reader.finish() if self.reader is not None else [])
         if reason == "stop" and self._called():
-            reason = "tool_calls" if self.tool_choice.api_style == "tools" else "function_call"
-        yield self._chunk({}, reason)
+            yield self._chunk({}, "tool_calls" if self.tool_choice.api_style == "tools" else "function_call")
+        else:
+            yield self._chunk({}, reason)
 
-    def _chunks(self, deltas: Iterable[Delta]) -> Iterator[Chunk]:
+    def _chunks(self, deltas: Iterable[Delta]) -> Iterator[ChatChunkChoice]:
         for delta in deltas:
             if isinstance(delta, ContentDelta):
                 self.has_content = True
@@ -248,21 +260,21 @@ class ChatWriter:
             return not self.has_stop  # without stop strings it is a call with invalid JSON
         return True
 
-    def _call(self, delta: CallDelta) -> Iterator[dict[str, Any]]:
-        head: dict[str, Any] = {}
+    def _call(self, delta: CallDelta) -> Iterator[MessageDelta]:
         if delta.name is not None or self.arguments is None:
             self.arguments = []
-        if delta.name is not None:
-            head = {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function"}
-        function = {} if delta.name is None else {"name": delta.name}
-        function["arguments"] = delta.arguments
         self.arguments.append(delta.arguments)
+        function: FunctionDelta = {"arguments": delta.arguments}
+        tool: ToolDelta = {"index": 0, "function": function}
+        if delta.name is not None:
+            function = {"name": delta.name, "arguments": delta.arguments}
+            tool = {"index": 0, "id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}
         if self.tool_choice.api_style == "functions":
             yield {"function_call": function}
         else:
-            yield {"tool_calls": [{"index": 0, **head, "function": function}]}
+            yield {"tool_calls": [tool]}
 
-    def _chunk(self, delta: dict[str, Any], finish_reason: str | None = None) -> Chunk:
+    def _chunk(self, delta: MessageDelta, finish_reason: ChatFinishReason | None = None) -> ChatChunkChoice:
         tokens, self.tokens = self.tokens, []
         return {
             "index": self.index,
@@ -272,9 +284,11 @@ class ChatWriter:
         }
 
 
-def collect(chunks: list[Chunk]) -> dict[str, Any]:
+def collect(chunks: list[ChatChunkChoice]) -> ChatChoice:
     """Merge the chunks of one choice."""
-    content, call_id, call = [], None, []
+    content: list[str] = []
+    call_id: str | None = None
+    call: list[FunctionDelta] = []
     for delta in (chunk["delta"] for chunk in chunks):
         content.append(delta.get("content", ""))
         for part in delta.get("tool_calls", []):  # at most one
@@ -282,23 +296,25 @@ def collect(chunks: list[Chunk]) -> dict[str, Any]:
             call.append(part["function"])
         if "function_call" in delta:
             call.append(delta["function_call"])
-    message: dict[str, Any] = {
+    message: AssistantMessage = {
         "role": "assistant",
         "content": "".join(content) or (None if call else ""),
         "refusal": None,
     }
     if call:
-        function = {"name": call[0]["name"], "arguments": "".join(part["arguments"] for part in call)}
+        function: CalledFunction = {"name": call[0]["name"], "arguments": "".join(part["arguments"] for part in call)}
         if call_id is None:
             message["function_call"] = function
         else:
             message["tool_calls"] = [{"id": call_id, "type": "function", "function": function}]
+    finish_reason = chunks[-1]["finish_reason"]
+    assert finish_reason is not None  # the last chunk ends the choice
     parts = [chunk["logprobs"]["content"] for chunk in chunks if chunk["logprobs"] is not None]
     return {
         "index": chunks[0]["index"],
         "message": message,
         "logprobs": {"content": [entry for part in parts for entry in part], "refusal": None} if parts else None,
-        "finish_reason": chunks[-1]["finish_reason"],
+        "finish_reason": finish_reason,
     }
 
 

@@ -6,15 +6,15 @@ Prompts have no chat template, and replies are not trimmed.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 from ...model.tokenization_qwen import QWenTokenizer
 from ..engine import Engine
 from ..engine.detokenizer import Piece
 from .errors import invalid
-from .generation import Choice, Chunk, Envelope, Plan, check_num_choices, sampling_params
+from .generation import Choice, Envelope, Plan, check_num_choices, sampling_params
 from .logprobs import CompletionLogprobs
 from .requests import CompletionRequest
+from .responses import TextChoice, TextFinishReason, TextLogprobs
 
 
 def plan(request: CompletionRequest, engine: Engine) -> Plan:
@@ -70,16 +70,16 @@ class TextWriter:
         self.index, self.echo = index, echo
         self.logprobs = CompletionLogprobs(tokenizer)
 
-    def begin(self) -> Iterable[Chunk]:
+    def begin(self) -> Iterable[TextChoice]:
         return [self._chunk(Piece(self.echo, []))] if self.echo else []
 
-    def write(self, piece: Piece) -> Iterable[Chunk]:
+    def write(self, piece: Piece) -> Iterable[TextChoice]:
         return [self._chunk(piece)]
 
-    def end(self, reason: str) -> Iterable[Chunk]:
+    def end(self, reason: TextFinishReason) -> Iterable[TextChoice]:
         return [self._chunk(Piece("", []), reason)]
 
-    def _chunk(self, piece: Piece, finish_reason: str | None = None) -> Chunk:
+    def _chunk(self, piece: Piece, finish_reason: TextFinishReason | None = None) -> TextChoice:
         return {
             "index": self.index,
             "text": piece.text,
@@ -88,14 +88,23 @@ class TextWriter:
         }
 
 
-def collect(chunks: list[Chunk]) -> dict[str, Any]:
+def collect(chunks: list[TextChoice]) -> TextChoice:
     """Merge the chunks of one choice."""
     parts = [chunk["logprobs"] for chunk in chunks if chunk["logprobs"] is not None]
     return {
         "index": chunks[0]["index"],
         "text": "".join(chunk["text"] for chunk in chunks),
-        "logprobs": {key: [item for part in parts for item in part[key]] for key in parts[0]} if parts else None,
+        "logprobs": _joined(parts) if parts else None,
         "finish_reason": chunks[-1]["finish_reason"],
+    }
+
+
+def _joined(parts: list[TextLogprobs]) -> TextLogprobs:
+    return {
+        "tokens": [token for part in parts for token in part["tokens"]],
+        "token_logprobs": [logprob for part in parts for logprob in part["token_logprobs"]],
+        "top_logprobs": [likeliest for part in parts for likeliest in part["top_logprobs"]],
+        "text_offset": [offset for part in parts for offset in part["text_offset"]],
     }
 
 

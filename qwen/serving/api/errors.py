@@ -10,7 +10,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
-from pydantic_core import to_json
+from pydantic_core import ErrorDetails, to_json
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
@@ -109,7 +109,7 @@ def server_error() -> ApiError:
     return ApiError(500, "The server failed to answer. See its log for the reason.", type="server_error")
 
 
-def from_validation(errors: Sequence[Mapping[str, Any]], body: Any) -> ApiError:
+def from_validation(errors: Sequence[ErrorDetails], body: object) -> ApiError:
     """Convert the first error that pydantic found.
 
     Each alternative of a union reports its own errors. Type mismatches are dropped if an alternative of the right type
@@ -142,7 +142,7 @@ def _path(location: Sequence[str | int], body: Any, kind: str) -> tuple[str | in
     return tuple(path)
 
 
-def _reason(error: Mapping[str, Any]) -> str:
+def _reason(error: ErrorDetails) -> str:
     context = error.get("ctx", {})
     if error["type"] == "missing":
         return "required but missing"

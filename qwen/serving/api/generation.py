@@ -12,7 +12,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypedDict, cast
 
 from pydantic_core import to_json
 from sse_starlette import EventSourceResponse
@@ -26,11 +26,12 @@ from ..engine.sampler import Constraint, SamplingParams
 from .errors import ApiError, cut_off, engine_failed, from_engine, invalid, server_error
 from .metrics import CLIENT_GONE, Metrics
 from .requests import SamplingFields
+from .responses import ChatChoice, ChatChunkChoice, TextChoice, TextFinishReason, Usage
 
 # Log-probabilities in one response, about 100 bytes of JSON each: enough for a full context with 20 per token.
 MAX_LOGPROBS = 2**18
 
-Chunk = dict[str, Any]
+Chunk = ChatChunkChoice | TextChoice
 
 
 class Writer(Protocol):
@@ -40,8 +41,8 @@ class Writer(Protocol):
 
     def write(self, piece: Piece) -> Iterable[Chunk]: ...
 
-    def end(self, reason: str) -> Iterable[Chunk]:
-        """Finish the choice. `reason` is "stop" or "length"."""
+    def end(self, reason: TextFinishReason) -> Iterable[Chunk]:
+        """Finish the choice."""
 
 
 class Choice(NamedTuple):
@@ -71,6 +72,16 @@ class Plan:
     prompt_param: str
 
 
+class Head(TypedDict):
+    """The fields of a response or streamed chunk before its choices."""
+
+    id: str
+    object: str
+    created: int
+    model: str
+    system_fingerprint: str
+
+
 @dataclass(frozen=True)
 class Envelope:
     """The fields of a response around its choices.
@@ -79,15 +90,15 @@ class Envelope:
         object: object type of a response.
         chunk_object: object type of a streamed chunk.
         id_prefix: prefix of response ids.
-        collect: merges the chunks of one choice.
+        collect: merges the chunks of one choice, all from the writer of the same endpoint.
     """
 
     object: str
     chunk_object: str
     id_prefix: str
-    collect: Callable[[list[Chunk]], dict[str, Any]]
+    collect: Callable[[list[Any]], ChatChoice | TextChoice]
 
-    def head(self, model: str, fingerprint: str) -> dict[str, Any]:
+    def head(self, model: str, fingerprint: str) -> Head:
         return {
             "id": self.id_prefix + uuid.uuid4().hex,
             "object": self.object,
@@ -127,22 +138,26 @@ def sampling_params(
             f"logit_bias: invalid token id {unknown[0]}, valid ids are 0 to {len(engine.tokenizer) - 1}.",
             "logit_bias",
         )
-    settings: dict[str, Any] = {
-        "temperature": request.temperature,
-        "top_p": request.top_p,
-        "top_k": None if request.top_k is None else max(request.top_k, 0),
-        "repetition_penalty": request.repetition_penalty,
-        "presence_penalty": request.presence_penalty,
-        "frequency_penalty": request.frequency_penalty,
-        "logit_bias": bias or None,
-        "top_logprobs": top_logprobs,
-    }
-    if request.top_p == 0:  # only the most likely token remains: greedy
-        settings |= {"top_p": None, "temperature": 0.0}
+    greedy = request.top_p == 0  # only the most likely token remains
+
+    def params_of(limit: int | None, seed: int | None) -> SamplingParams:
+        return engine.params(
+            temperature=0.0 if greedy else request.temperature,
+            top_p=None if greedy else request.top_p,
+            top_k=None if request.top_k is None else max(request.top_k, 0),
+            repetition_penalty=request.repetition_penalty,
+            presence_penalty=request.presence_penalty,
+            frequency_penalty=request.frequency_penalty,
+            logit_bias=bias or None,
+            top_logprobs=top_logprobs,
+            max_tokens=limit,
+            seed=seed,
+        )
+
     seeds = [None if request.seed is None else request.seed + index for index in range(request.choices)]
     try:
         params = [
-            [engine.params(**settings, max_tokens=limit, seed=seed) for seed in seeds]
+            [params_of(limit, seed) for seed in seeds]
             for limit in (_max_tokens(request, length, max_tokens) for length in prompt_lengths)
         ]
     except ValueError as error:
@@ -200,7 +215,7 @@ class Generation:
         self.closed = False
 
     @property
-    def usage(self) -> dict[str, int]:
+    def usage(self) -> Usage:
         completion = sum(stream.completion_tokens for stream in self.streams)
         return {
             "prompt_tokens": self.plan.prompt_tokens,
@@ -240,7 +255,7 @@ class Generation:
                 elif (reason := self.streams[index].finish_reason) is None or reason == "cancelled":
                     raise cut_off()  # only draining cancels a stream that is being read
                 else:
-                    chunks = writers[index].end(reason)
+                    chunks = writers[index].end(cast("TextFinishReason", reason))
                     running -= 1
                 for chunk in chunks:
                     yield chunk
@@ -265,8 +280,8 @@ class Generation:
 class ChunkResponse(EventSourceResponse):
     """Sends a generation as server-sent events and closes it when the connection ends."""
 
-    def __init__(self, generation: Generation, events: AsyncIterator[str], **arguments: Any):
-        super().__init__(events, sep="\n", **arguments)
+    def __init__(self, generation: Generation, events: AsyncIterator[str], grace_seconds: float):
+        super().__init__(events, sep="\n", shutdown_grace_period=grace_seconds)
         self.generation = generation
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -277,7 +292,7 @@ class ChunkResponse(EventSourceResponse):
 
 
 def stream(
-    generation: Generation, envelope: Envelope, head: dict[str, Any], include_usage: bool, grace_seconds: float
+    generation: Generation, envelope: Envelope, head: Head, include_usage: bool, grace_seconds: float
 ) -> Response:
     """Return a streamed response.
 
@@ -285,32 +300,32 @@ def stream(
         include_usage: end with a chunk without choices that has the token counts.
         grace_seconds: time to send the rest when the web server shuts down.
     """
-    head = head | {"object": envelope.chunk_object}
+    chunk_head = {**head, "object": envelope.chunk_object}
     no_usage = {"usage": None} if include_usage else {}
 
     async def events() -> AsyncIterator[str]:
         try:
             async with contextlib.aclosing(generation.chunks()) as chunks:
                 async for chunk in chunks:
-                    yield to_json(head | {"choices": [chunk]} | no_usage).decode()
+                    yield to_json({**chunk_head, "choices": [chunk], **no_usage}).decode()
         except ApiError as error:  # the status has been sent already
             yield to_json(error.body).decode()
             return
         if include_usage:
-            yield to_json(head | {"choices": [], "usage": generation.usage}).decode()
+            yield to_json({**chunk_head, "choices": [], "usage": generation.usage}).decode()
         yield "[DONE]"
 
-    return ChunkResponse(generation, events(), shutdown_grace_period=grace_seconds)
+    return ChunkResponse(generation, events(), grace_seconds)
 
 
-async def respond(request: Request, generation: Generation, envelope: Envelope, head: dict[str, Any]) -> Response:
+async def respond(request: Request, generation: Generation, envelope: Envelope, head: Head) -> Response:
     """Return the whole response at once, or an empty one if the client disconnects first.
 
     Raises:
         ApiError: the model failed, or the server is stopping.
     """
 
-    async def collect() -> list[dict[str, Any]]:
+    async def collect() -> list[ChatChoice | TextChoice]:
         parts: list[list[Chunk]] = [[] for _ in generation.streams]
         async with contextlib.aclosing(generation.chunks()) as chunks:
             async for chunk in chunks:
@@ -327,7 +342,7 @@ async def respond(request: Request, generation: Generation, envelope: Envelope, 
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         if not collecting.done():
             return Response(status_code=CLIENT_GONE)
-        answer = head | {"choices": collecting.result(), "usage": generation.usage}
+        answer = {**head, "choices": collecting.result(), "usage": generation.usage}
         return Response(to_json(answer), media_type="application/json")
     finally:
         for task in tasks:

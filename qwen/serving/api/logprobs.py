@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Sequence
-from typing import Any
 
 from ...model.tokenization_qwen import QWenTokenizer
 from ..engine.detokenizer import TokenLogprob
+from .responses import ChatLogprobs, ContentLogprob, TextLogprobs, TokenProbability
 
 LOWEST = -9999.0  # replaces minus infinity, which JSON does not have
 
@@ -31,15 +31,15 @@ def token_text(content: bytes) -> str:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)
 
 
-def chat_logprobs(tokenizer: QWenTokenizer, tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
+def chat_logprobs(tokenizer: QWenTokenizer, tokens: Sequence[TokenLogprob]) -> ChatLogprobs:
     """Format `choices[].logprobs` of a chat completion."""
 
-    def entry(token_id: int, logprob: float) -> dict[str, Any]:
+    def entry(token_id: int, logprob: float) -> TokenProbability:
         content = token_bytes(tokenizer, token_id)
         return {"token": token_text(content), "logprob": max(logprob, LOWEST), "bytes": list(content)}
 
-    content = [
-        entry(token.token_id, token.logprob) | {"top_logprobs": [entry(*likely) for likely in token.top]}
+    content: list[ContentLogprob] = [
+        {**entry(token.token_id, token.logprob), "top_logprobs": [entry(*likely) for likely in token.top]}
         for token in tokens
     ]
     return {"content": content, "refusal": None}
@@ -56,9 +56,9 @@ class CompletionLogprobs:
         self.tokenizer, self.offset = tokenizer, offset
         self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
-    def __call__(self, tokens: Sequence[TokenLogprob]) -> dict[str, list[Any]]:
+    def __call__(self, tokens: Sequence[TokenLogprob]) -> TextLogprobs:
         """Format the next tokens of the text."""
-        shape: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        shape: TextLogprobs = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for token in tokens:
             content = token_bytes(self.tokenizer, token.token_id)
             likeliest = {

@@ -21,6 +21,9 @@ MAX_BIASES = 1024
 MAX_MESSAGES = 16384  # bounds validation; the server's own limit is lower and checked later
 MAX_TOP_K = 2**31 - 1
 
+JSONObject = dict[str, Any]
+"""An object that the API passes on: a JSON schema, or a function as the client described it."""
+
 T = TypeVar("T")
 # Report one error per list: each takes several kilobytes, and a list may have 500,000 wrong elements.
 Array = Annotated[list[T], Field(fail_fast=True)]
@@ -36,7 +39,7 @@ StopString = Annotated[str, Field(min_length=1, max_length=1000)]
 TokenId = Annotated[str, Field(pattern="^[0-9]{1,9}$")]
 
 
-def _limit_entries(bias: Any) -> Any:
+def _limit_entries(bias: object) -> object:
     """Limit the size before validating entries: pydantic reports every wrong one."""
     if isinstance(bias, dict) and len(bias) > MAX_BIASES:
         raise ValueError(f"should have at most {MAX_BIASES} entries, not {len(bias)}")
@@ -116,7 +119,7 @@ class ChatMessage(Fields):
 class FunctionDefinition(Fields):
     name: FunctionName
     description: str | None = None
-    parameters: dict[str, Any] | None = Field(None, description="a JSON schema")
+    parameters: JSONObject | None = Field(None, description="a JSON schema")
     strict: bool | None = None
 
 
@@ -133,7 +136,7 @@ class LegacyFunction(Fields):
     name_for_model: FunctionName | None = None
     name_for_human: str | None = None
     description_for_model: str | None = None
-    parameters: dict[str, Any] | list[Any] | None = None
+    parameters: JSONObject | list[object] | None = None
 
     @model_validator(mode="after")
     def _is_named(self) -> LegacyFunction:
@@ -162,7 +165,7 @@ class JsonObjectFormat(Fields):
 class JsonSchema(Fields):
     name: str | None = None
     description: str | None = None
-    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    schema_: JSONObject | None = Field(None, alias="schema")
     strict: bool | None = None
 
 

@@ -1,6 +1,6 @@
 """Response types of the OpenAI API, for the documentation at /docs and for tests.
 
-chat.py and completions.py build plain dicts of these shapes.
+chat.py, completions.py and logprobs.py build their values.
 """
 
 from __future__ import annotations
@@ -8,6 +8,9 @@ from __future__ import annotations
 from typing import Literal, NotRequired
 
 from typing_extensions import TypedDict  # pydantic rejects typing.TypedDict before Python 3.12
+
+TextFinishReason = Literal["stop", "length"]
+ChatFinishReason = Literal["stop", "length", "tool_calls", "function_call"]
 
 
 class Error(TypedDict):
@@ -65,7 +68,7 @@ class ChatChoice(TypedDict):
     index: int
     message: AssistantMessage
     logprobs: ChatLogprobs | None
-    finish_reason: Literal["stop", "length", "tool_calls", "function_call"]
+    finish_reason: ChatFinishReason
 
 
 class ChatCompletion(TypedDict):
@@ -101,7 +104,7 @@ class ChatChunkChoice(TypedDict):
     index: int
     delta: MessageDelta
     logprobs: ChatLogprobs | None
-    finish_reason: Literal["stop", "length", "tool_calls", "function_call"] | None
+    finish_reason: ChatFinishReason | None
 
 
 class ChatCompletionChunk(TypedDict):
@@ -127,7 +130,7 @@ class TextChoice(TypedDict):
     index: int
     text: str
     logprobs: TextLogprobs | None
-    finish_reason: Literal["stop", "length"] | None
+    finish_reason: TextFinishReason | None
 
 
 class Completion(TypedDict):

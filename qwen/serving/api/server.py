@@ -11,7 +11,7 @@ import asyncio
 import threading
 from collections.abc import Callable
 from types import FrameType
-from typing import Any
+from typing import cast
 
 import uvicorn
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -41,8 +41,7 @@ class DrainingServer(uvicorn.Server):
         on_ready: Callable[[], None] = lambda: None,
         on_drain: Callable[[], None] = lambda: None,
     ):
-        app: Any = config.app  # uvicorn also takes other kinds; this one is ASGI 3
-        config.app = _answer_when_cancelled(app)
+        config.app = _answer_when_cancelled(cast("ASGIApp", config.app))  # uvicorn also takes other kinds
         super().__init__(config)
         self.drain, self.seconds, self.on_ready, self.on_drain = drain, seconds, on_ready, on_drain
         self.signals = 0

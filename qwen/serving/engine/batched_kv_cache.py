@@ -7,7 +7,7 @@ Stored as (rows, tokens, H, D), H heads of D channels, so that a token is contig
 rows is a power of two. Layers are reallocated one by one, so that growing needs little memory besides the cache itself.
 """
 
-from typing import Any
+from typing import cast
 
 import torch
 from transformers import Cache, DynamicCache
@@ -44,8 +44,8 @@ class RaggedLayer(CacheLayerMixin):
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
 
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    def update(  # type: ignore[override]  # returns quantized states, too, to the attention that reads them
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor] | tuple[QuantizedStates, QuantizedStates]:
         """Append one token to every row: (B, H, 1, D) each → (B, H, longest + 1, D). The attention mask must hide what
         follows a row's own length."""
@@ -138,6 +138,10 @@ class RaggedCache(Cache):
         self.prompt_state.rows = self.lengths.tokens  # the same list, which is only changed in place
 
     @property
+    def _layers(self) -> list[RaggedLayer]:
+        return cast("list[RaggedLayer]", self.layers)
+
+    @property
     def rows(self) -> int:
         """Number of sequences in the batch."""
         return len(self.lengths.tokens)
@@ -154,8 +158,9 @@ class RaggedCache(Cache):
 
     def join(self, prompts: DynamicCache, row: int, length: int) -> None:
         """Append a sequence as the last row: the first `length` tokens of row `row` of `prompts`."""
-        for layer, encoded in zip(self.layers, prompts.layers, strict=True):
-            layer.write(self.rows, encoded.keys[row : row + 1, :, :length], encoded.values[row : row + 1, :, :length])
+        for layer, encoded in zip(self._layers, cast("list[CacheLayerMixin]", prompts.layers), strict=True):
+            keys, values = cast("torch.Tensor", encoded.keys), cast("torch.Tensor", encoded.values)
+            layer.write(self.rows, keys[row : row + 1, :, :length], values[row : row + 1, :, :length])
         if (alpha := prompt_state(prompts).alpha) is not None:
             kept = [] if self.prompt_state.alpha is None else [self.prompt_state.alpha]
             self.prompt_state.alpha = torch.cat([*kept, alpha[row : row + 1]])
@@ -165,7 +170,7 @@ class RaggedCache(Cache):
     def leave(self, row: int) -> None:
         """Remove a row; the last row takes its place."""
         last = self.rows - 1
-        for layer in self.layers:
+        for layer in self._layers:
             layer.vacate(row, last)
         if (alpha := self.prompt_state.alpha) is not None:
             alpha[row] = alpha[last].clone()
@@ -173,7 +178,7 @@ class RaggedCache(Cache):
         self.lengths.tokens[row] = self.lengths.tokens[last]
         self.lengths.tokens.pop()
         self.lengths.refresh()
-        for layer in self.layers:
+        for layer in self._layers:
             if self.room_for(self.rows) < len(layer.store[0]):
                 layer.resize(self.room_for(self.rows))
 

@@ -43,7 +43,7 @@ class TextStream:
         self._text = text
         self._started = time.perf_counter()
         self._items: deque[Piece | BaseException | None] = deque()  # None marks the end
-        self._wake: Callable[[], Any] = lambda: None
+        self._wake: Callable[[], object] = lambda: None
         self.on_cancel: Callable[[], None] = lambda: None  # set by the engine
 
     def cancel(self) -> None:

@@ -6,7 +6,7 @@ switched off, and the policy keeps the browser from fetching other hosts' conten
 
 import logging
 import time
-from typing import Any
+from typing import TypedDict, Unpack
 
 import gradio as gr
 from starlette.middleware import Middleware
@@ -60,7 +60,17 @@ class ContentSecurityPolicy:
         await self.app(scope, receive, send_with_policy)
 
 
-def launch(engine: Engine, name: str, **options: Any) -> gr.Blocks:
+class LaunchOptions(TypedDict, total=False):
+    """Options of `gradio.Blocks.launch` that `launch` passes on."""
+
+    server_name: str | None
+    server_port: int | None
+    share: bool
+    auth: tuple[str, str] | None
+    inbrowser: bool
+
+
+def launch(engine: Engine, name: str, **options: Unpack[LaunchOptions]) -> gr.Blocks:
     """Serve the page from a background thread until `close` is called with the returned blocks.
 
     Args:

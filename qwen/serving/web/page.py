@@ -10,16 +10,44 @@ import json
 import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from typing import Any
+from typing import Any, TypedDict, cast
 
 import gradio as gr
+from gradio.i18n import I18nData
 
 from ...model.qwen_generation_utils import DEFAULT_SYSTEM, History, make_context
 from ..engine import Engine, PromptTooLong, QueueFull, SchedulerClosed, TextStream
 from .texts import TEXTS
 
-Messages = list[dict[str, Any]]  # in the format of the chat component
-Update = tuple[Any, Any]  # of the text box and the conversation
+Control = gr.Textbox | gr.Slider | gr.Number
+Setting = str | float | None  # value of a control
+Update = tuple[object, object]  # of the text box and the conversation
+
+
+class TextPart(TypedDict):
+    """A part of a message of the chat component. The page makes no others than text."""
+
+    type: str
+    text: str
+
+
+class Message(TypedDict):
+    """A message in the format of the chat component."""
+
+    role: str
+    content: list[TextPart]
+
+
+Messages = list[Message]
+
+
+class Labels(TypedDict):
+    """Arguments common to all controls."""
+
+    label: I18nData
+    info: I18nData
+    elem_id: str
+
 
 logger = logging.getLogger(__name__)
 
@@ -48,17 +76,17 @@ def text_for(request: gr.Request, key: str) -> str:
     return TEXTS[language][key]
 
 
-def text_message(role: str, text: str) -> dict[str, Any]:
+def text_message(role: str, text: str) -> Message:
     """Return a message for the chat component. A plain string would lose the indentation of code."""
     return {"role": role, "content": [{"type": "text", "text": text}]}
 
 
-def text_of(message: dict[str, Any]) -> str:
+def text_of(message: Message) -> str:
     """Return the text of a message of the chat component."""
     return "".join(part["text"] for part in message["content"] if part["type"] == "text")
 
 
-def question_and_history(messages: Sequence[dict[str, Any]]) -> tuple[str, History]:
+def question_and_history(messages: Sequence[Message]) -> tuple[str, History]:
     """Split messages that end in a question into its text and the answered questions before it."""
     history, question = [], ""
     for message in messages[:-1]:
@@ -138,7 +166,7 @@ class Page:
                     sanitize_html=True,
                     allow_tags=True,  # show text like <stdio.h>, which is not HTML, as written
                     group_consecutive_messages=False,
-                    placeholder=TEXT("greeting"),
+                    placeholder=cast("str", TEXT("greeting")),  # translated on the page like those of other components
                 )
                 self.box = gr.Textbox(
                     elem_id="box",
@@ -152,7 +180,7 @@ class Page:
             self.saved = gr.BrowserState(storage_key=f"qwen-web-demo {name}", secret="qwen-web-demo")
             self._connect(reset)
 
-    def _settings(self) -> dict[str, gr.components.Component]:
+    def _settings(self) -> dict[str, Control]:
         """Create the system prompt and a control for each sampling setting, by its name in SamplingParams."""
         defaults = self.engine.params()
 
@@ -167,7 +195,7 @@ class Page:
                 **labels(name),
             )
 
-        def labels(name: str) -> dict[str, Any]:
+        def labels(name: str) -> Labels:
             return {"label": TEXT(name), "info": TEXT(f"{name}_info"), "elem_id": name}
 
         return {
@@ -216,7 +244,9 @@ class Page:
             **at_once,
         )
 
-    async def send(self, request: gr.Request, text: str, messages: Messages, *settings: Any) -> AsyncIterator[Update]:
+    async def send(
+        self, request: gr.Request, text: str, messages: Messages, *settings: Setting
+    ) -> AsyncIterator[Update]:
         """Answer a new question."""
         if not text.strip():
             yield gr.skip(), gr.skip()  # without a first value Gradio would clear both outputs
@@ -226,7 +256,7 @@ class Page:
         async for update in self._reply(request, asked, settings, draft="", fallback=(text, messages)):
             yield update
 
-    async def retry(self, request: gr.Request, messages: Messages, *settings: Any) -> AsyncIterator[Update]:
+    async def retry(self, request: gr.Request, messages: Messages, *settings: Setting) -> AsyncIterator[Update]:
         """Generate another reply to the last question."""
         asked = list(messages)
         while asked and asked[-1]["role"] != "user":
@@ -235,10 +265,11 @@ class Page:
             yield update
 
     async def edit(
-        self, request: gr.Request, change: gr.EditData, messages: Messages, *settings: Any
+        self, request: gr.Request, change: gr.EditData, messages: Messages, *settings: Setting
     ) -> AsyncIterator[Update]:
         """Replace an earlier question, drop what came after it, and reply."""
-        earlier, later = messages[: change.index], messages[change.index + 1 :]
+        index = cast("int", change.index)  # of a message
+        earlier, later = messages[:index], messages[index + 1 :]
         before = [*earlier, text_message("user", change.previous_value), *later]
         if not change.value.strip():
             yield gr.skip(), before
@@ -252,7 +283,7 @@ class Page:
         self,
         request: gr.Request,
         asked: Messages,
-        settings: Sequence[Any],
+        settings: Sequence[Setting],
         fallback: tuple[str | None, Messages],
         draft: str | None = None,
     ) -> AsyncIterator[Update]:
@@ -271,7 +302,7 @@ class Page:
         reply = None
         try:
             yield busy if draft is None else busy | {"value": draft}, asked
-            stream = await self._start(asked, *settings)
+            stream = await self._start(asked, settings)
             run.started(stream)
             async with contextlib.aclosing(growing_text(stream)) as texts:
                 async for reply in texts:
@@ -292,15 +323,16 @@ class Page:
             text, messages = fallback
             yield gr.skip() if text is None else gr.update(value=text), messages
 
-    async def _start(self, asked: Messages, system: str, *sampling: Any) -> TextStream:
+    async def _start(self, asked: Messages, settings: Sequence[Setting]) -> TextStream:
         """Start a reply to the question that the messages end in.
 
         Raises:
             PromptTooLong, QueueFull, SchedulerClosed: see `Engine.start`.
         """
         engine = self.engine
-        names = [name for name in self.settings if name != "system"]
-        params = engine.params(**dict(zip(names, sampling, strict=True)))
+        values = dict(zip(self.settings, settings, strict=True))
+        system = cast("str", values.pop("system"))
+        params = engine.params(**values)
         question, history = question_and_history(asked)
         window = getattr(engine.model.generation_config, "max_window_size", None)
         window = {} if window is None else {"max_window_size": window}
@@ -321,13 +353,14 @@ class Page:
 
     def undo(self, last: gr.UndoData, messages: Messages) -> tuple[Messages, str]:
         """Move the last question back into the text box."""
-        return messages[: last.index], text_of(messages[last.index])
+        index = cast("int", last.index)  # of a message
+        return messages[:index], text_of(messages[index])
 
-    def own_settings(self) -> list[Any]:
+    def own_settings(self) -> list[Setting]:
         """Return the initial settings, those of the checkpoint."""
         return [component.value for component in self.settings.values()]
 
-    def restore(self, saved: Any) -> list[Any]:
+    def restore(self, saved: object) -> list[object]:
         """Return text, messages and settings saved by the browser; invalid values are ignored.
 
         A question whose page was closed before its reply began goes back into the text box.
@@ -345,15 +378,17 @@ class Page:
         return [draft or gr.skip(), messages, *settings]
 
 
-def fits(component: gr.components.Component, value: Any) -> bool:
+def fits(component: Control, value: object) -> bool:
     """Return whether a value is valid for a control."""
     if isinstance(component, gr.Slider):
-        return type(value) in (int, float) and component.minimum <= value <= component.maximum
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            return False
+        return component.minimum <= value <= component.maximum
     if isinstance(component, gr.Number):
         return value is None or type(value) is int
     return isinstance(value, str)
 
 
-def idle() -> dict[str, Any]:
+def idle() -> dict[str, object]:
     """Return the update that resets the text box after a reply."""
     return gr.update(interactive=True, submit_btn=True, stop_btn=False)
