@@ -3,9 +3,10 @@
 import sys
 import warnings
 from collections.abc import Callable, Mapping
+from typing import Any
 
 
-def old_names(module: str, names: Mapping[str, str]) -> Callable[[str], object]:
+def old_names(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
     """Return a module's `__getattr__` (PEP 562) that resolves old names with a DeprecationWarning.
 
     Args:
@@ -13,7 +14,7 @@ def old_names(module: str, names: Mapping[str, str]) -> Callable[[str], object]:
         names: old name to new name.
     """
 
-    def resolve(name: str) -> object:
+    def resolve(name: str) -> Any:
         if name not in names:
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
         new = names[name]

@@ -5,9 +5,8 @@ Both published formats of `config.json` load into the same class.
 
 import copy
 import dataclasses
-import types
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Optional, TypeAlias, TypeVar, cast
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
@@ -31,12 +30,7 @@ UNSET: Any = None  # default of a field that `__post_init__` sets
 if TYPE_CHECKING:
     SetLater: TypeAlias = Annotated[T, "set by __post_init__"]
 else:
-
-    class SetLater:
-        """`SetLater[int]` is an int for readers, and `int | None` for `@strict`, which also checks the default."""
-
-        def __class_getitem__(cls, kind: type) -> types.UnionType:
-            return kind | None
+    SetLater = Optional  # `@strict` also checks the default
 
 
 @strict

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from transformers import LogitsProcessor, PreTrainedTokenizerBase
@@ -20,7 +20,7 @@ MOVED = ("Abandoned", "ChatMixin", "TokenQueue", "check_stop_words", "mask_of_le
 """Names that moved to `chat_qwen.py`."""
 
 
-def __getattr__(name: str) -> object:
+def __getattr__(name: str) -> Any:
     """Resolve moved names for old imports. Without a package there is no sibling to import them from."""
     if name in MOVED and __package__:
         return getattr(importlib.import_module(f"{__package__}.chat_qwen"), name)

@@ -5,12 +5,12 @@ import copy
 import difflib
 import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # takes seconds to import
     from transformers import GenerationConfig
 
-Range = tuple[str, Callable[[Any], bool]]
+Range = tuple[str, Callable[..., bool]]
 
 
 def _whole(least: int) -> Range:

@@ -12,7 +12,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, TypedDict, cast
+from typing import NamedTuple, Protocol, TypedDict, cast
 
 from pydantic_core import to_json
 from sse_starlette import EventSourceResponse
@@ -96,7 +96,7 @@ class Envelope:
     object: str
     chunk_object: str
     id_prefix: str
-    collect: Callable[[list[Any]], ChatChoice | TextChoice]
+    collect: Callable[..., ChatChoice | TextChoice]
 
     def head(self, model: str, fingerprint: str) -> Head:
         return {
