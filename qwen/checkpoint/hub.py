@@ -22,7 +22,8 @@ PUBLISHED = tuple(
 
 
 class DownloadOptions(TypedDict, total=False):
-    """Keyword arguments of `from_pretrained` for downloads; see `HubOptions`."""
+    """Keyword arguments of `from_pretrained` for downloads: the `HubOptions` that are set. An unset one is absent, not
+    None."""
 
     revision: str
     subfolder: str

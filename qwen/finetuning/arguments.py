@@ -11,18 +11,20 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import torch
 import transformers
 from transformers import HfArgumentParser, IntervalStrategy
-from transformers.hf_argparser import DataClassType
 
 from ..checkpoint.files import JSONObject
 from ..checkpoint.hub import HUBS
 from ..model.qwen_generation_utils import DEFAULT_SYSTEM
 from .distributed import join_deepspeed
 from .transformers4_arguments import translate
+
+if TYPE_CHECKING:
+    from transformers.hf_argparser import DataClassType
 
 LORA_TARGETS = ["c_attn", "c_proj", "w1", "w2"]
 
@@ -200,7 +202,7 @@ def read_settings(argv: list[str]) -> tuple[Settings, list[str]]:
 def make_parser() -> HfArgumentParser:
     """Build the parser of all arguments, ours and transformers'."""
     kinds = (ModelArguments, DataArguments, LoraArguments, TrainingArguments)
-    return _Parser(cast(Iterable[DataClassType], kinds), allow_abbrev=False)
+    return _Parser(cast("Iterable[DataClassType]", kinds), allow_abbrev=False)
 
 
 class _Parser(HfArgumentParser):
