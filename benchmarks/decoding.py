@@ -36,12 +36,12 @@ def decode_greedily(
         attention_mask=torch.ones_like(row),
         do_sample=False,
         max_new_tokens=tokens,
-        streamer=_Call(on_token),
+        streamer=_CallbackStreamer(on_token),
     )
     return output[0, len(ids) :].tolist()
 
 
-class _Call(BaseStreamer):
+class _CallbackStreamer(BaseStreamer):
     """Calls back for each token. Tokens arrive on the CPU, so the device has finished."""
 
     def __init__(self, on_token: Callable[[], None]):

@@ -25,7 +25,7 @@ except ModuleNotFoundError as error:
     sys.exit(f"{error}. In the repository folder, run: pip install -e .")
 
 import torch
-from memory import resident
+from memory import resident_bytes
 from random_models import SHAPES, config, fill
 from safetensors.torch import save_file
 from transformers import Qwen2ForCausalLM
@@ -37,7 +37,7 @@ from qwen.export import export_gguf, export_qwen2
 from qwen.quiet import quiet_loading
 
 
-def write(shape: str, layers: int, folder: Path) -> int:
+def write_checkpoint(shape: str, layers: int, folder: Path) -> int:
     """Write a checkpoint in files of about the size of its embedding, and return the size of the largest one."""
     settings = config(shape)
     settings.num_hidden_layers = layers
@@ -68,12 +68,12 @@ def write(shape: str, layers: int, folder: Path) -> int:
 def export(kind: str, source: Path, target: Path, results: multiprocessing.Queue) -> None:
     """Export, in a separate process, and put the seconds and the memory growth in bytes into `results`."""
     with quiet_loading(progress=False):
-        before, start = resident("VmRSS"), time.perf_counter()
+        before, start = resident_bytes("VmRSS"), time.perf_counter()
         if kind == "Qwen2":
             export_qwen2(source, target)
         else:
             export_gguf(source, target, kind="f16")
-        results.put((time.perf_counter() - start, resident("VmHWM") - before))
+        results.put((time.perf_counter() - start, resident_bytes("VmHWM") - before))
 
 
 def logits(model_class: type, folder: Path) -> torch.Tensor:
@@ -96,7 +96,7 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as work:
             source = Path(work) / "source"
             source.mkdir()
-            largest = write(size, arguments.layers, source)
+            largest = write_checkpoint(size, arguments.layers, source)
             for kind, target in (("Qwen2", Path(work) / "out"), ("GGUF f16", Path(work) / "out.gguf")):
                 results = context.Queue()
                 process = context.Process(target=export, args=(kind, source, target, results))

@@ -3,10 +3,10 @@
     OMP_NUM_THREADS=1 python benchmarks/few_shot_prefix.py
     OMP_NUM_THREADS=1 python benchmarks/few_shot_prefix.py --shapes 1.8B --questions 12 --batch-size 4 --rounds 1
 
-Both use `LanguageModel.choose`, which encodes the common context of questions once; the second mode passes the whole
-prompt as the question. The modes alternate on the CPU; medians of processor time are reported, and all answers must be
-equal. The toy runs without dynamic NTK, with which prompts of more than 256 tokens cannot share a prefix. Other shapes
-have random weights. Prints a Markdown table.
+Both use `LanguageModel.choice_logprobs`, which encodes the common context of questions once; the second mode passes the
+whole prompt as the question. The modes alternate on the CPU; medians of processor time are reported, and all answers
+must be equal. The toy runs without dynamic NTK, with which prompts of more than 256 tokens cannot share a prefix. Other
+shapes have random weights. Prints a Markdown table.
 """
 
 import argparse
@@ -47,7 +47,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     model, tokenizer = load_model_quietly(BUNDLED_BASE, cpu_only=True, fp32=True, use_dynamic_ntk=False)
-    cases = subject(arguments.questions, arguments.words)
+    cases = make_cases(arguments.questions, arguments.words)
     print("| float32 | questions | question tokens | context tokens | context each time, s | once, s | speedup |")
     print("|---|---:|---:|---:|---:|---:|---:|", flush=True)
     for name in ("toy", *arguments.shapes):
@@ -59,7 +59,7 @@ def main() -> None:
         print(f"| {name} | {shape} | {each:.2f} | {once:.2f} | {each / once:.1f} |", flush=True)
 
 
-def subject(count: int, words: int) -> list[Case]:
+def make_cases(count: int, words: int) -> list[Case]:
     """Return `count` questions with the same examples, by default as long as those of MMLU on average."""
     rng = random.Random(0)
 
@@ -79,19 +79,19 @@ def compare(lm: LanguageModel, cases: Sequence[Case], batch_size: int, rounds: i
     seconds: dict[str, list[float]] = {"each": [], "once": []}
     for _ in range(rounds):
         scores = {}
-        for mode, asked in (("each", whole), ("once", cases)):
+        for mode, prompts in (("each", whole), ("once", cases)):
             lm = LanguageModel(lm.model, lm.tokenizer, lm.max_seq_len)  # without a cached context
             start = time.process_time()
-            batches = (asked[first : first + batch_size] for first in range(0, len(asked), batch_size))
-            scores[mode] = [row for batch in batches for row in lm.choose(batch, CHOICES)]
+            batches = (prompts[first : first + batch_size] for first in range(0, len(prompts), batch_size))
+            scores[mode] = [row for batch in batches for row in lm.choice_logprobs(batch, CHOICES)]
             seconds[mode].append(time.process_time() - start)
         torch.testing.assert_close(scores["each"], scores["once"], rtol=0, atol=1e-3)
-        if [best(row) for row in scores["each"]] != [best(row) for row in scores["once"]]:
+        if [best_letter(row) for row in scores["each"]] != [best_letter(row) for row in scores["once"]]:
             raise RuntimeError("The two modes do not choose the same letters.")
     return statistics.median(seconds["each"]), statistics.median(seconds["once"])
 
 
-def best(scores: Sequence[float]) -> str:
+def best_letter(scores: Sequence[float]) -> str:
     return LETTERS[max(range(len(LETTERS)), key=scores.__getitem__)]
 
 

@@ -31,7 +31,7 @@ except ModuleNotFoundError as error:
     sys.exit(f"{error}. In the repository folder, run: pip install -e .")
 
 import torch
-from memory import peak
+from memory import peak_bytes
 from random_models import SHAPES, config, write_quantized
 from transformers import Qwen2ForCausalLM, Trainer, TrainerCallback
 
@@ -90,10 +90,10 @@ def cell(shape: str, method: str, length: int, steps: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         model = quantized_model(shape, Path(folder)) if method == "qlora" else random_model(shape, method)
         if method in ("lora", "lora-embeddings"):
-            whole = EMBEDDINGS if method == "lora-embeddings" else []
-            model = add_lora(model, LoraArguments(), whole)
+            modules_to_save = EMBEDDINGS if method == "lora-embeddings" else []
+            model = add_lora(model, LoraArguments(), modules_to_save)
         seconds = train(model, length, steps, settings(method, folder), SupervisedTrainer)
-    return {"gigabytes": peak() / 1e9, "seconds": statistics.median(seconds)}
+    return {"gigabytes": peak_bytes() / 1e9, "seconds": statistics.median(seconds)}
 
 
 def beside_qwen2(shape: str, lengths: list[int], steps: int) -> None:
@@ -136,25 +136,25 @@ def train(
         {"input_ids": row, "labels": targets} for row, targets in zip(ids.tolist(), labels.tolist(), strict=True)
     ]
     arguments.max_steps = steps
-    clock = Clock()
-    trainer(model, arguments, data_collator=Collator(0), train_dataset=samples, callbacks=[clock]).train()
-    return clock.seconds[1:]
+    timer = StepTimer()
+    trainer(model, arguments, data_collator=Collator(0), train_dataset=samples, callbacks=[timer]).train()
+    return timer.seconds[1:]
 
 
-class Clock(TrainerCallback):
+class StepTimer(TrainerCallback):
     """Records the seconds of each optimizer step."""
 
     def __init__(self):
         self.seconds: list[float] = []
 
     def on_step_begin(self, *args, **kwargs):
-        self.start = now()
+        self.start = synchronized_time()
 
     def on_step_end(self, *args, **kwargs):
-        self.seconds.append(now() - self.start)
+        self.seconds.append(synchronized_time() - self.start)
 
 
-def now() -> float:
+def synchronized_time() -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
@@ -178,21 +178,21 @@ def settings(method: str, folder: str) -> TrainingArguments:
 
 
 def random_model(shape: str, method: str) -> QWenLMHeadModel:
-    with placed(method):
+    with default_placement(method):
         model = QWenLMHeadModel(config(shape))
     model.config.use_cache = False
     return model
 
 
 def random_qwen2(shape: str, method: str) -> Qwen2ForCausalLM:
-    with placed(method):
+    with default_placement(method):
         model = Qwen2ForCausalLM(qwen2_config(config(shape)))
     model.config.use_cache = False
     return model
 
 
 @contextlib.contextmanager
-def placed(method: str) -> Iterator[None]:
+def default_placement(method: str) -> Iterator[None]:
     """Create weights on their device; frozen ones in half precision on a GPU, like `load_for_training`."""
     gpu = torch.cuda.is_available()
     torch.set_default_dtype(torch.bfloat16 if gpu and method != "full" else torch.float32)

@@ -45,7 +45,7 @@ except ModuleNotFoundError as error:
 
 import torch
 from decoding import Decoder, decode_greedily, token_times
-from memory import available, resident
+from memory import available_bytes, resident_bytes
 from qwen2 import as_qwen2
 from random_models import SHAPES, config, fill, random_model, write_quantized
 
@@ -60,8 +60,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 GGUF_KINDS = {"fp32": "f32", "bf16": "bf16", "int8": "q8_0", "int4": "q4_0"}
 ENGINES = ("this", "Qwen2", "llama.cpp")
 WARM_UP = 8  # tokens
-LIBRARIES = 0.6e9  # bytes of a process without a model
-REPACKING = {"int8": 1.6, "int4": 1.1}  # CPU: peak memory relative to the weights, without mapped files
+LIBRARY_BYTES = 0.6e9  # bytes of a process without a model
+REPACKING_FACTOR = {"int8": 1.6, "int4": 1.1}  # CPU: peak memory relative to the weights, without mapped files
 
 # Published for one A100-80G, by generated tokens, with 1 and with 2048 tokens of context.
 PUBLISHED_SPEEDS = {
@@ -119,12 +119,12 @@ class Cell:
         return next((name for name in SHAPES if [getattr(config(name), field) for field in fields] == shape), None)
 
     @property
-    def is_written(self) -> bool:
+    def needs_file(self) -> bool:
         """Whether the engine reads a file that must be written first."""
         return self.engine == "llama.cpp" or (not self.is_checkpoint and BITS[self.precision] <= 8)
 
 
-class Failed(Exception):
+class MeasurementError(Exception):
     """A cell could not be measured. The message is shown in the table."""
 
 
@@ -135,17 +135,17 @@ def main() -> int:
     arguments = parse()
     if arguments.task:
         task, folder, cell = json.loads(arguments.task)
-        return child(task, Path(folder), Cell(**cell) if cell else None)
+        return run_task(task, Path(folder), Cell(**cell) if cell else None)
     for name in ("SIGTERM", "SIGHUP"):  # end the cell processes, too
         if hasattr(signal, name):  # Windows has no SIGHUP
             signal.signal(getattr(signal, name), signal.default_int_handler)
     try:
-        table(cells(arguments), arguments.cpu_only)
-    except (OSError, ValueError, Failed) as error:  # CheckpointError is among them
+        print_table(make_cells(arguments), arguments.cpu_only)
+    except (OSError, ValueError, MeasurementError) as error:  # CheckpointError is among them
         print(error, file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        show("")
+        show_status("")
         print("\nStopped: the table ends here.", file=sys.stderr)
         return 130
     return 0
@@ -179,7 +179,7 @@ def parse() -> argparse.Namespace:
     return arguments
 
 
-def cells(arguments: argparse.Namespace) -> list[Cell]:
+def make_cells(arguments: argparse.Namespace) -> list[Cell]:
     """Return the cells of the table.
 
     Raises:
@@ -192,8 +192,8 @@ def cells(arguments: argparse.Namespace) -> list[Cell]:
         checkpoint = Checkpoint.open(arguments.checkpoint_path, hub=arguments.hub)
         precisions = checkpoint_precisions(checkpoint, arguments.precisions)
         models = [checkpoint.name]
-    engines = arguments.engines or installed(arguments.cpu_only)
-    if missing := set(engines) - set(installed(arguments.cpu_only)):
+    engines = arguments.engines or installed_engines(arguments.cpu_only)
+    if missing := set(engines) - set(installed_engines(arguments.cpu_only)):
         raise ValueError(
             f"{missing.pop()} runs on the CPU only and needs `pip install llama-cpp-python gguf`: add --cpu-only, or "
             "remove it from --engines."
@@ -217,82 +217,84 @@ def cells(arguments: argparse.Namespace) -> list[Cell]:
     return combined
 
 
-def checkpoint_precisions(checkpoint: Checkpoint, asked: list[str] | None) -> list[str]:
+def checkpoint_precisions(checkpoint: Checkpoint, requested: list[str] | None) -> list[str]:
     name, settings = checkpoint.name, checkpoint.config
     own = ["bf16", "fp32"]
     if is_gptq(settings):
         own = [f"int{settings.quantization_config['bits']}"]
         if own[0] not in BITS:
             raise ValueError(f"{name} has {own[0]} weights, which are not supported: use int8 or int4.")
-    if wrong := set(asked or []) - set(own):
+    if wrong := set(requested or []) - set(own):
         raise ValueError(
             f"{name} is not available in {wrong.pop()}, only in {' and '.join(own)}. Quantize a float checkpoint to 8 "
             "or 4 bits with run_gptq.py."
         )
-    return asked or own[:1]
+    return requested or own[:1]
 
 
-def installed(cpu_only: bool) -> list[str]:
+def installed_engines(cpu_only: bool) -> list[str]:
     llama = cpu_only and all(importlib.util.find_spec(name) for name in ("llama_cpp", "gguf"))
     return list(ENGINES if llama else ENGINES[:2])
 
 
-def table(rows: list[Cell], cpu_only: bool) -> None:
-    show("Measuring memory bandwidth ...")
+def print_table(rows: list[Cell], cpu_only: bool) -> None:
+    show_status("Measuring memory bandwidth ...")
     device = run("device", None, None, cpu_only)
     context, generate = rows[0].context, rows[0].generate
-    show("")
+    show_status("")
     bandwidth = f"memory bandwidth {device['bandwidth'] / 1e9:.0f} GB/s"
     print(f"{device['name']}, torch {torch.__version__}, {bandwidth}. {context} + {generate} tokens.\n")
     names = ["tok/s", "incl. prompt", "memory, GB", "weights, GB", "of bandwidth"]
-    quoted = [published(cell) for cell in rows]
-    if any(speed for speed, _ in quoted):
+    published = [published_figures(cell) for cell in rows]
+    if any(speed for speed, _ in published):
         names.insert(2, "published")
-    if any(memory for _, memory in quoted):
+    if any(memory for _, memory in published):
         names.insert(-2, "published, GB")
     print("| | weights | engine | " + " | ".join(names) + " |\n|---|---|---|" + "---:|" * len(names), flush=True)
-    for number, (cell, quotes) in enumerate(zip(rows, quoted, strict=True), 1):
+    for number, (cell, published_cell) in enumerate(zip(rows, published, strict=True), 1):
         label = f"{Path(cell.model).name} | {cell.precision}"
         step = f"{number} of {len(rows)}, {label.replace(' |', '')}, {cell.engine}: "
         try:
-            figures = measured(cell, device, cpu_only, step)
-        except Failed as failure:
-            show("")
+            figures = measure_in_child(cell, device, cpu_only, step)
+        except MeasurementError as failure:
+            show_status("")
             print(f"| {label} | {cell.engine} | {failure} |" + " |" * (len(names) - 1), flush=True)
             continue
         kernel = "" if figures["kernel"] in (None, "Linear") else f", {figures['kernel']}"
         columns = {
             "tok/s": figures["speed"],
             "incl. prompt": figures["whole_speed"],
-            "published": quotes[0],
+            "published": published_cell[0],
             "memory, GB": figures["peak"] and figures["peak"] / 1e9,
-            "published, GB": quotes[1],
+            "published, GB": published_cell[1],
             "weights, GB": figures["read"] / 1e9,
         }
         texts = {name: "" if value is None else f"{value:.2f}" for name, value in columns.items()}
         share = figures["speed"] and f"{figures['speed'] * figures['read'] / device['bandwidth']:.0%}"
         texts["of bandwidth"] = share or ""
-        show("")
+        show_status("")
         print(f"| {label} | {cell.engine}{kernel} | " + " | ".join(texts[name] for name in names) + " |", flush=True)
 
 
-def published(cell: Cell) -> tuple[float | None, float | None]:
+def published_figures(cell: Cell) -> tuple[float | None, float | None]:
     """Return tokens per second, including the prompt, and GB; None for cells that were not published."""
     speeds = PUBLISHED_SPEEDS.get(cell.generate, {}) if cell.context in (1, 2048) else {}
     memory = PUBLISHED_MEMORY.get((cell.context, cell.generate), {})
     return tuple(figures.get(cell.size, {}).get(cell.precision) for figures in (speeds, memory))
 
 
-def measured(cell: Cell, device: dict, cpu_only: bool, step: str) -> dict:
-    """Measure a cell; raises Failed."""
+def measure_in_child(cell: Cell, device: dict, cpu_only: bool, step: str) -> dict:
+    """Measure a cell; raises MeasurementError."""
     needed, free = needed_bytes(cell, cpu_only), device["free"] if not cpu_only else free_memory()
     if free is not None and needed > free:
-        raise Failed(f"needs about {needed / 1e9:.1f} GB, {free / 1e9:.1f} free")
+        raise MeasurementError(f"needs about {needed / 1e9:.1f} GB, {free / 1e9:.1f} free")
     with tempfile.TemporaryDirectory() as folder:
-        if cell.is_written:
-            show(f"{step}writing weights ...")
+        if cell.needs_file:
+            show_status(f"{step}writing weights ...")
             if (room := shutil.disk_usage(folder).free) < needed:
-                raise Failed(f"needs about {needed / 1e9:.1f} GB in {tempfile.gettempdir()}, {room / 1e9:.1f} free")
+                raise MeasurementError(
+                    f"needs about {needed / 1e9:.1f} GB in {tempfile.gettempdir()}, {room / 1e9:.1f} free"
+                )
             run("write", folder, cell, cpu_only, step)
         return run("measure", folder, cell, cpu_only, step)
 
@@ -315,25 +317,25 @@ def needed_bytes(cell: Cell, cpu_only: bool) -> float:
     if not cpu_only:
         return weights + cache
     if cell.engine == "this":
-        weights *= REPACKING.get(cell.precision, 1)
+        weights *= REPACKING_FACTOR.get(cell.precision, 1)
     elif cell.engine == "llama.cpp" and cell.is_checkpoint:
         weights *= 2  # the loaded and the written copy
-    return weights + cache + LIBRARIES
+    return weights + cache + LIBRARY_BYTES
 
 
 def free_memory() -> int | None:
     """Return the bytes of available main memory; None on systems other than Linux."""
-    return available() if Path("/proc/meminfo").exists() else None
+    return available_bytes() if Path("/proc/meminfo").exists() else None
 
 
 # ---- one process per task ----
 
 
 def run(task: str, folder: str | None, cell: Cell | None, cpu_only: bool, step: str = "") -> dict:
-    """Run `child` in a separate process, so that its peak memory can be measured, and return its result.
+    """Run `run_task` in a separate process, so that its peak memory can be measured, and return its result.
 
     Raises:
-        Failed: the process reported an error or ended without a result.
+        MeasurementError: the process reported an error or ended without a result.
     """
     environment = dict(os.environ)
     if cpu_only:
@@ -346,14 +348,14 @@ def run(task: str, folder: str | None, cell: Cell | None, cpu_only: bool, step: 
         for line in process.stdout:
             message = json.loads(line) if line.startswith("{") else {}  # libraries may print to stdout, too
             if "progress" in message:
-                show(step + message["progress"])
+                show_status(step + message["progress"])
             result = message.get("result", result)
             if "failed" in message:
-                raise Failed(message["failed"])
+                raise MeasurementError(message["failed"])
         if process.wait() == -9:  # SIGKILL by Linux's OOM killer
-            raise Failed("out of memory")
+            raise MeasurementError("out of memory")
         if result is None:
-            raise Failed("failed: see above")
+            raise MeasurementError("failed: see above")
         return result
     finally:
         process.kill()
@@ -361,26 +363,30 @@ def run(task: str, folder: str | None, cell: Cell | None, cpu_only: bool, step: 
         process.stdout.close()
 
 
-def show(text: str) -> None:
+def show_status(text: str) -> None:
     """Show a status line on a terminal, replacing the previous one."""
     if sys.stderr.isatty():
         print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
 
-def child(task: str, folder: Path, cell: Cell | None) -> int:
-    tasks = {"device": device_figures, "write": lambda: write(cell, folder), "measure": lambda: measure(cell, folder)}
+def run_task(task: str, folder: Path, cell: Cell | None) -> int:
+    tasks = {
+        "device": device_figures,
+        "write": lambda: write_weights(cell, folder),
+        "measure": lambda: measure(cell, folder),
+    }
     try:
-        tell(result=tasks[task]())
+        send_message(result=tasks[task]())
     except (MemoryError, RuntimeError) as error:
         if not is_memory_full(error):
             raise
-        tell(failed="out of memory")
+        send_message(failed="out of memory")
     except (OSError, ValueError) as error:  # CheckpointError is among them
-        tell(failed=" ".join(str(error).split()))
+        send_message(failed=" ".join(str(error).split()))
     return 0
 
 
-def tell(**message: object) -> None:
+def send_message(**message: object) -> None:
     print(json.dumps(message), flush=True)
 
 
@@ -405,32 +411,34 @@ def device_figures() -> dict:
     return {"name": f"CPU, {torch.get_num_threads()} threads", "bandwidth": bandwidth}
 
 
-def write(cell: Cell, folder: Path) -> dict:
+def write_weights(cell: Cell, folder: Path) -> dict:
     """Write the file that `measure` reads: a GPTQ checkpoint of random integers, or a GGUF file for llama.cpp."""
     if cell.engine != "llama.cpp":
         with quiet_loading(progress=False):
             write_quantized(cell.model, folder, BITS[cell.precision])
         return {}
-    from qwen.export.gguf_file import Entry, write_gguf
+    from qwen.export.gguf_file import LazyTensor, write_gguf
 
     if cell.is_checkpoint:
         model, _ = load_model_quietly(cell.model, hub=cell.hub, cpu_only=True, dtype=DTYPES[cell.precision])
-        entries = [Entry(name, tensor.shape, lambda held=tensor: held) for name, tensor in model.state_dict().items()]
+        entries = [
+            LazyTensor(name, tensor.shape, lambda held=tensor: held) for name, tensor in model.state_dict().items()
+        ]
     else:
         with torch.device("meta"):
             empty = QWenLMHeadModel(cell.config).state_dict()
         entries = [
-            Entry(name, tensor.shape, lambda name=name, shape=tensor.shape: fill(name, torch.empty(shape)))
+            LazyTensor(name, tensor.shape, lambda name=name, shape=tensor.shape: fill(name, torch.empty(shape)))
             for name, tensor in empty.items()
         ]
     kind = GGUF_KINDS[cell.precision]
     # GPTQ checkpoints have a 16-bit embedding and output matrix.
-    write_gguf(folder / "model.gguf", cell.config, entries, kind, outside=None if kind == "f32" else "bf16")
+    write_gguf(folder / "model.gguf", cell.config, entries, kind, output_type=None if kind == "f32" else "bf16")
     return {}
 
 
 def measure(cell: Cell, folder: Path) -> dict:
-    tell(progress="loading ...")
+    send_message(progress="loading ...")
     with quiet_loading(progress=False):
         decode, read, kernel = (load_llama_cpp if cell.engine == "llama.cpp" else load_transformers)(cell, folder)
     ids = torch.randint(cell.config.vocab_size, (cell.context,), generator=torch.Generator().manual_seed(0)).tolist()
@@ -444,7 +452,7 @@ def measure(cell: Cell, folder: Path) -> dict:
     return {
         "speed": statistics.median(speeds) if speeds else None,
         "whole_speed": statistics.median(whole_speeds),
-        "peak": peak(),
+        "peak": peak_bytes(),
         "read": read(),
         "kernel": kernel,
     }
@@ -459,20 +467,20 @@ class Progress:
     def __call__(self, done: int) -> None:
         if time.perf_counter() - self.reported > 1:
             self.reported = time.perf_counter()
-            tell(progress=f"{self.label}, {done} tokens")
+            send_message(progress=f"{self.label}, {done} tokens")
 
 
-def peak() -> int | None:
+def peak_bytes() -> int | None:
     """Return the peak memory in bytes; None on a CPU without Linux."""
     if torch.cuda.is_available():
         return sum(torch.cuda.max_memory_allocated(number) for number in range(torch.cuda.device_count()))
-    return resident("VmHWM") if Path("/proc/self/status").exists() else None
+    return resident_bytes("VmHWM") if Path("/proc/self/status").exists() else None
 
 
 def load_transformers(cell: Cell, folder: Path) -> tuple[Decoder, Callable[[], int], str]:
     """Return the decoder, the weight bytes that a token reads (as a function), and the class of the linear layers."""
     dtype = DTYPES.get(cell.precision)
-    if cell.is_written:
+    if cell.needs_file:
         model, _ = load_model_quietly(folder)
     elif cell.is_checkpoint:
         model, _ = load_model_quietly(cell.model, hub=cell.hub, **({"dtype": dtype} if dtype else {}))

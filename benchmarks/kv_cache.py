@@ -37,7 +37,7 @@ except ModuleNotFoundError as error:
     sys.exit(f"{error}. In the repository folder, run: pip install -e .")
 
 import torch
-from memory import resident
+from memory import resident_bytes
 from random_models import SHAPES, config
 from safetensors.torch import load_file
 from torch.nn.functional import scaled_dot_product_attention
@@ -68,7 +68,13 @@ PUBLISHED_LENGTHS = {"float": (15.2, 16.3, 17.6, 19.5, 23.2), "int8": (15.0, 15.
 
 
 def main() -> None:
-    parts = {"arithmetic": arithmetic, "memory": memory, "bytes": held, "speed": speed, "accuracy": accuracy}
+    parts = {
+        "arithmetic": arithmetic,
+        "memory": memory,
+        "bytes": measure_cache_bytes,
+        "speed": speed,
+        "accuracy": accuracy,
+    }
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts))
     parser.add_argument("--shape", choices=SHAPES, default="7B" if GPU else "small", help="shape of the measured model")
@@ -87,7 +93,7 @@ def main() -> None:
         parser.error("--plot needs matplotlib: pip install matplotlib.")
     if arguments.cell:
         kind, batch, tokens = arguments.cell
-        print(json.dumps(peak(arguments.shape, kind, int(batch), int(tokens))))
+        print(json.dumps(peak_bytes(arguments.shape, kind, int(batch), int(tokens))))
         return
     print(f"{torch.cuda.get_device_name() if GPU else 'CPU'}, torch {torch.__version__}")
     for name, part in parts.items():  # in this order: `memory` needs the whole GPU
@@ -115,10 +121,13 @@ def arithmetic(arguments: argparse.Namespace) -> None:
         ("tokens of one row", LENGTHS, lambda length: length, PUBLISHED_LENGTHS),
     ):
         print(f"\n| 7B, {head} | " + " | ".join(map(str, columns)) + " |\n|---|" + "---:|" * len(columns))
-        for kind, quoted in figures.items():
+        for kind, published_row in figures.items():
             sums = ((weights + tokens_of(column) * token_bytes("7B", kind)) / 1e9 for column in columns)
             print(f"| {kind}: weights and cache, GB | " + " | ".join(f"{figure:.1f}" for figure in sums) + " |")
-            print(f"| {kind}: published, whole process | " + " | ".join(map(figure_or_none, quoted)) + " |", flush=True)
+            print(
+                f"| {kind}: published, whole process | " + " | ".join(map(format_figure, published_row)) + " |",
+                flush=True,
+            )
 
 
 def memory(arguments: argparse.Namespace) -> None:
@@ -140,18 +149,18 @@ def memory(arguments: argparse.Namespace) -> None:
 
 def published(kind: str, batch: int, tokens: int) -> str:
     if batch == 1 and tokens in LENGTHS:
-        return figure_or_none(PUBLISHED_LENGTHS[kind][LENGTHS.index(tokens)])
+        return format_figure(PUBLISHED_LENGTHS[kind][LENGTHS.index(tokens)])
     if tokens == 1024 and batch in BATCHES:
-        return figure_or_none(PUBLISHED_BATCHES[kind][BATCHES.index(batch)])
+        return format_figure(PUBLISHED_BATCHES[kind][BATCHES.index(batch)])
     return ""
 
 
-def figure_or_none(figure: float | None) -> str:
+def format_figure(figure: float | None) -> str:
     return "out of memory" if figure is None else f"{figure:.1f}"
 
 
 def peak_cell(shape: str, kind: str, batch: int, tokens: int) -> str:
-    """Run `peak` in a separate process."""
+    """Run `peak_bytes` in a separate process."""
     command = [sys.executable, __file__, "--shape", shape, "--cell", kind, str(batch), str(tokens)]
     # Otherwise glibc keeps freed memory of varying sizes.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
@@ -165,25 +174,25 @@ def peak_cell(shape: str, kind: str, batch: int, tokens: int) -> str:
 
 
 @torch.no_grad()
-def peak(shape: str, kind: str, batch: int, tokens: int) -> list[int]:
+def peak_bytes(shape: str, kind: str, batch: int, tokens: int) -> list[int]:
     """Return the peak bytes while each row generates `tokens` tokens: allocated and reserved, or resident."""
     model = random_model(shape, torch.bfloat16, kind)
     ids = torch.ones(batch, 1, dtype=torch.long, device=DEVICE)
     if not GPU:
-        model.generate(ids, **exactly(4))  # loads libraries, which do not count
-        before = resident("VmRSS")
-    model.generate(ids, **exactly(tokens))
+        model.generate(ids, **fixed_length(4))  # loads libraries, which do not count
+        before = resident_bytes("VmRSS")
+    model.generate(ids, **fixed_length(tokens))
     if GPU:
         return [torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()]
-    return [resident("VmHWM") - before + weight_bytes(shape)]
+    return [resident_bytes("VmHWM") - before + weight_bytes(shape)]
 
 
-def exactly(tokens: int) -> dict:
+def fixed_length(tokens: int) -> dict:
     return {"min_new_tokens": tokens, "max_new_tokens": tokens, "do_sample": False}
 
 
 @torch.no_grad()
-def held(arguments: argparse.Namespace) -> None:
+def measure_cache_bytes(arguments: argparse.Namespace) -> None:
     shape = arguments.shape
     model = random_model(shape, torch.bfloat16)
     model(torch.ones(1, 2, dtype=torch.long, device=DEVICE))  # libraries allocate memory at the first call
@@ -199,7 +208,7 @@ def held(arguments: argparse.Namespace) -> None:
                 found = live_bytes() - before
                 tokens += new
                 formula = batch * tokens * token_bytes(shape, kind)
-                now = addresses(cache)
+                now = data_pointers(cache)
                 moved = "" if not pointers else "no" if now[: len(pointers)] == pointers else "yes"
                 pointers = pointers or now
                 row = (kind, f"{found:,}", f"{formula:,.0f}", f"{found / formula - 1:.1%}", moved)
@@ -217,7 +226,7 @@ def live_bytes() -> int:
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
-def addresses(cache: Cache) -> list[int]:
+def data_pointers(cache: Cache) -> list[int]:
     """Return the data pointers of the first layer's tensors, in order of allocation."""
     layer = cache.layers[0]
     if isinstance(layer, QuantizedKVLayer):
@@ -249,7 +258,7 @@ def attention(runs: int) -> None:
             key, value = torch.randn(2, batch, 32, tokens, 128, dtype=dtype, device=DEVICE)
             layer = QuantizedKVLayer()
             layer.update(key, value)
-            found = medians(attention_ways(query, key, value, layer), runs)
+            found = medians(attention_variants(query, key, value, layer), runs)
             # In pieces is faster on a CPU, whose cache they fit, and at once on a GPU.
             dequantized = min(found["in pieces"], found["at once"])
             read = sum(tensor.nbytes for tensor in layer.states.segments[0]) / found["bytes"]
@@ -267,7 +276,7 @@ def copy_bandwidth(runs: int) -> float:
     return 2 * source.nbytes / medians({"copy": lambda: target.copy_(source)}, runs)["copy"]
 
 
-def attention_ways(
+def attention_variants(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layer: QuantizedKVLayer
 ) -> dict[str, Callable[[], torch.Tensor]]:
     """Return the variants to time. query: (B, H, 1, D); key, value: (B, H, T, D); layer: the 8-bit cache of them."""
@@ -290,7 +299,7 @@ def steps(shape: str, runs: int) -> None:
         model = random_model(shape, dtype)
         for batch, tokens in ((1, 4096), (8, 4096), (32, 1024)) if GPU else ((1, 1024), (1, 4096), (8, 1024)):
             try:
-                seconds = medians(step_ways(model, batch, tokens), runs).values()
+                seconds = medians(step_variants(model, batch, tokens), runs).values()
                 cells = [f"{batch / each:.0f}" for each in seconds]
             except torch.OutOfMemoryError:
                 cells = ["out of memory"] * len(CACHES)
@@ -298,18 +307,18 @@ def steps(shape: str, runs: int) -> None:
             print(f"| {batch} × {tokens} | {name} | " + " | ".join(cells) + " |", flush=True)
 
 
-def step_ways(model: QWenLMHeadModel, batch: int, tokens: int) -> dict[str, Callable[[], object]]:
+def step_variants(model: QWenLMHeadModel, batch: int, tokens: int) -> dict[str, Callable[[], object]]:
     """Return a decoding step of each row after `tokens` random tokens, for each kind of cache."""
     settings = model.config
     shape = (2, batch, settings.num_attention_heads, tokens, settings.kv_channels)
     ids = torch.randint(settings.vocab_size, (batch, 1), device=DEVICE)
-    ways = {}
+    variants = {}
     for kind in CACHES:
         cache = new_cache(model, kind)
         for layer in range(settings.num_hidden_layers):
             cache.update(*torch.randn(shape, dtype=model.dtype, device=DEVICE), layer)
-        ways[kind] = functools.partial(model, ids, past_key_values=cache, use_cache=True)
-    return ways
+        variants[kind] = functools.partial(model, ids, past_key_values=cache, use_cache=True)
+    return variants
 
 
 def medians(functions: dict[str, Callable[[], object]], runs: int) -> dict[str, float]:
@@ -317,17 +326,17 @@ def medians(functions: dict[str, Callable[[], object]], runs: int) -> dict[str, 
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(2 + runs):
         for name, function in functions.items():
-            seconds[name].append(seconds_of(function))
+            seconds[name].append(time_call(function))
     return {name: statistics.median(found[2:]) for name, found in seconds.items()}
 
 
-def seconds_of(function: Callable[[], object]) -> float:
+def time_call(function: Callable[[], object]) -> float:
     if not GPU:
         start = time.process_time()
         function()
         return time.process_time() - start
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    written_before().zero_()
+    l2_flush_buffer().zero_()
     start.record()
     function()
     end.record()
@@ -336,7 +345,7 @@ def seconds_of(function: Callable[[], object]) -> float:
 
 
 @functools.cache
-def written_before() -> torch.Tensor:
+def l2_flush_buffer() -> torch.Tensor:
     return torch.empty(2**30, dtype=torch.uint8, device=DEVICE)
 
 

@@ -48,10 +48,10 @@ def main() -> None:
             model, tokenizer = load_model_quietly(folder, cpu_only=True, **options)
             cases = all_cases()
             answer(cases, model, tokenizer)
-            right, asked = score(cases)["overall"]
-            points = 100 * right / asked
+            correct, total = score(cases)["overall"]
+            points = 100 * correct / total
             exact = points if exact is None else exact
-            row = (weights, cache, right, asked, f"{points:.1f}%", f"{points - exact:+.1f}")
+            row = (weights, cache, correct, total, f"{points:.1f}%", f"{points - exact:+.1f}")
             print("| " + " | ".join(map(str, row)) + " |", flush=True)
 
 

@@ -44,14 +44,14 @@ QUESTIONS = (
 )
 
 
-class Answer(NamedTuple):
+class Reply(NamedTuple):
     text: str
     tokens: int
     first_token: float  # seconds; total time if not streamed
 
 
 class Measurement(NamedTuple):
-    answers: list[Answer]
+    answers: list[Reply]
     seconds: float
 
     @property
@@ -60,7 +60,7 @@ class Measurement(NamedTuple):
 
 
 @contextmanager
-def server(*arguments: str) -> Iterator[int]:
+def run_server(*arguments: str) -> Iterator[int]:
     """Run a server process on a free port and yield the port."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -84,7 +84,7 @@ def server(*arguments: str) -> Iterator[int]:
         process.wait()
 
 
-def ask(port: int, request: dict) -> Answer:
+def send_request(port: int, request: dict) -> Reply:
     """Send one request, streamed or not."""
     connection = http.client.HTTPConnection("127.0.0.1", port)
     start, first, text, usage = time.perf_counter(), None, "", {}
@@ -103,14 +103,14 @@ def ask(port: int, request: dict) -> Answer:
         answer = json.load(response)
         text, usage = answer["choices"][0]["message"]["content"], answer["usage"]
     connection.close()
-    return Answer(text, usage["completion_tokens"], first or time.perf_counter() - start)
+    return Reply(text, usage["completion_tokens"], first or time.perf_counter() - start)
 
 
-def ask_all(port: int, requests: list[dict]) -> Measurement:
+def send_requests(port: int, requests: list[dict]) -> Measurement:
     """Send all requests, sixteen at a time."""
     with ThreadPoolExecutor(CLIENTS) as clients:
         start = time.perf_counter()
-        answers = list(clients.map(lambda request: ask(port, request), requests))
+        answers = list(clients.map(lambda request: send_request(port, request), requests))
         return Measurement(answers, time.perf_counter() - start)
 
 
@@ -130,23 +130,23 @@ def main() -> None:
     ends = (tokenizer.eod_id, tokenizer.im_start_id, tokenizer.im_end_id)
     streamed = {"stream": True, "stream_options": {"include_usage": True}}
     open_end = {"max_tokens": 128, "logit_bias": {str(token): -100 for token in ends}}
-    asked = [{"messages": [{"role": "user", "content": text}], "temperature": 0} for text in QUESTIONS]
+    questions = [{"messages": [{"role": "user", "content": text}], "temperature": 0} for text in QUESTIONS]
     kinds = {
-        "questions": asked,
-        "questions, streamed": [request | streamed for request in asked],
-        "128 tokens each, streamed": [request | streamed | open_end for request in asked],
+        "questions": questions,
+        "questions, streamed": [request | streamed for request in questions],
+        "128 tokens each, streamed": [request | streamed | open_end for request in questions],
     }
 
     print("| requests | server | tok/s | ratio | TTFT, median | TTFT, 95% | same answers |")
     print("|---|---|---:|---:|---:|---:|---|")
-    with server(*common) as shared, server(*common, "--max-batch-size", "1") as single:
+    with run_server(*common) as shared, run_server(*common, "--max-batch-size", "1") as single:
         for name, requests in kinds.items():
-            alone = {json.dumps(request): ask(shared, request).text for request in requests}
+            alone = {json.dumps(request): send_request(shared, request).text for request in requests}
             load = requests * (CLIENTS * arguments.repeat // len(requests))
             results: dict[str, list[Measurement]] = {"sequential": [], "batched": []}
             for _ in range(ROUNDS):  # alternating, so that other load on the machine affects both
-                results["sequential"].append(ask_all(single, load))
-                results["batched"].append(ask_all(shared, load))
+                results["sequential"].append(send_requests(single, load))
+                results["batched"].append(send_requests(shared, load))
             base = median_by_speed(results["sequential"]).tokens_per_second
             for label, measurements in results.items():
                 chosen = median_by_speed(measurements)

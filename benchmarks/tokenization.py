@@ -49,7 +49,7 @@ def sample_text(size: int) -> str:
     return code + "".join(chinese)
 
 
-def interleaved(methods: dict[str, Callable[[], object]], runs: int) -> dict[str, float]:
+def median_seconds(methods: dict[str, Callable[[], object]], runs: int) -> dict[str, float]:
     """Run the methods alternately, `runs` times each, and return the median CPU seconds of each."""
     seconds: dict[str, list[float]] = {name: [] for name in methods}
     for _ in range(runs):
@@ -68,30 +68,30 @@ def main() -> None:
     args = parser.parse_args()
 
     tokenizer = QWenTokenizer(args.vocab or published_vocabulary())
-    bare = tokenizer.tokenizer
+    encoding = tokenizer.tokenizer
     text = sample_text(int(args.megabytes * 1e6))
     lines = text.splitlines(keepends=True)
     size = len(text.encode())
     special = set(tokenizer.special_tokens)
 
-    whole = {
-        "tiktoken, encode(text)": lambda: bare.encode(text, allowed_special=special, disallowed_special=()),
+    single_text = {
+        "tiktoken, encode(text)": lambda: encoding.encode(text, allowed_special=special, disallowed_special=()),
         "QWenTokenizer, encode(text)": lambda: tokenizer.encode(text),
         "QWenTokenizer, tokenizer(text)": lambda: tokenizer(text)["input_ids"],
     }
     batch = {
-        "tiktoken, encode(line) each": lambda: [bare.encode(line, disallowed_special=()) for line in lines],
+        "tiktoken, encode(line) each": lambda: [encoding.encode(line, disallowed_special=()) for line in lines],
         "QWenTokenizer, tokenizer(lines)": lambda: tokenizer(lines)["input_ids"],
     }
-    expected = bare.encode(text, allowed_special=special, disallowed_special=())
+    expected = encoding.encode(text, allowed_special=special, disallowed_special=())
     if not tokenizer.encode(text) == tokenizer(text)["input_ids"] == expected:
         sys.exit("The ids differ from those of tiktoken: the times would not be comparable.")
 
     print(f"{size / 1e6:.1f} MB, {len(expected):,} tokens, {len(lines):,} lines, median of {args.runs} runs\n")
     print("| method | MB/s | tokens/s | relative to tiktoken |")
     print("|---|---:|---:|---:|")
-    for methods in (whole, batch):
-        seconds = interleaved(methods, args.runs)
+    for methods in (single_text, batch):
+        seconds = median_seconds(methods, args.runs)
         reference = next(iter(seconds.values()))
         for name, value in seconds.items():
             print(f"| {name} | {size / value / 1e6:.2f} | {len(expected) / value:,.0f} | {reference / value:.1%} |")

@@ -34,8 +34,8 @@ import regex
 from qwen.model.tokenization_qwen import SPLIT_PATTERN, QWenTokenizer
 
 MAX_BYTES = 256  # per word; the longest published token has 128
-END_OF_IDS = 2**31
-UNSPACED = regex.compile(r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]")
+ID_LIMIT = 2**31
+SCRIPTS_WITHOUT_SPACES = regex.compile(r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]")
 
 
 class Word(NamedTuple):
@@ -82,7 +82,7 @@ def read_frequency(text: str, path: Path, line: int) -> int:
     return 1
 
 
-def new_words(words: Iterable[Word], ranks: Mapping[bytes, int], path: Path) -> list[Word]:
+def select_words(words: Iterable[Word], ranks: Mapping[bytes, int], path: Path) -> list[Word]:
     """Return the words that can become one new token; warn about the others."""
     found = []
     for word in words:
@@ -91,8 +91,8 @@ def new_words(words: Iterable[Word], ranks: Mapping[bytes, int], path: Path) -> 
         if token in ranks:
             warn(path, word.line, f"{word.text!r} skipped: already a token (id {ranks[token]}).")
         elif len(parts) > 1:
-            cut = " + ".join(map(repr, parts[:8])) + (" + …" if len(parts) > 8 else "")
-            warn(path, word.line, f"{word.text!r:.80} skipped: the tokenizer splits it into {cut} before merging.")
+            pieces = " + ".join(map(repr, parts[:8])) + (" + …" if len(parts) > 8 else "")
+            warn(path, word.line, f"{word.text!r:.80} skipped: the tokenizer splits it into {pieces} before merging.")
         elif len(token) > MAX_BYTES:
             warn(path, word.line, f"{word.text!r:.40}… skipped: {len(token)} bytes, the maximum is {MAX_BYTES}.")
         else:
@@ -113,41 +113,41 @@ def learn_merges(frequencies: Mapping[bytes, int], ranks: Mapping[bytes, int]) -
     ranks = dict(ranks)
     rank = max(ranks.values(), default=-1)
     words = [merge_pieces(single_bytes(word), ranks) for word in frequencies]
-    counts = list(frequencies.values())
-    weights: Counter[bytes] = Counter()
-    places: defaultdict[bytes, set[int]] = defaultdict(set)  # indices of words that may contain the pair
+    word_counts = list(frequencies.values())
+    pair_counts: Counter[bytes] = Counter()
+    pair_words: defaultdict[bytes, set[int]] = defaultdict(set)  # indices of words that may contain the pair
 
-    def pairs_of(index: int) -> list[bytes]:
+    def pairs_in(index: int) -> list[bytes]:
         return [left + right for left, right in pairwise(words[index])]
 
     for index in range(len(words)):
-        for pair in pairs_of(index):
-            weights[pair] += counts[index]
-            places[pair].add(index)
-    heap = [(-weight, pair) for pair, weight in weights.items()]
+        for pair in pairs_in(index):
+            pair_counts[pair] += word_counts[index]
+            pair_words[pair].add(index)
+    heap = [(-count, pair) for pair, count in pair_counts.items()]
     heapq.heapify(heap)
 
     merges = []
     while heap:
-        weight, token = heapq.heappop(heap)
-        if weights[token] != -weight or not weight:  # stale entry: the count has changed
+        count, token = heapq.heappop(heap)
+        if pair_counts[token] != -count or not count:  # stale entry: the count has changed
             continue
         rank += 1
         ranks[token] = rank
         merges.append(token)
         changed = set()
-        for index in places.pop(token):
-            old = pairs_of(index)
+        for index in pair_words.pop(token):
+            old = pairs_in(index)
             words[index] = merge_pieces(words[index], ranks)
-            new = pairs_of(index)
+            new = pairs_in(index)
             for pair in old:
-                weights[pair] -= counts[index]
+                pair_counts[pair] -= word_counts[index]
             for pair in new:
-                weights[pair] += counts[index]
-                places[pair].add(index)
+                pair_counts[pair] += word_counts[index]
+                pair_words[pair].add(index)
             changed.update(old, new)
         for pair in changed:
-            heapq.heappush(heap, (-weights[pair], pair))
+            heapq.heappush(heap, (-pair_counts[pair], pair))
     return merges
 
 
@@ -164,8 +164,8 @@ def choose_ids(merges: list[bytes], base: QWenTokenizer, start: int | None) -> d
             f"--start-id {start}: id {min(taken)} is taken by {base.decoder[min(taken)]!r}, and {len(merges)} "
             f"consecutive ids are needed. Use --start-id {len(base)} or higher."
         )
-    if ids.stop > END_OF_IDS:
-        raise ValueError(f"--start-id {start}: the last id would be {ids.stop - 1}, the maximum is {END_OF_IDS - 1}.")
+    if ids.stop > ID_LIMIT:
+        raise ValueError(f"--start-id {start}: the last id would be {ids.stop - 1}, the maximum is {ID_LIMIT - 1}.")
     return dict(zip(merges, ids, strict=True))
 
 
@@ -182,7 +182,7 @@ def check_output(out: Path, *inputs: Path) -> None:
             raise ValueError(f"{out} would overwrite the input {path}. Name another output file.")
 
 
-def write_checked(ranks: Mapping[bytes, int], base: Path, out: Path) -> QWenTokenizer:
+def write_vocabulary(ranks: Mapping[bytes, int], base: Path, out: Path) -> QWenTokenizer:
     """Write a tiktoken file atomically and return the tokenizer of both files.
 
     Raises:
@@ -204,31 +204,33 @@ def write_checked(ranks: Mapping[bytes, int], base: Path, out: Path) -> QWenToke
 def check_words(words: Iterable[Word], tokenizer: QWenTokenizer, path: Path) -> int:
     """Count the words that are one token now. Warn about the others, and about words still split after a space."""
     single = 0
-    missed: list[tuple[Word, str]] = []
+    split_after_space: list[tuple[Word, str]] = []
     for word in words:
         index = tokenizer.mergeable_ranks[word.text.encode()]
         if (ids := tokenizer.encode(word.text)) != [index]:
-            warn(path, word.line, f"{word.text!r} is still split into {cut_text(tokenizer, ids)}.")
+            warn(path, word.line, f"{word.text!r} is still split into {format_pieces(tokenizer, ids)}.")
             continue
         single += 1
         ids = tokenizer.encode(f" {word.text}")
-        if len(ids) > 1 and index not in ids and not UNSPACED.match(word.text):
+        if len(ids) > 1 and index not in ids and not SCRIPTS_WITHOUT_SPACES.match(word.text):
             # an old merge of the space and the first letters has priority
-            missed.append((word, cut_text(tokenizer, ids)))
-    if missed:
-        word, cut = missed[0]
-        more = f", as are {len(missed) - 1} other words" if missed[1:] else ""
-        lines = ", ".join(str(word.line) for word, _ in missed[:10]) + (", …" if missed[10:] else "")
+            split_after_space.append((word, format_pieces(tokenizer, ids)))
+    if split_after_space:
+        word, pieces = split_after_space[0]
+        more = f", as are {len(split_after_space) - 1} other words" if split_after_space[1:] else ""
+        lines = ", ".join(str(word.line) for word, _ in split_after_space[:10]) + (
+            ", …" if split_after_space[10:] else ""
+        )
         warn(
             path,
             lines,
-            f"after a space, {word.text!r} is still split into {cut}{more}. To use such words within sentences, also "
-            f"list them with a leading space: {' ' + word.text!r}.",
+            f"after a space, {word.text!r} is still split into {pieces}{more}. To use such words within sentences, "
+            f"also list them with a leading space: {' ' + word.text!r}.",
         )
     return single
 
 
-def cut_text(tokenizer: QWenTokenizer, ids: list[int]) -> str:
+def format_pieces(tokenizer: QWenTokenizer, ids: list[int]) -> str:
     return " + ".join(repr(tokenizer.decode(index)) for index in ids)
 
 
@@ -244,12 +246,12 @@ def add_merges(base_path: Path, out: Path, words_path: Path, start: int | None) 
     """
     check_output(out, base_path, words_path)
     base = QWenTokenizer(base_path)
-    words = new_words(read_words(words_path), base.mergeable_ranks, words_path)
+    words = select_words(read_words(words_path), base.mergeable_ranks, words_path)
     if not words:
         raise ValueError(f"{words_path}: no words to add, {out} was not written.")
     merges = learn_merges({word.text.encode(): word.frequency for word in words}, base.mergeable_ranks)
     ranks = choose_ids(merges, base, start)
-    tokenizer = write_checked(ranks, base_path, out)
+    tokenizer = write_vocabulary(ranks, base_path, out)
     single = check_words(words, tokenizer, words_path)
     first, last = ranks[merges[0]], ranks[merges[-1]]
     if first > len(base):
@@ -261,7 +263,7 @@ def add_merges(base_path: Path, out: Path, words_path: Path, start: int | None) 
     )
 
 
-def start_id(text: str) -> int:
+def parse_start_id(text: str) -> int:
     """Parse a non-negative integer (an argparse type)."""
     if not (text.isascii() and text.isdecimal() and len(text) < 20):
         raise argparse.ArgumentTypeError(f"must be a non-negative integer, not {text!r}")
@@ -281,7 +283,9 @@ def main() -> int:
         metavar="WORDS.txt",
         help="UTF-8, one word per line, optionally with a tab and a frequency (default: 1); spaces belong to the word",
     )
-    parser.add_argument("--start-id", type=start_id, metavar="N", help="first new id (default: the first free id)")
+    parser.add_argument(
+        "--start-id", type=parse_start_id, metavar="N", help="first new id (default: the first free id)"
+    )
     arguments = parser.parse_args()
     try:
         add_merges(arguments.base, arguments.out, arguments.words, arguments.start_id)

@@ -17,7 +17,7 @@ from typing import Any
 
 try:
     from qwen_cli.arguments import add_checkpoint_argument, add_cpu_only_argument, add_hub_argument
-    from qwen_cli.console import explain_errors, how_to_install, quiet_imports, say
+    from qwen_cli.console import explain_errors, how_to_install, print_message, quiet_imports
 
     quiet_imports()  # before transformers is imported
 
@@ -35,19 +35,19 @@ def answer(model: Any, tokenizer: Any, sandbox: Sandbox, messages: list[dict]) -
     for event in run_conversation(model, tokenizer, sandbox, messages):
         match event:
             case Call(content, code):
-                print(f"{content}\n\n{_indented(code)}\n")
+                print(f"{content}\n\n{_indent(code)}\n")
             case Output(text):
-                print(f"{_indented(text)}\n", flush=True)
+                print(f"{_indent(text)}\n", flush=True)
             case Answer(content):
                 return content
     return f"(no answer after {MAX_STEPS} runs)"
 
 
-def _indented(text: str) -> str:
+def _indent(text: str) -> str:
     return "\n".join(f"    {line}" for line in text.splitlines())
 
 
-def _questions(given: list[str]) -> Iterator[str]:
+def _read_questions(given: list[str]) -> Iterator[str]:
     yield from given
     while not given:
         try:
@@ -73,25 +73,25 @@ def main() -> int:
     add_sandbox_arguments(parser, seconds=30.0)
     arguments = parser.parse_args()
     limits = Limits(wall_seconds=arguments.seconds, output_bytes=OUTPUT_BYTES)
-    with explain_errors(install=how_to_install(None, "chat")) as ending:
+    with explain_errors(install_hint=how_to_install(None, "chat")) as result:
         try:
-            converse(arguments, limits)
+            chat_loop(arguments, limits)
         except SandboxUnavailable as error:
             raise OSError(f"{error} (--allow-weaker-sandbox)") from error
-    return ending.status
+    return result.status
 
 
-def converse(arguments: argparse.Namespace, limits: Limits) -> None:
+def chat_loop(arguments: argparse.Namespace, limits: Limits) -> None:
     """Answer the questions."""
     with Sandbox(arguments.folder, limits=limits, allow_weaker=arguments.allow_weaker_sandbox) as sandbox:
         sandbox.start()  # before the model is loaded, because it may fail
-        for sentence in sandbox.missing:
-            say(f"The sandbox is weaker than it should be. {sentence}")
+        for sentence in sandbox.missing_protections:
+            print_message(f"The sandbox is weaker than it should be. {sentence}")
         model, tokenizer = load_model_quietly(
             arguments.checkpoint_path, chat=True, cpu_only=arguments.cpu_only, hub=arguments.hub
         )
         messages: list[dict] = []
-        for question in _questions(arguments.questions):
+        for question in _read_questions(arguments.questions):
             messages.append({"role": "user", "content": question})
             print(f"{answer(model, tokenizer, sandbox, messages)}\n", flush=True)
 

@@ -24,7 +24,7 @@ except ImportError as error:
     sys.exit(f"{error}. Install the client: pip install dashscope")
 
 KEY_PAGE = "https://help.aliyun.com/zh/model-studio/get-api-key"
-ADVICE = {
+ERROR_HINTS = {
     HTTPStatus.UNAUTHORIZED: f"DASHSCOPE_API_KEY is not a valid key. See {KEY_PAGE} to get one.",
     HTTPStatus.FORBIDDEN: "The account has no access to the model. Check in its console that the service is active.",
     HTTPStatus.NOT_FOUND: "The model does not exist or is not available to this account. Try --model qwen-turbo.",
@@ -36,7 +36,7 @@ class ServiceError(Exception):
     """The service cannot be reached or rejected the request. The message is shown to the user."""
 
 
-def answer(messages: list[dict[str, str]], model: str, seed: int) -> Iterator[str]:
+def stream_answer(messages: list[dict[str, str]], model: str, seed: int) -> Iterator[str]:
     """Yield the answer in pieces as they arrive.
 
     Args:
@@ -60,7 +60,7 @@ def answer(messages: list[dict[str, str]], model: str, seed: int) -> Iterator[st
             if response.status_code != HTTPStatus.OK:
                 raise ServiceError(
                     f"The service rejected the request (status {response.status_code}, code {response.code}, request "
-                    f"{response.request_id}): {response.message} {ADVICE.get(response.status_code, '')}".rstrip()
+                    f"{response.request_id}): {response.message} {ERROR_HINTS.get(response.status_code, '')}".rstrip()
                 )
             yield response.output.choices[0].message.content
     except DashScopeException as error:
@@ -72,14 +72,14 @@ def answer(messages: list[dict[str, str]], model: str, seed: int) -> Iterator[st
         ) from error
 
 
-def questions(given: list[str]) -> Iterator[str]:
+def read_questions(given: list[str]) -> Iterator[str]:
     """Return the questions of the command line, or else the lines of standard input."""
     if not given and sys.stdin.isatty():
         print("Enter one question per line, Ctrl-D exits.", file=sys.stderr)
     return (line.strip() for line in given or sys.stdin if line.strip())
 
 
-def parse() -> argparse.Namespace:
+def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -92,7 +92,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> int:
     """Return the exit status: 0, 1 if the service did not answer, 2 without a key, 130 after Ctrl-C."""
-    arguments = parse()
+    arguments = parse_args()
     if not os.environ.get("DASHSCOPE_API_KEY"):
         print(
             f"DASHSCOPE_API_KEY is not set. See {KEY_PAGE} to get a key, then run: export DASHSCOPE_API_KEY=...",
@@ -101,16 +101,16 @@ def main() -> int:
         return 2
     messages = [{"role": "system", "content": arguments.system}]
     try:
-        for question in questions(arguments.questions):
-            asked = [*messages, {"role": "user", "content": question}]
+        for question in read_questions(arguments.questions):
+            conversation = [*messages, {"role": "user", "content": question}]
             reply = ""
             try:
-                for piece in answer(asked, arguments.model, arguments.seed):
+                for piece in stream_answer(conversation, arguments.model, arguments.seed):
                     print(piece, end="", flush=True)
                     reply += piece
             finally:
                 print(end="\n" if reply else "")
-            messages = [*asked, {"role": "assistant", "content": reply}]
+            messages = [*conversation, {"role": "assistant", "content": reply}]
     except ServiceError as error:
         print(error, file=sys.stderr)
         return 1

@@ -139,7 +139,7 @@ def main() -> int:
     add_cpu_only_argument(parser)
     arguments = parser.parse_args()
 
-    with explain_errors(install=how_to_install(None, "chat")) as ending:
+    with explain_errors(install_hint=how_to_install(None, "chat")) as result:
         model, tokenizer = load_model_quietly(
             arguments.checkpoint_path, chat=True, cpu_only=arguments.cpu_only, hub=arguments.hub
         )
@@ -147,7 +147,7 @@ def main() -> int:
             print(f"Question: {question}")
             final = answer(model, tokenizer, question, DESCRIPTIONS, lambda text: print(text, end="", flush=True))
             print(f"\n=> {final}\n")
-    return ending.status
+    return result.status
 
 
 if __name__ == "__main__":

@@ -42,21 +42,20 @@ from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 from qwen.checkpoint.files import VOCABULARY, check_vocabulary, read_json
 from qwen.export import export_qwen2
 from qwen.export.source import open_checkpoint
+from qwen.model.chat_qwen import check_stop_words, detokenize_stream
 from qwen.model.qwen_generation_utils import (
     DEFAULT_SYSTEM,
     History,
-    check_stop_words,
     decode_tokens,
     get_stop_words_ids,
     make_context,
-    reply_so_far,
 )
 from qwen.quiet import quiet_loading
 
 MAX_WINDOW_SIZE = 6144  # default if the checkpoint sets none, as in make_context
 
 # Settings of `generate` → their names in vLLM.
-SETTINGS = {
+VLLM_NAMES = {
     "temperature": "temperature",
     "top_k": "top_k",
     "top_p": "top_p",
@@ -83,7 +82,7 @@ class vLLMWrapper:
     Attributes:
         folder: folder of the exported model.
         tokenizer: the checkpoint's QWenTokenizer.
-        limit: maximum number of tokens of a prompt and its reply together.
+        max_model_len: maximum number of tokens of a prompt and its reply together.
 
     Raises:
         ImportError: vLLM is not installed.
@@ -101,9 +100,9 @@ class vLLMWrapper:
         **engine_arguments: Any,
     ):
         check_vllm()
-        self.folder, self.tokenizer, self._generation = prepared(path, max_length, hub)
+        self.folder, self.tokenizer, self._generation = prepare_model(path, max_length, hub)
         self._engine = start_engine(self.folder, tensor_parallel_size=tensor_parallel_size, **engine_arguments)
-        self.limit = self._engine.model_config.max_model_len
+        self.max_model_len = self._engine.model_config.max_model_len
         self._request_ids = itertools.count()
         self._queues: dict[str, deque[int | None]] = {}  # unread tokens by request, None marks the end
 
@@ -157,17 +156,17 @@ class vLLMWrapper:
         histories = [None] * len(queries) if histories is None else histories
         if isinstance(queries, str) or len(queries) != len(histories):
             raise ValueError("chat_batch takes a list of queries and as many histories. For a single query, call chat.")
-        parameters, stop_words = self._parameters(settings, stop_words_ids)
+        parameters, stop_words = self._sampling_params(settings, stop_words_ids)
         prompts = [
-            self._prompt(query, history, system, parameters.max_tokens)
+            self._encode_prompt(query, history, system, parameters.max_tokens)
             for query, history in zip(queries, histories, strict=True)
         ]
         requests: list[str] = []
         try:
             for prompt in prompts:
-                request = self._submit(prompt, parameters)
+                request = self._add_request(prompt, parameters)
                 requests.append(request)  # recorded at once: it is aborted if the next one fails
-            replies = [list(self._reply(request, stop_words)) for request in requests]
+            replies = [list(self._generate_tokens(request, stop_words)) for request in requests]
         finally:
             self._abort(requests)
         responses = [decode_tokens(reply, self.tokenizer) for reply in replies]
@@ -189,43 +188,43 @@ class vLLMWrapper:
         Raises:
             ValueError: as in `chat`, raised by the call and not by the first `next`.
         """
-        parameters, stop_words = self._parameters(settings, stop_words_ids)
-        return self._stream(self._prompt(query, history, system, parameters.max_tokens), parameters, stop_words)
+        parameters, stop_words = self._sampling_params(settings, stop_words_ids)
+        return self._stream(self._encode_prompt(query, history, system, parameters.max_tokens), parameters, stop_words)
 
     def _stream(self, prompt: list[int], parameters: Any, stop_words: list[list[int]]) -> Iterator[str]:
-        request = self._submit(prompt, parameters)
+        request = self._add_request(prompt, parameters)
         try:
-            yield from reply_so_far(self._reply(request, stop_words), self.tokenizer)
+            yield from detokenize_stream(self._generate_tokens(request, stop_words), self.tokenizer)
         finally:
             self._abort([request])
 
-    def _prompt(self, query: Any, history: Any, system: str, max_new_tokens: int | None) -> list[int]:
+    def _encode_prompt(self, query: Any, history: Any, system: str, max_new_tokens: int | None) -> list[int]:
         if not isinstance(query, str) or not query.strip():
             raise ValueError(f"The query must be a non-empty string, not {query!r}.")
         _, shortest = make_context(self.tokenizer, query, system=system)
-        if len(shortest) >= self.limit:
+        if len(shortest) >= self.max_model_len:
             raise ValueError(
-                f"The prompt has {len(shortest)} tokens, but the engine takes fewer than {self.limit}. Shorten it, or "
-                "export for longer prompts with max_length=…"
+                f"The prompt has {len(shortest)} tokens, but the engine takes fewer than {self.max_model_len}. "
+                "Shorten it, or export for longer prompts with max_length=…"
             )
         # The engine stops at its limit, where `model.chat` would go on: drop old turns to leave room for the reply.
-        reply = self.limit if max_new_tokens is None else max_new_tokens
+        reply = self.max_model_len if max_new_tokens is None else max_new_tokens
         window = self._generation.get("max_window_size") or MAX_WINDOW_SIZE
-        window = min(window, self.limit - len(shortest) - min(reply, self.limit // 4))
+        window = min(window, self.max_model_len - len(shortest) - min(reply, self.max_model_len // 4))
         return make_context(self.tokenizer, query, history, system, window)[1]
 
-    def _parameters(self, settings: dict[str, Any], stop_words_ids: Any) -> tuple[Any, list[list[int]]]:
+    def _sampling_params(self, settings: dict[str, Any], stop_words_ids: Any) -> tuple[Any, list[list[int]]]:
         """Return vLLM's sampling parameters, and the multi-token stop words, which vLLM does not support."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        supported = {*SETTINGS, "do_sample"}
+        supported = {*VLLM_NAMES, "do_sample"}
         if unknown := sorted(settings.keys() - supported - {"seed"}):
             raise ValueError(f"Unknown setting {unknown[0]}. Use {', '.join(sorted(supported))} or seed.")
         settings = {name: self._generation.get(name) for name in supported} | settings
         if not settings["do_sample"]:
             settings |= dict.fromkeys(SAMPLING_ONLY) | {"temperature": 0}
-        chosen = {SETTINGS.get(name, name): value for name, value in settings.items() if value is not None}
+        chosen = {VLLM_NAMES.get(name, name): value for name, value in settings.items() if value is not None}
         chosen.pop("do_sample", None)
         if stop_words_ids is None:
             stop_words_ids = self._generation.get("stop_words_ids") or []
@@ -242,13 +241,13 @@ class vLLMWrapper:
             raise ValueError(f"vLLM rejected the settings: {error}") from error
         return parameters, [words for words in stop_words_ids if len(words) > 1]
 
-    def _submit(self, prompt: list[int], parameters: Any) -> str:
+    def _add_request(self, prompt: list[int], parameters: Any) -> str:
         request = str(next(self._request_ids))
         self._engine.add_request(request, {"prompt_token_ids": prompt}, parameters)
         self._queues[request] = deque()
         return request
 
-    def _reply(self, request: str, stop_words: list[list[int]]) -> Iterator[int]:
+    def _generate_tokens(self, request: str, stop_words: list[list[int]]) -> Iterator[int]:
         """Yield the tokens of a reply, up to a stop word."""
         queue, reply = self._queues[request], []
         while True:
@@ -300,7 +299,7 @@ def start_engine(folder: Path, **engine_arguments: Any) -> Any:
         raise ValueError(f"vLLM failed to start: {error}") from error
 
 
-def prepared(
+def prepare_model(
     path: str | os.PathLike | None, max_length: int | None, hub: str | None = None
 ) -> tuple[Path, QWenTokenizer, dict[str, Any]]:
     """Export a checkpoint if necessary. Return its exported folder, tokenizer and generation config.
@@ -313,11 +312,11 @@ def prepared(
             raise CheckpointError(
                 f"{folder} is already exported. Set its length when exporting: `export.py --max-length`."
             )
-        return exported_before(folder)
+        return load_exported(folder)
     with quiet_loading(progress=path is not None):
         Checkpoint.open(path, hub=hub).require_chat()  # before the weights are downloaded
         source, tokenizer = open_checkpoint(path, hub)
-        return exported(source.name, source.folder, max_length), tokenizer, source.generation_settings
+        return export_to_cache(source.name, source.folder, max_length), tokenizer, source.generation_settings
 
 
 def is_exported(folder: Path) -> bool:
@@ -326,8 +325,8 @@ def is_exported(folder: Path) -> bool:
     return config.is_file() and read_json(config, folder).get("model_type") == "qwen2"
 
 
-def exported_before(folder: Path) -> tuple[Path, QWenTokenizer, dict[str, Any]]:
-    """Return the values of `prepared` for a folder written by export.py."""
+def load_exported(folder: Path) -> tuple[Path, QWenTokenizer, dict[str, Any]]:
+    """Return the values of `prepare_model` for a folder written by export.py."""
     check_vocabulary(folder)
     if not (folder / "chat_template.jinja").is_file():
         raise CheckpointError(f"{folder} is not a chat model of this family. Export a chat checkpoint or pass one.")
@@ -336,7 +335,7 @@ def exported_before(folder: Path) -> tuple[Path, QWenTokenizer, dict[str, Any]]:
     return folder, tokenizer, read_json(generation, folder) if generation.is_file() else {}
 
 
-def exported(name: str, checkpoint: Path, max_length: int | None) -> Path:
+def export_to_cache(name: str, checkpoint: Path, max_length: int | None) -> Path:
     """Export a checkpoint to the cache, unless it is there already, and return the folder.
 
     Args:
@@ -344,7 +343,7 @@ def exported(name: str, checkpoint: Path, max_length: int | None) -> Path:
         checkpoint: the folder with its files.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qwen" / "export"
-    folder = cache / f"{Path(name).resolve().name}-{identity(checkpoint, max_length)}"
+    folder = cache / f"{Path(name).resolve().name}-{cache_key(checkpoint, max_length)}"
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f"{folder.name}.lock")):  # wait for another process that exports it
         if not is_exported(folder):
@@ -355,16 +354,16 @@ def exported(name: str, checkpoint: Path, max_length: int | None) -> Path:
     return folder
 
 
-def identity(checkpoint: Path, max_length: int | None) -> str:
-    """Hash the path, files and max_length: a different or changed checkpoint has another identity."""
+def cache_key(checkpoint: Path, max_length: int | None) -> str:
+    """Hash the path, files and max_length: a different or changed checkpoint has another key."""
     files = sorted(
         path for path in checkpoint.iterdir() if path.suffix in (".json", ".tiktoken", ".safetensors", ".bin")
     )
-    facts = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    return hashlib.sha256(json.dumps([str(checkpoint.resolve()), facts, max_length]).encode()).hexdigest()[:16]
+    file_stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return hashlib.sha256(json.dumps([str(checkpoint.resolve()), file_stats, max_length]).encode()).hexdigest()[:16]
 
 
-def conversation(model: vLLMWrapper, system: str, settings: dict[str, Any]) -> None:
+def chat_loop(model: vLLMWrapper, system: str, settings: dict[str, Any]) -> None:
     """Answer standard input line by line."""
     history: History = []
     while True:
@@ -385,7 +384,7 @@ def conversation(model: vLLMWrapper, system: str, settings: dict[str, Any]) -> N
             print(error, file=sys.stderr)
 
 
-def parse() -> argparse.Namespace:
+def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Chat with a first-generation Qwen model on vLLM. Ctrl-D or Ctrl-C exits."
     )
@@ -410,13 +409,13 @@ def parse() -> argparse.Namespace:
 
 def main() -> int:
     """Return the exit status: 0, 1 if the conversation could not start, 130 after Ctrl-C."""
-    arguments = vars(parse())
+    arguments = vars(parse_args())
     name, system, seed = arguments.pop("checkpoint_path"), arguments.pop("system"), arguments.pop("seed")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
-    with explain_errors(errors=(ImportError, OSError, ValueError)) as ending:
-        conversation(vLLMWrapper(name, **arguments), system, {"seed": seed})
-    return ending.status
+    with explain_errors(errors=(ImportError, OSError, ValueError)) as result:
+        chat_loop(vLLMWrapper(name, **arguments), system, {"seed": seed})
+    return result.status
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 #!/bin/sh
-# All weights, sharded over all processes (DeepSpeed ZeRO 3).
+# Full fine-tuning in several processes, with sharded weights (DeepSpeed ZeRO 3).
 set -eu
 MODEL=checkpoints/qwen-tiny-chat
 MANY=yes

@@ -1,5 +1,5 @@
 #!/bin/sh
-# LoRA in several processes (DeepSpeed ZeRO 2; for the largest models --deepspeed finetune/ds_config_zero3.json).
+# LoRA in several processes (DeepSpeed ZeRO 2; for the largest models use --deepspeed finetune/ds_config_zero3.json).
 set -eu
 MODEL=checkpoints/qwen-tiny-chat
 MANY=yes

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Q-LoRA, adapters on a 4-bit checkpoint, in several processes (DeepSpeed ZeRO 2).
+# Q-LoRA (adapters on a 4-bit checkpoint) in several processes (DeepSpeed ZeRO 2).
 set -eu
 MODEL=checkpoints/qwen-tiny-chat-int4
 MANY=yes

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Q-LoRA, adapters on a 4-bit checkpoint, in one process.
+# Q-LoRA (adapters on a 4-bit checkpoint) in one process.
 set -eu
 MODEL=checkpoints/qwen-tiny-chat-int4
 MANY=no

@@ -20,22 +20,22 @@ def main(argv: list[str]) -> int:
     """Return the exit status: that of the first failed process, 128 + N if signal N ended it, 0 if none failed."""
     try:
         gpus = torch.accelerator.device_count()
-        processes = number("GPUS_PER_NODE", gpus or 2, least=1)
+        processes = env_int("GPUS_PER_NODE", gpus or 2, minimum=1)
         if gpus and processes > gpus:
             raise ValueError(
                 f"GPUS_PER_NODE is {processes}, but this machine has {gpus} GPUs: each process needs its own."
             )
         settings = {
             "nproc_per_node": processes,
-            "nnodes": number("NNODES", 1, least=1),
-            "node_rank": number("NODE_RANK", 0),
+            "nnodes": env_int("NNODES", 1, minimum=1),
+            "node_rank": env_int("NODE_RANK", 0),
             "master_addr": os.environ.get("MASTER_ADDR") or "localhost",
-            "master_port": number("MASTER_PORT", 6001),
+            "master_port": env_int("MASTER_PORT", 6001),
             # An interrupted process saves a checkpoint first, which may take longer than the usual 30 seconds.
             "shutdown_timeout": 3600,
         }
     except ValueError as error:
-        say(str(error))
+        print_message(str(error))
         return 2
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     if "LOGLEVEL" not in os.environ:  # torchrun's; its logs of failures and signals repeat what was printed
@@ -47,12 +47,14 @@ def main(argv: list[str]) -> int:
         if failure.exitcode >= 0:
             return failure.exitcode
         name = signal.Signals(-failure.exitcode).name
-        say(f"Process {failure.local_rank} was ended by {name}." + " Is the memory full?" * (name == "SIGKILL"))
+        print_message(
+            f"Process {failure.local_rank} was ended by {name}." + " Is the memory full?" * (name == "SIGKILL")
+        )
         return 128 - failure.exitcode
     except SignalException as interrupt:
         return 128 + interrupt.sigval
     except DistNetworkError as error:
-        say(
+        print_message(
             f"The processes cannot connect at {settings['master_addr']}:{settings['master_port']}. If another run uses "
             f"the port, set MASTER_PORT to a free one. ({str(error).splitlines()[0]})"
         )
@@ -60,19 +62,19 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def number(name: str, default: int, least: int = 0) -> int:
+def env_int(name: str, default: int, minimum: int = 0) -> int:
     """Read a whole number from the environment.
 
     Raises:
-        ValueError: the value is not a whole number, or is below `least`.
+        ValueError: the value is not a whole number, or is below `minimum`.
     """
     text = os.environ.get(name) or str(default)
-    if not text.isdecimal() or int(text) < least:
-        raise ValueError(f"{name} is {text}: it must be a whole number, at least {least}.")
+    if not text.isdecimal() or int(text) < minimum:
+        raise ValueError(f"{name} is {text}: it must be a whole number, at least {minimum}.")
     return int(text)
 
 
-def say(text: str) -> None:
+def print_message(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 

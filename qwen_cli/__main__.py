@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .console import say
+from .console import print_message
 
 # Command name: (module in this package, description).
 COMMANDS = {
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"Did you mean `qwen {near[0]}`?" if near else "`qwen --help` lists all."
-        say(f"Unknown {'option' if name.startswith('-') else 'command'} {name}. {hint}")
+        print_message(f"Unknown {'option' if name.startswith('-') else 'command'} {name}. {hint}")
         return 2
     try:
         return importlib.import_module(f"qwen_cli.{COMMANDS[name][0]}").main(rest, prog=f"qwen {name}")

@@ -89,11 +89,11 @@ def add_cpu_only_argument(parser: argparse.ArgumentParser) -> None:
 
 def add_seed_argument(parser: argparse.ArgumentParser) -> None:
     """Add `-s/--seed`."""
-    parser.add_argument("-s", "--seed", type=seed, default=1234, help="random seed (default: %(default)s)")
+    parser.add_argument("-s", "--seed", type=random_seed, default=1234, help="random seed (default: %(default)s)")
 
 
-def add_address_arguments(parser: argparse.ArgumentParser, least_port: int = 1) -> None:
-    """Add `--server-name` and `--server-port`; `least_port=0` allows port 0, where the system chooses a free port."""
+def add_address_arguments(parser: argparse.ArgumentParser, min_port: int = 1) -> None:
+    """Add `--server-name` and `--server-port`; `min_port=0` allows port 0, where the system chooses a free port."""
     parser.add_argument(
         "--server-name",
         default="127.0.0.1",
@@ -102,10 +102,10 @@ def add_address_arguments(parser: argparse.ArgumentParser, least_port: int = 1) 
     )
     parser.add_argument(
         "--server-port",
-        type=whole(least_port, 65535),
+        type=int_in_range(min_port, 65535),
         default=8000,
         metavar="PORT",
-        help=f"port to listen on{'' if least_port else ', 0 for any free port'} (default: %(default)s)",
+        help=f"port to listen on{'' if min_port else ', 0 for any free port'} (default: %(default)s)",
     )
 
 
@@ -113,7 +113,7 @@ def add_batch_argument(parser: argparse.ArgumentParser) -> None:
     """Add `--max-batch-size` of the serving engine."""
     parser.add_argument(
         "--max-batch-size",
-        type=whole(1),
+        type=int_in_range(1),
         default=16,
         metavar="N",
         help="maximum number of replies that are generated concurrently; others wait (default: %(default)s)",
@@ -125,19 +125,19 @@ def add_overwrite_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace an existing model in OUT")
 
 
-def whole(least: int, most: int | None = None) -> Callable[[str], int]:
-    """Return an argument type for whole numbers from `least` to `most`."""
+def int_in_range(minimum: int, maximum: int | None = None) -> Callable[[str], int]:
+    """Return an argument type for whole numbers from `minimum` to `maximum`."""
 
     def parse(text: str) -> int:
-        if text.isascii() and text.isdecimal() and least <= int(text) <= (int(text) if most is None else most):
+        if text.isascii() and text.isdecimal() and minimum <= int(text) <= (int(text) if maximum is None else maximum):
             return int(text)
-        allowed = f"of at least {least}" if most is None else f"from {least} to {most}"
+        allowed = f"of at least {minimum}" if maximum is None else f"from {minimum} to {maximum}"
         raise argparse.ArgumentTypeError(f"must be a whole number {allowed}, not {text!r}")
 
     return parse
 
 
-def seconds(text: str) -> float:
+def duration(text: str) -> float:
     """Argument type for a duration in seconds."""
     try:
         if 0 <= (value := float(text)) < float("inf"):
@@ -147,7 +147,7 @@ def seconds(text: str) -> float:
     raise argparse.ArgumentTypeError(f"must be a non-negative number of seconds, not {text!r}")
 
 
-def seed(text: str) -> int:
+def random_seed(text: str) -> int:
     """Argument type for a random seed, in the range of torch.manual_seed."""
     try:
         if 0 <= (value := int(text)) < 2**64:

@@ -17,19 +17,19 @@ if TYPE_CHECKING:  # takes seconds to import
 NOTHING_WRITTEN = "\nStopped. Nothing was written."
 
 
-def say(text: str) -> None:
+def print_message(text: str) -> None:
     """Print a message to standard error; standard output is for results."""
     print(text, file=sys.stderr, flush=True)
 
 
-def say_starting() -> None:
+def print_starting() -> None:
     """Print "Starting ..." on a terminal, because importing the libraries takes seconds."""
     if sys.stderr.isatty():
-        say("Starting ...")
+        print_message("Starting ...")
 
 
 @dataclass
-class Ending:
+class CommandResult:
     """Result of a command, set when `explain_errors` exits."""
 
     status: int = 0  # the exit status
@@ -38,40 +38,40 @@ class Ending:
 @contextlib.contextmanager
 def explain_errors(
     *,
-    install: str = "",
-    stopped: str = "Stopped.",
-    print_error: Callable[[str], None] = say,
-    note: Callable[[str], None] = say,
+    install_hint: str = "",
+    interrupt_message: str = "Stopped.",
+    print_error: Callable[[str], None] = print_message,
+    print_note: Callable[[str], None] = print_message,
     errors: tuple[type[Exception], ...] = (OSError, ValueError),
     prog: str | None = None,
-) -> Iterator[Ending]:
+) -> Iterator[CommandResult]:
     """Turn errors that users can act on into a message and exit status 1, and Ctrl-C into exit status 130.
 
     Import the library inside this context, so that Ctrl-C and missing packages during the import are handled, too.
 
     Args:
-        install: instructions for a missing package, see `how_to_install`.
-        stopped: message after Ctrl-C.
+        install_hint: instructions for a missing package, see `how_to_install`.
+        interrupt_message: message after Ctrl-C.
         print_error: prints an error.
-        note: prints `stopped`.
+        print_note: prints `interrupt_message`.
         errors: exceptions whose text is the message; the defaults cover those of the library, like CheckpointError.
         prog: "qwen export" for the command; None for a script, see `with_script_names`.
     """
     quiet_imports()
-    ending = Ending()
+    result = CommandResult()
     try:
-        yield ending
+        yield result
     except KeyboardInterrupt:
-        ending.status = 130
-        note(stopped)
+        result.status = 130
+        print_note(interrupt_message)
     except errors as error:
-        ending.status = 1
+        result.status = 1
         print_error(with_script_names(str(error), prog))
     except ImportError as error:
-        ending.status = 1
-        print_error(f"{error}. {install}")
+        result.status = 1
+        print_error(f"{error}. {install_hint}")
     except MemoryError as error:
-        ending.status = 1
+        result.status = 1
         print_error(str(error) or "The main memory is full.")
 
 
@@ -97,7 +97,9 @@ def quiet_imports() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def load(arguments: argparse.Namespace, *, chat: bool = False) -> "tuple[QWenLMHeadModel, QWenTokenizer]":
+def load_from_arguments(
+    arguments: argparse.Namespace, *, chat: bool = False
+) -> "tuple[QWenLMHeadModel, QWenTokenizer]":
     """Load the model and the tokenizer selected by the options of `add_model_arguments`, without log output.
 
     Args:

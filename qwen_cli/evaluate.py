@@ -19,10 +19,10 @@ from .arguments import (
     add_cpu_only_argument,
     add_hub_argument,
     add_seed_argument,
+    int_in_range,
     make_parser,
-    whole,
 )
-from .console import explain_errors, how_to_install, say
+from .console import explain_errors, how_to_install, print_message
 
 if TYPE_CHECKING:  # takes seconds to import
     from qwen.evaluation.task import Task
@@ -33,18 +33,20 @@ INSTALL = how_to_install("eval", "evaluate")
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Run the benchmark named by the first argument, or list all without one. Returns the exit status."""
     name, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
-    known = benchmarks()
+    known = list_benchmarks()
     if name in ("-h", "--help"):
         print(usage(known))
         return 0
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
-        say(f"Unknown benchmark {name}. " + (f"Did you mean {near[0]}?" if near else "`qwen eval` lists all."))
+        print_message(
+            f"Unknown benchmark {name}. " + (f"Did you mean {near[0]}?" if near else "`qwen eval` lists all.")
+        )
         return 2
-    return run(lambda: task_of(name), rest, prog and f"{prog} {name}")
+    return run(lambda: load_task(name), rest, prog and f"{prog} {name}")
 
 
-def benchmarks() -> dict[str, str]:
+def list_benchmarks() -> dict[str, str]:
     """Return the name and the one-line description of every benchmark."""
     package = importlib.util.find_spec("qwen")  # does not import it
     folders = [] if package is None else package.submodule_search_locations or []
@@ -70,7 +72,7 @@ def usage(known: dict[str, str]) -> str:
     )
 
 
-def task_of(name: str) -> "type[Task]":
+def load_task(name: str) -> "type[Task]":
     """Import a benchmark and return its class."""
     from qwen.evaluation.task import Task
 
@@ -87,8 +89,8 @@ def run(find_task: "Callable[[], type[Task]]", argv: Sequence[str], prog: str | 
         find_task: imports and returns the class of the benchmark.
         argv: the command line.
     """
-    stopped = "Stopped. Run the same command to resume."
-    with explain_errors(install=INSTALL, stopped=stopped, prog=prog) as ending:
+    interrupt_message = "Stopped. Run the same command to resume."
+    with explain_errors(install_hint=INSTALL, interrupt_message=interrupt_message, prog=prog) as result:
         task_class = find_task()
         import torch
 
@@ -98,15 +100,15 @@ def run(find_task: "Callable[[], type[Task]]", argv: Sequence[str], prog: str | 
         parser = make_parser(sys.modules[task_class.__module__].__doc__ or "", prog)
         add_arguments(parser, task_class)
         options = parser.parse_args(argv)
-        chosen = {name: value for name, value in vars(options).items() if value != parser.get_default(name)}
+        overrides = {name: value for name, value in vars(options).items() if value != parser.get_default(name)}
         try:
-            evaluate(task_class, options, chosen)
+            evaluate(task_class, options, overrides)
         except SandboxUnavailable as error:
             raise OSError(str(error)) from error
         except torch.OutOfMemoryError as error:
             what = str(error).splitlines()[0]
             raise MemoryError(f"{what}\nRun the same command with a smaller --batch-size to resume.") from error
-    return ending.status
+    return result.status
 
 
 def add_arguments(parser: argparse.ArgumentParser, task_class: "type[Task]") -> None:
@@ -125,20 +127,20 @@ def add_arguments(parser: argparse.ArgumentParser, task_class: "type[Task]") -> 
     parser.add_argument("--overwrite", action="store_true", help="discard existing results and start over")
     parser.add_argument(
         "--batch-size",
-        type=whole(1),
+        type=int_in_range(1),
         default=task_class.batch_size,
         metavar="N",
         help="questions per batch (default: %(default)s)",
     )
     parser.add_argument(
         "--max-seq-len",
-        type=whole(1),
+        type=int_in_range(1),
         default=task_class.max_seq_len,
         metavar="N",
         help="maximum prompt length in tokens; worked examples that do not fit are left out "
         f"(default: {task_class.max_seq_len or 'the maximum length of the model'})",
     )
-    parser.add_argument("--limit", type=whole(1), metavar="N", help="only the first N questions of each group")
+    parser.add_argument("--limit", type=int_in_range(1), metavar="N", help="only the first N questions of each group")
     add_cpu_only_argument(parser)
     parser.add_argument("--debug", action="store_true", help="show every prompt, answer and verdict")
     task_class.add_arguments(parser)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .arguments import add_checkpoint_argument, add_hub_argument, add_overwrite_argument, make_parser
-from .console import NOTHING_WRITTEN, explain_errors, how_to_install, say, say_starting
+from .console import NOTHING_WRITTEN, explain_errors, how_to_install, print_message, print_starting
 
 
 def parse_arguments(argv: Sequence[str] | None, prog: str | None) -> argparse.Namespace:
@@ -52,14 +52,16 @@ def is_gguf(out: str) -> bool:
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Export a model. Returns the exit status: 0 on success, 1 on error, 130 after Ctrl-C."""
     arguments = parse_arguments(argv, prog)
-    say_starting()
-    with explain_errors(install=how_to_install("export", "export"), stopped=NOTHING_WRITTEN, prog=prog) as ending:
+    print_starting()
+    with explain_errors(
+        install_hint=how_to_install("export", "export"), interrupt_message=NOTHING_WRITTEN, prog=prog
+    ) as result:
         remarks = run(arguments)
-    if not ending.status:
+    if not result.status:
         for remark in remarks:
-            say(remark)
+            print_message(remark)
         print(arguments.out_path)
-    return ending.status
+    return result.status
 
 
 def run(arguments: argparse.Namespace) -> list[str]:

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from .arguments import make_parser, with_script_names
-from .console import explain_errors, how_to_install, say, say_starting
+from .console import explain_errors, how_to_install, print_message, print_starting
 from .finetune_options import add_options
 
 
@@ -23,23 +23,24 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         print_help(prog)
         return 0
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads free their cores
-    first = os.environ.get("RANK", "0") == "0"
-    if first:
-        say_starting()
+    is_rank_zero = os.environ.get("RANK", "0") == "0"
+    if is_rank_zero:
+        print_starting()
     with explain_errors(
-        install=how_to_install("finetune", "finetune"),
-        stopped="\nStopped.",  # after a second Ctrl-C, or before training: during it, the first one saves a checkpoint
-        note=say if first else lambda text: None,
+        install_hint=how_to_install("finetune", "finetune"),
+        # After a second Ctrl-C, or before training: during it, the first one saves a checkpoint.
+        interrupt_message="\nStopped.",
+        print_note=print_message if is_rank_zero else lambda text: None,
         errors=(),  # `run` prints the expected errors; others need their traceback
-    ) as ending:
+    ) as result:
         if "--help-all" in argv:
             print_help_of_all(prog)
         else:
-            ending.status = run(argv, prog)
+            result.status = run(argv, prog)
             from qwen.finetuning.distributed import destroy_process_group
 
             destroy_process_group()
-    return ending.status
+    return result.status
 
 
 def print_help(prog: str | None) -> None:
@@ -53,9 +54,9 @@ def print_help(prog: str | None) -> None:
 
 def print_help_of_all(prog: str | None) -> None:
     """Print the help of all arguments."""
-    from qwen.finetuning.arguments import make_parser as make_whole_parser
+    from qwen.finetuning.arguments import make_parser as make_full_parser
 
-    parser = make_whole_parser()
+    parser = make_full_parser()
     parser.prog = prog or parser.prog
     parser.print_help()
 
@@ -68,12 +69,12 @@ def run(argv: list[str], prog: str | None) -> int:
     quiet_training(main=is_main_process())
     from qwen.finetuning.arguments import ArgumentError, parse
 
-    def tell(text: str) -> None:
+    def print_on_main_process(text: str) -> None:
         if is_main_process():
-            say(text)
+            print_message(text)
 
     def fail(error: Exception, status: int) -> int:
-        tell(with_script_names(str(error), prog))
+        print_on_main_process(with_script_names(str(error), prog))
         delay_exit_on_workers()
         return status
 
@@ -82,7 +83,7 @@ def run(argv: list[str], prog: str | None) -> int:
     except ArgumentError as error:
         return fail(error, 2)
     for note in notes:
-        tell(note)
+        print_on_main_process(note)
 
     from safetensors import SafetensorError
 
@@ -99,13 +100,17 @@ def run(argv: list[str], prog: str | None) -> int:
         return fail(error, 1)
     barrier()
     if outcome.interrupted:
-        tell(f"Stopped. Add --resume_from_checkpoint True to the same command to continue from {outcome.output_dir}.")
+        print_on_main_process(
+            f"Stopped. Add --resume_from_checkpoint True to the same command to continue from {outcome.output_dir}."
+        )
         return 130
     if "eval_loss" in outcome.metrics:
-        tell(
+        print_on_main_process(
             "On {eval_data_path}: loss {eval_loss:.4f} nats per token, perplexity {eval_perplexity:.2f}.".format(
                 eval_data_path=arguments.data.eval_data_path, **outcome.metrics
             )
         )
-    tell(with_script_names(f"Done: {outcome.output_dir}\nTalk to it: qwen chat -c {outcome.output_dir}", prog))
+    print_on_main_process(
+        with_script_names(f"Done: {outcome.output_dir}\nTalk to it: qwen chat -c {outcome.output_dir}", prog)
+    )
     return 0

@@ -12,7 +12,7 @@ import contextlib
 from collections.abc import Sequence
 
 from .arguments import add_hub_argument, add_overwrite_argument, file_size, make_parser
-from .console import NOTHING_WRITTEN, explain_errors, how_to_install, say
+from .console import NOTHING_WRITTEN, explain_errors, how_to_install, print_message
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -43,12 +43,12 @@ def parse_arguments(argv: Sequence[str] | None, prog: str | None) -> argparse.Na
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Merge an adapter. Returns the exit status: 0 on success, 1 on error, 130 after Ctrl-C."""
     arguments = parse_arguments(argv, prog)
-    with explain_errors(install=how_to_install("peft"), stopped=NOTHING_WRITTEN, prog=prog) as ending:
+    with explain_errors(install_hint=how_to_install("peft"), interrupt_message=NOTHING_WRITTEN, prog=prog) as result:
         run(arguments)
-    if not ending.status:
+    if not result.status:
         with contextlib.suppress(KeyboardInterrupt):  # too late to stop anything
             report(arguments)
-    return ending.status
+    return result.status
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -77,7 +77,7 @@ def report(arguments: argparse.Namespace) -> None:
     from qwen.finetuning.merging import is_approximate
 
     if is_approximate(arguments.adapter, arguments.hub):
-        say(
+        print_message(
             "The model is an approximation: the adapter was trained on quantized weights. Test whether it still does "
             "what it learned."
         )

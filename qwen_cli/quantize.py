@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .arguments import add_hub_argument, add_overwrite_argument, make_parser, with_script_names
-from .console import NOTHING_WRITTEN, explain_errors, how_to_install, say, say_starting
+from .console import NOTHING_WRITTEN, explain_errors, how_to_install, print_message, print_starting
 
 if TYPE_CHECKING:  # it takes seconds to import
     from qwen import Checkpoint
@@ -59,9 +59,9 @@ def parse_arguments(argv: Sequence[str] | None, prog: str | None) -> argparse.Na
             "--data_path is missing: name conversations like those that the model will be used for, its fine-tuning "
             "data or a part of it"
         )
-    for name, least in (("max_len", 16), ("samples", 1)):
-        if getattr(arguments, name) < least:
-            parser.error(f"--{name} is {getattr(arguments, name)}: it must be at least {least}")
+    for name, minimum in (("max_len", 16), ("samples", 1)):
+        if getattr(arguments, name) < minimum:
+            parser.error(f"--{name} is {getattr(arguments, name)}: it must be at least {minimum}")
     if arguments.out_path is None:
         arguments.out_path = f"output_qwen_int{arguments.bits}"
     return arguments
@@ -70,13 +70,15 @@ def parse_arguments(argv: Sequence[str] | None, prog: str | None) -> argparse.Na
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Quantize a model. Returns the exit status: 0 on success, 1 on error, 130 after Ctrl-C."""
     arguments = parse_arguments(argv, prog)
-    say_starting()
-    with explain_errors(install=how_to_install("gptq", "quantize"), stopped=NOTHING_WRITTEN, prog=prog) as ending:
+    print_starting()
+    with explain_errors(
+        install_hint=how_to_install("gptq", "quantize"), interrupt_message=NOTHING_WRITTEN, prog=prog
+    ) as result:
         outcome = run(arguments)
-    if not ending.status:
+    if not result.status:
         with contextlib.suppress(KeyboardInterrupt):  # too late to stop anything
             report(outcome, arguments.out_path, prog)
-    return ending.status
+    return result.status
 
 
 def run(arguments: argparse.Namespace) -> "QuantizeResult":
@@ -96,16 +98,18 @@ def run(arguments: argparse.Namespace) -> "QuantizeResult":
     }
     with quiet_loading(progress=arguments.model_name_or_path is not None):
         config = check(source, out, **settings)
-        samples, found = conversations(arguments, source)
+        samples, found = load_calibration_samples(arguments, source)
         tokens = sum(map(len, samples))
-        say(
+        print_message(
             f"{arguments.model_name_or_path or 'The bundled toy'} to {arguments.bits} bits, calibrated with "
             f"{len(samples)} of {found} conversations: {tokens:,} tokens."
         )
         if cut := sum(len(ids) == arguments.max_len for ids in samples):
-            say(f"{cut} of them fill or exceed --max_len {arguments.max_len}: their ends are cut off.")
+            print_message(f"{cut} of them fill or exceed --max_len {arguments.max_len}: their ends are cut off.")
         if tokens < (widest := max(config.hidden_size, config.intermediate_size // 2)):
-            say(f"That is little: matrices have up to {widest:,} inputs. Use more than that, the more the better.")
+            print_message(
+                f"That is little: matrices have up to {widest:,} inputs. Use more than that, the more the better."
+            )
         return quantize(source, out, samples, **settings, cpu_only=arguments.cpu_only, progress=True)
 
 
@@ -114,16 +118,16 @@ def report(outcome: "QuantizeResult", out: str, prog: str | None) -> None:
     from qwen import Checkpoint
     from qwen.quantization import format_bytes
 
-    say(f"{'matrix':14}{'mean loss':>12}{'worst':>12}  in layer")
+    print_message(f"{'matrix':14}{'mean loss':>12}{'worst':>12}  in layer")
     for kind, loss in outcome.losses.items():
-        say(f"{kind:14}{loss.mean:12.3g}{loss.worst:12.3g}  {loss.worst_layer + 1}")
+        print_message(f"{kind:14}{loss.mean:12.3g}{loss.worst:12.3g}  {loss.worst_layer + 1}")
     before, after = format_bytes(outcome.bytes_before), format_bytes(outcome.bytes_after)
-    say(f"Done in {outcome.seconds:.0f} s: {out}, {after} of weights ({before} in 16 bits).")
+    print_message(f"Done in {outcome.seconds:.0f} s: {out}, {after} of weights ({before} in 16 bits).")
     if Checkpoint(outcome.folder).is_chat:
-        say(with_script_names(f"Talk to it: qwen chat -c {out}", prog))
+        print_message(with_script_names(f"Talk to it: qwen chat -c {out}", prog))
 
 
-def conversations(arguments: argparse.Namespace, source: "Checkpoint") -> tuple[list[list[int]], int]:
+def load_calibration_samples(arguments: argparse.Namespace, source: "Checkpoint") -> tuple[list[list[int]], int]:
     """Return the token ids of the calibration samples, and the number of all conversations."""
     from qwen.data.conversation_file import ConversationFile
     from qwen.quantization import calibration_samples

@@ -15,23 +15,23 @@ from .arguments import (
     add_address_arguments,
     add_batch_argument,
     add_model_arguments,
+    duration,
+    int_in_range,
     make_parser,
-    seconds,
-    whole,
 )
-from .console import explain_errors, how_to_install, load, say
+from .console import explain_errors, how_to_install, load_from_arguments, print_message
 
 if TYPE_CHECKING:  # takes seconds to import
     from qwen.model.modeling_qwen import QWenLMHeadModel
     from qwen.model.tokenization_qwen import QWenTokenizer
 
 AUTH_VARIABLE, KEY_VARIABLE = "QWEN_API_AUTH", "QWEN_API_KEY"
-LAST_BYTES_SECONDS = 5  # for slow clients to read the end of their replies
+GRACEFUL_SHUTDOWN_TIMEOUT = 5  # seconds for slow clients to read the end of their replies
 
 
 def origin(text: str) -> str:
-    """Argument type for the origin of web pages."""
-    if text == "*" or re.fullmatch(r"https?://[^/\s]+", text):
+    """Argument type for the origin of web pages, also those in browser extensions and desktop programs."""
+    if text == "*" or re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", text):
         return text
     raise argparse.ArgumentTypeError(f"must be an origin like http://localhost:3000, or *, not {text!r}")
 
@@ -45,7 +45,7 @@ def parse_arguments(argv: Sequence[str] | None, prog: str | None) -> argparse.Na
         f"variables {AUTH_VARIABLE} and {KEY_VARIABLE} instead of --api-auth and --api-key.",
     )
     add_model_arguments(parser)
-    add_address_arguments(parser, least_port=0)
+    add_address_arguments(parser, min_port=0)
     parser.add_argument("--api-auth", metavar="USER:PASS", help="require this user and password (HTTP Basic)")
     parser.add_argument("--api-key", metavar="KEY", help="require this key (Bearer, as OpenAI clients send it)")
     parser.add_argument(
@@ -60,28 +60,28 @@ def parse_arguments(argv: Sequence[str] | None, prog: str | None) -> argparse.Na
     add_batch_argument(parser)
     parser.add_argument(
         "--max-queue",
-        type=whole(0),
+        type=int_in_range(0),
         default=128,
         metavar="N",
         help="maximum number of replies that wait; further requests are rejected (default: %(default)s)",
     )
     parser.add_argument(
         "--max-request-bytes",
-        type=whole(1),
+        type=int_in_range(1),
         default=4 * 2**20,
         metavar="N",
         help="maximum size of a request body in bytes (default: %(default)s)",
     )
     parser.add_argument(
         "--max-messages",
-        type=whole(1),
+        type=int_in_range(1),
         default=1024,
         metavar="N",
         help="maximum number of messages in a conversation (default: %(default)s)",
     )
     parser.add_argument(
         "--drain-seconds",
-        type=seconds,
+        type=duration,
         default=30.0,
         metavar="S",
         help="seconds for running replies to finish when the server stops (default: %(default)s)",
@@ -92,8 +92,8 @@ def parse_arguments(argv: Sequence[str] | None, prog: str | None) -> argparse.Na
         help="accepted for old scripts; no effect, because no garbage is collected after a request",
     )
     arguments = parser.parse_args(argv)
-    arguments.api_auth = _secret(arguments.api_auth, AUTH_VARIABLE)
-    arguments.api_key = _secret(arguments.api_key, KEY_VARIABLE)
+    arguments.api_auth = _from_environment(arguments.api_auth, AUTH_VARIABLE)
+    arguments.api_key = _from_environment(arguments.api_key, KEY_VARIABLE)
     if arguments.api_auth is not None and not all(arguments.api_auth.partition(":")):
         parser.error("--api-auth must be USER:PASS, a user and a password separated by a colon")
     if (key := arguments.api_key) is not None and not (key and key.isprintable() and key == key.strip()):
@@ -101,7 +101,7 @@ def parse_arguments(argv: Sequence[str] | None, prog: str | None) -> argparse.Na
     return arguments
 
 
-def _secret(argument: str | None, variable: str) -> str | None:
+def _from_environment(argument: str | None, variable: str) -> str | None:
     return os.environ.get(variable) if argument is None else argument
 
 
@@ -113,19 +113,19 @@ def bind(host: str, port: int) -> socket.socket:
     """
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     family, kind, protocol, _, address = min(found, key=lambda info: info[0] != socket.AF_INET)
-    bound = socket.socket(family, kind, protocol)
+    sock = socket.socket(family, kind, protocol)
     try:
         if os.name == "posix":  # on Windows it would allow two servers on one port
-            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind(address)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
     except OSError:
-        bound.close()
+        sock.close()
         raise
-    return bound
+    return sock
 
 
 def serve(
-    model: "QWenLMHeadModel", tokenizer: "QWenTokenizer", arguments: argparse.Namespace, bound: socket.socket
+    model: "QWenLMHeadModel", tokenizer: "QWenTokenizer", arguments: argparse.Namespace, sock: socket.socket
 ) -> int:
     """Serve requests until a signal arrives. Returns the exit status."""
     import logging
@@ -147,25 +147,27 @@ def serve(
     )
     engine = Engine(model, tokenizer, max_batch_size=arguments.max_batch_size, max_queue=arguments.max_queue)
     service = (app := create_app(engine, settings)).state.service
-    host, port = bound.getsockname()[:2]
+    host, port = sock.getsockname()[:2]
     address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
     def ready() -> None:
-        say(f"{service.model['id']} answers at {address}/v1 (documentation: {address}/docs). Ctrl-C stops.")
+        print_message(f"{service.model['id']} answers at {address}/v1 (documentation: {address}/docs). Ctrl-C stops.")
         if not (host.startswith("127.") or host == "::1" or arguments.api_auth or arguments.api_key):
-            say("Anyone who can reach this address can use the server. Require a key with --api-key KEY.")
+            print_message("Anyone who can reach this address can use the server. Require a key with --api-key KEY.")
 
     def draining() -> None:
         if not sum(engine.load()):
-            say("Stopping.")
+            print_message("Stopping.")
             return
-        say(f"Stopping: running replies have {settings.drain_seconds:g} s to finish. A second Ctrl-C stops at once.")
+        print_message(
+            f"Stopping: running replies have {settings.drain_seconds:g} s to finish. A second Ctrl-C stops at once."
+        )
 
-    config = uvicorn.Config(app, timeout_graceful_shutdown=LAST_BYTES_SECONDS)
+    config = uvicorn.Config(app, timeout_graceful_shutdown=GRACEFUL_SHUTDOWN_TIMEOUT)
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # ready() prints the same in one line
     server = DrainingServer(config, service.drain, settings.drain_seconds, ready, draining)
     try:
-        server.run(sockets=[bound])
+        server.run(sockets=[sock])
     finally:
         engine.close(0)  # exiting the interpreter while the thread runs would abort
     return 0 if server.signals == 1 else 1
@@ -175,18 +177,22 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Serve a model. Returns the exit status: 0 after a signal, 1 if it could not start or got a second signal."""
     arguments = parse_arguments(argv, prog)
     try:
-        bound = bind(arguments.server_name, arguments.server_port)
+        sock = bind(arguments.server_name, arguments.server_port)
     except (OSError, UnicodeError) as error:
         where = f"{arguments.server_name}:{arguments.server_port}"
-        say(f"Cannot listen at {where} ({error}). Choose another address with --server-name and --server-port.")
+        print_message(
+            f"Cannot listen at {where} ({error}). Choose another address with --server-name and --server-port."
+        )
         return 1
-    say(BUNDLED_NOTE if arguments.checkpoint_path is None else f"Loading {arguments.checkpoint_path} ...")
+    print_message(BUNDLED_NOTE if arguments.checkpoint_path is None else f"Loading {arguments.checkpoint_path} ...")
     # By default, waiting torch threads spin and take processor time from the threads that answer requests.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     with (
-        bound,
-        explain_errors(install=how_to_install("serve", "serve"), stopped="Stopped while loading.", prog=prog) as ending,
+        sock,
+        explain_errors(
+            install_hint=how_to_install("serve", "serve"), interrupt_message="Stopped while loading.", prog=prog
+        ) as result,
     ):
-        model, tokenizer = load(arguments)
-        ending.status = serve(model, tokenizer, arguments, bound)
-    return ending.status
+        model, tokenizer = load_from_arguments(arguments)
+        result.status = serve(model, tokenizer, arguments, sock)
+    return result.status

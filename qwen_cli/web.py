@@ -18,7 +18,7 @@ from .arguments import (
     make_parser,
     user_and_password,
 )
-from .console import explain_errors, how_to_install, load, say
+from .console import explain_errors, how_to_install, load_from_arguments, print_message
 
 if TYPE_CHECKING:  # takes seconds to import
     from qwen.model.modeling_qwen import QWenLMHeadModel
@@ -78,7 +78,7 @@ def serve(model: "QWenLMHeadModel", tokenizer: "QWenTokenizer", arguments: argpa
             share=arguments.share,
             auth=arguments.auth,
         )
-        say(f"Open {page.local_url} in a browser. Ctrl-C stops.")
+        print_message(f"Open {page.local_url} in a browser. Ctrl-C stops.")
         threading.Event().wait()
     finally:
         engine.close(timeout=0)
@@ -86,7 +86,7 @@ def serve(model: "QWenLMHeadModel", tokenizer: "QWenTokenizer", arguments: argpa
             web.close(page)
 
 
-def stop(*_: object) -> None:
+def raise_keyboard_interrupt(*_: object) -> None:
     """Raise KeyboardInterrupt, and ignore further signals so that they do not interrupt the cleanup."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
@@ -97,17 +97,19 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Serve the page. Returns the exit status: 0 after serving, 1 if it could not start, 130 if stopped before."""
     arguments = parse_arguments(argv, prog)
     for number in (signal.SIGINT, signal.SIGTERM):  # SIGTERM from service managers and `docker stop`
-        signal.signal(number, stop)
-    say(f"Loading {arguments.checkpoint_path} ..." if arguments.checkpoint_path else BUNDLED_NOTE)
+        signal.signal(number, raise_keyboard_interrupt)
+    print_message(f"Loading {arguments.checkpoint_path} ..." if arguments.checkpoint_path else BUNDLED_NOTE)
     # By default, waiting torch threads spin and take processor time from the threads that serve the page.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    with explain_errors(install=how_to_install("web", "web"), stopped="Stopped while loading.", prog=prog) as ending:
+    with explain_errors(
+        install_hint=how_to_install("web", "web"), interrupt_message="Stopped while loading.", prog=prog
+    ) as result:
         check_address(arguments.server_name, arguments.server_port)
         importlib.import_module("gradio")  # report a missing library before loading gigabytes
 
-        model, tokenizer = load(arguments, chat=True)
+        model, tokenizer = load_from_arguments(arguments, chat=True)
         try:
             serve(model, tokenizer, arguments)
         except KeyboardInterrupt:
-            say("Stopped.")
-    return ending.status
+            print_message("Stopped.")
+    return result.status

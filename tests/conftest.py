@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import GOLDEN_FOLDER, ROOT, processes
-from tests.support.processes import Elsewhere
+from tests.support.processes import IsolatedPython
 from tests.support.server_process import server, start_server  # noqa: F401  fixtures
 
 # A shell starts background jobs with SIGINT ignored. Children inherit that, and Python then installs no handler: the
@@ -28,25 +28,25 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 MERGES = (b"he", b"ll", b"llo", b"hello", b" t", b"th", b" th", b" the", b"in", b"ing")
 
 # Markers of the tests that use these fixtures, which start a process or a browser.
-MARKERS = {
+FIXTURE_MARKERS = {
     "browser": "browser",
-    **dict.fromkeys(("server", "start_server", "elsewhere", "chat_elsewhere"), "process"),
+    **dict.fromkeys(("server", "start_server", "isolated_python", "chat_in_isolated_python"), "process"),
 }
 
 # Slowest first, so that no worker waits for another at the end.
-FIRST = ("training", "browser", "docs", "process", "slow")
+SLOWEST_FIRST = ("training", "browser", "docs", "process", "slow")
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
     """Mark a test according to its fixtures."""
-    for fixture, marker in MARKERS.items():
+    for fixture, marker in FIXTURE_MARKERS.items():
         if fixture in getattr(item, "fixturenames", ()):
             item.add_marker(marker)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Forbid tests without a marker to start processes."""
-    processes.allowed = any(marker.name in FIRST for marker in item.iter_markers())
+    processes.may_start = any(marker.name in SLOWEST_FIRST for marker in item.iter_markers())
 
 
 @pytest.hookimpl(trylast=True)  # after the order has been randomized
@@ -54,8 +54,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Sort test files by their markers, slowest first."""
     rank: dict[Path, int] = {}
     for item in items:
-        ranks = [FIRST.index(marker.name) for marker in item.iter_markers() if marker.name in FIRST]
-        rank[item.path] = min([*ranks, rank.get(item.path, len(FIRST))])
+        ranks = [SLOWEST_FIRST.index(marker.name) for marker in item.iter_markers() if marker.name in SLOWEST_FIRST]
+        rank[item.path] = min([*ranks, rank.get(item.path, len(SLOWEST_FIRST))])
     items.sort(key=lambda item: rank[item.path])
 
 
@@ -158,9 +158,9 @@ def tiny_chat_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Elsewhere]:
+def isolated_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[IsolatedPython]:
     """Runs code in a Python that has transformers but not this repository."""
-    python = Elsewhere(tmp_path_factory.mktemp("elsewhere"))
+    python = IsolatedPython(tmp_path_factory.mktemp("isolated_python"))
     yield python
     python.end()
 
@@ -175,6 +175,6 @@ CHAT = """
 
 
 @pytest.fixture(scope="session")
-def chat_elsewhere(elsewhere: Elsewhere) -> Callable[[Path, str], str]:
+def chat_in_isolated_python(isolated_python: IsolatedPython) -> Callable[[Path, str], str]:
     """Function (folder, question) → reply of the model in that folder, without this repository."""
-    return lambda folder, question: elsewhere(CHAT, folder, question)[-1]
+    return lambda folder, question: isolated_python(CHAT, folder, question)[-1]

@@ -33,22 +33,22 @@ from .qwen_generation_utils import (
     make_context,
 )
 
-Arguments: TypeAlias = dict[str, Any]  # of `generate`: what it passes on depends on the class of the model
+GenerateKwargs: TypeAlias = dict[str, Any]  # of `generate`: what it passes on depends on the class of the model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from transformers.generation.utils import GenerateOutput
 
-    class Host(PreTrainedModel):
+    class MixinBase(PreTrainedModel):
         """What the mixin expects of the class that it is mixed into."""
 
         generation_config: GenerationConfig
         generate: Callable[..., GenerateOutput | torch.LongTensor]
 else:
-    Host = object
+    MixinBase = object
 
 
-class ChatMixin(Host):
+class ChatMixin(MixinBase):
     """Adds `chat`, `chat_stream` and `chat_batch` to a language model, and `stop_words_ids` to its `generate`."""
 
     def generate(
@@ -86,8 +86,8 @@ class ChatMixin(Host):
         ids = kwargs.get("input_ids") if inputs is None else inputs
         if isinstance(ids, torch.Tensor) and ids.dim() == 2 and len(ids) > 1 and kwargs.get("attention_mask") is None:
             settings = kwargs.get("pad_token_id"), self._generation_setting("pad_token_id", generation_config)
-            pads = {*settings, self.config.pad_token_id} - {None}
-            kwargs["attention_mask"] = mask_of_left_padding(ids, pads)
+            pad_token_ids = {*settings, self.config.pad_token_id} - {None}
+            kwargs["attention_mask"] = left_padding_mask(ids, pad_token_ids)
         return super().generate(inputs, generation_config, logits_processor, *args, **kwargs)
 
     def chat(
@@ -154,7 +154,7 @@ class ChatMixin(Host):
                 "chat_batch needs at least one query, and as many histories and system messages as queries, not "
                 f"{len(queries)} queries, {len(histories)} histories and {len(systems)} system messages."
             )
-        arguments = self._chat_arguments(tokenizer, stop_words_ids, generation_config, kwargs)
+        generate_kwargs = self._chat_generate_kwargs(tokenizer, stop_words_ids, generation_config, kwargs)
         prompts = [
             self._chat_prompt(tokenizer, *turn, generation_config)
             for turn in zip(queries, histories, systems, strict=True)
@@ -165,14 +165,16 @@ class ChatMixin(Host):
         rows = [[tokenizer.im_start_id] * pad + ids for pad, ids in zip(padding, prompts, strict=True)]
         mask = [[0] * pad + [1] * (length - pad) for pad in padding]
         output = self.generate(
-            torch.tensor(rows, device=self.device), attention_mask=torch.tensor(mask, device=self.device), **arguments
+            torch.tensor(rows, device=self.device),
+            attention_mask=torch.tensor(mask, device=self.device),
+            **generate_kwargs,
         )
         sequences = output if isinstance(output, torch.Tensor) else output.sequences
         if len(sequences) != len(rows):
             raise ValueError("chat returns one reply per query: leave num_return_sequences at 1, or call generate.")
         responses = [cast(str, decode_tokens(row, tokenizer, context_length=length)) for row in sequences]
         turns = zip(queries, responses, strict=True)
-        pasts = [[(asked, answered) for asked, answered in past or ()] for past in histories]
+        pasts = [[(past_query, past_response) for past_query, past_response in past or ()] for past in histories]
         return responses, [[*past, turn] for past, turn in zip(pasts, turns, strict=True)]
 
     def chat_stream(
@@ -193,15 +195,19 @@ class ChatMixin(Host):
         Raises:
             ValueError: as for `chat`; raised by the call, not by the first iteration.
         """
-        arguments = self._chat_arguments(tokenizer, stop_words_ids, generation_config, kwargs)
-        if (arguments["generation_config"].num_beams or 1) > 1 or "streamer" in arguments:
+        generate_kwargs = self._chat_generate_kwargs(tokenizer, stop_words_ids, generation_config, kwargs)
+        if (generate_kwargs["generation_config"].num_beams or 1) > 1 or "streamer" in generate_kwargs:
             raise ValueError("chat_stream has its own streamer and generates one row: omit streamer and num_beams.")
         ids = self._chat_prompt(tokenizer, query, history, system, generation_config)
-        return self._stream(tokenizer, ids, arguments)
+        return self._stream(tokenizer, ids, generate_kwargs)
 
-    def _stream(self, tokenizer: PreTrainedTokenizerBase, ids: list[int], arguments: Arguments) -> Iterator[str]:
+    def _stream(
+        self, tokenizer: PreTrainedTokenizerBase, ids: list[int], generate_kwargs: GenerateKwargs
+    ) -> Iterator[str]:
         tokens = TokenQueue()
-        criteria = StoppingCriteriaList([*(arguments.pop("stopping_criteria", None) or []), Abandoned(tokens)])
+        criteria = StoppingCriteriaList(
+            [*(generate_kwargs.pop("stopping_criteria", None) or []), CancellationCriteria(tokens)]
+        )
         prompt = torch.tensor([ids], device=self.device)
 
         def run_generate() -> None:
@@ -211,7 +217,7 @@ class ChatMixin(Host):
                     attention_mask=torch.ones_like(prompt),
                     streamer=tokens,
                     stopping_criteria=criteria,
-                    **arguments,
+                    **generate_kwargs,
                 )
             except BaseException as error:  # raised again in the thread that reads the stream
                 tokens.queue.put(error)
@@ -221,13 +227,13 @@ class ChatMixin(Host):
         worker = threading.Thread(target=run_generate, name="chat_stream", daemon=True)
 
         def stop() -> None:
-            tokens.abandoned.set()
+            tokens.cancelled.set()
             worker.join()
 
         worker.start()
         atexit.register(stop)  # an interpreter that exits while the thread runs aborts
         try:
-            yield from reply_so_far(tokens, tokenizer)
+            yield from detokenize_stream(tokens, tokenizer)
         finally:
             atexit.unregister(stop)
             stop()
@@ -237,13 +243,13 @@ class ChatMixin(Host):
         value = getattr(generation_config, name, None)
         return getattr(self.generation_config, name, None) if value is None else value
 
-    def _chat_arguments(
+    def _chat_generate_kwargs(
         self,
         tokenizer: PreTrainedTokenizerBase,
         stop_words_ids: list[list[int]] | None,
         generation_config: GenerationConfig | None,
         kwargs: dict[str, object],
-    ) -> Arguments:
+    ) -> GenerateKwargs:
         """Return the arguments of `generate` for a chat, including the stop tokens."""
         if "stream" in kwargs:
             raise ValueError("chat has no argument `stream`: call chat_stream, which yields the reply as it grows.")
@@ -259,7 +265,7 @@ class ChatMixin(Host):
         check_stop_words(stop_words_ids)
         stop_words_ids = [*stop_words_ids, *get_stop_words_ids(chat_format, tokenizer)]
         # Stop words of one token are passed as eos tokens; longer ones need the logits processor.
-        ends = [words[0] for words in stop_words_ids if len(words) == 1]
+        stop_token_ids = [words[0] for words in stop_words_ids if len(words) == 1]
         eos = cast("int | Sequence[int] | None", kwargs.pop("eos_token_id", None))
         eos = self._generation_setting("eos_token_id", generation_config) if eos is None else eos
         eos = [tokenizer.eod_id] if eos is None else [eos] if isinstance(eos, int) else [*eos]
@@ -269,13 +275,13 @@ class ChatMixin(Host):
         if kwargs.get("do_sample", config.do_sample) is False:
             # transformers warns about settings without effect, and replaces unset ones with the model's own
             kwargs = {"temperature": 1.0, "top_k": 50, "top_p": 1.0} | kwargs
-        arguments = config.update(
+        generate_kwargs = config.update(
             **kwargs,
-            eos_token_id=list(dict.fromkeys([*eos, *ends])),
+            eos_token_id=list(dict.fromkeys([*eos, *stop_token_ids])),
             pad_token_id=tokenizer.eod_id if pad is None else pad,
         )
         longer = [words for words in stop_words_ids if len(words) != 1]
-        return arguments | {"generation_config": config, "stop_words_ids": longer}
+        return generate_kwargs | {"generation_config": config, "stop_words_ids": longer}
 
     def _chat_prompt(
         self,
@@ -299,7 +305,7 @@ class ChatMixin(Host):
         return ids
 
 
-def mask_of_left_padding(ids: torch.Tensor, pad_token_ids: Collection[int]) -> torch.Tensor:
+def left_padding_mask(ids: torch.Tensor, pad_token_ids: Collection[int]) -> torch.Tensor:
     """Attention mask of left-padded rows: 0 for leading pad tokens, 1 elsewhere. ids: (B, S) → (B, S)."""
     is_token = ~torch.isin(ids, torch.tensor(sorted(pad_token_ids), dtype=ids.dtype, device=ids.device))
     return is_token.long().cummax(dim=-1).values
@@ -310,7 +316,7 @@ class TokenQueue(BaseStreamer):
 
     def __init__(self):
         self.queue: queue.SimpleQueue[int | BaseException | None] = queue.SimpleQueue()
-        self.abandoned = threading.Event()
+        self.cancelled = threading.Event()
         self.prompt_seen = False
 
     def put(self, value: torch.Tensor) -> None:
@@ -330,34 +336,34 @@ class TokenQueue(BaseStreamer):
             yield item
 
 
-class Abandoned(StoppingCriteria):
+class CancellationCriteria(StoppingCriteria):
     """Stops generation after the reader has closed the stream."""
 
     def __init__(self, tokens: TokenQueue):
         self.tokens = tokens
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: object) -> torch.BoolTensor:
-        stop = torch.full((len(input_ids),), self.tokens.abandoned.is_set(), device=input_ids.device)
+        stop = torch.full((len(input_ids),), self.tokens.cancelled.is_set(), device=input_ids.device)
         return cast(torch.BoolTensor, stop)
 
 
-def reply_so_far(tokens: Iterable[int], tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+def detokenize_stream(tokens: Iterable[int], tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
     """Yield the stripped text of a reply so far each time it grows by whole characters."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    ends = {tokenizer.eod_id, tokenizer.im_start_id, tokenizer.im_end_id}
-    text = shown = ""
+    stop_token_ids = {tokenizer.eod_id, tokenizer.im_start_id, tokenizer.im_end_id}
+    text = yielded = ""
     for token in tokens:
-        if token in ends:
+        if token in stop_token_ids:
             break
         if token >= len(tokenizer):  # an embedding row beyond the vocabulary
             continue
         piece = cast("bytes | str", tokenizer.convert_ids_to_tokens(token))
         text += decoder.decode(piece) if isinstance(piece, bytes) else decoder.decode(b"", final=True) + piece
-        if text.strip() != shown:
-            shown = text.strip()
-            yield shown
+        if text.strip() != yielded:
+            yielded = text.strip()
+            yield yielded
     text += decoder.decode(b"", final=True)
-    if text.strip() != shown:
+    if text.strip() != yielded:
         yield text.strip()
 
 

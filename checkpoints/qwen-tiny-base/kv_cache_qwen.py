@@ -22,10 +22,10 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-TILE = 64  # tokens that the kernel reads at once; segments hold whole tiles
+TILE_SIZE = 64  # tokens that the kernel reads at once; segments hold whole tiles
 # Number of vectors of D channels converted at once: their floats fit in a CPU's cache, and on a GPU take little memory
 # (256 MB at D = 128).
-PIECE, GPU_PIECE = 2**13, 2**19
+CHUNK_SIZE, GPU_CHUNK_SIZE = 2**13, 2**19
 PROMPT_STATE = "qwen_prompt_state"  # attribute of a cache
 Segment = tuple[torch.Tensor, ...]  # of keys, then of values: bytes (B, H, n, D), scale and zero point (B, H, n, 1)
 
@@ -36,14 +36,14 @@ class PromptState:
 
     Args:
         alpha: (B), the α of dynamic NTK that the keys of each row were rotated with; None for an empty cache.
-        lengths: (B), full prompt lengths for a first forward whose input is not the exact prompts, but a chunk of them,
-            padded rows, or prompts followed by draft tokens. That forward resets it to None.
-        rows: length of each row, if the rows differ in length and all start at index 0.
+        prompt_lens: (B), full prompt lengths for a first forward whose input is not the exact prompts, but a chunk of
+            them, padded rows, or prompts followed by draft tokens. That forward resets it to None.
+        seq_lens: length of each row, if the rows differ in length and all start at index 0.
     """
 
     alpha: torch.Tensor | None = None
-    lengths: torch.Tensor | None = None
-    rows: list[int] | None = None
+    prompt_lens: torch.Tensor | None = None
+    seq_lens: list[int] | None = None
 
 
 def prompt_state(cache: Cache) -> PromptState:
@@ -102,22 +102,24 @@ def quantize_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.
     return q, scale, zero
 
 
-def piece_of(x: torch.Tensor) -> int:
+def tokens_per_chunk(x: torch.Tensor) -> int:
     """Return how many tokens of (B, H, T, …) to convert at once."""
-    return max(1, (PIECE if x.device.type == "cpu" else GPU_PIECE) // (x.shape[0] * x.shape[1]))
+    return max(1, (CHUNK_SIZE if x.device.type == "cpu" else GPU_CHUNK_SIZE) // (x.shape[0] * x.shape[1]))
 
 
 class Kernels(NamedTuple):
     """The functions of kv_cache_triton_qwen.py."""
 
     append: Callable[..., None]
-    decode_tiles: Callable[..., torch.Tensor]
+    decode_attention: Callable[..., torch.Tensor]
 
     def decode(
         self, query: torch.Tensor, states: QuantizedStates, mask: torch.Tensor | None, scaling: float
     ) -> torch.Tensor:
-        """Same as `decode_in_torch`, for one new token."""
-        return self.decode_tiles(query, states.tiles, TILE, states.length, states.scale_dtype, mask, scaling)
+        """Same as `decode_attention_torch`, for one new token."""
+        return self.decode_attention(
+            query, states.tile_table, TILE_SIZE, states.length, states.scale_dtype, mask, scaling
+        )
 
 
 @functools.cache
@@ -151,32 +153,32 @@ class QuantizedStates:
         self.segments, self.length = segments, length
 
     def __getstate__(self) -> dict[str, object]:
-        return vars(self) | {"_tiles": None}  # a copy has other tensor addresses
+        return vars(self) | {"_tile_table": None}  # a copy has other tensor addresses
 
     @property
     def segments(self) -> tuple[Segment, ...]:
-        """The segments in token order. A tuple, so that they only change by assignment, which resets `tiles`."""
+        """The segments in token order. A tuple, so that they only change by assignment, which resets `tile_table`."""
         return self._segments
 
     @segments.setter
     def segments(self, segments: Sequence[Segment]) -> None:
         self._segments = tuple(segments)
-        self._tiles: torch.Tensor | None = None  # built on first use
+        self._tile_table: torch.Tensor | None = None  # built on first use
 
     @property
     def scale_dtype(self) -> torch.dtype:
         """Dtype of scales and zero points."""
         return self.segments[0][1].dtype
 
-    def parts(self) -> Iterator[Segment]:
-        """Yield all tokens in pieces of `piece_of` tokens."""
-        left = self.length
+    def chunks(self) -> Iterator[Segment]:
+        """Yield all tokens in chunks of `tokens_per_chunk` tokens."""
+        remaining = self.length
         for segment in self.segments:
-            held = min(left, segment[0].shape[2])
-            pieces = (tensor[:, :, :held].split(piece_of(tensor), dim=2) for tensor in segment)
-            yield from zip(*pieces, strict=True)
-            left -= held
-            if left == 0:
+            num_tokens = min(remaining, segment[0].shape[2])
+            chunks = (tensor[:, :, :num_tokens].split(tokens_per_chunk(tensor), dim=2) for tensor in segment)
+            yield from zip(*chunks, strict=True)
+            remaining -= num_tokens
+            if remaining == 0:
                 return
 
     def dequantize(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -187,28 +189,28 @@ class QuantizedStates:
             for _ in range(2)
         )
         start = 0
-        for part in self.parts():
-            end = start + part[0].shape[2]
-            key[:, :, start:end] = dequantize_cache_torch(*part[:3])
-            value[:, :, start:end] = dequantize_cache_torch(*part[3:])
+        for chunk in self.chunks():
+            end = start + chunk[0].shape[2]
+            key[:, :, start:end] = dequantize_cache_torch(*chunk[:3])
+            value[:, :, start:end] = dequantize_cache_torch(*chunk[3:])
             start = end
         return key, value
 
     @property
-    def tiles(self) -> torch.Tensor:
+    def tile_table(self) -> torch.Tensor:
         """Tile table of the kernel, (tiles, 9) int64: per tile, six addresses in the order of a segment, then the
         strides of B, H and T in vectors of D channels."""
-        if self._tiles is None:
+        if self._tile_table is None:
             rows = []
             for segment in self.segments:
                 strides = segment[1].stride()[:3]
-                for start in range(0, segment[0].shape[2], TILE):
+                for start in range(0, segment[0].shape[2], TILE_SIZE):
                     addresses = (
                         tensor.data_ptr() + start * tensor.stride(2) * tensor.element_size() for tensor in segment
                     )
                     rows.append([*addresses, *strides])
-            self._tiles = torch.tensor(rows, dtype=torch.int64, device=self.segments[0][0].device)
-        return self._tiles
+            self._tile_table = torch.tensor(rows, dtype=torch.int64, device=self.segments[0][0].device)
+        return self._tile_table
 
 
 def quantized_attention(
@@ -235,11 +237,11 @@ def quantized_attention(
     if attention_mask is not None:
         attention_mask = attention_mask[..., : key.length]
     kernels = triton_kernels(query.device.type)
-    decode = decode_in_torch if kernels is None else kernels.decode
+    decode = decode_attention_torch if kernels is None else kernels.decode
     return decode(query, key, attention_mask, scaling).transpose(1, 2), None
 
 
-def decode_in_torch(
+def decode_attention_torch(
     query: torch.Tensor, states: QuantizedStates, mask: torch.Tensor | None, scaling: float
 ) -> torch.Tensor:
     """Attention over bytes in torch. Scale and zero point are factored out of the sums, so bytes are only converted:
@@ -257,18 +259,18 @@ def decode_in_torch(
     """
     query32 = query.float() * scaling
     total = query32.sum(-1, keepdim=True)
-    parts = [
+    chunks = [
         (query32 @ key.float().mT - total * zero.float().mT) * scale.float().mT
-        for key, scale, zero, *_ in states.parts()
+        for key, scale, zero, *_ in states.chunks()
     ]
-    scores = torch.cat(parts, dim=-1)
+    scores = torch.cat(chunks, dim=-1)
     if mask is not None and mask.dtype == torch.bool:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     elif mask is not None:
         scores = scores + mask
     weights = scores.softmax(-1)
     output, start = torch.zeros_like(query32), 0
-    for *_, value, scale, zero in states.parts():
+    for *_, value, scale, zero in states.chunks():
         end = start + value.shape[2]
         shares = weights[..., start:end] * scale.float().mT
         output += shares @ value.float() - shares @ zero.float()
@@ -283,7 +285,7 @@ class QuantizedKVLayer(DynamicLayer):
         fused: let single tokens attend to the bytes: `update` then returns `QuantizedStates` instead of tensors.
     """
 
-    GROWTH = 128  # minimum number of tokens added when a layer is full; otherwise an eighth of its length
+    MIN_GROWTH = 128  # minimum number of tokens added when a layer is full; otherwise an eighth of its length
 
     def __init__(self, fused: bool = False, **kwargs: object):
         super().__init__()
@@ -311,17 +313,17 @@ class QuantizedKVLayer(DynamicLayer):
     @torch.no_grad()  # rounding has no gradient
     def _append(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         kernels = triton_kernels(key_states.device.type) if self.fused else None
-        for slot, tokens in self.reserve(key_states):
+        for slot, tokens in self.allocate_slots(key_states):
             new = key_states[:, :, tokens], value_states[:, :, tokens]
             if kernels is not None:
                 kernels.append(*new, slot)
                 continue
-            pieces = zip(*(tensor.split(piece_of(tensor), dim=2) for tensor in (*new, *slot)), strict=True)
-            for key, value, *stored in pieces:
-                for place, tensor in zip(stored, (*quantize_tokens(key), *quantize_tokens(value)), strict=True):
-                    place.copy_(tensor)
+            chunks = zip(*(tensor.split(tokens_per_chunk(tensor), dim=2) for tensor in (*new, *slot)), strict=True)
+            for key, value, *stored in chunks:
+                for target, tensor in zip(stored, (*quantize_tokens(key), *quantize_tokens(value)), strict=True):
+                    target.copy_(tensor)
 
-    def reserve(self, like: torch.Tensor) -> Iterator[tuple[Segment, slice]]:
+    def allocate_slots(self, like: torch.Tensor) -> Iterator[tuple[Segment, slice]]:
         """Reserve room for the S tokens of `like` (B, H, S, D), in new segments once the last is full. Yields parts of
         segments, each with the slice of the tokens to write there, and adds their number to the length."""
         batch, heads, tokens, channels = like.shape
@@ -329,13 +331,13 @@ class QuantizedKVLayer(DynamicLayer):
         while done < tokens:
             room = sum(segment[0].shape[2] for segment in self.states.segments) - self.states.length
             if room == 0:
-                growth = max(self.GROWTH, self.states.length // 8) if self.states.segments else 0
-                room = -(-max(tokens - done, growth) // TILE) * TILE
-                half = ((channels, torch.uint8), (1, self.dtype), (1, self.dtype))
+                growth = max(self.MIN_GROWTH, self.states.length // 8) if self.states.segments else 0
+                room = -(-max(tokens - done, growth) // TILE_SIZE) * TILE_SIZE
+                tensor_specs = ((channels, torch.uint8), (1, self.dtype), (1, self.dtype))
                 with torch.inference_mode(False):  # the cache may be used outside of inference mode later
                     new = tuple(
                         torch.empty(batch, heads, room, width, dtype=dtype, device=like.device)
-                        for width, dtype in (*half, *half)
+                        for width, dtype in (*tensor_specs, *tensor_specs)
                     )
                 self.states.segments = (*self.states.segments, new)
             last = self.states.segments[-1]
@@ -348,8 +350,8 @@ class QuantizedKVLayer(DynamicLayer):
     @property
     def quantized(self) -> tuple[Segment, Segment]:
         """The layer in the published layout: ((q_key, scale, zero point), (q_value, scale, zero point))."""
-        held = [torch.cat(tensors, dim=2) for tensors in zip(*self.states.parts(), strict=True)]
-        return tuple(held[:3]), tuple(held[3:])
+        states = [torch.cat(tensors, dim=2) for tensors in zip(*self.states.chunks(), strict=True)]
+        return tuple(states[:3]), tuple(states[3:])
 
     def get_seq_length(self) -> int:
         return self.states.length
@@ -370,21 +372,21 @@ class QuantizedKVLayer(DynamicLayer):
             states.segments = states.segments[:-1]
 
     def offload(self) -> None:
-        self._replace(lambda tensor: tensor.to("cpu", non_blocking=True))
+        self._apply(lambda tensor: tensor.to("cpu", non_blocking=True))
 
     def prefetch(self) -> None:
-        self._replace(lambda tensor: tensor.to(self.device, non_blocking=True))
+        self._apply(lambda tensor: tensor.to(self.device, non_blocking=True))
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        self._replace(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+        self._apply(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self._replace(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+        self._apply(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        self._replace(lambda tensor: tensor[indices])
+        self._apply(lambda tensor: tensor[indices])
 
-    def _replace(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def _apply(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         # One segment at a time, to limit peak memory.
         for index in range(len(self.states.segments)):
             segments = list(self.states.segments)
@@ -423,14 +425,14 @@ class QuantizedKVCache(Cache):
         for key, value in layers:
             layer = QuantizedKVLayer(fused)
             layer.lazy_initialization(key[1], value[1])
-            for slot, tokens in layer.reserve(key[0]):
-                for place, tensor in zip(slot, (*key, *value), strict=True):
-                    place.copy_(tensor[:, :, tokens])
+            for slot, tokens in layer.allocate_slots(key[0]):
+                for target, tensor in zip(slot, (*key, *value), strict=True):
+                    target.copy_(tensor[:, :, tokens])
             cache.layers.append(layer)
         return cache
 
 
-def cache_of_tuples(layers: Sequence[tuple], fused: bool = False) -> Cache:
+def cache_from_legacy(layers: Sequence[tuple], fused: bool = False) -> Cache:
     """Build a cache from the tuples that `past_key_values` was up to transformers 4.35, one per layer.
 
     Args:
@@ -440,3 +442,10 @@ def cache_of_tuples(layers: Sequence[tuple], fused: bool = False) -> Cache:
     if isinstance(layers[0][0], torch.Tensor):
         return DynamicCache(layers)
     return QuantizedKVCache.from_legacy_cache(layers, fused)
+
+
+# Old names; the next release removes them.
+TILE, PIECE, GPU_PIECE = TILE_SIZE, CHUNK_SIZE, GPU_CHUNK_SIZE
+cache_of_tuples = cache_from_legacy
+decode_in_torch = decode_attention_torch
+piece_of = tokens_per_chunk

@@ -23,24 +23,25 @@ def check_arguments(kwargs: Mapping[str, object]) -> None:
     """
     if kwargs.get("dtype") is not None and kwargs.get("torch_dtype", kwargs["dtype"]) != kwargs["dtype"]:
         raise ValueError(f"dtype={kwargs['dtype']} and torch_dtype={kwargs['torch_dtype']} contradict each other.")
-    asked = [name for name in PRECISIONS if kwargs.get(name)]
-    if len(asked) > 1:
+    flags = [name for name in PRECISIONS if kwargs.get(name)]
+    if len(flags) > 1:
         raise ValueError(
-            f"{' and '.join(f'{name}=True' for name in asked)} contradict each other: pass one of bf16=True, "
+            f"{' and '.join(f'{name}=True' for name in flags)} contradict each other: pass one of bf16=True, "
             "fp16=True, fp32=True, or none of them."
         )
-    named = kwargs.get("dtype", kwargs.get("torch_dtype"))
-    dtype = None if named in (None, "auto") else as_dtype(named)
-    if asked and dtype not in (None, PRECISIONS[asked[0]]):
-        raise ValueError(f"{asked[0]}=True and dtype={named} contradict each other: pass only one of the two.")
+    requested = kwargs.get("dtype", kwargs.get("torch_dtype"))
+    dtype = None if requested in (None, "auto") else as_dtype(requested)
+    if flags and dtype not in (None, PRECISIONS[flags[0]]):
+        raise ValueError(f"{flags[0]}=True and dtype={requested} contradict each other: pass only one of the two.")
 
     attention = kwargs.get("attn_implementation")
-    flash = kwargs.get("use_flash_attn", "auto")
-    if attention is not None and flash != "auto" and flash != ("flash" in str(attention)):
+    use_flash_attn = kwargs.get("use_flash_attn", "auto")
+    if attention is not None and use_flash_attn != "auto" and use_flash_attn != ("flash" in str(attention)):
         raise ValueError(
-            f"use_flash_attn={flash} and attn_implementation={attention!r} contradict each other: pass one of the two."
+            f"use_flash_attn={use_flash_attn} and attn_implementation={attention!r} contradict each other: pass one of "
+            "the two."
         )
-    wants_flash = flash is True or "flash" in str(attention)
+    wants_flash = use_flash_attn is True or "flash" in str(attention)
     if wants_flash and (kwargs.get("fp32") or dtype is torch.float32):
         raise ValueError(
             "Flash attention computes in half precision, not in float32: pass bf16=True or fp16=True, or leave flash "
@@ -62,8 +63,8 @@ def as_dtype(dtype: object) -> torch.dtype:
 
 def target_device(device_map: object) -> torch.device:
     """Return the device `from_pretrained(device_map=…)` computes on: the accelerator if available and not excluded."""
-    places = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
-    if all(str(place) in ("cpu", "disk", "meta") for place in places) or not torch.accelerator.is_available():
+    devices = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
+    if all(str(place) in ("cpu", "disk", "meta") for place in devices) or not torch.accelerator.is_available():
         return torch.device("cpu")
     return cast(torch.device, torch.accelerator.current_accelerator())  # None only if none is available
 
@@ -103,19 +104,19 @@ def choose_attention(
         return requested
     if config.use_flash_attn is False:
         return "sdpa"
-    obstacle = None
+    reason = None
     if config.use_cache_quantization:
-        obstacle = "use_cache_quantization=True keeps the cache in 8 bits"
+        reason = "use_cache_quantization=True keeps the cache in 8 bits"
     elif device.type != "cuda":
-        obstacle = f"it does not run on {device.type}"
+        reason = f"it does not run on {device.type}"
     elif dtype is torch.float32:
-        obstacle = "it does not compute in float32; load with bf16=True or fp16=True"
+        reason = "it does not compute in float32; load with bf16=True or fp16=True"
     elif not is_flash_attn_2_available():
-        obstacle = "the flash-attn package is not installed"
+        reason = "the flash-attn package is not installed"
     elif torch.version.cuda and torch.cuda.get_device_capability(device) < (8, 0):
-        obstacle = "it needs a GPU of compute capability 8.0 (A100, RTX 30) or newer"
-    if obstacle is None:
+        reason = "it needs a GPU of compute capability 8.0 (A100, RTX 30) or newer"
+    if reason is None:
         return "flash_attention_2"
     if config.use_flash_attn is True or flash_requested:
-        logger.warning(f"Flash attention is switched off: {obstacle}.")
+        logger.warning(f"Flash attention is switched off: {reason}.")
     return "sdpa"

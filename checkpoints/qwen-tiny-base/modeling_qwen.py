@@ -28,17 +28,17 @@ from transformers.utils.output_capturing import capture_outputs
 from .chat_qwen import ChatMixin
 from .configuration_qwen import QWenConfig
 from .gptq_qwen import GPTQMixin
-from .kv_cache_qwen import QuantizedKVCache, QuantizedStates, cache_of_tuples, prompt_state, quantized_attention
+from .kv_cache_qwen import QuantizedKVCache, QuantizedStates, cache_from_legacy, prompt_state, quantized_attention
 from .loading_qwen import LoadingMixin
 from .rope_qwen import MAX_DOUBLINGS as MAX_DOUBLINGS  # re-exported for old imports
-from .rope_qwen import logn_scale, ntk_alpha, rotary_tables, rotate
-from .window_attention_qwen import AttentionFunction, Window, window_attention, windows
+from .rope_qwen import apply_rotary_emb, logn_scale, ntk_alpha, rotary_tables
+from .window_attention_qwen import AttentionFunction, Window, create_windows, window_attention
 
 if TYPE_CHECKING:
     from transformers.generation.continuous_batching import ContinuousBatchingManager
 
 # Name of the cache argument in transformers: `cache` from 5.24 on.
-CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
+CACHE_ARG = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 
 
 class RMSNorm(nn.Module):
@@ -101,17 +101,17 @@ class QWenAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """hidden_states: (B, S, C) → (B, S, C), and the weights (B, H, S, T) if the implementation returns them."""
         batch, length, _ = hidden_states.shape
-        heads = self.c_attn(hidden_states).view(batch, length, 3, -1, self.head_dim).permute(2, 0, 3, 1, 4)
-        query, key, value = heads.unbind(0)
+        qkv = self.c_attn(hidden_states).view(batch, length, 3, -1, self.head_dim).permute(2, 0, 3, 1, 4)
+        query, key, value = qkv.unbind(0)
 
         cos, sin, query_scale = position_embeddings
-        query, key = rotate(query, cos, sin), rotate(key, cos, sin).to(value.dtype)
+        query, key = apply_rotary_emb(query, cos, sin), apply_rotary_emb(key, cos, sin).to(value.dtype)
         query = (query if query_scale is None else query * query_scale).to(value.dtype)
 
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
 
-        if CACHE == "cache" and "cache" in kwargs:  # before 5.24 the attention function updates it
+        if CACHE_ARG == "cache" and "cache" in kwargs:  # before 5.24 the attention function updates it
             key, value = kwargs.pop("cache").update(key, value, self.layer_idx, kwargs=kwargs)
 
         attention: AttentionFunction
@@ -168,7 +168,7 @@ class QWenBlock(GradientCheckpointingLayer):
         position_embeddings: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None = None,
         **kwargs: object,
     ) -> torch.Tensor:
-        attended, _ = self.attn(
+        attn_output, _ = self.attn(
             hidden_states=self.ln_1(hidden_states),
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -177,7 +177,7 @@ class QWenBlock(GradientCheckpointingLayer):
             position_embeddings=position_embeddings,
             **kwargs,
         )
-        hidden_states = hidden_states + attended
+        hidden_states = hidden_states + attn_output
         return hidden_states + self.mlp(self.ln_2(hidden_states))
 
 
@@ -245,30 +245,30 @@ class QWenModel(QWenPreTrainedModel):
         elif cache is not None:
             kwargs["cache"] = cache  # the paged cache of continuous batching, used by the layers
         if isinstance(past_key_values, (tuple, list)):  # torch 2.7 cannot compile `tuple | list`
-            past_key_values = cache_of_tuples(past_key_values, self.fused)
+            past_key_values = cache_from_legacy(past_key_values, self.use_fused_decode)
         if use_cache and past_key_values is None:
             past_key_values = self.new_cache()
 
         past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
-        alpha = self.dynamic_ntk(past_key_values, past_length, inputs_embeds, attention_mask, position_ids)
+        alpha = self.dynamic_ntk_alpha(past_key_values, past_length, inputs_embeds, attention_mask, position_ids)
         if position_ids is None:
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + past_length
 
-        visible = self.layer_windows(past_key_values, past_length, inputs_embeds)
+        windows = self.layer_windows(past_key_values, past_length, inputs_embeds)
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            **cache_argument(past_key_values),
+            **cache_kwargs(past_key_values),
         )
         cos, sin = rotary_tables(position_ids, self.config.rotary_dim, self.config.rotary_emb_base, alpha)
-        stretch_queries = self.config.use_logn_attn and not self.training
-        query_scale = logn_scale(position_ids, self.config.seq_length) if stretch_queries else None
+        use_logn = self.config.use_logn_attn and not self.training
+        query_scale = logn_scale(position_ids, self.config.seq_length) if use_logn else None
 
         hidden_states = self.drop(inputs_embeds)
         # `generate` may draft with only the first layers.
-        for block, window in zip(self.h[: self.config.num_hidden_layers], visible, strict=False):
+        for block, window in zip(self.h[: self.config.num_hidden_layers], windows, strict=False):
             hidden_states = block(
                 hidden_states,
                 attention_mask=mask,
@@ -280,15 +280,19 @@ class QWenModel(QWenPreTrainedModel):
                 **kwargs,
             )
         return BaseModelOutputWithPast(
-            last_hidden_state=self.ln_f(hidden_states), **cache_argument(past_key_values if use_cache else None)
+            last_hidden_state=self.ln_f(hidden_states), **cache_kwargs(past_key_values if use_cache else None)
         )
 
     def new_cache(self) -> Cache:
         """Return an empty key/value cache of the configured kind."""
-        return QuantizedKVCache(self.fused) if self.config.use_cache_quantization else DynamicCache(config=self.config)
+        return (
+            QuantizedKVCache(self.use_fused_decode)
+            if self.config.use_cache_quantization
+            else DynamicCache(config=self.config)
+        )
 
     @property
-    def fused(self) -> bool:
+    def use_fused_decode(self) -> bool:
         """Whether single tokens attend to the bytes of an 8-bit cache. Only with "sdpa": "eager" returns attention
         weights, and "flex_attention" uses its own masks."""
         return self.config.use_cache_kernel and self.config._attn_implementation == "sdpa"
@@ -301,10 +305,12 @@ class QWenModel(QWenPreTrainedModel):
             return [None] * len(self.h)
         if self.config._attn_implementation == "flex_attention":
             raise ValueError('use_window_attn=True works with attn_implementation "sdpa", "eager" and flash attention.')
-        rows = None if cache is None else prompt_state(cache).rows
-        return windows(self.config.windows, past_length, rows, inputs_embeds.shape[1], inputs_embeds.device)
+        rows = None if cache is None else prompt_state(cache).seq_lens
+        return create_windows(
+            self.config.layer_window_sizes, past_length, rows, inputs_embeds.shape[1], inputs_embeds.device
+        )
 
-    def dynamic_ntk(
+    def dynamic_ntk_alpha(
         self,
         cache: Cache | None,
         past_length: int | torch.Tensor,
@@ -327,30 +333,30 @@ class QWenModel(QWenPreTrainedModel):
             return None
         if cache is None:
             return ntk_alpha(count_prompt_tokens(inputs_embeds, attention_mask, position_ids), self.config.seq_length)
-        prompts = prompt_state(cache)
-        if prompts.alpha is not None and isinstance(past_length, int) and past_length > 0:
+        state = prompt_state(cache)
+        if state.alpha is not None and isinstance(past_length, int) and past_length > 0:
             batch = len(inputs_embeds)
-            if len(prompts.alpha) != batch:  # the cache was repeated for several sequences per prompt
-                prompts.alpha = prompts.alpha.repeat_interleave(batch // len(prompts.alpha))
-            return prompts.alpha
+            if len(state.alpha) != batch:  # the cache was repeated for several sequences per prompt
+                state.alpha = state.alpha.repeat_interleave(batch // len(state.alpha))
+            return state.alpha
 
-        if prompts.lengths is not None:
-            lengths, prompts.lengths = prompts.lengths.expand(len(inputs_embeds)), None
+        if state.prompt_lens is not None:
+            lengths, state.prompt_lens = state.prompt_lens.expand(len(inputs_embeds)), None
         else:
             lengths = count_prompt_tokens(inputs_embeds, attention_mask, position_ids)
         alpha = ntk_alpha(lengths, self.config.seq_length)
-        if prompts.alpha is not None and isinstance(past_length, torch.Tensor):
+        if state.alpha is not None and isinstance(past_length, torch.Tensor):
             # In place and without a branch, so that one compiled graph serves every step.
-            return prompts.alpha.copy_(torch.where(past_length == 0, alpha, prompts.alpha))
+            return state.alpha.copy_(torch.where(past_length == 0, alpha, state.alpha))
         if cache.is_compileable and not torch.compiler.is_compiling():
             torch._dynamo.mark_static_address(alpha)  # the compiled step writes to it; CUDA graphs need to know
-        prompts.alpha = alpha
+        state.alpha = alpha
         return alpha
 
 
-def cache_argument(cache: Cache | None) -> dict[str, Any]:
+def cache_kwargs(cache: Cache | None) -> dict[str, Any]:
     """Return the keyword argument that passes a cache to transformers."""
-    return {CACHE: cache}
+    return {CACHE_ARG: cache}
 
 
 def count_prompt_tokens(
@@ -365,11 +371,11 @@ def count_prompt_tokens(
     return torch.full((batch,), length, device=inputs_embeds.device)
 
 
-def keep_positions(hidden_states: torch.Tensor, positions: int | torch.Tensor) -> torch.Tensor:
-    """Return the last `positions` positions of (B, S, C), all for 0, or those at the given indices."""
-    if isinstance(positions, torch.Tensor):
-        return hidden_states[:, positions]
-    return hidden_states[:, -positions:] if positions else hidden_states
+def select_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+    """Return the last `logits_to_keep` positions of (B, S, C), all for 0, or those at the given indices."""
+    if isinstance(logits_to_keep, torch.Tensor):
+        return hidden_states[:, logits_to_keep]
+    return hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states
 
 
 class QWenLMHeadModel(QWenPreTrainedModel, ChatMixin, GenerationMixin):
@@ -417,14 +423,14 @@ class QWenLMHeadModel(QWenPreTrainedModel, ChatMixin, GenerationMixin):
         )
         hidden_states = outputs.last_hidden_state
         assert hidden_states is not None
-        logits = self.lm_head(keep_positions(hidden_states, logits_to_keep))
+        logits = self.lm_head(select_positions(hidden_states, logits_to_keep))
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            **cache_argument(getattr(outputs, CACHE)),
+            **cache_kwargs(getattr(outputs, CACHE_ARG)),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
@@ -451,19 +457,21 @@ class QWenLMHeadModel(QWenPreTrainedModel, ChatMixin, GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict, *args: Any, **kwargs: Any
     ) -> bool:
-        wants_default = generation_config.cache_implementation is None and generation_config.use_cache is not False
-        if isinstance(model_kwargs.get(CACHE), tuple | list):
-            model_kwargs[CACHE] = cache_of_tuples(model_kwargs[CACHE], self.transformer.fused)
-        if self.config.use_cache_quantization and wants_default and model_kwargs.get(CACHE) is None:
-            model_kwargs[CACHE] = self.transformer.new_cache()
+        use_default_cache = generation_config.cache_implementation is None and generation_config.use_cache is not False
+        if isinstance(model_kwargs.get(CACHE_ARG), tuple | list):
+            model_kwargs[CACHE_ARG] = cache_from_legacy(model_kwargs[CACHE_ARG], self.transformer.use_fused_decode)
+        if self.config.use_cache_quantization and use_default_cache and model_kwargs.get(CACHE_ARG) is None:
+            model_kwargs[CACHE_ARG] = self.transformer.new_cache()
         result = super()._prepare_cache_for_generation(  # type: ignore[misc]  # its `self` has attributes unused here
             generation_config, model_kwargs, *args, **kwargs
         )
         # The last call before the first forward. The full prompt is known here; the forward may get only a chunk of it.
-        cache, position_ids = model_kwargs.get(CACHE), model_kwargs.get("position_ids")
+        cache, position_ids = model_kwargs.get(CACHE_ARG), model_kwargs.get("position_ids")
         if cache is not None and position_ids is not None and cache.get_seq_length() == 0:
-            prompt_state(cache).lengths = position_ids.amax(-1) + 1
+            prompt_state(cache).prompt_lens = position_ids.amax(-1) + 1
         return result
 
+
+rotate = apply_rotary_emb  # the old name; the next release removes it
 
 __all__ = ["QWenLMHeadModel", "QWenModel", "QWenPreTrainedModel"]

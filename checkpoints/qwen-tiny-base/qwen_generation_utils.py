@@ -7,6 +7,7 @@ make_context`), so it must not import siblings. `chat_qwen.py`, with the `chat` 
 from __future__ import annotations
 
 import importlib
+import warnings
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -16,14 +17,28 @@ from transformers import LogitsProcessor, PreTrainedTokenizerBase
 History = list[tuple[str, str]]
 DEFAULT_SYSTEM = "You are a helpful assistant."
 RAW_STOP_WORD = "Human:"
-MOVED = ("Abandoned", "ChatMixin", "TokenQueue", "check_stop_words", "mask_of_left_padding", "reply_so_far")
-"""Names that moved to `chat_qwen.py`."""
+MOVED = {
+    "Abandoned": "CancellationCriteria",
+    "ChatMixin": "ChatMixin",
+    "TokenQueue": "TokenQueue",
+    "check_stop_words": "check_stop_words",
+    "mask_of_left_padding": "left_padding_mask",
+    "reply_so_far": "detokenize_stream",
+}
+"""Names that moved to `chat_qwen.py`, and what they are called there."""
 
 
 def __getattr__(name: str) -> Any:
     """Resolve moved names for old imports. Without a package there is no sibling to import them from."""
     if name in MOVED and __package__:
-        return getattr(importlib.import_module(f"{__package__}.chat_qwen"), name)
+        new = MOVED[name]
+        if new != name:
+            warnings.warn(
+                f"{__name__}.{name} is now {new} in chat_qwen. The next release removes the old name.",
+                DeprecationWarning,
+                stacklevel=2,
+            )
+        return getattr(importlib.import_module(f"{__package__}.chat_qwen"), new)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -66,12 +81,12 @@ def make_context(
     kept_text = ""
     kept_ids: list[int] = []
     for past_query, past_response in reversed(check_history(history)):
-        asked, asked_ids = message("user", past_query)
-        answered, answered_ids = message("assistant", past_response)
-        turn_ids = [*newline, *asked_ids, *newline, *answered_ids]
+        user_text, user_ids = message("user", past_query)
+        assistant_text, assistant_ids = message("assistant", past_response)
+        turn_ids = [*newline, *user_ids, *newline, *assistant_ids]
         if len(system_ids) + len(turn_ids) + len(kept_ids) >= max_window_size:
             break
-        kept_text, kept_ids = f"\n{asked}\n{answered}{kept_text}", turn_ids + kept_ids
+        kept_text, kept_ids = f"\n{user_text}\n{assistant_text}{kept_text}", turn_ids + kept_ids
     query_text, query_ids = message("user", query)
     role_ids = tokenizer.encode("assistant", allowed_special=set(), disallowed_special=())
     start_ids = tokenizer.encode(reply_start, allowed_special=set(), disallowed_special=())
@@ -116,14 +131,14 @@ def decode_tokens(
         ValueError: unknown chat format.
     """
     tokens = tokens.tolist() if isinstance(tokens, torch.Tensor) else list(tokens)
-    ends = {tokenizer.eod_id}
+    stop_token_ids = {tokenizer.eod_id}
     if chat_format == "chatml":
-        ends |= {tokenizer.im_start_id, tokenizer.im_end_id}
+        stop_token_ids |= {tokenizer.im_start_id, tokenizer.im_end_id}
     elif chat_format != "raw":
         raise unknown_format(chat_format)
     reply, end_reason = tokens[context_length:], f"Gen length {len(tokens)}"
     for position, token in enumerate(reply):
-        if token in ends:
+        if token in stop_token_ids:
             reply, end_reason = reply[:position], f"Gen {tokenizer.decode([token])!r}"
             break
     # The embedding has more rows than the tokenizer has tokens, and sampling may choose one of them.

@@ -12,16 +12,16 @@ from safetensors import SafetensorError
 from transformers import PreTrainedConfig
 
 from .configuration_qwen import QWenConfig
-from .gptq_qwen import is_gptq, with_kernel
+from .gptq_qwen import configure_kernel, is_gptq
 from .loading_options_qwen import PRECISIONS, check_arguments, choose_attention, choose_dtype, target_device
 
 if TYPE_CHECKING:  # what the mixin expects of the class that it is mixed into
-    from transformers import PreTrainedModel as Host
+    from transformers import PreTrainedModel as MixinBase
 else:
-    Host = object
+    MixinBase = object
 
 
-class LoadingMixin(Host):
+class LoadingMixin(MixinBase):
     """`from_pretrained` for a PreTrainedModel with a `QWenConfig`."""
 
     @classmethod
@@ -48,32 +48,32 @@ class LoadingMixin(Host):
         # transformers merges it with that of the file, but only if QWenConfig does not consume it.
         quantization_config = kwargs.pop("quantization_config", None)
         if isinstance(config, PreTrainedConfig):
-            network = cast(QWenConfig, config).overridden(kwargs)
+            model_config: PreTrainedConfig = cast(QWenConfig, config).with_overrides(kwargs)
             fields = {field.name for field in dataclasses.fields(QWenConfig)}
             kwargs = {name: value for name, value in kwargs.items() if name not in fields}
         else:
             names = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
             hub_kwargs = {name: kwargs[name] for name in names if name in kwargs}
-            named = {} if dtype is None else {"dtype": dtype}
-            place = cast(str | os.PathLike, config or pretrained_model_name_or_path)
-            loaded = QWenConfig.from_pretrained(place, return_unused_kwargs=True, **kwargs, **named)
-            network, kwargs = cast(tuple[QWenConfig, dict], loaded)  # as return_unused_kwargs=True asks for
+            dtype_kwargs = {} if dtype is None else {"dtype": dtype}
+            name_or_path = cast(str | os.PathLike, config or pretrained_model_name_or_path)
+            loaded = QWenConfig.from_pretrained(name_or_path, return_unused_kwargs=True, **kwargs, **dtype_kwargs)
+            model_config, kwargs = cast(tuple[QWenConfig, dict], loaded)  # as return_unused_kwargs=True asks for
             kwargs |= hub_kwargs
 
         device_map = kwargs.get("device_map")
         # Without a device_map, transformers loads GPTQ weights on the CPU.
-        device = target_device("cpu" if device_map is None and is_gptq(network) else device_map)
-        flagged = any(getattr(network, name) for name in PRECISIONS)
-        if dtype is None or (dtype == "auto" and (flagged or is_gptq(network))):
-            dtype = choose_dtype(network, device)
-        with_backend, quantization_config = with_kernel(network, quantization_config, dtype, device)
+        device = target_device("cpu" if device_map is None and is_gptq(model_config) else device_map)
+        has_precision_flag = any(getattr(model_config, name) for name in PRECISIONS)
+        if dtype is None or (dtype == "auto" and (has_precision_flag or is_gptq(model_config))):
+            dtype = choose_dtype(model_config, device)
+        model_config, quantization_config = configure_kernel(model_config, quantization_config, dtype, device)
         if quantization_config is not None:
             kwargs["quantization_config"] = quantization_config
-        requested = kwargs.get("attn_implementation", with_backend._attn_implementation)
-        kwargs["attn_implementation"] = choose_attention(with_backend, dtype, device, requested)
+        requested = kwargs.get("attn_implementation", model_config._attn_implementation)
+        kwargs["attn_implementation"] = choose_attention(model_config, dtype, device, requested)
         try:
             return super().from_pretrained(
-                pretrained_model_name_or_path, *model_args, config=with_backend, dtype=dtype, **kwargs
+                pretrained_model_name_or_path, *model_args, config=model_config, dtype=dtype, **kwargs
             )
         except (SafetensorError, FileNotFoundError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and not is_damaged_weight_file(error):

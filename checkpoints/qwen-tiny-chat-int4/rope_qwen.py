@@ -1,6 +1,6 @@
 """Position encoding of Qwen in float32: rotary embedding, dynamic NTK and LogN.
 
-The network calls `rotary_tables` once per forward and `rotate` in every layer.
+The network calls `rotary_tables` once per forward and `apply_rotary_emb` in every layer.
 
 Shapes: B batch, S new tokens, H heads, D head size, R rotary channels of D.
 """
@@ -56,14 +56,14 @@ def logn_scale(position_ids: torch.Tensor, seq_length: int) -> torch.Tensor:
     Returns:
         (B, 1, S, 1), float32.
     """
-    steps = torch.full((), float(seq_length), device=position_ids.device)
-    return (torch.log(position_ids.float() + 1) / torch.log(steps)).clamp(min=1.0)[:, None, :, None]
+    trained_length = torch.full((), float(seq_length), device=position_ids.device)
+    return (torch.log(position_ids.float() + 1) / torch.log(trained_length)).clamp(min=1.0)[:, None, :, None]
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def apply_rotary_emb(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotate the first R channels of every head, in float32. x: (B, H, S, D)."""
     rotary_dim = cos.shape[-1]
-    rotated, rest = x[..., :rotary_dim].float(), x[..., rotary_dim:]
-    first, second = rotated.chunk(2, dim=-1)
-    rotated = rotated * cos + torch.cat((-second, first), dim=-1) * sin
-    return torch.cat((rotated, rest.float()), dim=-1) if rest.shape[-1] else rotated
+    x_rot, x_pass = x[..., :rotary_dim].float(), x[..., rotary_dim:]
+    x1, x2 = x_rot.chunk(2, dim=-1)
+    rotated = x_rot * cos + torch.cat((-x2, x1), dim=-1) * sin
+    return torch.cat((rotated, x_pass.float()), dim=-1) if x_pass.shape[-1] else rotated

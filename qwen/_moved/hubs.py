@@ -34,7 +34,7 @@ def config_file(name: str, **hub_kwargs: Unpack[HubKwargs]) -> Path:
 
 def source(name: str, *, weights: bool = False, **hub_kwargs: Unpack[HubKwargs]) -> tuple[str, DownloadOptions]:
     """Return the first argument of from_pretrained and its keyword arguments."""
-    return find(name, HubOptions(**hub_kwargs)).source(weights=weights)
+    return find(name, HubOptions(**hub_kwargs)).from_pretrained_args(weights=weights)
 
 
 # Names that exist only under the old path.

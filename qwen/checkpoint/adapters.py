@@ -41,10 +41,10 @@ def check_adapter(folder: Path, config: JSONObject | None = None) -> None:
         folder: the adapter.
         config: content of adapter_config.json; None reads it.
     """
-    kind = (read_json(folder / ADAPTER_CONFIG, folder) if config is None else config).get("peft_type")
-    if kind != "LORA":
+    peft_type = (read_json(folder / ADAPTER_CONFIG, folder) if config is None else config).get("peft_type")
+    if peft_type != "LORA":
         raise CheckpointError(
-            f"{folder} holds an adapter of type {kind!r}. Only LoRA adapters are supported here; peft itself may "
+            f"{folder} holds an adapter of type {peft_type!r}. Only LoRA adapters are supported here; peft itself may "
             "support it: `peft.AutoPeftModelForCausalLM.from_pretrained`."
         )
     weights = next((folder / name for name in ADAPTER_WEIGHTS if (folder / name).is_file()), None)
@@ -97,23 +97,23 @@ def load_adapter(model: QWenLMHeadModel, folder: Path, tokens: int) -> QWenLMHea
     Raises:
         CheckpointError: the adapter's tensors do not match the model, or parts of the model are offloaded.
     """
-    places = {str(place) for place in getattr(model, "hf_device_map", {}).values()}
-    if "disk" in places or (len(places) > 1 and "cpu" in places):
+    devices = {str(place) for place in getattr(model, "hf_device_map", {}).values()}
+    if "disk" in devices or (len(devices) > 1 and "cpu" in devices):
         raise CheckpointError(
             f"{model.name_or_path} does not fit into the memory it may use, and an adapter cannot be loaded onto "
             f"offloaded layers. Merge it once, `qwen merge {folder} OUT`, and load OUT."
         )
-    grown = tokens > model.config.vocab_size
-    if grown:
+    resized = tokens > model.config.vocab_size
+    if resized:
         model.resize_token_embeddings(tokens, mean_resizing=False)
-    adapted = attach_adapter(model, folder, grown=grown)
+    adapted = attach_adapter(model, folder, resized=resized)
     if getattr(model.config, "quantization_config", None) is not None:
         return model  # contains the adapter's layers
     return adapted.merge_and_unload().requires_grad_(True)
 
 
 def attach_adapter(
-    model: QWenLMHeadModel, folder: Path, *, trainable: bool = False, grown: bool = False
+    model: QWenLMHeadModel, folder: Path, *, trainable: bool = False, resized: bool = False
 ) -> "PeftModel":
     """Add the adapter's layers to the model.
 
@@ -121,7 +121,7 @@ def attach_adapter(
         model: the adapter's base model; modified in place.
         folder: an adapter that passes `check_adapter`.
         trainable: make the adapter trainable; otherwise all parameters are frozen.
-        grown: the embedding and output matrix have new rows, so the adapter must contain both.
+        resized: the embedding and output matrix have new rows, so the adapter must contain both.
 
     Raises:
         CheckpointError: the adapter's tensors do not match the model.
@@ -134,7 +134,7 @@ def attach_adapter(
         config.base_model_name_or_path = model.name_or_path
         weights = peft.load_peft_weights(str(folder), device="cpu")
         adapted = peft.PeftModelForCausalLM(model, config)
-        _check_names(set(weights), adapted, grown)
+        _check_names(set(weights), adapted, resized)
         peft.set_peft_model_state_dict(adapted, weights)
     except torch.OutOfMemoryError:
         raise
@@ -146,18 +146,18 @@ def attach_adapter(
     return adapted
 
 
-def _check_names(found: set[str], adapted: "PeftModel", grown: bool) -> None:
+def _check_names(found: set[str], adapted: "PeftModel", resized: bool) -> None:
     """Raise ValueError unless `found` are the adapter's tensor names. peft would leave missing ones at initial values.
 
-    The embedding and the output matrix may be among them. If `grown`, they must be: their new rows are random.
+    The embedding and the output matrix may be among them. If `resized`, they must be: their new rows are random.
     """
     from peft import get_peft_model_state_dict
 
-    embeddings_too = set(get_peft_model_state_dict(adapted, save_embedding_layers=True))
-    needed = embeddings_too if grown else set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    with_embeddings = set(get_peft_model_state_dict(adapted, save_embedding_layers=True))
+    needed = with_embeddings if resized else set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
     if missing := sorted(needed - found):
         raise ValueError(f"Missing from its file: {join_names(missing, 3)}.")
-    if unknown := sorted(found - embeddings_too):
+    if unknown := sorted(found - with_embeddings):
         raise ValueError(f"In its file, but not in the model: {join_names(unknown, 3)}.")
 
 

@@ -30,7 +30,7 @@ from .files import (
     first_line,
     read_json,
 )
-from .hub import Files, HubOptions, published_spelling
+from .hub import Files, HubOptions, canonical_hub_id
 from .locate import LocalFiles, find
 from .weights import Weights
 
@@ -74,7 +74,7 @@ class Checkpoint:
         self._files: Files = find(self.name, self._options)
         if base is not None and not self.is_adapter:
             raise CheckpointError(f"{self.name} is not the folder of a LoRA adapter: omit `base`.")
-        self._named_base = base
+        self._base_name = base
         self._vocabulary_checked = False
 
     @classmethod
@@ -145,8 +145,8 @@ class Checkpoint:
         check_adapter(folder, self.adapter_config)
         # These options describe the adapter, not its base.
         options = vars(self._options) | {"revision": None, "subfolder": None}
-        if self._named_base is not None:
-            name = self._named_base
+        if self._base_name is not None:
+            name = self._base_name
             advice = "Name the whole model that the adapter was trained on."
         else:
             name, options["revision"] = recorded_base(folder, self.adapter_config)
@@ -246,9 +246,9 @@ class Checkpoint:
             return self.base.tokenizer(**from_pretrained_kwargs)
         if isinstance(self._files, LocalFiles):
             self._check_vocabulary(self._files.path)
-        place, keywords = self._files.source()
+        name_or_path, download_kwargs = self._files.from_pretrained_args()
         try:
-            return QWenTokenizer.from_pretrained(place, **from_pretrained_kwargs, **keywords)
+            return QWenTokenizer.from_pretrained(name_or_path, **from_pretrained_kwargs, **download_kwargs)
         except OSError as error:
             raise CheckpointError(f"The tokenizer of {self.name} could not be loaded. {error}") from error
 
@@ -304,9 +304,9 @@ class Checkpoint:
             return self.base.load_without_adapter(**from_pretrained_kwargs)
         if self.is_quantized:
             check_gptq_installed(self.name)  # before weights are downloaded
-        place, keywords = self._files.source(weights=True)
-        if not isinstance(self._files, LocalFiles) and os.path.isdir(place):
-            check_weights(Path(place))  # the download may have been cut off
+        name_or_path, download_kwargs = self._files.from_pretrained_args(weights=True)
+        if not isinstance(self._files, LocalFiles) and os.path.isdir(name_or_path):
+            check_weights(Path(name_or_path))  # the download may have been cut off
         kwargs = dict(from_pretrained_kwargs)
         config = kwargs.pop("config", None)
         if config is None:
@@ -317,7 +317,7 @@ class Checkpoint:
             kwargs |= kept
         try:
             loaded = QWenLMHeadModel.from_pretrained(
-                place, config=config, output_loading_info=True, **keywords, **kwargs
+                name_or_path, config=config, output_loading_info=True, **download_kwargs, **kwargs
             )
         except ImportError as error:  # a quantized checkpoint without its library
             raise CheckpointError(f"{self.name} needs a package that is not installed. {error}") from error
@@ -363,4 +363,4 @@ def resolve(name_or_path: str | os.PathLike | None) -> str:
             f"The bundled model was not found ({name}): it comes with the repository, not with the installed package. "
             "Name another model: a folder, or a hub id, e.g. Qwen/Qwen-1_8B-Chat."
         )
-    return published_spelling(name)
+    return canonical_hub_id(name)

@@ -94,7 +94,7 @@ def weight_files(folder: Path) -> list[str]:
         if (folder / single).is_file():
             return [single]
         if (folder / index).is_file():
-            return shards_of(folder, index)
+            return shard_files(folder, index)
     others = sorted(path.name for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".pt", ".gguf"))
     raise CheckpointError(
         f"{folder} has no weights: neither {SAFETENSORS} nor {BIN} nor the index of a sharded checkpoint. "
@@ -103,7 +103,7 @@ def weight_files(folder: Path) -> list[str]:
     )
 
 
-def shards_of(folder: Path, index: str) -> list[str]:
+def shard_files(folder: Path, index: str) -> list[str]:
     """Return the names of the weight files that an index lists.
 
     Raises:
@@ -224,5 +224,11 @@ def apply_umask(folder: Path) -> None:
 
 
 __getattr__ = old_names(
-    __name__, {"let_others_read": "apply_umask", "listing": "join_names", "pointer_text": "lfs_pointer_message"}
+    __name__,
+    {
+        "let_others_read": "apply_umask",
+        "listing": "join_names",
+        "pointer_text": "lfs_pointer_message",
+        "shards_of": "shard_files",
+    },
 )

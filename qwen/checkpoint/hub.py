@@ -7,10 +7,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol, TypedDict, cast
 
+from .._renamed import old_names
 from .files import CheckpointError
 
 HUBS = ("huggingface", "modelscope")
-VARIABLE = "QWEN_HUB"
+HUB_ENV_VAR = "QWEN_HUB"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 PUBLISHED = tuple(
@@ -61,10 +62,10 @@ class HubOptions:
         """Remove the options from `kwargs` and return them; other keyword arguments stay."""
         return cls(**{field.name: kwargs.pop(field.name) for field in fields(cls) if field.name in kwargs})
 
-    def keywords(self) -> DownloadOptions:
+    def download_kwargs(self) -> DownloadOptions:
         """Return the options that differ from the defaults, as keyword arguments of `from_pretrained`."""
-        given = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "hub"}
-        changed = {name: value for name, value in given.items() if value != getattr(HubOptions, name)}
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "hub"}
+        changed = {name: value for name, value in values.items() if value != getattr(HubOptions, name)}
         return cast(DownloadOptions, changed)
 
 
@@ -95,7 +96,7 @@ class Files(Protocol):
         """
         ...
 
-    def source(self, *, weights: bool = False) -> tuple[str, DownloadOptions]:
+    def from_pretrained_args(self, *, weights: bool = False) -> tuple[str, DownloadOptions]:
         """Return the first argument of `from_pretrained` and its keyword arguments.
 
         Args:
@@ -114,13 +115,13 @@ def default_hub() -> str:
     Raises:
         CheckpointError: the variable is not one of HUBS.
     """
-    hub = os.environ.get(VARIABLE) or HUBS[0]
+    hub = os.environ.get(HUB_ENV_VAR) or HUBS[0]
     if hub not in HUBS:
-        raise CheckpointError(f"{VARIABLE} is {hub!r}: it must be {' or '.join(HUBS)}.")
+        raise CheckpointError(f"{HUB_ENV_VAR} is {hub!r}: it must be {' or '.join(HUBS)}.")
     return hub
 
 
-def published_spelling(name: str) -> str:
+def canonical_hub_id(name: str) -> str:
     """Return the canonical spelling of a published id, ignoring case; other names are returned unchanged.
 
     ModelScope ignores case, and its documentation uses qwen/Qwen-7B-Chat and QWen/qwen-7b-chat.
@@ -130,7 +131,7 @@ def published_spelling(name: str) -> str:
 
 def model_not_found_message(name: str, hub: str, advice: str) -> str:
     """Return the error message for a model that the hub does not have."""
-    matches = difflib.get_close_matches(published_spelling(name), PUBLISHED, n=1, cutoff=0.75)
+    matches = difflib.get_close_matches(canonical_hub_id(name), PUBLISHED, n=1, cutoff=0.75)
     examples = "Published models are, for example, Qwen/Qwen-1_8B-Chat and Qwen/Qwen-7B."
     return f"{name!r} is neither a local folder nor a model on {hub} ({advice}). " + (
         f"Did you mean {matches[0]}?" if matches and matches[0] != name else examples
@@ -143,3 +144,6 @@ def hub_unreachable_message(name: str, hub: str, advice: str) -> str:
         f"There is no local folder {name!r}, and {hub} cannot be reached to find a model with that name. Check the "
         f"connection and proxy ({advice}), or download the model elsewhere and name its folder."
     )
+
+
+__getattr__ = old_names(__name__, {"VARIABLE": "HUB_ENV_VAR", "published_spelling": "canonical_hub_id"})

@@ -13,14 +13,14 @@ class HuggingFaceFiles:
     """A checkpoint on the Hugging Face Hub. `from_pretrained` downloads its files itself."""
 
     def __init__(self, name: str, options: HubOptions):
-        self._name, self._keywords = name, options.keywords()
+        self._name, self._download_kwargs = name, options.download_kwargs()
 
     def find(self, name: str) -> Path | None:
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import EntryNotFoundError
 
         try:
-            return Path(hf_hub_download(self._name, name, **self._keywords))
+            return Path(hf_hub_download(self._name, name, **self._download_kwargs))
         except EntryNotFoundError:  # also raised if the hub cannot be reached and the file is not cached
             return None
 
@@ -41,7 +41,7 @@ class HuggingFaceFiles:
         )
         # Order matters: some of the later classes are base classes of earlier ones.
         try:
-            return Path(hf_hub_download(name, CONFIG_NAME, **self._keywords))
+            return Path(hf_hub_download(name, CONFIG_NAME, **self._download_kwargs))
         except LocalEntryNotFoundError as error:
             raise CheckpointError(unreachable) from error
         except GatedRepoError as error:
@@ -51,7 +51,9 @@ class HuggingFaceFiles:
         except RepositoryNotFoundError as error:
             raise CheckpointError(model_not_found_message(name, hub, "a private one needs HF_TOKEN")) from error
         except RevisionNotFoundError as error:
-            raise CheckpointError(f"{name} has no revision {self._keywords.get('revision')!r} on {hub}.") from error
+            raise CheckpointError(
+                f"{name} has no revision {self._download_kwargs.get('revision')!r} on {hub}."
+            ) from error
         except EntryNotFoundError as error:
             raise CheckpointError(
                 f"{name} is on {hub} but has no config.json: it is not a model. If it is an adapter (LoRA), "
@@ -62,8 +64,8 @@ class HuggingFaceFiles:
         except OSError as error:  # connection, proxy and TLS errors of the HTTP client
             raise CheckpointError(unreachable) from error
 
-    def source(self, *, weights: bool = False) -> tuple[str, DownloadOptions]:
-        return self._name, self._keywords
+    def from_pretrained_args(self, *, weights: bool = False) -> tuple[str, DownloadOptions]:
+        return self._name, self._download_kwargs
 
     def folder(self) -> Path:
         """See `Files`. If there are two weight formats, the one that transformers prefers is downloaded."""
@@ -72,7 +74,7 @@ class HuggingFaceFiles:
             if found := self.find(single):
                 return found.parent
             if found := self.find(index):
-                get_checkpoint_shard_files(self._name, str(found), **self._keywords)
+                get_checkpoint_shard_files(self._name, str(found), **self._download_kwargs)
                 return found.parent
         raise CheckpointError(
             f"{self._name} has no weights on the hub, or the hub cannot be reached and they are not cached: neither "

@@ -18,7 +18,7 @@ from .hub import DownloadOptions, HubOptions, hub_unreachable_message, model_not
 if TYPE_CHECKING:
     from modelscope_hub import FileInfo
 
-_SMALL = ("*.json", "*.tiktoken")  # all files of a model except weights, and code, which is not used
+_SMALL_FILE_PATTERNS = ("*.json", "*.tiktoken")  # all files of a model except weights, and code, which is not used
 
 
 class _DownloadKwargs(TypedDict):
@@ -56,7 +56,7 @@ class ModelScopeFiles:
         }
         self._subfolder = (options.subfolder or "").strip("/")
         self._local_only = options.local_files_only
-        self._name = self._cached_spelling(name)
+        self._name = self._cached_id(name)
 
     def find(self, name: str) -> Path | None:
         path = self._small_files / self._subfolder / name
@@ -71,19 +71,19 @@ class ModelScopeFiles:
             )
         return path
 
-    def source(self, *, weights: bool = False) -> tuple[str, DownloadOptions]:
+    def from_pretrained_args(self, *, weights: bool = False) -> tuple[str, DownloadOptions]:
         return str(self.folder() if weights else self._small_files / self._subfolder), {}
 
     def folder(self) -> Path:
-        return self._with_weights / self._subfolder
+        return self._all_files / self._subfolder
 
     @functools.cached_property
     def _small_files(self) -> Path:
-        return self._fetch(*_SMALL)
+        return self._fetch(*_SMALL_FILE_PATTERNS)
 
     @functools.cached_property
-    def _with_weights(self) -> Path:
-        return self._fetch(*_SMALL, weights=True)
+    def _all_files(self) -> Path:
+        return self._fetch(*_SMALL_FILE_PATTERNS, weights=True)
 
     def _fetch(self, *patterns: str, weights: bool = False) -> Path:
         """Download the files that match a pattern, if there are any; return their folder in the cache."""
@@ -103,16 +103,16 @@ class ModelScopeFiles:
         if weights:
             # Many models have both formats; transformers prefers safetensors.
             patterns = (*patterns, "*.safetensors" if fnmatch.filter(available, "*.safetensors") else "*.bin")
-        wanted = [
+        file_list = [
             {"Path": file.path, "Size": file.size or None, "Sha256": file.sha256}
             for name, file in available.items()
             if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
         ]
         # The client always shows progress bars on standard error.
-        shown = weights and is_progress_bar_enabled()
+        show_progress = weights and is_progress_bar_enabled()
         try:
-            with contextlib.nullcontext() if shown else contextlib.redirect_stderr(io.StringIO()):
-                return self._api.download_repo(self._name, "model", file_list=wanted, **self._download_kwargs)
+            with contextlib.nullcontext() if show_progress else contextlib.redirect_stderr(io.StringIO()):
+                return self._api.download_repo(self._name, "model", file_list=file_list, **self._download_kwargs)
         except FileDownloadError as error:
             file, reason = next(iter(error.failed_files.items()))
             raise CheckpointError(
@@ -120,14 +120,14 @@ class ModelScopeFiles:
                 f"ModelScope. Run the same command again to resume. ({file}: {first_line(reason)})"
             ) from error
 
-    def _cached_spelling(self, name: str) -> str:
+    def _cached_id(self, name: str) -> str:
         """Return the spelling of an id that is cached: the hub accepts Qwen/ and qwen/, but caches them separately."""
         from modelscope_hub import CacheNotFound
 
-        for spelling in (name, name.replace("Qwen/", "qwen/", 1)):
+        for model_id in (name, name.replace("Qwen/", "qwen/", 1)):
             with contextlib.suppress(CacheNotFound):
-                self._api.download_repo(spelling, "model", local_files_only=True, **self._download_kwargs)
-                return spelling
+                self._api.download_repo(model_id, "model", local_files_only=True, **self._download_kwargs)
+                return model_id
         return name
 
     @functools.cached_property

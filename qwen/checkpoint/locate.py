@@ -61,7 +61,7 @@ class LocalFiles:
             )
         return self.path / CONFIG_NAME
 
-    def source(self, *, weights: bool = False) -> tuple[str, DownloadOptions]:
+    def from_pretrained_args(self, *, weights: bool = False) -> tuple[str, DownloadOptions]:
         return str(self.path), {}
 
     def folder(self) -> Path:

@@ -48,8 +48,8 @@ class ConversationFile(Sequence[dict]):
         self.path = Path(path).absolute()
         self._starts, self._ends = array("Q"), array("Q")  # bytes
         with self._open() as file:
-            self._version = _version(file)
-            size, _ = self._version
+            self._size_and_mtime = _size_and_mtime(file)
+            size, _ = self._size_and_mtime
             with tqdm(
                 desc=f"Reading {self.path.name}",
                 total=size,
@@ -113,7 +113,7 @@ class ConversationFile(Sequence[dict]):
             raise MalformedSample(f"{self.path}, line {line}: {error}") from None
 
     def _require_unchanged(self, file: BinaryIO) -> None:
-        if _version(file) != self._version:
+        if _size_and_mtime(file) != self._size_and_mtime:
             raise self._changed_error()
 
     def _changed_error(self) -> DataFileError:
@@ -135,26 +135,26 @@ class _JsonReader:
         self.partial = b""  # start of a character whose end has not been read yet
         self.window, self.pos = "", 0  # decoded text, and the position of the first unused character
         self.offset = 0  # of window[pos] in the file, in bytes
-        opening = file.read(4)
-        if opening.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in opening:
+        first_bytes = file.read(4)
+        if first_bytes.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in first_bytes:
             raise DataFileError(f"{path} is not UTF-8 (it looks like UTF-16 or binary data): save it as JSON in UTF-8.")
-        if opening.startswith(codecs.BOM_UTF8):
+        if first_bytes.startswith(codecs.BOM_UTF8):
             self.offset = len(codecs.BOM_UTF8)
         file.seek(self.offset)
 
     def __iter__(self) -> Iterator[tuple[int, int, object]]:
-        form = "a JSON list of samples, [{…}, …], or JSON Lines, a sample {…} on each line"
-        opening = self._peek()
-        if not opening:
-            raise DataFileError(f"{self.path} is empty: it should be {form}.")
-        if opening not in "[{":
-            raise self._error(f"this is not JSON: the file should be {form}")
-        if opening == "{":
-            while opening:
-                if opening != "{":
+        expected_format = "a JSON list of samples, [{…}, …], or JSON Lines, a sample {…} on each line"
+        first_char = self._peek()
+        if not first_char:
+            raise DataFileError(f"{self.path} is empty: it should be {expected_format}.")
+        if first_char not in "[{":
+            raise self._error(f"this is not JSON: the file should be {expected_format}")
+        if first_char == "{":
+            while first_char:
+                if first_char != "{":
                     raise self._error("this is not a sample: JSON Lines may contain only samples {…}, without commas")
                 yield self._value()
-                opening = self._peek()
+                first_char = self._peek()
             return
 
         self._skip_character()
@@ -248,7 +248,7 @@ class _JsonReader:
         return DataFileError(f"{self.path}, line {line}, column {column}: {what} ({context}).")
 
 
-def _version(file: BinaryIO) -> tuple[int, int]:
+def _size_and_mtime(file: BinaryIO) -> tuple[int, int]:
     status = os.fstat(file.fileno())
     return status.st_size, status.st_mtime_ns
 

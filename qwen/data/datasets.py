@@ -137,28 +137,28 @@ def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> "array[int]":
     Returns:
         The row of each item, from 0.
     """
-    row_of = array("q", bytes(8 * len(lengths)))
-    rows_with: dict[int, list[int]] = {}  # remaining space → rows
+    row_by_item = array("q", bytes(8 * len(lengths)))
+    rows_by_space: dict[int, list[int]] = {}  # remaining space → rows
     spaces: list[int] = []  # keys of rows_with, ascending
     count = 0
     for item in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
         length = lengths[item]
-        place = bisect_left(spaces, length)
-        if place == len(spaces):
+        position = bisect_left(spaces, length)
+        if position == len(spaces):
             row, space = count, capacity
             count += 1
         else:
-            space = spaces[place]
-            row = rows_with[space].pop()
-            if not rows_with[space]:
-                del rows_with[space], spaces[place]
-        row_of[item] = row
+            space = spaces[position]
+            row = rows_by_space[space].pop()
+            if not rows_by_space[space]:
+                del rows_by_space[space], spaces[position]
+        row_by_item[item] = row
         remaining = space - length
-        if remaining not in rows_with:
-            rows_with[remaining] = []
+        if remaining not in rows_by_space:
+            rows_by_space[remaining] = []
             insort(spaces, remaining)
-        rows_with[remaining].append(row)
-    return row_of
+        rows_by_space[remaining].append(row)
+    return row_by_item
 
 
 @dataclass(frozen=True)

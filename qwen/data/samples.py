@@ -171,17 +171,17 @@ def _parse_sample(sample: object, index: int | None) -> tuple[str | None, list[t
     """Return the sample's system message, or None, and the turns (role, text) to encode."""
     if not isinstance(sample, dict) or "conversations" not in sample:
         place = "A sample" if index is None else f"Sample {index}"
-        raise MalformedSample(f"{place} must be {_FORMAT}, not {_short(sample)}.")
+        raise MalformedSample(f"{place} must be {_FORMAT}, not {_truncated_repr(sample)}.")
     try:
         system, turns = _parse_turns(sample["conversations"])
-        own = sample.get("system")
-        if own is not None and not isinstance(own, str):
-            raise MalformedSample(f'"system" must be a string, not {_short(own)}.')
-        if own is not None and system is not None:
+        sample_system = sample.get("system")
+        if sample_system is not None and not isinstance(sample_system, str):
+            raise MalformedSample(f'"system" must be a string, not {_truncated_repr(sample_system)}.')
+        if sample_system is not None and system is not None:
             raise MalformedSample('it has both "system" and a first turn from "system": keep one of them.')
-        return (system if own is None else own), turns
+        return (system if sample_system is None else sample_system), turns
     except MalformedSample as error:
-        name = index if sample.get("id") is None else _short(sample["id"])
+        name = index if sample.get("id") is None else _truncated_repr(sample["id"])
         if name is None:
             raise
         raise MalformedSample(f"Sample {name}: {error}") from None
@@ -189,23 +189,25 @@ def _parse_sample(sample: object, index: int | None) -> tuple[str | None, list[t
 
 def _parse_turns(conversations: object) -> tuple[str | None, list[tuple[str, str]]]:
     if not isinstance(conversations, list) or not conversations:
-        raise MalformedSample(f"conversations must be a list with at least one turn, not {_short(conversations)}.")
+        raise MalformedSample(
+            f"conversations must be a list with at least one turn, not {_truncated_repr(conversations)}."
+        )
     system = None
     turns: list[tuple[str, str]] = []
     for index, turn in enumerate(conversations):
         field = f"conversations[{index}]"
         if not isinstance(turn, dict):
-            raise MalformedSample(f'{field} must be {{"from": role, "value": text}}, not {_short(turn)}.')
+            raise MalformedSample(f'{field} must be {{"from": role, "value": text}}, not {_truncated_repr(turn)}.')
         for key in ("from", "value"):
             if key not in turn:
                 raise MalformedSample(f'{field} has no "{key}": a turn is {{"from": role, "value": text}}.')
         role, text = turn["from"], turn["value"]
         if role not in _ROLES:
-            raise MalformedSample(f'{field}["from"] must be "user" or "assistant", not {_short(role)}.')
+            raise MalformedSample(f'{field}["from"] must be "user" or "assistant", not {_truncated_repr(role)}.')
         if role == "system" and index > 0:
             raise MalformedSample(f'{field} is from "system": only the first turn can be.')
         if not isinstance(text, str):
-            raise MalformedSample(f'{field}["value"] must be a string, not {_short(text)}.')
+            raise MalformedSample(f'{field}["value"] must be a string, not {_truncated_repr(text)}.')
         if role == "system":
             system = text
         else:
@@ -219,6 +221,6 @@ def _parse_turns(conversations: object) -> tuple[str | None, list[tuple[str, str
     return system, turns
 
 
-def _short(value: object) -> str:
+def _truncated_repr(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

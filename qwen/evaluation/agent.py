@@ -109,7 +109,7 @@ def _model(lm: LanguageModel, max_new_tokens: int) -> Any:
             query, _history, system = parse_messages(sent, functions)
             assert query is not None  # the conversation ends with a user message
             case = Case(name="agent", prompt=query, gold=None)
-            self.reply = lm.reply([case], max_new_tokens=max_new_tokens, stop=(f"\n{STOP_WORD}",), system=system)[0]
+            self.reply = lm.chat([case], max_new_tokens=max_new_tokens, stop=(f"\n{STOP_WORD}",), system=system)[0]
             reply = parse_response(self.reply)
             if reply.function_call is None:
                 name, arguments = "final_answer", json.dumps({"answer": reply.content})

@@ -12,7 +12,7 @@ from typing import ClassVar
 from .data_files import DataError
 from .language_model import LanguageModel
 from .letters import chosen_letter
-from .subjects import LETTERS, SubjectSet, add_subjects_argument, averages, read_subjects
+from .subjects import LETTERS, SubjectSet, add_subjects_argument, average_scores, read_subjects
 from .task import Case, JSONObject, Score, Task
 
 SHOTS = 5
@@ -43,12 +43,12 @@ class ChatChoice(Task):
         """Return the user message: a question with its options."""
 
     def cases(self) -> list[Case]:
-        folder, wanted = self.arguments.eval_data_path, self.arguments.subjects
-        asked = read_subjects(folder, self.split, self.subject_set, wanted)
-        worked = read_subjects(folder, "dev", self.subject_set, wanted) if self.arguments.use_fewshot else {}
+        folder, subjects = self.arguments.eval_data_path, self.arguments.subjects
+        questions_by_subject = read_subjects(folder, self.split, self.subject_set, subjects)
+        dev_questions = read_subjects(folder, "dev", self.subject_set, subjects) if self.arguments.use_fewshot else {}
         cases = []
-        for subject, questions in asked.items():
-            shots = tuple(map(self.worked, worked.get(subject, [])[:SHOTS]))
+        for subject, questions in questions_by_subject.items():
+            shots = tuple(map(self.with_answer, dev_questions.get(subject, [])[:SHOTS]))
             if self.arguments.use_fewshot and len(shots) < SHOTS:
                 path = folder / self.subject_set.files.format(split="dev", subject=subject)
                 raise DataError(f"{path} has {len(shots)} questions: {SHOTS} worked examples are needed.")
@@ -65,16 +65,16 @@ class ChatChoice(Task):
             ]
         return cases
 
-    def worked(self, question: dict[str, str]) -> str:
+    def with_answer(self, question: dict[str, str]) -> str:
         """Return a question with its answer."""
         return f"{self.prompt(question).rstrip()}\n{self.answer_prefix}{question['answer']}\n\n"
 
     def answer(self, lm: LanguageModel, cases: Sequence[Case]) -> list[JSONObject]:
-        return [{"reply": reply} for reply in lm.reply(cases, max_new_tokens=MAX_NEW_TOKENS)]
+        return [{"reply": reply} for reply in lm.chat(cases, max_new_tokens=MAX_NEW_TOKENS)]
 
     def score(self, case: Case, answer: JSONObject) -> JSONObject:
         letter = chosen_letter(answer["reply"], case.data["options"])
         return {"letter": letter, "correct": letter == case.gold}
 
     def summary(self, records: Sequence[JSONObject]) -> list[Score]:
-        return averages(records, self.subject_set)
+        return average_scores(records, self.subject_set)

@@ -1,7 +1,7 @@
 """Runs model-written Python against tests, always in the sandbox.
 
-`verdicts` runs each program in a process of its own, several in parallel. `ProgramTask` is the base class of benchmarks
-that are scored this way.
+`run_programs` runs each program in a process of its own, several in parallel. `ProgramTask` is the base class of
+benchmarks that are scored this way.
 
 A program cannot pass by exiting, printing or replacing built-in functions. It can pass by returning objects that
 compare equal to everything: the tests run in its process, as in the benchmarks' own harnesses.
@@ -27,7 +27,7 @@ from .task import Case, JSONObject, Task, add_file_argument
 
 HUMANEVAL_FIELDS = dict.fromkeys(("task_id", "prompt", "entry_point", "test"), str)
 STOP = ("\n\n", "\ndef ")  # ends the completion of a function
-SECONDS = 10.0  # time limit for defining a program, and again for its tests
+DEFAULT_TIMEOUT = 10.0  # in seconds, for defining a program, and again for its tests
 _MAX_SANDBOXES = 4  # in parallel, at most one per processor
 _MEMORY_BYTES = 1 << 30  # address space of each sandbox
 _MESSAGE_CHARS = 200  # maximum length of an error that is recorded
@@ -51,7 +51,7 @@ class Verdict(NamedTuple):
     message: str
 
 
-def cut_completion(text: str) -> str:
+def truncate_completion(text: str) -> str:
     """Cut a completion to the body of one function: up to a blank line or the next function."""
     return re.split(r"\n\n|^def ", text, maxsplit=1, flags=re.MULTILINE)[0]
 
@@ -64,38 +64,38 @@ def extract_program(reply: str, function: str) -> str:
     """
     blocks = [textwrap.dedent(block) for block in FENCED.findall(reply)]
     if blocks:
-        return next((block for block in blocks if defines(block, function)), blocks[0])
+        return next((block for block in blocks if defines_function(block, function)), blocks[0])
     lines = reply.splitlines(keepends=True)
     code = itertools.dropwhile(lambda line: not _CODE_START.match(line), lines)
     return "".join(itertools.takewhile(_CODE_LINE.match, code))
 
 
-def defines(code: str, function: str) -> bool:
+def defines_function(code: str, function: str) -> bool:
     """Whether the code has a top-level function of this name."""
     return re.search(rf"^(async )?def {re.escape(function)}\s*\(", code, re.MULTILINE) is not None
 
 
-def verdicts(programs: Sequence[Program], *, seconds: float, allow_weaker: bool = False) -> list[Verdict]:
+def run_programs(programs: Sequence[Program], *, timeout: float, allow_weaker: bool = False) -> list[Verdict]:
     """Run programs, several in parallel, each in a process of its own.
 
     Args:
-        seconds: time limit for defining a program, and again for its tests.
+        timeout: time limit in seconds for defining a program, and again for its tests.
         allow_weaker: also run them where the sandbox lacks some of its protections.
 
     Raises:
         SandboxUnavailable: the sandbox cannot start on this machine.
     """
-    limits = Limits(wall_seconds=seconds, cpu_seconds=2 * int(seconds) + 1, memory_bytes=_MEMORY_BYTES)
+    limits = Limits(wall_seconds=timeout, cpu_seconds=2 * int(timeout) + 1, memory_bytes=_MEMORY_BYTES)
 
-    def run(program: Program) -> Verdict:
+    def run_in_sandbox(program: Program) -> Verdict:
         with Sandbox(limits=limits, allow_weaker=allow_weaker) as sandbox:
-            return _verdict(program, sandbox)
+            return _run_program(program, sandbox)
 
     with ThreadPoolExecutor(min(_MAX_SANDBOXES, os.cpu_count() or 1)) as pool:
-        return list(pool.map(run, programs))
+        return list(pool.map(run_in_sandbox, programs))
 
 
-def _verdict(program: Program, sandbox: Sandbox) -> Verdict:
+def _run_program(program: Program, sandbox: Sandbox) -> Verdict:
     # The tests end in a random token, which neither a print nor a replaced `exec` can produce.
     passed = secrets.token_hex()
     sandbox.start()  # outside the time limit
@@ -118,7 +118,7 @@ class ProgramTask(Task):
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
         add_file_argument(parser, "problems as JSON lines; eval/EVALUATION.md says where to get them")
-        add_sandbox_arguments(parser, seconds=SECONDS)
+        add_sandbox_arguments(parser, seconds=DEFAULT_TIMEOUT)
 
     def __init__(self, arguments: argparse.Namespace):
         super().__init__(arguments)
@@ -136,7 +136,7 @@ class ProgramTask(Task):
         allow_weaker = self.arguments.allow_weaker_sandbox
         return [
             {"correct": verdict.status == "passed", "verdict": verdict.status, "message": verdict.message}
-            for verdict in verdicts(programs, seconds=self.arguments.seconds, allow_weaker=allow_weaker)
+            for verdict in run_programs(programs, timeout=self.arguments.seconds, allow_weaker=allow_weaker)
         ]
 
 
@@ -151,5 +151,5 @@ def check_sandbox(allow_weaker: bool) -> None:
             sandbox.start()
         except SandboxUnavailable as error:
             raise SandboxUnavailable(f"{error} (--allow-weaker-sandbox)") from error
-        for sentence in sandbox.missing:
+        for sentence in sandbox.missing_protections:
             print(f"The sandbox is weaker than it should be. {sentence}", file=sys.stderr)

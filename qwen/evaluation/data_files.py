@@ -136,13 +136,13 @@ class _OpenText:
 
     def _data_error(self, error: Exception) -> DataError:
         if isinstance(error, FileNotFoundError | NotADirectoryError):
-            return DataError(f"{self.path} does not exist. {_nearby(self.path)}")
+            return DataError(f"{self.path} does not exist. {_describe_folder(self.path)}")
         if isinstance(error, IsADirectoryError):
             return DataError(f"{self.path} is a folder, but a file is needed.")
         return DataError(f"{self.path} cannot be read: {error}.")
 
 
-def _nearby(path: Path) -> str:
+def _describe_folder(path: Path) -> str:
     """Describe what exists where a file is missing."""
     folder = next(parent for parent in (*path.absolute().parents, Path("/")) if parent.exists())
     hint = "eval/EVALUATION.md describes the layout of the data."
@@ -155,7 +155,7 @@ def _nearby(path: Path) -> str:
     return f"{folder} contains {', '.join(found[:5]) + more if found else 'nothing'}. {hint}"
 
 
-def existing(path: Path, names: Sequence[str]) -> Iterator[Path]:
+def require_files(path: Path, names: Sequence[str]) -> Iterator[Path]:
     """Return the paths of the named files in the folder `path`.
 
     Raises:
@@ -164,5 +164,5 @@ def existing(path: Path, names: Sequence[str]) -> Iterator[Path]:
     missing = [name for name in names if not (path / name).is_file()]
     if missing:
         more = f" (nor do {len(missing) - 1} more of the {len(names)} required files)" if len(missing) > 1 else ""
-        raise DataError(f"{path / missing[0]} does not exist{more}. {_nearby(path / missing[0])}")
+        raise DataError(f"{path / missing[0]} does not exist{more}. {_describe_folder(path / missing[0])}")
     return (path / name for name in names)

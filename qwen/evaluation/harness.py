@@ -32,7 +32,7 @@ from .task import Case, JSONObject, Score, Task
 # Options that do not affect the results. All others must be the same when a run is resumed, except the batch size,
 # which may have to be reduced after running out of memory.
 _NOT_RECORDED = ("sample_output_file", "overwrite", "debug", "checkpoint_path", "hub")
-_CHANGEABLE = ("batch_size",)
+_MAY_DIFFER = ("batch_size",)
 
 
 def positive_int(text: str) -> int:
@@ -42,38 +42,38 @@ def positive_int(text: str) -> int:
     return int(text)
 
 
-def variant(chosen: dict[str, object]) -> list[str]:
+def describe_options(overrides: dict[str, object]) -> list[str]:
     """Describe the options in which a run differs from the standard benchmark, in a few words each."""
-    words = []
-    for name, value in chosen.items():
-        if name in (*_NOT_RECORDED, *_CHANGEABLE, "cpu_only") or _is_path(value):
+    labels = []
+    for name, value in overrides.items():
+        if name in (*_NOT_RECORDED, *_MAY_DIFFER, "cpu_only") or _is_path(value):
             continue
         values = [] if value is True else value if isinstance(value, list) else [value]
         shown = " ".join(map(str, values)) if len(values) < 4 else str(len(values))
-        words.append(f"{name.replace('_', ' ')} {shown}".strip())
-    return words
+        labels.append(f"{name.replace('_', ' ')} {shown}".strip())
+    return labels
 
 
-def evaluate(task_class: type[Task], options: argparse.Namespace, chosen: dict[str, object]) -> None:
+def evaluate(task_class: type[Task], options: argparse.Namespace, overrides: dict[str, object]) -> None:
     """Evaluate a checkpoint on a benchmark and print the table.
 
     Args:
         options: the arguments common to all benchmarks, and those of the task.
-        chosen: the options that differ from their defaults.
+        overrides: the options that differ from their defaults.
 
     Raises:
         OSError: the checkpoint cannot be used, or results cannot be written.
         ValueError: the data (DataError) or the options are invalid.
         SandboxUnavailable: the benchmark runs code, and the sandbox cannot start.
     """
-    task, words = task_class(options), variant(chosen)
+    task, labels = task_class(options), describe_options(overrides)
     checkpoint = resolve(options.checkpoint_path or (BUNDLED_CHAT if task.chat else BUNDLED_BASE))
     if Path(checkpoint).is_dir():
         checkpoint = str(Path(checkpoint).resolve())  # gives "." a name, too
-    cases = limited(task.cases(), options.limit)
-    stem = re.sub(r"[^\w.-]+", "-", "_".join([task.name, Path(checkpoint).name, *words]))[:120]
+    cases = limit_cases(task.cases(), options.limit)
+    stem = re.sub(r"[^\w.-]+", "-", "_".join([task.name, Path(checkpoint).name, *labels]))[:120]
     output = options.sample_output_file or Path("output_eval", f"{stem}.jsonl")
-    with Run(output, settings(task, checkpoint, cases, options), words, options.overwrite) as run:
+    with Run(output, run_settings(task, checkpoint, cases, options), labels, options.overwrite) as run:
         done = run.resume(cases, options.batch_size)
         if done:
             what = "resuming after them" if done < len(cases) else "use --overwrite to run again"
@@ -86,7 +86,7 @@ def evaluate(task_class: type[Task], options: argparse.Namespace, chosen: dict[s
             context_length = model.config.max_context_length
             lm = LanguageModel(model, tokenizer, options.max_seq_len or context_length)
             run.begin()
-            work(task, lm, cases, run, options)
+            run_batches(task, lm, cases, run, options)
         table = run.finish(task)
         for sentence in task.finish(run.records, output):
             print(sentence, file=sys.stderr)
@@ -94,7 +94,7 @@ def evaluate(task_class: type[Task], options: argparse.Namespace, chosen: dict[s
     print(f"Records: {run.records_file}, summary: {run.table_file}", file=sys.stderr)
 
 
-def limited(cases: Sequence[Case], limit: int | None) -> list[Case]:
+def limit_cases(cases: Sequence[Case], limit: int | None) -> list[Case]:
     """Return the first `limit` cases of each group; all if it is None.
 
     Raises:
@@ -121,7 +121,7 @@ def batches(cases: Sequence[Case], size: int) -> Iterator[list[Case]]:
         yield from (members[start : start + size] for start in range(0, len(members), size))
 
 
-def work(task: Task, lm: LanguageModel, cases: Sequence[Case], run: "Run", options: argparse.Namespace) -> None:
+def run_batches(task: Task, lm: LanguageModel, cases: Sequence[Case], run: "Run", options: argparse.Namespace) -> None:
     """Answer and score the cases that have no record yet."""
     done = len(run.records)
     # Log rarely when stderr is not a terminal.
@@ -146,13 +146,13 @@ def work(task: Task, lm: LanguageModel, cases: Sequence[Case], run: "Run", optio
             bar.update(len(batch))
 
 
-def settings(task: Task, checkpoint: str, cases: Sequence[Case], options: argparse.Namespace) -> JSONObject:
+def run_settings(task: Task, checkpoint: str, cases: Sequence[Case], options: argparse.Namespace) -> JSONObject:
     """Return everything that determines the results; the data as a digest of the cases."""
     digest = hashlib.sha256()
     for case in cases:
         digest.update(json.dumps(asdict(case), sort_keys=True, default=str).encode())
     chosen = {name: value for name, value in vars(options).items() if name not in _NOT_RECORDED and not _is_path(value)}
-    model = {"checkpoint": checkpoint, "written": written(checkpoint)}
+    model = {"checkpoint": checkpoint, "written": last_modified(checkpoint)}
     return {"task": task.name, **model, **chosen, "cases": len(cases), "digest": digest.hexdigest()}
 
 
@@ -161,7 +161,7 @@ def _is_path(value: object) -> bool:
     return isinstance(value, Path) or (isinstance(value, list) and any(map(_is_path, value)))
 
 
-def written(checkpoint: str) -> str | None:
+def last_modified(checkpoint: str) -> str | None:
     """Return when the files of a checkpoint folder were last written; None for a hub id.
 
     This detects retrained weights and edited switches in config.json.
@@ -178,7 +178,7 @@ class Run:
         DataError: the output name is invalid, or another run is writing the files.
     """
 
-    def __init__(self, output: Path, settings: JSONObject, variant: Sequence[str], overwrite: bool):
+    def __init__(self, output: Path, settings: JSONObject, option_labels: Sequence[str], overwrite: bool):
         self.records_file = output
         self.summary_file, self.table_file = output.with_suffix(".json"), output.with_suffix(".md")
         if output.suffix in (".json", ".md", ".png"):
@@ -187,9 +187,9 @@ class Run:
             )
         if output.is_dir():
             raise DataError(f"{output} is a folder: name a file in it, for example OUT.jsonl.")
-        self.settings, self.variant, self.overwrite = settings, variant, overwrite
+        self.settings, self.option_labels, self.overwrite = settings, option_labels, overwrite
         self.records: list[JSONObject] = []
-        self.kept = 0  # size of the resumed records in bytes
+        self.resumed_bytes = 0  # size of the resumed records in bytes
 
     def __enter__(self) -> "Run":
         self.records_file.parent.mkdir(parents=True, exist_ok=True)
@@ -230,14 +230,14 @@ class Run:
             matching = False
         if not matching:
             raise DataError(f"{self.records_file} does not have the records of this run: --overwrite starts again.")
-        self.kept = sum(map(len, lines[:kept]))
+        self.resumed_bytes = sum(map(len, lines[:kept]))
         return kept
 
     def begin(self) -> None:
         """Remove everything but the resumed records from the files."""
         self.table_file.unlink(missing_ok=True)
         with self.records_file.open("ab") as file:
-            file.truncate(self.kept)
+            file.truncate(self.resumed_bytes)
         self._write_summary(None)
 
     def _check_settings(self) -> None:
@@ -248,7 +248,7 @@ class Run:
                 f"{self.records_file} exists, but {self.summary_file} does not have its settings: choose another file "
                 "with -o, or replace it with --overwrite."
             ) from None
-        names = [name for name in {**found, **self.settings} if name not in _CHANGEABLE]
+        names = [name for name in {**found, **self.settings} if name not in _MAY_DIFFER]
         differing = [name for name in names if found.get(name) != self.settings.get(name)]
         if differing:
             name = differing[0]
@@ -270,7 +270,7 @@ class Run:
         scores = task.summary(self.records)
         self._write_summary(scores)
         table = task.table(Path(self.settings["checkpoint"]).name, scores)
-        notes = [f"With {', '.join(self.variant)}."] if self.variant else []
+        notes = [f"With {', '.join(self.option_labels)}."] if self.option_labels else []
         if dropped := [record["dropped_shots"] for record in self.records if "dropped_shots" in record]:
             notes.append(
                 f"{sum(dropped)} worked examples were dropped from {len(dropped)} of {len(self.records)} prompts to "

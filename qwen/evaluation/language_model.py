@@ -11,7 +11,7 @@ from typing import TypedDict
 import torch
 from transformers import Cache, StoppingCriteria, StoppingCriteriaList
 
-from ..model.modeling_qwen import CACHE, QWenLMHeadModel
+from ..model.modeling_qwen import CACHE_ARG, QWenLMHeadModel
 from ..model.qwen_generation_utils import DEFAULT_SYSTEM
 from ..model.tokenization_qwen import QWenTokenizer
 from .case import Case
@@ -37,7 +37,7 @@ class LanguageModel:
         """Encode untrusted text: control tokens spelled out in it are encoded as plain text."""
         return self.tokenizer.encode(text, allowed_special=(), verbose=False)
 
-    def fit(self, case: Case) -> tuple[list[int], int]:
+    def fit_prompt(self, case: Case) -> tuple[list[int], int]:
         """Return the token ids of a case, at most `max_seq_len`, and how many of its shots were dropped."""
         for dropped in range(len(case.shots) + 1):
             ids = self.encode(case.text(dropped))
@@ -48,7 +48,7 @@ class LanguageModel:
         return ids[-self.max_seq_len :], dropped
 
     @torch.inference_mode()
-    def choose(self, cases: Sequence[Case], choices: Sequence[str]) -> list[list[float]]:
+    def choice_logprobs(self, cases: Sequence[Case], choices: Sequence[str]) -> list[list[float]]:
         """Return the log-probability of each choice as the next token after the text of each case.
 
         The common prefix (`Case.context`) is encoded once, and its cache is kept for the next call. A prompt beyond the
@@ -67,9 +67,9 @@ class LanguageModel:
                 f"The vocabulary of this model does not have one token for each of {', '.join(map(repr, choices))}: "
                 "this benchmark cannot be scored with it."
             )
-        rows = [self.fit(case) for case in cases]
-        trained = self.model.config.seq_length if self.model.config.use_dynamic_ntk else self.max_seq_len
-        batched = [index for index, (ids, dropped) in enumerate(rows) if not dropped and len(ids) <= trained]
+        rows = [self.fit_prompt(case) for case in cases]
+        trained_length = self.model.config.seq_length if self.model.config.use_dynamic_ntk else self.max_seq_len
+        batched = [index for index, (ids, dropped) in enumerate(rows) if not dropped and len(ids) <= trained_length]
         single = sorted({*range(len(rows))}.difference(batched))
 
         scores: dict[int, torch.Tensor] = {}
@@ -80,11 +80,11 @@ class LanguageModel:
             columns = zip(context, *prompts, strict=False)
             prefix = [ids[0] for ids in takewhile(lambda ids: len({*ids}) == 1, columns)]
             prefix = prefix[: min(map(len, prompts)) - 1]
-            scores |= zip(members, self._next_token(prompts, prefix), strict=True)
+            scores |= zip(members, self._next_token_logprobs(prompts, prefix), strict=True)
         chosen = torch.tensor([ids[0] for ids in tokens])
         return [scores[index][chosen].tolist() for index in range(len(rows))]
 
-    def _next_token(self, prompts: list[list[int]], prefix: list[int]) -> torch.Tensor:
+    def _next_token_logprobs(self, prompts: list[list[int]], prefix: list[int]) -> torch.Tensor:
         """Return the log-probabilities of the token after each prompt: (B, vocabulary), float32 on the CPU.
 
         Args:
@@ -118,7 +118,7 @@ class LanguageModel:
         if self._prefix is None or self._prefix[0] != tuple(ids):
             self._prefix = None  # freed first, so that there are never two
             prompt = torch.tensor([ids], device=self.model.device)
-            self._prefix = tuple(ids), self.model.transformer(prompt, use_cache=True)[CACHE]
+            self._prefix = tuple(ids), self.model.transformer(prompt, use_cache=True)[CACHE_ARG]
         return self._prefix[1]
 
     @torch.inference_mode()
@@ -134,9 +134,9 @@ class LanguageModel:
             total += torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item()
         return total / (len(ids) - 1)
 
-    def complete(self, cases: Sequence[Case], *, stop: Sequence[str], max_new_tokens: int) -> list[str]:
+    def generate(self, cases: Sequence[Case], *, stop: Sequence[str], max_new_tokens: int) -> list[str]:
         """Return the greedy continuation of each case's text, up to the first stop string or the end of text."""
-        rows = [self.fit(case)[0] for case in cases]
+        rows = [self.fit_prompt(case)[0] for case in cases]
         length = max(map(len, rows))
         padded = torch.tensor([[self.tokenizer.eod_id] * (length - len(ids)) + ids for ids in rows])
         mask = torch.arange(length)[None] >= length - torch.tensor([[len(ids)] for ids in rows])
@@ -144,22 +144,26 @@ class LanguageModel:
             padded.to(self.model.device),
             attention_mask=mask.long().to(self.model.device),
             eos_token_id=[self.tokenizer.eod_id, self.tokenizer.im_end_id],
-            **self._greedy(stop, max_new_tokens),
+            **self._greedy_options(stop, max_new_tokens),
             **dict.fromkeys(("temperature", "top_k", "top_p")),  # sampling options, unused in greedy decoding
         )
-        replies = self.tokenizer.batch_decode(_tokens(output[:, length:], self.tokenizer), skip_special_tokens=True)
-        return [cut(reply, stop) for reply in replies]
+        replies = self.tokenizer.batch_decode(
+            _replace_unused_ids(output[:, length:], self.tokenizer), skip_special_tokens=True
+        )
+        return [truncate_at_stop(reply, stop) for reply in replies]
 
-    def reply(
+    def chat(
         self, cases: Sequence[Case], *, max_new_tokens: int, stop: Sequence[str] = (), system: str = DEFAULT_SYSTEM
     ) -> list[str]:
         """Return a chat model's greedy reply to each case's text as the user turn, up to the first stop string."""
-        queries = [case.text(self.fit(case)[1]) for case in cases]
-        replies, _ = self.model.chat_batch(self.tokenizer, queries, system=system, **self._greedy(stop, max_new_tokens))
-        return [cut(reply, stop) for reply in replies]
+        queries = [case.text(self.fit_prompt(case)[1]) for case in cases]
+        replies, _ = self.model.chat_batch(
+            self.tokenizer, queries, system=system, **self._greedy_options(stop, max_new_tokens)
+        )
+        return [truncate_at_stop(reply, stop) for reply in replies]
 
-    def _greedy(self, stop: Sequence[str], max_new_tokens: int) -> "GreedyOptions":
-        criteria = [StopStrings(self.tokenizer, stop)] if stop else []
+    def _greedy_options(self, stop: Sequence[str], max_new_tokens: int) -> "GreedyOptions":
+        criteria = [StopStringsCriteria(self.tokenizer, stop)] if stop else []
         return {
             "max_new_tokens": max_new_tokens,
             "do_sample": False,
@@ -177,30 +181,30 @@ class GreedyOptions(TypedDict):
     stopping_criteria: StoppingCriteriaList
 
 
-class StopStrings(StoppingCriteria):
+class StopStringsCriteria(StoppingCriteria):
     """Stops a row when its generated text contains one of the strings, however they are split into tokens."""
 
     def __init__(self, tokenizer: QWenTokenizer, stop: Sequence[str]):
         self.tokenizer, self.stop = tokenizer, stop
         self.prompt_length: int | None = None  # set at the first generated token
         # A string that the newest token completes spans at most this many tokens, as each has at least one byte.
-        self.reach = max(len(text.encode()) for text in stop)
+        self.max_stop_tokens = max(len(text.encode()) for text in stop)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: object) -> torch.Tensor:
         if self.prompt_length is None:
             self.prompt_length = input_ids.shape[1] - 1
-        start = max(self.prompt_length, input_ids.shape[1] - self.reach)
-        tails = self.tokenizer.batch_decode(_tokens(input_ids[:, start:], self.tokenizer))
+        start = max(self.prompt_length, input_ids.shape[1] - self.max_stop_tokens)
+        tails = self.tokenizer.batch_decode(_replace_unused_ids(input_ids[:, start:], self.tokenizer))
         found = [any(text in tail for text in self.stop) for tail in tails]
         return torch.tensor(found, device=input_ids.device)
 
 
-def _tokens(ids: torch.Tensor, tokenizer: QWenTokenizer) -> torch.Tensor:
+def _replace_unused_ids(ids: torch.Tensor, tokenizer: QWenTokenizer) -> torch.Tensor:
     """Replace ids without a token by the end of text: the output matrix has more rows than there are tokens."""
     return ids.masked_fill(ids >= len(tokenizer), tokenizer.eod_id)
 
 
-def cut(text: str, stop: Sequence[str]) -> str:
+def truncate_at_stop(text: str, stop: Sequence[str]) -> str:
     """Return the text up to the first stop string."""
     found = [place for place in map(text.find, stop) if place >= 0]
     return text[: min(found)] if found else text

@@ -33,13 +33,13 @@ _THE_WRONG_ONE_IS = (
     r"|(?:不正确|不恰当|不合适|不符合题意|错误|有误)的?(?:选项|一项|说法|叙述|表述|描述)?(?:应该|应)?(?:是|为|:))"
     r"(?:[\s:]|(?i:\b(?:option|choice|letter)\b)|选项)*"
 )
-# Text right before, and right after, a letter that is refused.
-_REFUSED_BEFORE = re.compile(
+# Text right before, and right after, a letter that is negated.
+_NEGATION_BEFORE = re.compile(
     r"(?:\b(?:not|never|cannot|neither|nor|than|exclude|eliminate|except|unlike|rule\s+out)|n't"
     r"|不|不能|不应|不应该|不会|不可|不是|并非|排除)\s*(?:be|选择?)?\s*(?:the\s+)?(?:option|choice|answer|选项)?\W*$",
     re.IGNORECASE,
 )
-_REFUSED_BEHIND = re.compile(
+_NEGATION_AFTER = re.compile(
     r"[)\]}\"']*(?:\s*(?:,|and|or|和|或|与|及)+\s*[(\[]?[A-Z](?![A-Za-z])[)\]]?){0,4}(?:"
     r"\s*(?:is|are|was|were|seems?|would|can|could|does|do)\s*(?:also|both|all|clearly|obviously|be)?\s*"
     r"(?:not\b|n't|'t|incorrect|wrong|false|untrue|invalid|impossible)"
@@ -65,13 +65,13 @@ class Rule(NamedTuple):
     Args:
         pattern: regular expression with the group `letter`. UPPER and LOWER stand for the ranges of letters.
         examples: replies that this rule decides, with four options, and their letters.
-        may_be_refused: whether letters do not count in phrases such as "not B" and "B is wrong".
+        can_be_negated: whether letters do not count in phrases such as "not B" and "B is wrong".
     """
 
     name: str
     pattern: str
     examples: dict[str, str]
-    may_be_refused: bool = True
+    can_be_negated: bool = True
 
 
 # Tried in this order, most reliable first.
@@ -80,7 +80,7 @@ RULES = (
         "the wrong one is",
         rf"{_THE_WRONG_ONE_IS}{_OPENED}(?P<letter>[UPPER]){_END}",
         {"The incorrect statement is B.": "B", "A是对的，错误的是C": "C", "不符合题意的选项为：D": "D"},
-        may_be_refused=False,
+        can_be_negated=False,
     ),
     Rule(
         "the answer is",
@@ -123,7 +123,7 @@ def chosen_letter(reply: str, options: Sequence[str]) -> str | None:
     for rule, pattern in zip(RULES, _patterns(len(texts)), strict=True):
         for match in pattern.finditer(lettered):
             letter = match["letter"].upper()
-            if not (rule.may_be_refused and _is_refused(lettered, match)):
+            if not (rule.can_be_negated and _is_negated(lettered, match)):
                 return letter
             refused.add(letter)
     if len(refused) == 1:
@@ -147,7 +147,7 @@ def chosen_letters(reply: str, options: Sequence[str]) -> str:
         chosen = re.findall(letters, found["letters"])
     else:
         lone = _patterns(len(texts))[-1].finditer(lettered)
-        chosen = [match["letter"].upper() for match in lone if not _is_refused(lettered, match)]
+        chosen = [match["letter"].upper() for match in lone if not _is_negated(lettered, match)]
     return "".join(sorted(set(chosen)))
 
 
@@ -155,9 +155,9 @@ def _by_letter(options: Sequence[str]) -> dict[str, str]:
     return {chr(ord("A") + index): text.translate(_PLAIN).strip().rstrip(".") for index, text in enumerate(options)}
 
 
-def _is_refused(text: str, match: re.Match) -> bool:
+def _is_negated(text: str, match: re.Match) -> bool:
     start, end = match.start(), match.end("letter")
-    return bool(_REFUSED_BEFORE.search(text[max(0, start - 60) : start]) or _REFUSED_BEHIND.match(text, end))
+    return bool(_NEGATION_BEFORE.search(text[max(0, start - 60) : start]) or _NEGATION_AFTER.match(text, end))
 
 
 @lru_cache

@@ -1,12 +1,12 @@
 """Finds the answer in the solution of a mathematical problem, and compares answers.
 
-`equivalent` accepts LaTeX that is the same after the normalization of MATH (Hendrycks et al. 2021, arXiv:2103.03874),
-and equal numbers. It does no algebra: x+1 and 1+x are different answers.
+`is_equivalent` accepts LaTeX that is the same after the normalization of MATH (Hendrycks et al. 2021,
+arXiv:2103.03874), and equal numbers. It does no algebra: x+1 and 1+x are different answers.
 """
 
 import re
 
-from .numbers import number
+from .numbers import parse_number
 
 # Applied in this order. Each removes one notation for the same answer; none of them parses expressions.
 _REWRITES = tuple(
@@ -29,18 +29,18 @@ _REWRITES = tuple(
         (r"^(-?\d+)/(-?\d+)$", r"\\frac{\1}{\2}"),
     )
 )
-_SENTENCE = re.compile(r"[Tt]he final answer is:?\s*(.*?)\.?\s*(?:I hope it is correct|\n|\Z)", re.DOTALL)
+_FINAL_ANSWER = re.compile(r"[Tt]he final answer is:?\s*(.*?)\.?\s*(?:I hope it is correct|\n|\Z)", re.DOTALL)
 
 
 def final_answer(solution: str) -> str | None:
     """Return the answer in the last box, else in "The final answer is …. I hope it is correct.", else None."""
-    if (answer := boxed(solution)) is not None:
+    if (answer := last_boxed(solution)) is not None:
         return answer
-    match = _SENTENCE.search(solution)
+    match = _FINAL_ANSWER.search(solution)
     return match[1].strip().strip("$").strip() if match else None
 
 
-def boxed(text: str) -> str | None:
+def last_boxed(text: str) -> str | None:
     r"""Return the content of the last \boxed{…} or \fbox{…}, with nested braces; that of "\boxed 5" ends at the "$".
 
     None if there is no box, or if it is not closed.
@@ -59,18 +59,18 @@ def boxed(text: str) -> str | None:
     return None
 
 
-def equivalent(answer: str | None, gold: str) -> bool:
+def is_equivalent(answer: str | None, gold: str) -> bool:
     """Whether an answer equals the right one, in any notation; False for None."""
     if answer is None:
         return False
-    ours, theirs = normalized(answer), normalized(gold)
+    ours, theirs = normalize_answer(answer), normalize_answer(gold)
     if ours == theirs:
         return True
-    value = number(ours)
-    return value is not None and value == number(theirs)
+    value = parse_number(ours)
+    return value is not None and value == parse_number(theirs)
 
 
-def normalized(answer: str) -> str:
+def normalize_answer(answer: str) -> str:
     """Return the answer after all rewrites."""
     answer = re.sub(r"^\$(.*)\$$", r"\1", answer.strip())
     for pattern, replacement in _REWRITES:

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from .data_files import DataError
 from .language_model import LanguageModel
-from .subjects import LETTERS, SubjectSet, add_subjects_argument, averages, options, read_subjects
+from .subjects import LETTERS, SubjectSet, add_subjects_argument, average_scores, format_options, read_subjects
 from .task import Case, JSONObject, Score, Task
 
 SHOTS = 5
@@ -38,17 +38,19 @@ class FewShotChoice(Task):
         return ""
 
     def cases(self) -> list[Case]:
-        folder, wanted = self.arguments.eval_data_path, self.arguments.subjects
-        worked = read_subjects(folder, "dev", self.subject_set, wanted)
-        asked = read_subjects(folder, self.split, self.subject_set, wanted)
+        folder, subjects = self.arguments.eval_data_path, self.arguments.subjects
+        dev_questions = read_subjects(folder, "dev", self.subject_set, subjects)
+        questions_by_subject = read_subjects(folder, self.split, self.subject_set, subjects)
         cases = []
-        for subject, questions in asked.items():
-            if len(worked[subject]) < SHOTS:
+        for subject, questions in questions_by_subject.items():
+            if len(dev_questions[subject]) < SHOTS:
                 path = folder / self.subject_set.files.format(split="dev", subject=subject)
-                raise DataError(f"{path} has {len(worked[subject])} questions: {SHOTS} worked examples are needed.")
+                raise DataError(
+                    f"{path} has {len(dev_questions[subject])} questions: {SHOTS} worked examples are needed."
+                )
             shots = tuple(
                 f"{self.prompt(question)}{self.choices[LETTERS.index(question['answer'])]}\n\n"
-                for question in worked[subject][:SHOTS]
+                for question in dev_questions[subject][:SHOTS]
             )
             cases += [
                 Case(
@@ -65,11 +67,11 @@ class FewShotChoice(Task):
 
     def prompt(self, question: dict[str, str]) -> str:
         """Return a question with its options, up to where the letter goes."""
-        return f"{self.question_prefix}{question['question']}\n{options(question)}\n{self.answer_prefix}"
+        return f"{self.question_prefix}{question['question']}\n{format_options(question)}\n{self.answer_prefix}"
 
     def answer(self, lm: LanguageModel, cases: Sequence[Case]) -> list[JSONObject]:
         answers = []
-        for scores in lm.choose(cases, self.choices):
+        for scores in lm.choice_logprobs(cases, self.choices):
             logprobs = dict(zip(LETTERS, scores, strict=True))
             letter = max(logprobs, key=logprobs.__getitem__)
             answers.append({"letter": letter, "logprobs": logprobs})
@@ -79,4 +81,4 @@ class FewShotChoice(Task):
         return {"correct": answer["letter"] == case.gold}
 
     def summary(self, records: Sequence[JSONObject]) -> list[Score]:
-        return averages(records, self.subject_set)
+        return average_scores(records, self.subject_set)

@@ -27,7 +27,7 @@ _NUMBER = re.compile(
     r"|\s?(?:×|\*|\\times|\\cdot)\s?10\s?\^\s?\{?(?P<power>[+-]?[0-9]{1,3})(?![0-9])\}?"
     rf"|/(?P<denominator>{_DIGITS}(?:\.[0-9]+)?))?"
 )
-_WHOLE = re.compile(rf"\s*\$?\s*(?P<whole>{_NUMBER.pattern})\s*(?:[$%.]|\\%)?\s*")
+_NUMBER_ONLY = re.compile(rf"\s*\$?\s*(?P<whole>{_NUMBER.pattern})\s*(?:[$%.]|\\%)?\s*")
 TOLERANCE = Fraction(1, 10_000)
 
 
@@ -36,16 +36,16 @@ def last_number(text: str) -> Fraction | None:
 
     Recognized are thousands separated by commas, decimals, "3/4", "2 3/4", "1.2e3", "1.2 × 10^3" and LaTeX fractions.
     """
-    for match in reversed([*_NUMBER.finditer(_plain(text))]):
-        if (value := _value(match)) is not None:
+    for match in reversed([*_NUMBER.finditer(_normalize(text))]):
+        if (value := _parse_match(match)) is not None:
             return value
     return None
 
 
-def number(text: str) -> Fraction | None:
+def parse_number(text: str) -> Fraction | None:
     """Return the number that a text consists of, up to a currency, percent sign or period; None if there is more."""
-    match = _WHOLE.fullmatch(_plain(text))
-    return _value(match) if match else None
+    match = _NUMBER_ONLY.fullmatch(_normalize(text))
+    return _parse_match(match) if match else None
 
 
 def gold_answer(text: str) -> Fraction:
@@ -55,25 +55,25 @@ def gold_answer(text: str) -> Fraction:
         ValueError: there is none.
     """
     _, mark, answer = text.rpartition("####")
-    value = number(answer) if mark else None
+    value = parse_number(answer) if mark else None
     if value is None:
         raise ValueError(f'The answer does not end in "#### N" with a number N: …{text[-60:]!r}.')
     return value
 
 
-def close(number: Fraction | None, gold: Fraction) -> bool:
+def is_close(number: Fraction | None, gold: Fraction) -> bool:
     """Whether there is a number and it equals the right one within 1e-4."""
     return number is not None and abs(number - gold) <= TOLERANCE
 
 
-def _plain(text: str) -> str:
+def _normalize(text: str) -> str:
     text = text.translate(_ASCII)
     for pattern, replacement in _LATEX:
         text = pattern.sub(replacement, text)
     return text
 
 
-def _value(match: re.Match) -> Fraction | None:
+def _parse_match(match: re.Match) -> Fraction | None:
     with suppress(ValueError, ZeroDivisionError):  # more digits than Python converts; a zero denominator
         value = Fraction(match["number"].replace(",", ""))
         if match["denominator"]:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .data_files import existing, read_csv
+from .data_files import read_csv, require_files
 from .task import JSONObject, Score, group_records, mean
 
 LETTERS = ("A", "B", "C", "D")
@@ -321,7 +321,7 @@ def read_subjects(
     wanted = benchmark.subjects if subjects is None else list(subjects)
     columns = benchmark.columns[:-1] if split in benchmark.unanswered else benchmark.columns
     one_of = {benchmark.columns[-1]: LETTERS} if columns is benchmark.columns else {}
-    paths = existing(folder, [benchmark.files.format(split=split, subject=subject) for subject in wanted])
+    paths = require_files(folder, [benchmark.files.format(split=split, subject=subject) for subject in wanted])
     return {
         subject: [
             {key.lower() if key not in LETTERS else key: row[key] for key in (*columns, "id") if key in row}
@@ -331,12 +331,12 @@ def read_subjects(
     }
 
 
-def options(question: dict[str, str]) -> str:
+def format_options(question: dict[str, str]) -> str:
     """Return the four options, "A. …", one per line, without a line break at the end."""
     return "\n".join(f"{letter}. {question[letter]}" for letter in LETTERS)
 
 
-def averages(records: Sequence[JSONObject], benchmark: SubjectSet) -> list[Score]:
+def average_scores(records: Sequence[JSONObject], benchmark: SubjectSet) -> list[Score]:
     """Return the accuracy over all questions, of each group that was asked about, and of each subject.
 
     Args:
@@ -345,12 +345,12 @@ def averages(records: Sequence[JSONObject], benchmark: SubjectSet) -> list[Score
     subjects = group_records(records)
 
     def average(name: str, members: Sequence[str]) -> Score:
-        asked = [record for subject in members for record in subjects[subject]]
+        selected = [record for subject in members for record in subjects[subject]]
         if benchmark.over_subjects:
             value = mean([{"correct": mean(subjects[subject])} for subject in members])
         else:
-            value = mean(asked)
-        return Score(name, value, len(asked))
+            value = mean(selected)
+        return Score(name, value, len(selected))
 
     scores = [average(benchmark.title, list(subjects))]
     for group, members in benchmark.groups.items():
@@ -362,7 +362,7 @@ def averages(records: Sequence[JSONObject], benchmark: SubjectSet) -> list[Score
 def add_subjects_argument(parser: argparse.ArgumentParser, benchmark: SubjectSet) -> None:
     """Add `--subjects a,b`, a list of subjects that is None by default."""
 
-    def subjects(text: str) -> list[str]:
+    def subject_list(text: str) -> list[str]:
         names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
         for name in names:
             if name not in benchmark.subjects:
@@ -375,7 +375,7 @@ def add_subjects_argument(parser: argparse.ArgumentParser, benchmark: SubjectSet
 
     parser.add_argument(
         "--subjects",
-        type=subjects,
+        type=subject_list,
         metavar="A,B",
         help=f"only these of the {len(benchmark.subjects)} subjects (the score is then not {benchmark.title}'s)",
     )

@@ -12,7 +12,7 @@ from .numbers import gold_answer
 from .splits import read_split
 from .task import add_file_argument
 
-_CALCULATOR = re.compile(r"<<.*?>>")  # annotations for a calculator: "48/2 = <<48/2=24>>24"
+_CALCULATOR_ANNOTATION = re.compile(r"<<.*?>>")  # annotations for a calculator: "48/2 = <<48/2=24>>24"
 
 
 class WordProblem(NamedTuple):
@@ -20,16 +20,16 @@ class WordProblem(NamedTuple):
 
     question: str
     reasoning: str
-    written: str
+    answer_text: str
     gold: Fraction
 
-    def asked(self) -> str:
+    def prompt(self) -> str:
         """Return the problem, up to where its solution begins."""
         return f"Question: {self.question}\nLet's think step by step\n"
 
-    def worked(self) -> str:
+    def with_solution(self) -> str:
         """Return the problem with its solution."""
-        return f"{self.asked()}{self.reasoning}\nThe answer is {self.written}\n\n"
+        return f"{self.prompt()}{self.reasoning}\nThe answer is {self.answer_text}\n\n"
 
 
 def add_problems_argument(parser: argparse.ArgumentParser) -> None:
@@ -50,13 +50,13 @@ def read_problems(path: Path, split: str) -> list[WordProblem]:
             gold = gold_answer(sample["answer"])
         except ValueError as error:
             raise DataError(f"{path}, sample {number} of {split}: {error}") from error
-        reasoning, _, written = sample["answer"].rpartition("####")
-        reasoning = _CALCULATOR.sub("", reasoning).strip()
-        problems.append(WordProblem(sample["question"], reasoning, written.strip(), gold))
+        reasoning, _, answer_text = sample["answer"].rpartition("####")
+        reasoning = _CALCULATOR_ANNOTATION.sub("", reasoning).strip()
+        problems.append(WordProblem(sample["question"], reasoning, answer_text.strip(), gold))
     return problems
 
 
-def worked_examples(path: Path, seed: int, count: int) -> tuple[list[int], tuple[str, ...]]:
+def sample_shots(path: Path, seed: int, count: int) -> tuple[list[int], tuple[str, ...]]:
     """Draw problems of the train split with their solutions: their indices, from 0, and their texts.
 
     Raises:
@@ -66,4 +66,4 @@ def worked_examples(path: Path, seed: int, count: int) -> tuple[list[int], tuple
     if len(train) < count:
         raise DataError(f"The train split next to {path} has {len(train)} samples: {count} are needed.")
     indices = random.Random(seed).sample(range(len(train)), count)
-    return indices, tuple(train[index].worked() for index in indices)
+    return indices, tuple(train[index].with_solution() for index in indices)

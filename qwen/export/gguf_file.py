@@ -16,14 +16,14 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.files import CheckpointError
 from ..checkpoint.weights import Weights
 from ..model.configuration_qwen import QWenConfig
-from ..model.gptq_qwen import PARTS
+from ..model.gptq_qwen import GPTQ_SUFFIXES
 from ..model.tokenization_qwen import QWenTokenizer
-from .layout import EMBEDDING, HEAD, NORM, dequantize_weight, split_name, wanted
-from .limits import check_architecture, exact_length, remarks, rope_base
+from .layout import EMBEDDING, HEAD, NORM, dequantize_weight, exported_tensors, split_name
+from .limits import check_architecture, exact_length, export_notes, rope_base
 from .source import open_checkpoint
-from .tokenizer_json import chat_template, merges, token_to_str
+from .tokenizer_json import bpe_merges, chat_template, token_to_str
 
-OUTER_NAMES = {EMBEDDING: "token_embd", NORM: "output_norm", HEAD: "output"}
+NON_LAYER_NAMES = {EMBEDDING: "token_embd", NORM: "output_norm", HEAD: "output"}
 LAYER_NAMES = {
     "ln_1": "attn_norm",
     "attn.c_attn": "attn_qkv",
@@ -35,13 +35,13 @@ LAYER_NAMES = {
 }
 KINDS = ("f32", "f16", "bf16", "q8_0", "q4_0")
 """Supported types of the weight matrices."""
-OUTER_TYPES = {"q4_0": "q8_0"}
+OUTPUT_TYPES = {"q4_0": "q8_0"}
 """Type of the embedding and output matrices, where it differs from the layers': they lose most from four bits."""
 
-_SLICE = 4_000_000  # numbers converted at a time
+_CHUNK_NUMEL = 4_000_000  # numbers converted at a time
 
 
-class Entry(NamedTuple):
+class LazyTensor(NamedTuple):
     """A tensor that is loaded lazily."""
 
     name: str
@@ -99,10 +99,10 @@ def export_gguf(
         raise ValueError("llama.cpp needs num_attention_heads * kv_channels == hidden_size in config.json.")
     rope_base(config, max_length)  # validates max_length before anything is written
     weights = source.weights()
-    entries = _entries(weights, wanted(weights, config), config)
+    tensors = _lazy_tensors(weights, exported_tensors(weights, config), config)
     staged = target.with_name(f".{target.name}-{os.getpid()}")  # in the same folder, so that the move is atomic
     try:
-        write_gguf(staged, config, entries, kind, source=(source, tokenizer), max_length=max_length, progress=progress)
+        write_gguf(staged, config, tensors, kind, source=(source, tokenizer), max_length=max_length, progress=progress)
         staged.replace(target)
     except CheckpointError:  # an OSError about the input
         raise
@@ -110,16 +110,16 @@ def export_gguf(
         raise OSError(f"Cannot write {target} ({error}). Check free disk space and permissions.") from error
     finally:
         staged.unlink(missing_ok=True)
-    return remarks(config, max_length, source.chat_format)
+    return export_notes(config, max_length, source.chat_format)
 
 
 def write_gguf(
     file: Path,
     config: QWenConfig,
-    entries: Iterable[Entry],
+    tensors: Iterable[LazyTensor],
     kind: str,
     *,
-    outside: str | None = None,
+    output_type: str | None = None,
     source: tuple[Checkpoint, QWenTokenizer] | None = None,
     max_length: int | None = None,
     progress: bool = False,
@@ -127,15 +127,15 @@ def write_gguf(
     """Write tensors of this architecture as GGUF.
 
     Args:
-        entries: all tensors of a float model, named as in this family's checkpoints.
+        tensors: all tensors of a float model, named as in this family's checkpoints.
         kind: type of the matrices in the layers; vectors are written as float32.
-        outside: type of the embedding and output matrices. None: the default for `kind`.
+        output_type: type of the embedding and output matrices. None: the default for `kind`.
         source: checkpoint and tokenizer, which is written to the file. None: no tokenizer; the model maps ids to ids.
     """
     import gguf
 
-    in_layers = gguf.GGMLQuantizationType[kind.upper()]
-    outside_type = gguf.GGMLQuantizationType[(outside or OUTER_TYPES.get(kind, kind)).upper()]
+    layer_ggml_type = gguf.GGMLQuantizationType[kind.upper()]
+    output_ggml_type = gguf.GGMLQuantizationType[(output_type or OUTPUT_TYPES.get(kind, kind)).upper()]
     writer = gguf.GGUFWriter(str(file), "qwen")
     writer.add_context_length(max(exact_length(config), max_length or 0))
     writer.add_block_count(config.num_hidden_layers)
@@ -154,73 +154,75 @@ def write_gguf(
     else:
         _add_tokenizer(writer, *source)
 
-    typed = []
-    for entry in entries:
-        layer, module, part = split_name(entry.name)
-        name = f"blk.{layer}.{LAYER_NAMES[module]}.{part}" if layer else f"{OUTER_NAMES[module]}.{part}"
-        type_ = gguf.GGMLQuantizationType.F32 if len(entry.shape) == 1 else in_layers if layer else outside_type
-        block, _ = gguf.GGML_QUANT_SIZES[type_]
-        if entry.shape[-1] % block:
+    typed_tensors = []
+    for tensor in tensors:
+        layer, module, part = split_name(tensor.name)
+        name = f"blk.{layer}.{LAYER_NAMES[module]}.{part}" if layer else f"{NON_LAYER_NAMES[module]}.{part}"
+        ggml_type = (
+            gguf.GGMLQuantizationType.F32 if len(tensor.shape) == 1 else layer_ggml_type if layer else output_ggml_type
+        )
+        block, _ = gguf.GGML_QUANT_SIZES[ggml_type]
+        if tensor.shape[-1] % block:
             raise ValueError(
-                f"{kind} packs blocks of {block} weights: the row length {entry.shape[-1]} is not a multiple of it."
+                f"{kind} packs blocks of {block} weights: the row length {tensor.shape[-1]} is not a multiple of it."
             )
-        size = _nbytes(entry.shape, type_)
+        size = _nbytes(tensor.shape, ggml_type)
         # Any dtype but uint8, whose shape the writer takes as bytes and not as numbers.
-        writer.add_tensor_info(name, entry.shape, np.dtype(np.float32), size, raw_dtype=type_)
-        typed.append((entry, type_))
+        writer.add_tensor_info(name, tensor.shape, np.dtype(np.float32), size, raw_dtype=ggml_type)
+        typed_tensors.append((tensor, ggml_type))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     try:
-        for entry, type_ in tqdm(typed, unit="tensor", disable=not progress):
+        for tensor, ggml_type in tqdm(typed_tensors, unit="tensor", disable=not progress):
             # The writer only reads its `nbytes` and calls `tofile`.
-            writer.write_tensor_data(cast(np.ndarray, _Converted(entry.load(), type_)))
+            writer.write_tensor_data(cast(np.ndarray, _QuantizedArray(tensor.load(), ggml_type)))
     finally:
         writer.close()
 
 
-def _nbytes(shape: Sequence[int], type_) -> int:
+def _nbytes(shape: Sequence[int], ggml_type) -> int:
     """Size in bytes of a tensor of this type."""
     import gguf
 
-    block, block_bytes = gguf.GGML_QUANT_SIZES[type_]
+    block, block_bytes = gguf.GGML_QUANT_SIZES[ggml_type]
     return math.prod(shape) // block * block_bytes
 
 
-class _Converted:
+class _QuantizedArray:
     """Array for the GGUF writer that quantizes a few rows at a time: all at once would need three copies in memory."""
 
-    def __init__(self, tensor: torch.Tensor, type_):
-        self._tensor, self._type = tensor, type_
-        self.nbytes = _nbytes(tensor.shape, type_)
+    def __init__(self, tensor: torch.Tensor, ggml_type):
+        self._tensor, self._type = tensor, ggml_type
+        self.nbytes = _nbytes(tensor.shape, ggml_type)
 
     def tofile(self, file: BinaryIO) -> None:
         from gguf.quants import quantize
 
-        rows = max(1, _SLICE // self._tensor.shape[-1])
-        for slice_ in self._tensor.split(rows) if self._tensor.dim() > 1 else [self._tensor]:
-            quantize(slice_.float().numpy(), self._type).tofile(file)
+        rows = max(1, _CHUNK_NUMEL // self._tensor.shape[-1])
+        for chunk in self._tensor.split(rows) if self._tensor.dim() > 1 else [self._tensor]:
+            quantize(chunk.float().numpy(), self._type).tofile(file)
 
 
-def _entries(weights: Weights, names: list[str], config: QWenConfig) -> list[Entry]:
+def _lazy_tensors(weights: Weights, names: list[str], config: QWenConfig) -> list[LazyTensor]:
     """Return the model's tensors as floats; GPTQ layers are unpacked when loaded."""
-    entries = []
+    tensors = []
     for name in names:
         module, part = name.rsplit(".", 1)
         if part == "qweight":
             shape = (weights.shape(f"{module}.scales")[1], weights.shape(f"{module}.g_idx")[0])
-            load = functools.partial(_unpacked, weights, module, config.quantization_config)
-            entries.append(Entry(f"{module}.weight", shape, load))
-        elif f".{part}" not in PARTS:
-            entries.append(Entry(name, weights.shape(name), functools.partial(weights.__getitem__, name)))
+            load = functools.partial(_dequantize, weights, module, config.quantization_config)
+            tensors.append(LazyTensor(f"{module}.weight", shape, load))
+        elif f".{part}" not in GPTQ_SUFFIXES:
+            tensors.append(LazyTensor(name, weights.shape(name), functools.partial(weights.__getitem__, name)))
     if config.tie_word_embeddings:  # llama.cpp expects both tensors
-        tied = next(entry for entry in entries if entry.name == f"{EMBEDDING}.weight")
-        entries.append(tied._replace(name=f"{HEAD}.weight"))
-    return entries
+        tied = next(tensor for tensor in tensors if tensor.name == f"{EMBEDDING}.weight")
+        tensors.append(tied._replace(name=f"{HEAD}.weight"))
+    return tensors
 
 
-def _unpacked(weights: Weights, module: str, quantization: dict) -> torch.Tensor:
-    qweight, qzeros, scales, g_idx = (weights[f"{module}{part}"] for part in PARTS)
+def _dequantize(weights: Weights, module: str, quantization: dict) -> torch.Tensor:
+    qweight, qzeros, scales, g_idx = (weights[f"{module}{part}"] for part in GPTQ_SUFFIXES)
     return dequantize_weight(qweight, qzeros, scales, g_idx, quantization)
 
 
@@ -240,7 +242,7 @@ def _add_tokenizer(writer, source: Checkpoint, tokenizer: QWenTokenizer) -> None
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     writer.add_token_merges(
-        [f"{token_to_str(left)} {token_to_str(right)}" for left, right in merges(tokenizer.mergeable_ranks)]
+        [f"{token_to_str(left)} {token_to_str(right)}" for left, right in bpe_merges(tokenizer.mergeable_ranks)]
     )
     writer.add_eos_token_id(tokenizer.im_end_id if source.is_chat else tokenizer.eod_id)
     writer.add_pad_token_id(tokenizer.eod_id)

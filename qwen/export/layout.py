@@ -8,37 +8,37 @@ import torch
 from ..checkpoint.files import CheckpointError
 from ..checkpoint.weights import Weights
 from ..model.configuration_qwen import QWenConfig
-from ..model.gptq_qwen import PARTS
+from ..model.gptq_qwen import GPTQ_SUFFIXES
 
 EMBEDDING, NORM, HEAD = "transformer.wte", "transformer.ln_f", "lm_head"
-IN_LAYERS = ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.w1", "mlp.w2", "mlp.c_proj")
+LAYER_MODULES = ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.w1", "mlp.w2", "mlp.c_proj")
 MATRICES = ("attn.c_attn", "attn.c_proj", "mlp.w1", "mlp.w2", "mlp.c_proj")
-BIASED = "attn.c_attn"
-"""The only module that always has a bias, independent of the config."""
+QKV_MODULE = "attn.c_attn"
+"""Query, key and value in one matrix. The only module that always has a bias, independent of the config."""
 
 
-def modules(config: QWenConfig) -> list[str]:
+def module_names(config: QWenConfig) -> list[str]:
     """Return the names of all modules with weights, from the embedding to the output."""
-    layers = [f"transformer.h.{layer}.{name}" for layer in range(config.num_hidden_layers) for name in IN_LAYERS]
+    layers = [f"transformer.h.{layer}.{name}" for layer in range(config.num_hidden_layers) for name in LAYER_MODULES]
     return [EMBEDDING, *layers, NORM, *([] if config.tie_word_embeddings else [HEAD])]
 
 
-def shapes(config: QWenConfig) -> dict[str, tuple[int, ...]]:
+def weight_shapes(config: QWenConfig) -> dict[str, tuple[int, ...]]:
     """Return the weight shape of each module, keyed by its name without the layer; matrices are (outputs, inputs)."""
-    hidden, width = config.hidden_size, config.intermediate_size // 2
-    heads = config.num_attention_heads * config.kv_channels
-    table = (config.vocab_size, hidden)
+    hidden, mlp_size = config.hidden_size, config.intermediate_size // 2
+    projection_size = config.num_attention_heads * config.kv_channels
+    embedding_shape = (config.vocab_size, hidden)
     return {
-        EMBEDDING: table,
-        HEAD: table,
+        EMBEDDING: embedding_shape,
+        HEAD: embedding_shape,
         NORM: (hidden,),
         "ln_1": (hidden,),
         "ln_2": (hidden,),
-        "attn.c_attn": (3 * heads, hidden),
-        "attn.c_proj": (hidden, heads),
-        "mlp.w1": (width, hidden),
-        "mlp.w2": (width, hidden),
-        "mlp.c_proj": (hidden, width),
+        "attn.c_attn": (3 * projection_size, hidden),
+        "attn.c_proj": (hidden, projection_size),
+        "mlp.w1": (mlp_size, hidden),
+        "mlp.w2": (mlp_size, hidden),
+        "mlp.c_proj": (hidden, mlp_size),
     }
 
 
@@ -54,7 +54,7 @@ def split_name(name: str) -> tuple[str, str, str]:
     return layer, module, part
 
 
-def wanted(weights: Weights, config: QWenConfig) -> list[str]:
+def exported_tensors(weights: Weights, config: QWenConfig) -> list[str]:
     """Return the names of the tensors to export, in file order.
 
     Skips the zero biases of published GPTQ files where the network has no bias, and tables that follow from the config.
@@ -70,10 +70,10 @@ def wanted(weights: Weights, config: QWenConfig) -> list[str]:
             f"The weight files have {len(layers)} layers, but config.json has num_hidden_layers "
             f"{config.num_hidden_layers}: they belong to different models. Download the whole checkpoint again."
         )
-    for module in modules(config):
-        found = [part for part in ("weight", *(part[1:] for part in PARTS)) if f"{module}.{part}" in weights]
-        needed = [part[1:] for part in PARTS] if "qweight" in found else ["weight"]
-        if module.endswith(BIASED):
+    for module in module_names(config):
+        found = [part for part in ("weight", *(part[1:] for part in GPTQ_SUFFIXES)) if f"{module}.{part}" in weights]
+        needed = [part[1:] for part in GPTQ_SUFFIXES] if "qweight" in found else ["weight"]
+        if module.endswith(QKV_MODULE):
             needed.append("bias")
         if missing := [part for part in needed if f"{module}.{part}" not in weights]:
             raise CheckpointError(
@@ -83,7 +83,7 @@ def wanted(weights: Weights, config: QWenConfig) -> list[str]:
         names += [f"{module}.{part}" for part in needed]
         _check_shape(f"{module}.{needed[0]}", weights, config)
         bias = f"{module}.bias"
-        if bias in weights and not module.endswith(BIASED) and weights[bias].any():
+        if bias in weights and not module.endswith(QKV_MODULE) and weights[bias].any():
             raise CheckpointError(
                 f"{bias} is not zero, but Qwen2 and llama.cpp have no such bias: this model cannot be exported."
             )
@@ -93,11 +93,11 @@ def wanted(weights: Weights, config: QWenConfig) -> list[str]:
 
 def _check_shape(name: str, weights: Weights, config: QWenConfig) -> None:
     _, module, part = split_name(name)
-    unpacked = shapes(config)[module]
-    shape: tuple[int, ...] | None = unpacked
+    unpacked_shape = weight_shapes(config)[module]
+    shape: tuple[int, ...] | None = unpacked_shape
     if part == "qweight":
         bits = (getattr(config, "quantization_config", None) or {}).get("bits")
-        shape = (unpacked[1] * bits // 32, unpacked[0]) if bits else None
+        shape = (unpacked_shape[1] * bits // 32, unpacked_shape[0]) if bits else None
     if (found := weights.shape(name)) != shape:
         raise CheckpointError(
             f"{name} has the shape {found}, but config.json gives {shape or 'no quantized weights'}: they belong to "
@@ -124,10 +124,10 @@ def dequantize_weight(
     if 32 % bits:
         raise CheckpointError(f"{bits}-bit weights cannot be converted to another type.")
     shifts = torch.arange(0, 32, bits, dtype=torch.int32)
-    top = 2**bits - 1
-    integers = (qweight[:, None, :] >> shifts[:, None] & top).flatten(0, 1)
-    zeros = (qzeros[:, :, None] >> shifts & top).flatten(1)
+    max_int = 2**bits - 1
+    quantized = (qweight[:, None, :] >> shifts[:, None] & max_int).flatten(0, 1)
+    zeros = (qzeros[:, :, None] >> shifts & max_int).flatten(1)
     if config.get("checkpoint_format", "gptq") == "gptq":
         zeros = zeros + 1
     groups = g_idx.long()
-    return (scales.float()[groups] * (integers - zeros[groups])).T
+    return (scales.float()[groups] * (quantized - zeros[groups])).T

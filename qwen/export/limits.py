@@ -13,7 +13,7 @@ def exact_length(config: QWenConfig) -> int:
     """Return the number of tokens up to which the network works without dynamic NTK, LogN and window attention."""
     extends_context = config.use_dynamic_ntk or config.use_logn_attn
     exact = config.seq_length if extends_context else max(config.seq_length, config.max_position_embeddings)
-    return min([exact, *(config.windows if config.use_window_attn else [])])
+    return min([exact, *(config.layer_window_sizes if config.use_window_attn else [])])
 
 
 def check_architecture(config: QWenConfig) -> None:
@@ -53,7 +53,7 @@ def rope_base(config: QWenConfig, max_length: int | None) -> float:
     return base * alpha ** (config.rotary_dim / (config.rotary_dim - 2))
 
 
-def remarks(config: QWenConfig, max_length: int | None, chat_format: str | None) -> list[str]:
+def export_notes(config: QWenConfig, max_length: int | None, chat_format: str | None) -> list[str]:
     """Return notes for users of the exported model, as sentences.
 
     Args:
@@ -62,8 +62,8 @@ def remarks(config: QWenConfig, max_length: int | None, chat_format: str | None)
     exact = exact_length(config)
     unsupported = [
         name
-        for name, used in (("dynamic NTK", config.use_dynamic_ntk), ("LogN attention", config.use_logn_attn))
-        if used
+        for name, enabled in (("dynamic NTK", config.use_dynamic_ntk), ("LogN attention", config.use_logn_attn))
+        if enabled
     ]
     if max_length is not None and max_length > exact:
         left_out = " LogN attention is left out." if config.use_logn_attn else ""

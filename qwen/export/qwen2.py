@@ -23,12 +23,12 @@ from ..checkpoint.staging import check_target, staged_directory
 from ..checkpoint.weights import Weights
 from ..model.configuration_qwen import QWenConfig
 from ..model.tokenization_qwen import QWenTokenizer
-from .layout import BIASED, EMBEDDING, HEAD, NORM, split_name, wanted
-from .limits import check_architecture, exact_length, remarks, rope_base
+from .layout import EMBEDDING, HEAD, NORM, QKV_MODULE, exported_tensors, split_name
+from .limits import check_architecture, exact_length, export_notes, rope_base
 from .source import open_checkpoint
 from .tokenizer_json import write_tokenizer
 
-OUTER_NAMES = {EMBEDDING: "model.embed_tokens", NORM: "model.norm", HEAD: "lm_head"}
+NON_LAYER_NAMES = {EMBEDDING: "model.embed_tokens", NORM: "model.norm", HEAD: "lm_head"}
 LAYER_NAMES = {
     "ln_1": "input_layernorm",
     "attn.c_proj": "self_attn.o_proj",
@@ -37,7 +37,7 @@ LAYER_NAMES = {
     "mlp.w2": "mlp.gate_proj",
     "mlp.c_proj": "mlp.down_proj",
 }
-QUERY_KEY_VALUE = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+QKV_NAMES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 
 _CONFIG_FIELDS = (
     "model_type",
@@ -99,14 +99,14 @@ def export_qwen2(
     source, tokenizer = open_checkpoint(checkpoint, hub)
     config = qwen2_config(source.config, max_length)
     weights = source.weights()
-    names = wanted(weights, source.config)
+    names = exported_tensors(weights, source.config)
     with staged_directory(target, replaces=_OPTIONAL_FILES) as staging:
         dtype = _write_weights(weights, names, staging, progress)
         _write_json(_config_json(config, source, tokenizer, dtype), staging / CONFIG_NAME)
         _write_json(generation_config(source, tokenizer), staging / GENERATION_CONFIG_NAME)
         write_tokenizer(tokenizer, staging, config.max_position_embeddings, source.is_chat)
         apply_umask(staging)
-    return remarks(source.config, max_length, source.chat_format)
+    return export_notes(source.config, max_length, source.chat_format)
 
 
 def qwen2_config(config: QWenConfig, max_length: int | None = None) -> Qwen2Config:
@@ -141,17 +141,17 @@ def qwen2_tensors(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.
     """
     layer, module, part = split_name(name)
     if not layer:
-        yield f"{OUTER_NAMES[module]}.{part}", tensor
-    elif module != BIASED:
+        yield f"{NON_LAYER_NAMES[module]}.{part}", tensor
+    elif module != QKV_MODULE:
         yield f"model.layers.{layer}.{LAYER_NAMES[module]}.{part}", tensor
     elif part == "g_idx":  # indexes the inputs, which all three share
-        for target in QUERY_KEY_VALUE:
+        for target in QKV_NAMES:
             yield f"model.layers.{layer}.{target}.{part}", tensor.clone()
     else:
         # GPTQ has outputs in columns, everything else in rows.
-        outputs = 1 if part in ("qweight", "qzeros", "scales") else 0
-        for target, third in zip(QUERY_KEY_VALUE, tensor.chunk(3, dim=outputs), strict=True):
-            yield f"model.layers.{layer}.{target}.{part}", third.contiguous()
+        output_dim = 1 if part in ("qweight", "qzeros", "scales") else 0
+        for target, chunk in zip(QKV_NAMES, tensor.chunk(3, dim=output_dim), strict=True):
+            yield f"model.layers.{layer}.{target}.{part}", chunk.contiguous()
 
 
 def generation_config(source: Checkpoint, tokenizer: QWenTokenizer) -> JSONObject:
@@ -159,26 +159,26 @@ def generation_config(source: Checkpoint, tokenizer: QWenTokenizer) -> JSONObjec
     generation = {name: value for name, value in source.generation_settings.items() if name not in _QWEN_ONLY_FIELDS}
     if generation.get("top_k") == 0:  # all tokens; SGLang rejects 0, all engines accept vocab_size
         generation["top_k"] = source.config.vocab_size
-    ends = [tokenizer.im_end_id, tokenizer.im_start_id] if source.is_chat else []
-    return generation | {"eos_token_id": [*ends, tokenizer.eod_id], "pad_token_id": tokenizer.eod_id}
+    stop_token_ids = [tokenizer.im_end_id, tokenizer.im_start_id] if source.is_chat else []
+    return generation | {"eos_token_id": [*stop_token_ids, tokenizer.eod_id], "pad_token_id": tokenizer.eod_id}
 
 
 def _write_weights(weights: Weights, names: list[str], folder: Path, progress: bool) -> torch.dtype:
     """Write one file for each weight file, split into shards of _MAX_SHARD_BYTES. Return the embedding's dtype."""
-    total, dtype = 0, torch.float32
+    total_size, dtype = 0, torch.float32
     files: list[list[str]] = []
     tensors: dict[str, torch.Tensor] = {}
-    room, previous = _MAX_SHARD_BYTES, None
+    remaining_bytes, previous = _MAX_SHARD_BYTES, None
     for name in tqdm(names, unit="tensor", disable=not progress):
         tensor, file = weights[name], weights.file_of(name)
-        if tensors and (file != previous or tensor.nbytes > room):
+        if tensors and (file != previous or tensor.nbytes > remaining_bytes):
             files.append(_write_file(tensors, folder / f"{len(files)}.safetensors"))
-            tensors, room = {}, _MAX_SHARD_BYTES
+            tensors, remaining_bytes = {}, _MAX_SHARD_BYTES
         previous = file
         converted = dict(qwen2_tensors(name, tensor))
         tensors |= converted
-        room -= tensor.nbytes
-        total += sum(part.nbytes for part in converted.values())
+        remaining_bytes -= tensor.nbytes
+        total_size += sum(part.nbytes for part in converted.values())
         if name == f"{EMBEDDING}.weight":
             dtype = tensor.dtype
     files.append(_write_file(tensors, folder / f"{len(files)}.safetensors"))
@@ -189,7 +189,7 @@ def _write_weights(weights: Weights, names: list[str], folder: Path, progress: b
         (folder / f"{number}.safetensors").rename(folder / file)
         weight_map |= dict.fromkeys(tensor_names, file)
     if len(files) > 1:
-        _write_json({"metadata": {"total_size": total}, "weight_map": weight_map}, folder / SAFETENSORS_INDEX)
+        _write_json({"metadata": {"total_size": total_size}, "weight_map": weight_map}, folder / SAFETENSORS_INDEX)
     return dtype
 
 
@@ -208,8 +208,8 @@ def _write_file(tensors: dict[str, torch.Tensor], path: Path) -> list[str]:
 
 def _config_json(config: Qwen2Config, source: Checkpoint, tokenizer: QWenTokenizer, dtype: torch.dtype) -> JSONObject:
     """Return config.json for engines; renamed fields have both the current and the old name of transformers."""
-    document = {name: getattr(config, name) for name in _CONFIG_FIELDS}
-    document |= {
+    config_json = {name: getattr(config, name) for name in _CONFIG_FIELDS}
+    config_json |= {
         "architectures": ["Qwen2ForCausalLM"],
         "eos_token_id": tokenizer.im_end_id if source.is_chat else tokenizer.eod_id,
         "pad_token_id": tokenizer.eod_id,
@@ -217,8 +217,8 @@ def _config_json(config: Qwen2Config, source: Checkpoint, tokenizer: QWenTokeniz
         "torch_dtype": str(dtype).removeprefix("torch."),
     }
     quantization = getattr(source.config, "quantization_config", None)
-    return document | ({"quantization_config": quantization} if quantization else {})
+    return config_json | ({"quantization_config": quantization} if quantization else {})
 
 
-def _write_json(document: JSONObject, path: Path) -> None:
-    path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+def _write_json(content: JSONObject, path: Path) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -21,7 +21,7 @@ def token_to_str(token: bytes) -> str:
     return "".join(_BYTE_TO_CHAR[byte] for byte in token)
 
 
-def merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
+def bpe_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
     """Recover the BPE merges from tiktoken's ranks, in order.
 
     tiktoken merges the neighbours whose union has the lowest rank. Below a token's rank it merges the token's bytes the
@@ -32,12 +32,12 @@ def merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
         pieces = [token[i : i + 1] for i in range(len(token))]
         while len(pieces) > 1:
-            unions = [ranks.get(left + right, rank) for left, right in pairwise(pieces)]
-            lowest = min(unions)
+            pair_ranks = [ranks.get(left + right, rank) for left, right in pairwise(pieces)]
+            lowest = min(pair_ranks)
             if lowest >= rank:
                 break
-            place = unions.index(lowest)
-            pieces[place : place + 2] = [pieces[place] + pieces[place + 1]]
+            index = pair_ranks.index(lowest)
+            pieces[index : index + 2] = [pieces[index] + pieces[index + 1]]
         if len(pieces) == 2:
             found.append((pieces[0], pieces[1]))
     return found
@@ -52,7 +52,7 @@ def fast_tokenizer(tokenizer: QWenTokenizer) -> Tokenizer:
     fast = Tokenizer(
         models.BPE(
             vocab=vocabulary,
-            merges=[(token_to_str(left), token_to_str(right)) for left, right in merges(ranks)],
+            merges=[(token_to_str(left), token_to_str(right)) for left, right in bpe_merges(ranks)],
             ignore_merges=True,  # a word that is a token is not split, as in tiktoken
         )
     )

@@ -20,7 +20,7 @@ from transformers import HfArgumentParser, IntervalStrategy
 from ..checkpoint.files import JSONObject
 from ..checkpoint.hub import HUBS
 from ..model.qwen_generation_utils import DEFAULT_SYSTEM
-from .distributed import join_deepspeed
+from .distributed import init_deepspeed
 from .transformers4_arguments import translate
 
 if TYPE_CHECKING:
@@ -153,7 +153,7 @@ def parse(argv: list[str]) -> tuple[Arguments, list[str]]:
     try:
         settings, notes = read_settings(argv)
         if settings["deepspeed"]:
-            join_deepspeed(settings["use_cpu"], settings["ddp_timeout"])
+            init_deepspeed(settings["use_cpu"], settings["ddp_timeout"])
         arguments = Arguments(*make_parser().parse_dict(settings))
         if (gpus := arguments.training.visible_gpus) > 1:
             notes.append(f"Using one of {gpus} GPUs. To use all, run finetune/*_ds.sh or torchrun.")
@@ -177,20 +177,20 @@ def read_settings(argv: list[str]) -> tuple[Settings, list[str]]:
     parser = make_parser()
     namespace, unknown = parser.parse_known_args(argv)
     if unknown:
-        raise ArgumentError(_unknown(unknown[0], parser))
+        raise ArgumentError(_unknown_argument_message(unknown[0], parser))
     settings: Settings = vars(namespace)
-    typed = {word[2:].partition("=")[0] for word in argv if word.startswith("--")}
+    explicit = {word[2:].partition("=")[0] for word in argv if word.startswith("--")}
     if settings["deepspeed"]:
         settings["deepspeed"] = _deepspeed_config(settings["deepspeed"], settings["lr_scheduler_type"], notes)
         for half in ("bf16", "fp16"):  # enabled there counts as typed here
-            if half not in typed and settings["deepspeed"].get(half, {}).get("enabled") is True:
+            if half not in explicit and settings["deepspeed"].get(half, {}).get("enabled") is True:
                 settings[half] = True
-                typed.add(half)
-    settings |= _device_and_precision(settings, typed)
+                explicit.add(half)
+    settings |= _device_and_precision(settings, explicit)
     settings["use_lora"] = settings["use_lora"] or settings["q_lora"]
-    if settings["load_best_model_at_end"] and "save_strategy" not in typed:  # the best model must have been saved
+    if settings["load_best_model_at_end"] and "save_strategy" not in explicit:  # the best model must have been saved
         settings["save_strategy"] = settings["eval_strategy"]
-        if "save_steps" not in typed and settings["eval_steps"]:
+        if "save_steps" not in explicit and settings["eval_steps"]:
             settings["save_steps"] = settings["eval_steps"]
     if settings["modules_to_save"] == ["none"]:
         settings["modules_to_save"] = []
@@ -212,28 +212,28 @@ class _Parser(HfArgumentParser):
         raise ArgumentError(f"{message[0].upper()}{message[1:]}. `--help-all` lists all arguments.")
 
 
-def _unknown(word: str, parser: HfArgumentParser) -> str:
+def _unknown_argument_message(word: str, parser: HfArgumentParser) -> str:
     known = ["--help"]
     for option in (each for kind in parser.dataclass_types for each in dataclasses.fields(kind) if each.init):
         known += [f"--{option.name}"] + [f"--no_{option.name}"] * (option.default is True)
-    near = difflib.get_close_matches(word.partition("=")[0], known, n=3)
+    matches = difflib.get_close_matches(word.partition("=")[0], known, n=3)
     return f"Unknown argument {word}." + (
-        f" Did you mean {' or '.join(near)}?" if near else " `--help-all` lists all arguments."
+        f" Did you mean {' or '.join(matches)}?" if matches else " `--help-all` lists all arguments."
     )
 
 
-def _device_and_precision(settings: Settings, typed: set[str]) -> dict[str, bool]:
+def _device_and_precision(settings: Settings, explicit: set[str]) -> dict[str, bool]:
     """Choose what the command line leaves open: bfloat16 on a GPU that supports it, else float16; float32 on the CPU.
 
     Adapters on GPTQ weights compute in float16, the precision in which these weights are stored.
     """
-    cpu = settings["use_cpu"] or not torch.accelerator.is_available()
-    if cpu and settings["fp16"]:
+    use_cpu = settings["use_cpu"] or not torch.accelerator.is_available()
+    if use_cpu and settings["fp16"]:
         raise ArgumentError("--fp16 needs a GPU. On the CPU, leave it out (float32) or use --bf16.")
     if settings["bf16"] and settings["fp16"]:
         raise ArgumentError("--bf16 and --fp16 exclude each other: use one of them.")
-    if cpu or typed & {"bf16", "fp16"}:
-        return {"use_cpu": cpu}
+    if use_cpu or explicit & {"bf16", "fp16"}:
+        return {"use_cpu": use_cpu}
     bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     half = "bf16" if bf16 and not settings["q_lora"] else "fp16"
     return {"use_cpu": False, half: True}
@@ -277,7 +277,7 @@ def _check(arguments: Arguments) -> None:
         raise ArgumentError(f"--{option} needs an adapter: add --use_lora or --q_lora.")
     if arguments.data.packing and training.train_sampling_strategy == "group_by_length":
         raise ArgumentError("--packing makes all rows the same length: leave out --group_by_length.")
-    for part, option, least in (
+    for group, option, minimum in (
         (training, "per_device_train_batch_size", 1),
         (training, "per_device_eval_batch_size", 1),
         (training, "gradient_accumulation_steps", 1),
@@ -288,8 +288,8 @@ def _check(arguments: Arguments) -> None:
         (lora, "lora_r", 1),
         (lora, "lora_alpha", 1),
     ):
-        if not getattr(part, option) >= least:  # also rejects NaN
-            raise ArgumentError(f"--{option} is {getattr(part, option)}: it must be at least {least}.")
+        if not getattr(group, option) >= minimum:  # also rejects NaN
+            raise ArgumentError(f"--{option} is {getattr(group, option)}: it must be at least {minimum}.")
     if not 0 <= lora.lora_dropout < 1:
         raise ArgumentError(f"--lora_dropout is {lora.lora_dropout}: it must be at least 0 and below 1.")
     if training.max_steps <= 0 and not training.num_train_epochs > 0:

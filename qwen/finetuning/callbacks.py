@@ -22,33 +22,33 @@ class SaveOnInterrupt(TrainerCallback):
 
     def __init__(self):
         self.interrupted = False
-        self._received = 0  # the first signal; 0 without one
-        self._previous: dict = {}
+        self._signal = 0  # the first signal; 0 without one
+        self._previous_handlers: dict = {}
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self._process = os.getpid()
-        self._previous = {number: signal.signal(number, self._receive) for number in _SIGNALS}
+        self._pid = os.getpid()
+        self._previous_handlers = {number: signal.signal(number, self._receive) for number in _SIGNALS}
 
     def on_step_end(self, args, state, control, **kwargs):
-        if any_rank(self._received > 0, args.device):
+        if any_rank(self._signal > 0, args.device):
             self.interrupted = True
             control.should_save = True
             control.should_training_stop = True
 
     def on_train_end(self, args, state, control, **kwargs):
-        for number, handler in self._previous.items():
+        for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._process:  # a forked data loader worker, which its parent stops
+        if os.getpid() != self._pid:  # a forked data loader worker, which its parent stops
             if number == signal.SIGTERM:
                 os._exit(128 + number)
             return
         # After Ctrl-C any signal stops: torchrun turns a second Ctrl-C into SIGTERM. A first SIGTERM may arrive twice,
         # from a scheduler and forwarded by the launcher.
-        if self._received == signal.SIGINT or (self._received and number == signal.SIGINT):
+        if self._signal == signal.SIGINT or (self._signal and number == signal.SIGINT):
             raise KeyboardInterrupt
-        self._received = number
+        self._signal = number
         if is_main_process():
             print("\nStopping after this step, with a checkpoint. Ctrl-C again stops at once.", file=sys.stderr)
 
@@ -59,7 +59,7 @@ class ShowProgress(TrainerCallback):
 
     def __init__(self):
         self._bar: tqdm | None = None
-        self._evaluation: tqdm | None = None
+        self._eval_bar: tqdm | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero and sys.stderr.isatty():
@@ -72,14 +72,14 @@ class ShowProgress(TrainerCallback):
     def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
         if not (state.is_world_process_zero and sys.stderr.isatty()):
             return
-        if self._evaluation is None:
-            self._evaluation = tqdm(total=len(eval_dataloader), desc="Evaluating", leave=False, dynamic_ncols=True)
-        self._evaluation.update()
+        if self._eval_bar is None:
+            self._eval_bar = tqdm(total=len(eval_dataloader), desc="Evaluating", leave=False, dynamic_ncols=True)
+        self._eval_bar.update()
 
     def on_evaluate(self, args, state, control, **kwargs):
-        if self._evaluation is not None:
-            self._evaluation.close()
-            self._evaluation = None
+        if self._eval_bar is not None:
+            self._eval_bar.close()
+            self._eval_bar = None
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or not logs:

@@ -26,7 +26,7 @@ def delay_exit_on_workers(seconds: float = 10) -> None:
         time.sleep(seconds)
 
 
-def join_deepspeed(cpu: bool, timeout: float) -> None:
+def init_deepspeed(cpu: bool, timeout: float) -> None:
     """Initialize DeepSpeed's process group, for one process or as set by the launcher.
 
     It must exist before the model is loaded: with ZeRO 3, loading splits every weight among the processes.
@@ -37,8 +37,8 @@ def join_deepspeed(cpu: bool, timeout: float) -> None:
     if cpu:
         os.environ["DS_ACCELERATOR"] = "cpu"  # read once, when deepspeed is imported
     if "RANK" not in os.environ:
-        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-        os.environ.update(alone, MASTER_PORT=str(_free_port()))
+        single_process_env = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        os.environ.update(single_process_env, MASTER_PORT=str(_free_port()))
     import deepspeed
 
     if cpu:  # gloo makes this kernel unnecessary; building it needs a C compiler
@@ -74,7 +74,7 @@ class ProcessFailed(RuntimeError):
 
 
 @contextlib.contextmanager
-def raise_together() -> Iterator[None]:
+def raise_on_all_ranks() -> Iterator[None]:
     """If one process raises inside, raise ProcessFailed in all others at the end, instead of letting them wait forever:
     the data may be missing on one of several machines. Every process must enter this context."""
     error = None

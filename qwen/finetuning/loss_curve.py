@@ -3,7 +3,7 @@
 from pathlib import Path
 
 
-def draw(log_history: list[dict], path: Path) -> bool:
+def plot_loss(log_history: list[dict], path: Path) -> bool:
     """Plot the loss of training and evaluation over the steps. Returns False if the log has no loss.
 
     Args:

@@ -54,16 +54,16 @@ def merge(
             "Name the folder written by training with --use_lora."
         )
     check_adapter(adapter)
-    into = str(recorded_base(adapter)[0] if base is None else base)
-    if _is_quantized(into, hub):
+    base_name = str(recorded_base(adapter)[0] if base is None else base)
+    if _is_quantized(base_name, hub):
         raise CheckpointError(
-            f"{into} is quantized, and an adapter cannot be merged into packed weights. Use the adapter as it is "
+            f"{base_name} is quantized, and an adapter cannot be merged into packed weights. Use the adapter as it is "
             f"(`qwen chat -c {adapter}`), or merge it into the same model before quantization, for example with "
             "--base Qwen/Qwen-7B-Chat if it was trained on Qwen/Qwen-7B-Chat-Int4. That is an approximation: it was "
             "trained on rounded weights."
         )
     checkpoint = Checkpoint(adapter, base=base, hub=hub)
-    check_target(out, Path(into).expanduser(), overwrite)  # also rejects the adapter's folder
+    check_target(out, Path(base_name).expanduser(), overwrite)  # also rejects the adapter's folder
     with staged_directory(out.absolute()) as folder:
         model, tokenizer = checkpoint.load(cpu_only=True, dtype="auto" if dtype is None else torch.float32)
         # The decorator of transformers' own `to` hides its parameters.

@@ -17,7 +17,7 @@ from ..checkpoint.bundled import BUNDLED_CHAT_INT4
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.files import JSONObject, read_json
 from ..model.modeling_qwen import QWenLMHeadModel
-from ..model.tokenization_qwen import QWenTokenizer
+from ..model.tokenization_qwen import IM_END, QWenTokenizer
 from .arguments import LORA_TARGETS, ArgumentError, Arguments, LoraArguments, TrainingArguments, zero_stage
 from .vocabulary import expand_embeddings
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 EMBEDDINGS = ["wte", "lm_head"]
 """Modules to train whole, so that a model learns control tokens that it has not been trained on."""
 
-_RECORDED_AS = {"lora_r": "r", "lora_target_modules": "target_modules", "lora_bias": "bias"}  # in adapter_config.json
+_PEFT_NAMES = {"lora_r": "r", "lora_target_modules": "target_modules", "lora_bias": "bias"}  # in adapter_config.json
 
 
 def load_for_training(arguments: Arguments) -> "tuple[QWenLMHeadModel | PeftModel, QWenTokenizer]":
@@ -40,25 +40,26 @@ def load_for_training(arguments: Arguments) -> "tuple[QWenLMHeadModel | PeftMode
         ArgumentError: the arguments do not fit this checkpoint; the message says which would.
         CheckpointError: the checkpoint cannot be loaded.
     """
-    given, lora, training = arguments.model, arguments.lora, arguments.training
-    name = BUNDLED_CHAT_INT4 if given.model_name_or_path is None and lora.q_lora else given.model_name_or_path
+    model_args, lora, training = arguments.model, arguments.lora, arguments.training
+    name = BUNDLED_CHAT_INT4 if model_args.model_name_or_path is None and lora.q_lora else model_args.model_name_or_path
     if name is not None and os.path.isdir(name):
         name = os.path.abspath(name)  # an adapter records it, and is used from any folder
-    checkpoint = Checkpoint(name, hub=given.hub, cache_dir=given.cache_dir)
+    checkpoint = Checkpoint(name, hub=model_args.hub, cache_dir=model_args.cache_dir)
     name = checkpoint.name
     if checkpoint.is_adapter:
         raise ArgumentError(
-            f"--model_name_or_path {given.model_name_or_path} is an adapter. To train it further, name its base model "
-            f"and add --lora_weight_path {given.model_name_or_path}; to train on top of it, merge it first with "
-            "`qwen merge`."
+            f"--model_name_or_path {model_args.model_name_or_path} is an adapter. To train it further, name its "
+            f"base model and add --lora_weight_path {model_args.model_name_or_path}; to train on top of it, "
+            "merge it first with `qwen merge`."
         )
-    if given.extra_vocab_file is not None and not Path(given.extra_vocab_file).is_file():
+    if model_args.extra_vocab_file is not None and not Path(model_args.extra_vocab_file).is_file():
         raise ArgumentError(
-            f"--extra_vocab_file: file {given.extra_vocab_file} does not exist. Create it with examples/add_merges.py."
+            f"--extra_vocab_file: file {model_args.extra_vocab_file} does not exist. Create it with "
+            "examples/add_merges.py."
         )
     checkpoint.check()
     quantization = getattr(checkpoint.config, "quantization_config", None)
-    _check_weights_fit(name, checkpoint.is_quantized, arguments)
+    _check_method(name, checkpoint.is_quantized, arguments)
     if quantization is not None:
         training.ddp_broadcast_buffers = False  # packed weights are buffers: gigabytes at every step
         if training.device.type == "cpu":
@@ -68,16 +69,17 @@ def load_for_training(arguments: Arguments) -> "tuple[QWenLMHeadModel | PeftMode
     if training.use_lora:
         _check_modules(lora, modules_to_save)
 
-    model, tokenizer = checkpoint.load(**_loading_arguments(quantization, training))
+    model, tokenizer = checkpoint.load(**_from_pretrained_kwargs(quantization, training))
     model.generation_config = chat_generation_config(model.generation_config)
     model.config.use_cache = False
-    if given.extra_vocab_file is not None:
+    if model_args.extra_vocab_file is not None:
         base_tokenizer = tokenizer
-        tokenizer = checkpoint.tokenizer(extra_vocab_file=given.extra_vocab_file)
+        tokenizer = checkpoint.tokenizer(extra_vocab_file=model_args.extra_vocab_file)
         try:
             expand_embeddings(model, tokenizer, base_tokenizer)
         except ValueError as error:
             raise ArgumentError(str(error)) from error
+    tokenizer.eos_token = IM_END  # also of a base model, which becomes a chat model
     if training.use_lora:
         return add_lora(model, lora, modules_to_save), tokenizer
     return model, tokenizer
@@ -119,7 +121,7 @@ def chat_generation_config(config: GenerationConfig) -> GenerationConfig:
     return config
 
 
-def _check_weights_fit(name: str, quantized: bool, arguments: Arguments) -> None:
+def _check_method(name: str, quantized: bool, arguments: Arguments) -> None:
     lora, training = arguments.lora, arguments.training
     if lora.q_lora and not quantized:
         raise ArgumentError(
@@ -152,9 +154,9 @@ def _check_adapter_to_train(lora: LoraArguments) -> JSONObject:
     check_adapter(folder)
     config, defaults = read_json(folder / ADAPTER_CONFIG, folder), LoraArguments()
     for option in ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_bias", "modules_to_save"):
-        asked, recorded = getattr(lora, option), config.get(_RECORDED_AS.get(option, option))
-        same = set(asked) == set(recorded or []) if isinstance(asked, list) else asked == recorded
-        if not same and asked != getattr(defaults, option):
+        requested, recorded = getattr(lora, option), config.get(_PEFT_NAMES.get(option, option))
+        same = set(requested) == set(recorded or []) if isinstance(requested, list) else requested == recorded
+        if not same and requested != getattr(defaults, option):
             raise ArgumentError(f"--{option}: the adapter in {folder} keeps {recorded}. Leave it out.")
     return config
 
@@ -165,11 +167,11 @@ def _modules_to_save(name: str, is_chat: bool, arguments: Arguments) -> list[str
         f"{name} is a base model, which has not learned the chat's control tokens": not is_chat,
         "--extra_vocab_file adds tokens": arguments.model.extra_vocab_file is not None,
     }
-    needed = [reason for reason, holds in reasons.items() if holds]
-    named = arguments.lora.modules_to_save
+    needed = [reason for reason, applies in reasons.items() if applies]
+    modules_requested = arguments.lora.modules_to_save
     if arguments.lora.lora_weight_path:
-        named = _check_adapter_to_train(arguments.lora).get("modules_to_save") or []
-    modules = (EMBEDDINGS if needed else []) if named is None else named
+        modules_requested = _check_adapter_to_train(arguments.lora).get("modules_to_save") or []
+    modules = (EMBEDDINGS if needed else []) if modules_requested is None else modules_requested
     if not arguments.training.use_lora:
         return modules
     if arguments.model.extra_vocab_file and not set(EMBEDDINGS) <= set(modules):
@@ -185,20 +187,20 @@ def _modules_to_save(name: str, is_chat: bool, arguments: Arguments) -> list[str
     return modules
 
 
-def _loading_arguments(quantization: JSONObject | None, training: TrainingArguments) -> dict:
+def _from_pretrained_kwargs(quantization: JSONObject | None, training: TrainingArguments) -> dict:
     """Return the arguments of from_pretrained: precision of frozen and trained weights, kernel and device."""
-    half = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
+    compute_dtype = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
     if quantization is not None:
         # The GPTQModel kernel that passes gradients on every device and after any first call. Without a device map
         # the weights would stay on the CPU.
-        kernel = GPTQConfig(bits=quantization["bits"], backend="torch")
-        return {"quantization_config": kernel, "dtype": half, "device_map": {"": training.device}}
+        gptq_config = GPTQConfig(bits=quantization["bits"], backend="torch")
+        return {"quantization_config": gptq_config, "dtype": compute_dtype, "device_map": {"": training.device}}
     # Weights trained in mixed precision are kept in float32. DeepSpeed keeps that copy itself; FSDP needs one precision
     # for all weights, and shards them.
-    keeps_half = training.deepspeed or (training.use_lora and not training.fsdp)
+    keep_compute_dtype = training.deepspeed or (training.use_lora and not training.fsdp)
     # Load directly to the GPU, to save main memory in every process. Sharded weights are moved there in parts.
-    whole = training.device.type != "cpu" and not training.fsdp and zero_stage(training) < 3
+    load_on_device = training.device.type != "cpu" and not training.fsdp and zero_stage(training) < 3
     return {
-        "dtype": half if keeps_half else torch.float32,
-        "device_map": {"": training.device} if whole else None,
+        "dtype": compute_dtype if keep_compute_dtype else torch.float32,
+        "device_map": {"": training.device} if load_on_device else None,
     }

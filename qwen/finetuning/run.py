@@ -26,8 +26,8 @@ from ..library_errors import is_deepspeed_mismatch
 from ..model.tokenization_qwen import QWenTokenizer
 from .arguments import ArgumentError, Arguments, TrainingArguments
 from .callbacks import SaveOnInterrupt, ShowProgress
-from .distributed import allow_fsdp_on_cpu, is_main_process, raise_together
-from .loss_curve import draw
+from .distributed import allow_fsdp_on_cpu, is_main_process, raise_on_all_ranks
+from .loss_curve import plot_loss
 from .model import load_for_training
 from .trainer import SupervisedTrainer
 
@@ -54,8 +54,8 @@ def finetune(arguments: Arguments) -> TrainResult:
     """
     training, data = arguments.training, arguments.data
     _check_packages(training)
-    with raise_together():
-        _prepare(Path(training.output_dir), training.use_lora)
+    with raise_on_all_ranks():
+        _prepare_output_dir(Path(training.output_dir), training.use_lora)
         checkpoint = _checkpoint_to_resume(arguments)
         train_file = ConversationFile(data.data_path, progress=is_main_process())
         eval_file = ConversationFile(data.eval_data_path, progress=is_main_process()) if data.eval_data_path else None
@@ -67,7 +67,7 @@ def finetune(arguments: Arguments) -> TrainResult:
     set_seed(training.seed)  # adapters are initialized randomly
     model, tokenizer = load_for_training(arguments)
 
-    def supervised(file: ConversationFile) -> SupervisedDataset:
+    def make_dataset(file: ConversationFile) -> SupervisedDataset:
         return SupervisedDataset(
             file,
             tokenizer,
@@ -77,17 +77,17 @@ def finetune(arguments: Arguments) -> TrainResult:
             progress=is_main_process(),
         )
 
-    train_samples = supervised(train_file)
+    train_samples = make_dataset(train_file)
     if not data.lazy_preprocess or data.packing:  # lengths are known
-        _note_cut_samples(train_samples.lengths, training.model_max_length)
+        _print_truncated_samples(train_samples.lengths, training.model_max_length)
     _check_labels(train_samples, tokenizer, train_file.path)
     train_dataset: Dataset = train_samples
     if data.packing:
         train_dataset = PackedDataset(train_samples, training.model_max_length)
     if training.fsdp:
         allow_fsdp_on_cpu()
-    interrupts = SaveOnInterrupt()
-    eval_dataset = None if eval_file is None else supervised(eval_file)
+    save_on_interrupt = SaveOnInterrupt()
+    eval_dataset = None if eval_file is None else make_dataset(eval_file)
     try:
         trainer = SupervisedTrainer(
             model,
@@ -96,7 +96,7 @@ def finetune(arguments: Arguments) -> TrainResult:
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
-            callbacks=[interrupts, ShowProgress()],
+            callbacks=[save_on_interrupt, ShowProgress()],
         )
     except (ValueError, ImportError, RuntimeError) as error:  # contradictory settings, missing packages
         raise ArgumentError(" ".join(str(error).split())) from error
@@ -110,15 +110,15 @@ def finetune(arguments: Arguments) -> TrainResult:
         if not is_deepspeed_mismatch(error):
             raise
         raise ArgumentError(f"--deepspeed: {' '.join(str(error).split())}") from error
-    if not interrupts.interrupted:
+    if not save_on_interrupt.interrupted:
         trainer.save_final()
         trainer.save_state()
         if eval_file is not None:
             metrics |= _last_evaluation(trainer) or trainer.evaluate()
             trainer.save_state()
     if is_main_process() and _is_installed("matplotlib"):
-        draw(trainer.state.log_history, Path(training.output_dir) / LOSS_CURVE)
-    return TrainResult(Path(training.output_dir), interrupts.interrupted, metrics)
+        plot_loss(trainer.state.log_history, Path(training.output_dir) / LOSS_CURVE)
+    return TrainResult(Path(training.output_dir), save_on_interrupt.interrupted, metrics)
 
 
 def _last_evaluation(trainer: SupervisedTrainer) -> dict[str, float] | None:
@@ -154,10 +154,10 @@ def _check_labels(dataset: SupervisedDataset, tokenizer: QWenTokenizer, path: Pa
         )
 
 
-def _note_cut_samples(lengths: Sequence[int], max_length: int) -> None:
+def _print_truncated_samples(lengths: Sequence[int], max_length: int) -> None:
     """Print how many samples have the full length: they were probably truncated."""
-    if is_main_process() and (cut := sum(length == max_length for length in lengths)):
-        samples = f"{cut} of {len(lengths)} samples"
+    if is_main_process() and (num_truncated := sum(length == max_length for length in lengths)):
+        samples = f"{num_truncated} of {len(lengths)} samples"
         print(f"{samples} fill or exceed --model_max_length {max_length}: their ends are cut off.", file=sys.stderr)
 
 
@@ -172,21 +172,21 @@ def _check_packages(training: TrainingArguments) -> None:
         )
     if "tensorboard" in loggers and not is_tensorboard_available():
         loggers.remove("tensorboard")
-        _say("The loss is not logged for TensorBoard, which is not installed: `pip install tensorboard`.")
+        _print_rank_0("The loss is not logged for TensorBoard, which is not installed: `pip install tensorboard`.")
     if not _is_installed("matplotlib"):
-        _say(f"{LOSS_CURVE} is not drawn, since matplotlib is not installed: `pip install matplotlib`.")
+        _print_rank_0(f"{LOSS_CURVE} is not drawn, since matplotlib is not installed: `pip install matplotlib`.")
 
 
 def _is_installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
-def _say(line: str) -> None:
+def _print_rank_0(line: str) -> None:
     if is_main_process():
         print(line, file=sys.stderr)
 
 
-def _prepare(folder: Path, use_lora: bool) -> None:
+def _prepare_output_dir(folder: Path, use_lora: bool) -> None:
     """Create the output folder, unless its content would be mixed with the result."""
     if not use_lora and (folder / ADAPTER_CONFIG).exists():
         raise ArgumentError(
@@ -207,25 +207,26 @@ def _prepare(folder: Path, use_lora: bool) -> None:
 
 
 def _checkpoint_to_resume(arguments: Arguments) -> str | None:
-    asked, folder = arguments.training.resume_from_checkpoint, arguments.training.output_dir
-    if not asked:
+    requested, folder = arguments.training.resume_from_checkpoint, arguments.training.output_dir
+    if not requested:
         return None
-    if asked is True:
+    if requested is True:
         # The state is written last: a checkpoint without it is incomplete.
         states = Path(folder).glob("checkpoint-*/trainer_state.json")
         steps = [int(number) for state in states if (number := state.parent.name.rpartition("-")[2]).isdecimal()]
-        asked = os.path.join(folder, f"checkpoint-{max(steps)}") if steps else None
-        if asked is None:
+        requested = os.path.join(folder, f"checkpoint-{max(steps)}") if steps else None
+        if requested is None:
             raise ArgumentError(
                 f"--resume_from_checkpoint: {folder} has no checkpoint-N folder. Leave it out in a first run."
             )
-    if not Path(asked, "trainer_state.json").is_file():
-        raise ArgumentError(f"--resume_from_checkpoint {asked} is not a checkpoint-N folder of a run.")
-    adapter = is_adapter(Path(asked))
-    whole = Path(asked, "config.json").is_file()  # sharded FSDP checkpoints have neither
-    if (adapter and not arguments.training.use_lora) or (whole and arguments.training.use_lora):
+    if not Path(requested, "trainer_state.json").is_file():
+        raise ArgumentError(f"--resume_from_checkpoint {requested} is not a checkpoint-N folder of a run.")
+    adapter = is_adapter(Path(requested))
+    full_model = Path(requested, "config.json").is_file()  # sharded FSDP checkpoints have neither
+    if (adapter and not arguments.training.use_lora) or (full_model and arguments.training.use_lora):
         kind, remedy = ("an adapter", "add") if adapter else ("a whole model", "leave out")
         raise ArgumentError(
-            f"--resume_from_checkpoint {asked} is a checkpoint of {kind}: {remedy} --use_lora, as in the original run."
+            f"--resume_from_checkpoint {requested} is a checkpoint of {kind}: {remedy} --use_lora, as in the original "
+            "run."
         )
-    return asked
+    return requested

@@ -26,27 +26,27 @@ class SupervisedTrainer(Trainer):
     processing_class: QWenTokenizer
 
     def __init__(self, model: nn.Module, args: TrainingArguments, **kwargs: Any):
-        super().__init__(model, args, compute_metrics=mean_over_tokens, **kwargs)
+        super().__init__(model, args, compute_metrics=token_loss_and_perplexity, **kwargs)
         self._final_dtype: torch.dtype | None = None
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         """Compute logits only where some row learns its next token: prompts are not learned, and logits over the whole
         vocabulary take most of the memory of long samples."""
-        learned, next_labels = learned_positions(inputs["labels"])
+        positions, next_labels = label_positions(inputs["labels"])
         # The Trainer's label smoothing does not shift labels, since it does not recognize this class as a language
         # model.
         shifted = "shift_labels" if self.label_smoother is None else "labels"
-        inputs = {**inputs, "logits_to_keep": learned, shifted: next_labels}
+        inputs = {**inputs, "logits_to_keep": positions, shifted: next_labels}
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Return the mean loss of a batch and, instead of its logits, which take gigabytes, sums of each row."""
         inputs = dict(self._prepare_inputs(inputs))
         labels = inputs.pop("labels")
-        learned, next_labels = learned_positions(labels)
+        positions, next_labels = label_positions(labels)
         with torch.no_grad(), self.compute_loss_context_manager():
-            logits = model(**inputs, logits_to_keep=learned).logits
-        sums = sum_over_tokens(logits, next_labels)
+            logits = model(**inputs, logits_to_keep=positions).logits
+        sums = sum_nll_per_row(logits, next_labels)
         total, count = sums.sum(0)
         return total / count.clamp(min=1), sums, labels
 
@@ -110,8 +110,8 @@ class SupervisedTrainer(Trainer):
         if self._final_dtype is not None:
             # One by one to the CPU, since the optimizer still fills the device.
             state_dict = {name: tensor.to("cpu", self._final_dtype) for name, tensor in state_dict.items()}
-        published = self._meta_model(model, next(iter(state_dict.values())).dtype)
-        published.save_pretrained(folder, state_dict=state_dict, max_shard_size="2GB")  # loaders read file by file
+        meta_model = self._meta_model(model, next(iter(state_dict.values())).dtype)
+        meta_model.save_pretrained(folder, state_dict=state_dict, max_shard_size="2GB")  # loaders read file by file
         self.processing_class.save_pretrained(folder)
         apply_umask(folder)
 
@@ -120,20 +120,20 @@ class SupervisedTrainer(Trainer):
         config = copy.deepcopy(model.config)
         config.use_cache = True
         with torch.device("meta"):
-            empty = QWenLMHeadModel(config)
-            cast(nn.Module, empty).to(dtype)  # the decorator of transformers' own `to` hides its parameters
-        empty.generation_config = model.generation_config
-        return empty
+            meta_model = QWenLMHeadModel(config)
+            cast(nn.Module, meta_model).to(dtype)  # the decorator of transformers' own `to` hides its parameters
+        meta_model.generation_config = model.generation_config
+        return meta_model
 
 
-def learned_positions(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def label_positions(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the positions (K) at which some row of labels (B, S) learns its next token, and these tokens (B, K)."""
     next_labels = labels[:, 1:]
-    learned = (next_labels != IGNORE_INDEX).any(0).nonzero()[:, 0]
-    return learned, next_labels[:, learned].contiguous()
+    positions = (next_labels != IGNORE_INDEX).any(0).nonzero()[:, 0]
+    return positions, next_labels[:, positions].contiguous()
 
 
-def sum_over_tokens(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def sum_nll_per_row(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Return, for logits (B, K, V) and labels (B, K), the summed negative log-likelihood of each row's labels in nats,
     and their number (B, 2). Works row by row, to hold the float32 copy of only one row."""
     rows = []
@@ -143,7 +143,7 @@ def sum_over_tokens(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return torch.stack(rows)
 
 
-def mean_over_tokens(prediction: EvalPrediction) -> dict[str, float]:
+def token_loss_and_perplexity(prediction: EvalPrediction) -> dict[str, float]:
     """Return the loss in nats per token, and its perplexity e^loss."""
     total, count = torch.as_tensor(prediction.predictions).double().sum(0)
     loss = total / count

@@ -110,9 +110,9 @@ class QWenConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: object):
         first_release = any(name in kwargs for name in FIRST_RELEASE_NAMES)
         if first_release:
-            for name, today in FIRST_RELEASE_NAMES.items():
+            for name, new_name in FIRST_RELEASE_NAMES.items():
                 if name in kwargs:
-                    setattr(self, today, kwargs.pop(name))
+                    setattr(self, new_name, kwargs.pop(name))
             # In this format vocab_size is the tokenizer's length; the matrices have padded_vocab_size rows.
             self.vocab_size = cast(int, kwargs.pop("padded_vocab_size", self.vocab_size))
         if self.use_dynamic_ntk is None:
@@ -137,7 +137,7 @@ class QWenConfig(PreTrainedConfig):
         return max(self.max_position_embeddings, self.seq_length)
 
     @property
-    def windows(self) -> list[int]:
+    def layer_window_sizes(self) -> list[int]:
         """Number of tokens that each layer sees with `use_window_attn`, including the new one."""
         if self.window_sizes is not None:
             return list(self.window_sizes)
@@ -179,14 +179,14 @@ class QWenConfig(PreTrainedConfig):
         if len(flags) > 1:
             raise ValueError(f"config: {' and '.join(flags)} are both true; set one of bf16, fp16, fp32, or none.")
 
-    def overridden(self, arguments: Mapping[str, object]) -> "QWenConfig":
-        """Return a copy with the fields in `arguments` set as `from_dict` would; other names are ignored.
+    def with_overrides(self, overrides: Mapping[str, object]) -> "QWenConfig":
+        """Return a copy with the fields in `overrides` set as `from_dict` would; other names are ignored.
 
         Raises:
             ValueError: a value has the wrong type or is invalid.
         """
         fields = {field.name for field in dataclasses.fields(self)}
-        changes = {name: value for name, value in arguments.items() if name in fields}
+        changes = {name: value for name, value in overrides.items() if name in fields}
         if any(name in changes for name in PRECISIONS):
             changes = dict.fromkeys(PRECISIONS, False) | changes
         config = copy.deepcopy(self)
@@ -210,9 +210,9 @@ class QWenConfig(PreTrainedConfig):
         """
         kwargs.pop("resume_download", None)  # the published examples pass it; downloads now always resume
         check_arguments(kwargs)
-        asked = any(name in kwargs for name in (*PRECISIONS, "dtype", "torch_dtype"))
+        sets_dtype = any(name in kwargs for name in (*PRECISIONS, "dtype", "torch_dtype"))
         # Published quantized checkpoints set the precision of the GPU kernels of their time; ignore it.
-        if asked or config_dict.get("quantization_config"):
+        if sets_dtype or config_dict.get("quantization_config"):
             config_dict = {name: value for name, value in config_dict.items() if name not in PRECISIONS}
         for name in ("dtype", "torch_dtype"):
             if kwargs.get(name) == "auto":  # use the file's; transformers would store the string as the dtype

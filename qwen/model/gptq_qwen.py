@@ -18,17 +18,17 @@ from transformers.utils import logging
 
 if TYPE_CHECKING:  # what the mixin expects of the class that it is mixed into
     from transformers import GPTQConfig
-    from transformers import PreTrainedModel as Host
+    from transformers import PreTrainedModel as MixinBase
     from transformers.utils.loading_report import LoadStateDictInfo
 else:
-    Host = object
+    MixinBase = object
 
 logger = logging.get_logger(__name__)
 
 TRAINING_KERNELS = ("gptq_torch", "gptq_triton")
 """Kernels whose gradients are always correct. Other trainable kernels lose gradients after an eval forward."""
 
-PARTS = (".qweight", ".qzeros", ".scales", ".g_idx")
+GPTQ_SUFFIXES = (".qweight", ".qzeros", ".scales", ".g_idx")
 """Suffixes of the tensors that store a quantized linear layer."""
 
 
@@ -70,8 +70,11 @@ def _has_nvcc() -> bool:
     return cpp_extension.CUDA_HOME is not None
 
 
-def with_kernel(
-    config: PreTrainedConfig, asked: "GPTQConfig | None", dtype: torch.dtype | str, device: torch.device
+def configure_kernel(
+    config: PreTrainedConfig,
+    quantization_config: "GPTQConfig | None",
+    dtype: torch.dtype | str,
+    device: torch.device,
 ) -> "tuple[PreTrainedConfig, GPTQConfig | None]":
     """Set the kernel in both configurations that transformers merges, and return them.
 
@@ -79,22 +82,22 @@ def with_kernel(
 
     Args:
         config: of a checkpoint, quantized or not.
-        asked: the caller's `quantization_config`; its `backend` takes precedence unless it is "auto".
+        quantization_config: the caller's; its `backend` takes precedence unless it is "auto".
     """
     if not is_gptq(config):
-        return config, asked
+        return config, quantization_config
     config = copy.deepcopy(config)
     stored = config.quantization_config
     stored = stored if isinstance(stored, dict) else stored.to_dict()
     kernel = choose_kernel(stored, dtype, device)
     config.quantization_config = {**stored, "backend": kernel}
-    if asked is not None and getattr(asked, "backend", None) == "auto":
-        asked = copy.copy(asked)
-        asked.backend = kernel
-    return config, asked
+    if quantization_config is not None and getattr(quantization_config, "backend", None) == "auto":
+        quantization_config = copy.copy(quantization_config)
+        quantization_config.backend = kernel
+    return config, quantization_config
 
 
-class GPTQMixin(Host):
+class GPTQMixin(MixinBase):
     """Adapts loading, training and saving of a PreTrainedModel whose weights may be quantized with GPTQ."""
 
     @classmethod
@@ -158,7 +161,7 @@ class GPTQMixin(Host):
         names = loaded[0]
         names.unexpected_keys -= zero_biases(names.unexpected_keys, checkpoint_files or [])
         if is_gptq(model.config):
-            if missing := sorted(name for name in names.missing_keys if name.endswith(PARTS)):
+            if missing := sorted(name for name in names.missing_keys if name.endswith(GPTQ_SUFFIXES)):
                 raise OSError(
                     f"The weight files lack {len(missing)} GPTQ tensors, for example {missing[0]}: the "
                     "checkpoint is incomplete. Download all of it again."
@@ -181,3 +184,8 @@ def zero_biases(names: set[str], files: list[str]) -> set[str]:
                     here = biases.intersection(file.keys())
                     found |= {name for name in here if not file.get_tensor(name).any()}
     return found
+
+
+# Old names; the next release removes them.
+PARTS = GPTQ_SUFFIXES
+with_kernel = configure_kernel

@@ -33,31 +33,35 @@ class Window(NamedTuple):
 
     Args:
         positions: (B, S) or (1, S), for each query the index of the key of the same token.
-        first: the smallest position, or None if it is not known without a device synchronization.
+        min_position: the smallest position, or None if it is not known without a device synchronization.
     """
 
     size: int
     positions: torch.Tensor
-    first: int | None
+    min_position: int | None
 
 
-def windows(
-    sizes: list[int], past_length: int | torch.Tensor, rows: list[int] | None, queries: int, device: torch.device
+def create_windows(
+    sizes: list[int],
+    past_length: int | torch.Tensor,
+    seq_lens: list[int] | None,
+    num_queries: int,
+    device: torch.device,
 ) -> list[Window]:
     """Return the window of each layer, for new tokens after those in a cache.
 
     Args:
         sizes: one per layer, in tokens.
         past_length: tokens in the cache; a tensor for a static cache.
-        rows: length of each row, if the rows differ in length and all start at index 0; then there is one query.
+        seq_lens: length of each row, if the rows differ in length and all start at index 0; then there is one query.
     """
-    first: int | None
-    if rows is not None:
-        positions, first = torch.tensor(rows, device=device)[:, None], min(rows)
+    min_position: int | None
+    if seq_lens is not None:
+        positions, min_position = torch.tensor(seq_lens, device=device)[:, None], min(seq_lens)
     else:
-        positions = torch.arange(queries, device=device)[None] + past_length
-        first = past_length if isinstance(past_length, int) else None
-    return [Window(size, positions, first) for size in sizes]
+        positions = torch.arange(num_queries, device=device)[None] + past_length
+        min_position = past_length if isinstance(past_length, int) else None
+    return [Window(size, positions, min_position) for size in sizes]
 
 
 def window_attention(
@@ -83,12 +87,12 @@ def window_attention(
     Returns:
         (B, S, H, D), and the weights (B, H, S, T) if the implementation returns them.
     """
-    in_bytes = isinstance(key, QuantizedStates)
-    if "flash" in module.config._attn_implementation and not in_bytes:
+    is_quantized = isinstance(key, QuantizedStates)
+    if "flash" in module.config._attn_implementation and not is_quantized:
         return attention(module, query, key, value, attention_mask, sliding_window=window.size, **kwargs)
-    if window.first is not None and _length(key) <= window.size:
+    if window.min_position is not None and _length(key) <= window.size:
         return attention(module, query, key, value, attention_mask, **kwargs)
-    if isinstance(key, QuantizedStates) or isinstance(value, QuantizedStates) or window.first is None:
+    if isinstance(key, QuantizedStates) or isinstance(value, QuantizedStates) or window.min_position is None:
         return _attend_with_mask(attention, window, module, query, key, value, attention_mask, **kwargs)
     return _attend_in_blocks(attention, window, module, query, key, value, attention_mask, **kwargs)
 
@@ -120,13 +124,13 @@ def _attend_in_blocks(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Pass blocks of queries with the keys that they can see: the work is S · size instead of S · T, and no (S, T) mask
     is built."""
-    assert window.first is not None
+    assert window.min_position is not None
     queries, keys = query.shape[2], key.shape[2]
-    block = max(MIN_BLOCK, window.size // 4)
+    block_size = max(MIN_BLOCK, window.size // 4)
     outputs, weights = [], []
-    for start in range(0, queries, block):
-        end = min(start + block, queries)
-        low, high = max(0, window.first + start - window.size + 1), keys - (queries - end)
+    for start in range(0, queries, block_size):
+        end = min(start + block_size, queries)
+        low, high = max(0, window.min_position + start - window.size + 1), keys - (queries - end)
         mask = _mask(attention_mask, window, slice(start, end), slice(low, high))
         output, weight = attention(
             module, query[:, :, start:end], key[:, :, low:high], value[:, :, low:high], mask, **kwargs
@@ -143,14 +147,17 @@ def _length(key: torch.Tensor | QuantizedStates) -> int:
 
 def _mask(attention_mask: torch.Tensor | None, window: Window, queries: slice, keys: slice) -> torch.Tensor:
     """Return the mask for these queries and keys, limited to the window: (B, 1, S, T)."""
-    last = window.positions[:, None, queries, None]
-    positions = torch.arange(keys.start, keys.stop, device=last.device)
-    visible = (positions > last - window.size) & (positions <= last)
+    query_positions = window.positions[:, None, queries, None]
+    key_positions = torch.arange(keys.start, keys.stop, device=query_positions.device)
+    is_visible = (key_positions > query_positions - window.size) & (key_positions <= query_positions)
     if attention_mask is None:
-        return visible
+        return is_visible
     if attention_mask.dim() == 2:  # one new token with an 8-bit cache
-        return visible & attention_mask[:, None, None, keys].bool()
+        return is_visible & attention_mask[:, None, None, keys].bool()
     part = attention_mask[:, :, queries, keys]
     if part.dtype == torch.bool:
-        return visible & part
-    return part.masked_fill(~visible, torch.finfo(part.dtype).min)
+        return is_visible & part
+    return part.masked_fill(~is_visible, torch.finfo(part.dtype).min)
+
+
+windows = create_windows  # the old name; the next release removes it

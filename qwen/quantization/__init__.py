@@ -77,8 +77,8 @@ def calibration_samples(
     """
     if count < 1:
         raise ValueError(f"{count} samples are too few: calibration needs at least 1.")
-    chosen = random.Random(seed).sample(range(len(samples)), min(count, len(samples)))
-    return [encode_sample(samples[index], tokenizer, max_length, index=index)["input_ids"] for index in sorted(chosen)]
+    indices = random.Random(seed).sample(range(len(samples)), min(count, len(samples)))
+    return [encode_sample(samples[index], tokenizer, max_length, index=index)["input_ids"] for index in sorted(indices)]
 
 
 def quantize(
@@ -115,7 +115,7 @@ def quantize(
         ValueError: see `check`; also if there are no samples, or the model leaves the range of float16.
         MemoryError: see `check`; also if the memory of the GPU or the main memory fills up.
     """
-    began = time.perf_counter()
+    start_time = time.perf_counter()
     options = {"bits": bits, "group_size": group_size}
     source = as_checkpoint(source)
     config = check(source, target, **options, max_shard_size=max_shard_size, overwrite=overwrite)
@@ -129,7 +129,7 @@ def quantize(
         log = run_gptq(model, samples, options, cpu_only, Progress(config.num_hidden_layers) if progress else None)
         save(model, tokenizer, source, folder, options, max_shard_size)
         after = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    return QuantizeResult(target, before, after, time.perf_counter() - began, _losses(log))
+    return QuantizeResult(target, before, after, time.perf_counter() - start_time, _losses(log))
 
 
 def _losses(log: list[LogEntry]) -> dict[str, LayerError]:

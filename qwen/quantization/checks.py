@@ -24,7 +24,7 @@ from ..model.modeling_qwen import QWenLMHeadModel
 
 GROUP_SIZES = (32, 64, 128, 256, 512, 1024)
 
-_WORD = 32  # bits of the integers that hold packed weights; rows and columns must be multiples of it
+_PACKED_INT_BITS = 32  # bits of the integers that hold packed weights; rows and columns must be multiples of it
 
 
 def check(
@@ -63,16 +63,17 @@ def check(
         empty = QWenLMHeadModel(config)
     _check_shapes(empty, group_size)
     check_target(target, Path(name), overwrite)
-    if (held := bytes_before(empty)) > (memory := _main_memory()):
+    if (model_bytes := bytes_before(empty)) > (main_memory := _main_memory()):
         raise MemoryError(
-            f"{name} does not fit into the main memory: it takes {format_bytes(held)} in 16 bits, and this machine has "
-            f"{format_bytes(memory)}."
+            f"{name} does not fit into the main memory: it takes {format_bytes(model_bytes)} in 16 bits, and this "
+            f"machine has {format_bytes(main_memory)}."
         )
-    needed = _bytes_after(empty, bits, group_size)
+    required_bytes = _bytes_after(empty, bits, group_size)
     place = next(folder for folder in (target, *target.absolute().parents) if folder.is_dir())
-    if (free := shutil.disk_usage(place).free) < needed:
+    if (free_bytes := shutil.disk_usage(place).free) < required_bytes:
         raise OSError(
-            f"The disk is too full for {target}: it takes {format_bytes(needed)}, and {format_bytes(free)} are free."
+            f"The disk is too full for {target}: it takes {format_bytes(required_bytes)}, and "
+            f"{format_bytes(free_bytes)} are free."
         )
     return config
 
@@ -113,16 +114,16 @@ def _check_shapes(model: QWenLMHeadModel, group_size: int) -> None:
         raise ValueError(f"Invalid group size {group_size}: use one of {', '.join(map(str, GROUP_SIZES))}.")
     for name, linear in _linears(model).items():
         for side, width in (("inputs", linear.in_features), ("outputs", linear.out_features)):
-            if width % _WORD:
+            if width % _PACKED_INT_BITS:
                 raise ValueError(
-                    f"{name} has {width} {side}, but weights are packed in multiples of {_WORD}: a model of this shape "
-                    "cannot be quantized."
+                    f"{name} has {width} {side}, but weights are packed in multiples of {_PACKED_INT_BITS}: a model of "
+                    "this shape cannot be quantized."
                 )
         if linear.in_features % group_size:
-            fitting = [str(size) for size in GROUP_SIZES if linear.in_features % size == 0]
+            valid_sizes = [str(size) for size in GROUP_SIZES if linear.in_features % size == 0]
             raise ValueError(
                 f"A group size of {group_size} does not divide the {linear.in_features} inputs of {name}: use "
-                f"{' or '.join(fitting)}."
+                f"{' or '.join(valid_sizes)}."
             )
 
 
@@ -157,10 +158,10 @@ def check_finite(model: QWenLMHeadModel, ids: list[int]) -> None:
     logits = model(torch.tensor([ids[:32]]), use_cache=False).logits
     for name, tensor in (*model.named_parameters(), ("its logits", logits)):
         if not tensor.isfinite().all():
-            raise out_of_range(model, name)
+            raise float16_overflow_error(model, name)
 
 
-def out_of_range(model: QWenLMHeadModel, what: str) -> ValueError:
+def float16_overflow_error(model: QWenLMHeadModel, what: str) -> ValueError:
     return ValueError(
         f"{model.name_or_path} leaves the range of float16, in which quantized models compute: see {what}."
     )

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from ..library_errors import is_nan_in_gptq
 from ..model.modeling_qwen import QWenLMHeadModel
 from ..quiet import quiet_gptqmodel
-from .checks import out_of_range
+from .checks import float16_overflow_error
 
 PUBLISHED_SETTINGS = {
     "damp_percent": 0.01,
@@ -28,9 +28,9 @@ PUBLISHED_SETTINGS = {
 }
 """Settings in config.json of all published quantized checkpoints, besides the bits and the group size."""
 
-_WORKERS = "GPTQMODEL_CPU_WORKERS"
+_WORKERS_ENV_VAR = "GPTQMODEL_CPU_WORKERS"
 
-_NO_INVERSE = 999999999  # the loss that GPTQModel logs when a Hessian has no inverse and it only rounds
+_SINGULAR_HESSIAN_LOSS = 999999999  # the loss that GPTQModel logs when a Hessian has no inverse and it only rounds
 
 
 @contextlib.contextmanager
@@ -40,10 +40,10 @@ def undo_side_effects() -> Iterator[None]:
 
     The working directory and standard output belong to the whole process: nothing else may run in it meanwhile.
     """
-    root, level, workers = logging.getLogger(), logging.getLogger().level, os.environ.get(_WORKERS)
+    root, level, workers = logging.getLogger(), logging.getLogger().level, os.environ.get(_WORKERS_ENV_VAR)
     quiet_gptqmodel()
     # With one or two cores GPTQModel starts one worker, then fails because it needs two.
-    os.environ.setdefault(_WORKERS, "2")
+    os.environ.setdefault(_WORKERS_ENV_VAR, "2")
     try:
         with (
             tempfile.TemporaryDirectory() as work,
@@ -54,7 +54,7 @@ def undo_side_effects() -> Iterator[None]:
     finally:
         root.setLevel(level)  # GPTQModel enables the debug logs of all libraries
         if workers is None:
-            os.environ.pop(_WORKERS, None)
+            os.environ.pop(_WORKERS_ENV_VAR, None)
 
 
 class LogEntry(TypedDict):
@@ -122,10 +122,10 @@ def run_gptq(
         except ValueError as error:
             if not is_nan_in_gptq(error):
                 raise
-            raise out_of_range(model, "its hidden states") from error
+            raise float16_overflow_error(model, "its hidden states") from error
         finally:
             if progress is not None:
                 progress.close()
-        if any(float(entry["loss"]) >= _NO_INVERSE for entry in log):
-            raise out_of_range(model, "its hidden states")
+        if any(float(entry["loss"]) >= _SINGULAR_HESSIAN_LOSS for entry in log):
+            raise float16_overflow_error(model, "its hidden states")
         return log

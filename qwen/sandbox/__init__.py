@@ -22,10 +22,11 @@ import contextlib
 import os
 import shutil
 import tempfile
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
-from .process import Ended, Limits, Process, SandboxUnavailable
+from .process import Limits, Process, ProcessDied, SandboxUnavailable
 
 __all__ = ["Limits", "Result", "Sandbox", "SandboxUnavailable"]
 
@@ -49,7 +50,8 @@ class Sandbox:
         folder: working folder and the only place where the code may write; created if missing, kept afterwards. None: a
             temporary folder, removed by `close`.
         limits: resource limits; the defaults suit calculations and plots.
-        allow_weaker: start even if access to files or the network cannot be blocked; `missing` then says what is open.
+        allow_weaker: start even if access to files or the network cannot be blocked; `missing_protections` then says
+            what is open.
 
     Raises:
         SandboxUnavailable: unsupported operating system.
@@ -60,12 +62,18 @@ class Sandbox:
             raise SandboxUnavailable("The sandbox needs Linux (or macOS, weaker). On Windows, use WSL or a container.")
         self.limits = limits or Limits()
         self.allow_weaker = allow_weaker
-        self.missing: list[str] = []
-        self.temporary = folder is None
+        self.missing_protections: list[str] = []
+        self.is_temporary = folder is None
         self.folder = Path(tempfile.mkdtemp(prefix="sandbox-") if folder is None else folder).resolve()
         self.folder.mkdir(parents=True, exist_ok=True)
         self.files_before = self._files()
         self.process: Process | None = None
+
+    @property
+    def missing(self) -> list[str]:
+        """Old name of `missing_protections`; the next release removes it."""
+        warnings.warn("Sandbox.missing is now Sandbox.missing_protections.", DeprecationWarning, stacklevel=2)
+        return self.missing_protections
 
     def __enter__(self) -> "Sandbox":
         return self
@@ -85,13 +93,13 @@ class Sandbox:
         if self.process is not None:
             return self.process
         process = Process(self.folder, self.limits)
-        if process.missing and not self.allow_weaker:
+        if process.missing_protections and not self.allow_weaker:
             process.kill()
             raise SandboxUnavailable(
-                f"This machine cannot confine the code: {' '.join(process.missing)} "
+                f"This machine cannot confine the code: {' '.join(process.missing_protections)} "
                 "Run the program in a container, or allow a weaker sandbox if you trust the code."
             )
-        self.process, self.missing = process, process.missing
+        self.process, self.missing_protections = process, process.missing_protections
         return process
 
     def run(self, code: str) -> Result:
@@ -103,19 +111,19 @@ class Sandbox:
         process = self._ensure_started()
         files, notes = self._files(), []
         try:
-            status = process.run(code, self._folder_excess)
+            status = process.run(code, self._exceeded_folder_limit)
             if status == "interrupted":
                 notes.append(f"[Stopped after {self.limits.wall_seconds:g} seconds. The variables are still there.]")
-        except Ended as error:
+        except ProcessDied as error:
             status = "died"
             notes.append(f"[The interpreter is gone: {error}. So are all variables; the next cell starts a new one.]")
         except BaseException:  # includes Ctrl-C in this process
             self._end()
             raise
-        output = process.printed()
+        output = process.last_output()
         if status == "died":
             self._end()
-            if self._folder_excess():
+            if self._exceeded_folder_limit():
                 for path in self._files() - files:
                     with contextlib.suppress(OSError):
                         path.unlink()
@@ -125,7 +133,7 @@ class Sandbox:
     def close(self) -> None:
         """End the process and remove the temporary folder. Can be called repeatedly."""
         self._end()
-        if self.temporary:
+        if self.is_temporary:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def _end(self) -> None:
@@ -136,7 +144,7 @@ class Sandbox:
     def _files(self) -> set[Path]:
         return {Path(root, name) for root, _, names in os.walk(self.folder) for name in names}
 
-    def _folder_excess(self) -> str:
+    def _exceeded_folder_limit(self) -> str:
         """Return which folder limit is exceeded, or "". Files that existed before the session do not count."""
         files, size = self._files() - self.files_before, 0
         for path in files:

@@ -12,7 +12,7 @@ def add_sandbox_arguments(parser: argparse.ArgumentParser, *, seconds: float) ->
     """
     parser.add_argument(
         "--seconds",
-        type=_seconds,
+        type=_duration,
         default=seconds,
         help="time limit for each run of the code (default: %(default)g)",
     )
@@ -23,7 +23,7 @@ def add_sandbox_arguments(parser: argparse.ArgumentParser, *, seconds: float) ->
     )
 
 
-def _seconds(text: str) -> float:
+def _duration(text: str) -> float:
     with suppress(ValueError):
         if 0 < (value := float(text)) < float("inf"):
             return value

@@ -30,10 +30,10 @@ ALL_RIGHTS = (1 << 15) - 1
 READ = READ_FILE | READ_DIR
 # No symbolic links, pipes or devices: the folder must only contain plain files when it is opened afterwards.
 READ_AND_WRITE = READ | WRITE_FILE | TRUNCATE | REFER | REMOVE_DIR | REMOVE_FILE | MAKE_DIR | MAKE_REG
-ON_A_FILE = EXECUTE | WRITE_FILE | READ_FILE | TRUNCATE  # the other rights apply to folders only
+FILE_RIGHTS = EXECUTE | WRITE_FILE | READ_FILE | TRUNCATE  # the other rights apply to folders only
 
 # Paths that Python programs read besides their folder. Not all of /proc: command lines of others may contain passwords.
-READABLE = (
+READABLE_PATHS = (
     *("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib", "/usr/share", "/usr/local/share", "/nix/store"),
     *("/etc/fonts", "/etc/ld.so.cache", "/etc/localtime", "/etc/mime.types", "/etc/nsswitch.conf", "/etc/timezone"),
     *("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom"),
@@ -43,7 +43,7 @@ READABLE = (
 # seccomp: actions and comparisons of libseccomp, and the system calls they apply to.
 ALLOW, NOT_EQUAL, GREATER, MASKED_EQUAL = 0x7FFF0000, 1, 6, 7
 CLONE_THREAD = 0x10000
-FORBIDDEN = (
+FORBIDDEN_SYSCALLS = (
     "socket",  # socketpair is allowed: asyncio event loops use one to wake up
     *("fork", "vfork", "execve", "execveat"),
     *("ptrace", "process_vm_readv", "process_vm_writev", "process_madvise", "kcmp"),
@@ -55,7 +55,7 @@ FORBIDDEN = (
     *("removexattr", "lremovexattr", "fremovexattr", "removexattrat"),
 )
 # Not covered by Landlock, but called by shutil.copy: they do nothing and report success.
-PRETENDED = (
+NO_OP_SYSCALLS = (
     *("chmod", "fchmod", "fchmodat", "fchmodat2", "chown", "fchown", "lchown", "fchownat"),
     *("utime", "utimes", "utimensat", "futimesat"),
 )
@@ -98,7 +98,7 @@ def confine(folder: Path, *, memory_bytes: int, file_bytes: int, open_files: int
         except OSError as error:
             missing.append(f"The code can read and write your files: Landlock (Linux 6.2+) is not available ({error}).")
         try:
-            _filter_system_calls()
+            _filter_syscalls()
         except OSError as error:
             missing.append(f"The code can use the network and start programs: seccomp is not available ({error}).")
     return missing
@@ -117,7 +117,7 @@ def forbid_processes() -> None:
     resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
 
 
-def _call(libc: ctypes.CDLL, *arguments: int | ctypes.Array | bytes | None) -> int:
+def _syscall(libc: ctypes.CDLL, *arguments: int | ctypes.Array | bytes | None) -> int:
     result = libc.syscall(*(ctypes.c_long(x) if isinstance(x, int) else x for x in arguments))
     if result < 0:
         raise OSError(code := ctypes.get_errno(), os.strerror(code))
@@ -133,13 +133,13 @@ def _drop_privileges(libc: ctypes.CDLL) -> None:
 
 
 def _restrict_files(libc: ctypes.CDLL, folder: Path) -> None:
-    version = _call(libc, CREATE_RULESET, None, 0, 1)
+    version = _syscall(libc, CREATE_RULESET, None, 0, 1)
     if version < LANDLOCK_VERSION:
         raise OSError(errno.ENOSYS, f"this kernel has Landlock version {version}, {LANDLOCK_VERSION} is required")
     handled = struct.pack("Q", ALL_RIGHTS)
-    ruleset = _call(libc, CREATE_RULESET, handled, len(handled), 0)
+    ruleset = _syscall(libc, CREATE_RULESET, handled, len(handled), 0)
     try:
-        rules: list[tuple[str | Path, int]] = [(path, READ) for path in _readable()]
+        rules: list[tuple[str | Path, int]] = [(path, READ) for path in _readable_paths()]
         rules += [("/dev/null", WRITE_FILE), (folder, READ_AND_WRITE)]
         for path, rights in rules:
             try:
@@ -147,17 +147,17 @@ def _restrict_files(libc: ctypes.CDLL, folder: Path) -> None:
             except (FileNotFoundError, PermissionError):
                 continue
             try:
-                allowed = rights if os.path.isdir(path) else rights & ON_A_FILE
-                _call(libc, ADD_RULE, ruleset, 1, struct.pack("=Qi", allowed, fd), 0)
+                allowed = rights if os.path.isdir(path) else rights & FILE_RIGHTS
+                _syscall(libc, ADD_RULE, ruleset, 1, struct.pack("=Qi", allowed, fd), 0)
             finally:
                 os.close(fd)
-        _call(libc, RESTRICT_SELF, ruleset, 0)
+        _syscall(libc, RESTRICT_SELF, ruleset, 0)
     finally:
         os.close(ruleset)
 
 
-def _readable() -> Iterator[str]:
-    yield from READABLE
+def _readable_paths() -> Iterator[str]:
+    yield from READABLE_PATHS
     for prefix in {sys.prefix, sys.base_prefix}:  # not the whole folder: an environment may contain user files
         yield from (os.path.join(prefix, name) for name in ("lib", "lib64", "share"))
 
@@ -168,7 +168,7 @@ class _Comparison(ctypes.Structure):
     _fields_ = [("argument", ctypes.c_uint), ("operator", ctypes.c_int), ("a", ctypes.c_uint64), ("b", ctypes.c_uint64)]
 
 
-def _filter_system_calls() -> None:
+def _filter_syscalls() -> None:
     library = ctypes.CDLL("libseccomp.so.2")
     library.seccomp_init.restype = ctypes.c_void_p
     context = ctypes.c_void_p(library.seccomp_init(ctypes.c_uint32(ALLOW)))
@@ -185,9 +185,9 @@ def _filter_system_calls() -> None:
             raise OSError(-failed, f"cannot add a rule for {name}")
 
     try:
-        for name in FORBIDDEN:
+        for name in FORBIDDEN_SYSCALLS:
             return_errno(errno.EPERM, name)
-        for name in PRETENDED:
+        for name in NO_OP_SYSCALLS:
             return_errno(0, name)
         return_errno(errno.EPERM, "clone", 0, MASKED_EQUAL, CLONE_THREAD, 0)
         return_errno(errno.ENOSYS, "clone3")  # filters cannot see its flags; libc then falls back to clone

@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import cast
 
 WORKER = Path(__file__).with_name("worker.py")
-GRACE = 5.0  # seconds an interrupted cell has to clean up before the process is killed
-START = 60.0  # timeout in seconds for starting the interpreter, also on a busy machine
-LOOK = 0.25  # seconds between two checks of the folder
+INTERRUPT_TIMEOUT = 5.0  # seconds an interrupted cell has to clean up before the process is killed
+START_TIMEOUT = 60.0  # seconds for starting the interpreter, also on a busy machine
+FOLDER_CHECK_INTERVAL = 0.25  # seconds between two checks of the folder
 MAX_MESSAGE_BYTES = 65536
-CONTROL = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # terminal control sequences
+CONTROL_SEQUENCES = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # terminal control sequences
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class SandboxUnavailable(RuntimeError):
     """This machine cannot confine a process, or the process did not start. The message says what is missing."""
 
 
-class Ended(Exception):
+class ProcessDied(Exception):
     """The process ended or must be killed. The message is the reason, a clause for "The interpreter is gone: …"."""
 
 
@@ -51,7 +51,7 @@ class Process:
     """A worker process and its pipes.
 
     Attributes:
-        missing: protections that are not in force, one sentence each.
+        missing_protections: protections that are not in force, one sentence each.
 
     Raises:
         SandboxUnavailable: the process did not start.
@@ -104,35 +104,35 @@ class Process:
         for pipe in (self.commands, self.results, self.stdout):
             os.set_blocking(pipe, False)
         try:
-            answer, _ = self._request(b"", START, lambda: "")
-            self.missing = cast("dict[str, list[str]]", answer)["missing"]
-        except (Ended, KeyError, TypeError) as error:
+            answer, _ = self._request(b"", START_TIMEOUT, lambda: "")
+            self.missing_protections = cast("dict[str, list[str]]", answer)["missing"]
+        except (ProcessDied, KeyError, TypeError) as error:
             self.kill()
-            reason = self.printed().strip() or str(error)
+            reason = self.last_output().strip() or str(error)
             raise SandboxUnavailable(f"The sandbox process did not start: {reason}") from error
         except BaseException:
             self.kill()
             raise
 
-    def run(self, code: str, excess: Callable[[], str]) -> str:
-        """Run a cell and return "ok", "error" or "interrupted". `printed` returns its output.
+    def run(self, code: str, check_limits: Callable[[], str]) -> str:
+        """Run a cell and return "ok", "error" or "interrupted". `last_output` returns its output.
 
         Args:
-            excess: called periodically; returns a reason to kill the process, or "".
+            check_limits: called periodically; returns a reason to kill the process, or "".
 
         Raises:
-            Ended: the process died or must be killed.
+            ProcessDied: the process died or must be killed.
         """
         self.cells += 1
         self.output = _Output(self.limits.output_bytes)
         cell = json.dumps({"cell": self.cells, "code": code}).encode() + b"\n"
-        message, interrupted = self._request(cell, self.limits.wall_seconds, excess)
+        message, interrupted = self._request(cell, self.limits.wall_seconds, check_limits)
         status = message.get("status") if isinstance(message, dict) and message.get("cell") == self.cells else None
         if status not in ("ok", "error"):
-            raise Ended("its answer made no sense")
+            raise ProcessDied("its answer made no sense")
         return "interrupted" if interrupted and status == "error" else status
 
-    def printed(self) -> str:
+    def last_output(self) -> str:
         """Return the output of the last cell."""
         return self.output.text()
 
@@ -145,9 +145,10 @@ class Process:
         os.close(self.commands)
         os.close(self.results)
 
-    def _request(self, cell: bytes, seconds: float, excess: Callable[[], str]) -> tuple[object, bool]:
+    def _request(self, cell: bytes, seconds: float, check_limits: Callable[[], str]) -> tuple[object, bool]:
         """Send the cell, collect its output and wait; return the worker's answer and whether it was interrupted."""
-        deadline, next_check, interrupted, reply = time.monotonic() + seconds, time.monotonic() + LOOK, False, b""
+        deadline, next_check = time.monotonic() + seconds, time.monotonic() + FOLDER_CHECK_INTERVAL
+        interrupted, reply = False, b""
         with selectors.DefaultSelector() as pipes:
             pipes.register(self.stdout, selectors.EVENT_READ)
             pipes.register(self.results, selectors.EVENT_READ)
@@ -168,13 +169,13 @@ class Process:
                         pipes.unregister(self.stdout)
                 now = time.monotonic()
                 if now > next_check:
-                    next_check = now + LOOK
-                    if reason := excess():
-                        raise Ended(reason)
+                    next_check = now + FOLDER_CHECK_INTERVAL
+                    if reason := check_limits():
+                        raise ProcessDied(reason)
                 if now > deadline and not reply:
                     if interrupted:
-                        raise Ended(f"it ran for more than {seconds:g} seconds")
-                    interrupted, deadline = True, now + GRACE
+                        raise ProcessDied(f"it ran for more than {seconds:g} seconds")
+                    interrupted, deadline = True, now + INTERRUPT_TIMEOUT
                     os.kill(self.popen.pid, signal.SIGINT)
         self.output.drain(self.stdout)
         with suppress(ValueError, RecursionError):
@@ -187,17 +188,19 @@ class Process:
         except BrokenPipeError:
             raise self._exit_reason() from None
 
-    def _exit_reason(self) -> Ended:
+    def _exit_reason(self) -> ProcessDied:
         """Return the error for a process that closed its pipes, from its exit status if it exits."""
         with suppress(subprocess.TimeoutExpired):
-            self.popen.wait(timeout=GRACE)
+            self.popen.wait(timeout=INTERRUPT_TIMEOUT)
         self.output.drain(self.stdout)
         code = self.popen.returncode
         if code is None:
-            return Ended("it closed its connection")
+            return ProcessDied("it closed its connection")
         if code == -signal.SIGXCPU:
-            return Ended(f"it used more than {self.limits.cpu_seconds} seconds of processor time")
-        return Ended(f"it left with exit status {code}" if code >= 0 else f"signal {-code}: {signal.strsignal(-code)}")
+            return ProcessDied(f"it used more than {self.limits.cpu_seconds} seconds of processor time")
+        return ProcessDied(
+            f"it left with exit status {code}" if code >= 0 else f"signal {-code}: {signal.strsignal(-code)}"
+        )
 
 
 class _Output:
@@ -231,5 +234,5 @@ class _Output:
         left_out = self.length - len(self.head) - len(self.tail)
         if left_out:
             parts = (self.head, f"\n[... {left_out} bytes left out ...]\n".encode(), self.tail)
-            return CONTROL.sub("", b"".join(parts).decode(errors="ignore"))
-        return CONTROL.sub("", (self.head + self.tail).decode(errors="backslashreplace"))
+            return CONTROL_SEQUENCES.sub("", b"".join(parts).decode(errors="ignore"))
+        return CONTROL_SEQUENCES.sub("", (self.head + self.tail).decode(errors="backslashreplace"))

@@ -24,7 +24,7 @@ from typing import TextIO, TypedDict
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # not added in isolated mode
 from confinement import confine, forbid_processes, set_limit
 
-SESSION = 100  # processor time of a session, as a multiple of the limit of a cell
+SESSION_CPU_FACTOR = 100  # processor time of a session, as a multiple of the limit of a cell
 
 
 class Cell(TypedDict):
@@ -64,13 +64,13 @@ class Notebook:
             self.save_figures()
         except BaseException as error:  # SystemExit and KeyboardInterrupt, too, only end the cell
             status = "error"
-            self.explain(error, name)
+            self.print_traceback(error, name)
         for stream in {sys.stdout, sys.stderr, self.output}:
             with contextlib.suppress(Exception):  # the cell may have replaced them with anything
                 stream.flush()
         return status
 
-    def explain(self, error: BaseException, name: str) -> None:
+    def print_traceback(self, error: BaseException, name: str) -> None:
         """Print the traceback, starting at the cell and omitting the frames of this module."""
         frames = error.__traceback__
         while frames is not None and frames.tb_frame.f_code.co_filename != name:
@@ -115,7 +115,7 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace", line_buffering=True)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     cpu_seconds = settings["cpu_seconds"]
-    set_limit(resource.RLIMIT_CPU, cpu_seconds, cpu_seconds * SESSION)
+    set_limit(resource.RLIMIT_CPU, cpu_seconds, cpu_seconds * SESSION_CPU_FACTOR)
     missing = confine(Path(settings["folder"]), **settings["limits"])
     threading.Thread(target=receive, daemon=True).start()
     if missing:
@@ -129,7 +129,7 @@ def main() -> None:
         cell = cells.get()
         used = resource.getrusage(resource.RUSAGE_SELF)
         limit = int(used.ru_utime + used.ru_stime) + cpu_seconds
-        set_limit(resource.RLIMIT_CPU, min(limit, cpu_seconds * SESSION), cpu_seconds * SESSION)
+        set_limit(resource.RLIMIT_CPU, min(limit, cpu_seconds * SESSION_CPU_FACTOR), cpu_seconds * SESSION_CPU_FACTOR)
         try:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             status = notebook.run(cell["cell"], cell["code"])

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from ..arguments import BUNDLED_NOTE, add_model_arguments, add_seed_argument, make_parser
-from ..console import explain_errors, how_to_install, load
+from ..console import explain_errors, how_to_install, load_from_arguments
 from .session import Session
 from .terminal import Terminal
 
@@ -27,26 +27,26 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     arguments = parse_arguments(argv, prog)
     terminal = Terminal()
     if arguments.checkpoint_path is None:
-        terminal.note(BUNDLED_NOTE)
+        terminal.print_note(BUNDLED_NOTE)
     else:
-        terminal.note(f"Loading {arguments.checkpoint_path} ...")
+        terminal.print_note(f"Loading {arguments.checkpoint_path} ...")
     with explain_errors(
-        install=how_to_install(None, "chat"),
-        stopped="Stopped while loading.",
+        install_hint=how_to_install(None, "chat"),
+        interrupt_message="Stopped while loading.",
         print_error=terminal.print_error,
-        note=terminal.note,
+        print_note=terminal.print_note,
         prog=prog,
-    ) as ending:
-        model, tokenizer = load(arguments, chat=True)
-    if ending.status:
-        return ending.status
+    ) as result:
+        model, tokenizer = load_from_arguments(arguments, chat=True)
+    if result.status:
+        return result.status
     return converse(Session(model, tokenizer, terminal, arguments.system, arguments.seed))
 
 
 def converse(session: Session) -> int:
     """Run the conversation and return the exit status."""
     if session.terminal.interactive:
-        session.terminal.note("Ask something, or type :help.")
+        session.terminal.print_note("Ask something, or type :help.")
     try:
         session.run()
         sys.stdout.flush()

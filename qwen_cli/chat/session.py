@@ -14,8 +14,8 @@ from collections.abc import Callable, Generator, Iterator
 from types import FrameType
 from typing import TYPE_CHECKING, cast
 
-from ..arguments import seed as seed_number
-from .settings import changed_settings, parse_settings
+from ..arguments import random_seed
+from .settings import parse_settings, updated_config
 from .terminal import Terminal
 
 if TYPE_CHECKING:  # takes seconds to import
@@ -40,7 +40,7 @@ Ctrl-C stops a reply (the part already printed stays in the conversation); at th
 
 
 @contextlib.contextmanager
-def interrupted_once() -> Iterator[None]:
+def interrupt_once() -> Iterator[None]:
     """Raise KeyboardInterrupt on the first Ctrl-C and ignore further ones, so that cleanup can finish."""
 
     def first(signum: int, frame: FrameType | None) -> None:
@@ -88,7 +88,7 @@ class Session:
         import torch
 
         reply, shown, stopped = "", 0, False
-        with interrupted_once():
+        with interrupt_once():
             try:
                 torch.manual_seed(self.seed)
                 if self.terminal.interactive:
@@ -105,7 +105,7 @@ class Session:
             except Exception as error:
                 if self.terminal.interactive or reply:
                     print()
-                self.terminal.print_error(explain(error))
+                self.terminal.print_error(describe_error(error))
                 if not reply:
                     return
                 stopped = True
@@ -114,9 +114,9 @@ class Session:
             if reply or not stopped:
                 self.history = [*self.history, (query, reply)]
         if stopped and reply:
-            self.terminal.note("[stopped; the partial reply stays in the conversation]")
+            self.terminal.print_note("[stopped; the partial reply stays in the conversation]")
         elif stopped:
-            self.terminal.note("[stopped before the first word; the conversation is unchanged]")
+            self.terminal.print_note("[stopped before the first word; the conversation is unchanged]")
 
     def command(self, line: str) -> bool:
         """Run a command line that starts with a colon. Returns False if the session should end."""
@@ -125,18 +125,18 @@ class Session:
         commands: dict[str, Callable[[str], None]] = {
             **dict.fromkeys(("help", "h"), self.show_help),
             **dict.fromkeys(("clear", "cl"), lambda _: self.terminal.clear()),
-            **dict.fromkeys(("clear-his", "clh"), self.forget),
+            **dict.fromkeys(("clear-his", "clh"), self.clear_history),
             **dict.fromkeys(("history", "his"), self.show_history),
             "seed": self.set_seed,
             "conf": self.configure,
-            "reset-conf": self.reset,
+            "reset-conf": self.reset_settings,
         }
         leaving = ("exit", "quit", "q")
         if name in leaving:
             return False
         if name in commands:
             if argument and name not in ("seed", "conf"):
-                self.terminal.note(f":{name} takes no argument; {argument!r} is ignored.")
+                self.terminal.print_note(f":{name} takes no argument; {argument!r} is ignored.")
             commands[name](argument)
             return True
         near = difflib.get_close_matches(name, [*commands, *leaving], n=1)
@@ -151,15 +151,15 @@ class Session:
         """`:help`"""
         print(HELP, flush=True)
 
-    def forget(self, _: str) -> None:
+    def clear_history(self, _: str) -> None:
         """`:clear-his`"""
-        self.terminal.note(f"Forgot {len(self.history)} turn{'' if len(self.history) == 1 else 's'}.")
+        self.terminal.print_note(f"Forgot {len(self.history)} turn{'' if len(self.history) == 1 else 's'}.")
         self.history = []
 
     def show_history(self, _: str) -> None:
         """`:history`"""
         if not self.history:
-            self.terminal.note("Nothing has been said yet.")
+            self.terminal.print_note("Nothing has been said yet.")
         for number, (query, reply) in enumerate(self.history, 1):
             print(self.terminal.paint(f"[{number}] User: ", "1;32") + query)
             print(self.terminal.paint(f"[{number}] Qwen: ", "1;36") + reply, flush=True)
@@ -168,7 +168,7 @@ class Session:
         """`:seed` and `:seed N`"""
         if argument:
             try:
-                self.seed = seed_number(argument)
+                self.seed = random_seed(argument)
             except argparse.ArgumentTypeError as error:
                 self.terminal.print_error(f"{error} The seed is still {self.seed}.")
                 return
@@ -178,7 +178,7 @@ class Session:
         """`:conf` and `:conf key=value …`; makes all changes, or none if one is invalid."""
         if argument:
             try:
-                self.model.generation_config = changed_settings(self.model.generation_config, parse_settings(argument))
+                self.model.generation_config = updated_config(self.model.generation_config, parse_settings(argument))
             except ValueError as error:
                 self.terminal.print_error(f"{error} Nothing was changed.")
                 return
@@ -188,13 +188,13 @@ class Session:
                 print(f"{key} = {settings[key]!r}")
         sys.stdout.flush()
 
-    def reset(self, _: str) -> None:
+    def reset_settings(self, _: str) -> None:
         """`:reset-conf`"""
         self.model.generation_config = copy.deepcopy(self.checkpoint_config)
         self.configure("")
 
 
-def explain(error: Exception) -> str:
+def describe_error(error: Exception) -> str:
     """Describe an error for the user; unexpected errors are reported with their type."""
     from qwen.library_errors import is_memory_full
 

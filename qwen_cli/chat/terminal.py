@@ -22,13 +22,13 @@ class Terminal:
         for stream in (sys.stdin, sys.stdout, sys.stderr):  # do not crash on characters that the locale lacks
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # a text file
         self.history_file: Path | None = None
-        self.pastes_are_marked = False
+        self.bracketed_paste = False
         if self.interactive and readline is not None:
             gnu = "libedit" not in (readline.__doc__ or "")
             if gnu and not dumb:
                 # Off by default in Python. With it, a pasted block arrives as one line that contains newlines.
                 readline.parse_and_bind("set enable-bracketed-paste on")
-                self.pastes_are_marked = getattr(readline, "_READLINE_RUNTIME_VERSION", 0) >= 0x0700
+                self.bracketed_paste = getattr(readline, "_READLINE_RUNTIME_VERSION", 0) >= 0x0700
             self._load_history()
 
     def paint(self, text: str, style: str, *, in_prompt: bool = False) -> str:
@@ -40,7 +40,7 @@ class Terminal:
             start, end = f"\x01{start}\x02", f"\x01{end}\x02"
         return start + text + end
 
-    def note(self, text: str) -> None:
+    def print_note(self, text: str) -> None:
         """Print a message about the program to standard error."""
         sys.stdout.flush()
         print(self.paint(text, "2") if sys.stderr.isatty() else text, file=sys.stderr, flush=True)
@@ -60,7 +60,7 @@ class Terminal:
         text = self._line(self.paint("User> ", "1;32", in_prompt=True))
         if text.strip().startswith('"""'):
             return self._quoted(text.strip()[3:])
-        if self.interactive and not self.pastes_are_marked and not text.startswith(":"):
+        if self.interactive and not self.bracketed_paste and not text.startswith(":"):
             # Lines that arrive faster than anyone can type were pasted together.
             with contextlib.suppress(OSError, EOFError):
                 while select.select([sys.stdin], [], [], 0.03)[0]:
@@ -76,7 +76,7 @@ class Terminal:
         except EOFError:  # the end of the input also ends the block
             pass
         except KeyboardInterrupt:
-            self.note("\n[unfinished block discarded]")
+            self.print_note("\n[unfinished block discarded]")
             return ""
         return "\n".join(lines).strip("\n")
 

@@ -147,7 +147,7 @@ def test_needed_memory(which: Cell, cpu_only: bool, gigabytes: float):
     ],
 )
 def test_published_figures(which: Cell, figures: tuple[float | None, float | None]):
-    assert inference.published(which) == figures
+    assert inference.published_figures(which) == figures
 
 
 @pytest.mark.process
@@ -216,7 +216,7 @@ def test_ctrl_c_keeps_the_rows_and_kills_the_child(
     monkeypatch.setattr(
         inference.subprocess, "Popen", lambda *a, **settings: started.append(popen(*a, **settings)) or started[-1]
     )
-    monkeypatch.setattr(inference, "show", show)
+    monkeypatch.setattr(inference, "show_status", show)
     code, out, err = main("--sizes", "small", "--precisions", "fp32", "bf16", "--engines", "this")
     assert code == 130
     assert "| first row |" in out
@@ -240,7 +240,7 @@ def test_child_reports_why_it_failed(
         raise error
 
     monkeypatch.setattr(inference, "measure", measure)
-    assert inference.child("measure", Path(), cell()) == 0
+    assert inference.run_task("measure", Path(), cell()) == 0
     assert json.loads(capsys.readouterr().out) == {"failed": message}
 
 
@@ -270,7 +270,7 @@ def test_llama_cpp_is_used_if_installed(monkeypatch: pytest.MonkeyPatch):
     arguments = Namespace(**options, engines=None, context=1, generate=1, repeat=1)
     for found, expected in ((None, 3), (os, 5)):  # Qwen2 reads no quantized weights
         monkeypatch.setattr(inference.importlib.util, "find_spec", lambda name, found=found: found)
-        assert len(inference.cells(arguments)) == expected
+        assert len(inference.make_cells(arguments)) == expected
     arguments.cpu_only, arguments.engines = False, ["llama.cpp"]
     with pytest.raises(ValueError, match="--cpu-only"):
-        inference.cells(arguments)
+        inference.make_cells(arguments)

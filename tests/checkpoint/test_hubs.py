@@ -92,7 +92,7 @@ def modelscope(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
         modelscope_hub.set_default_config(config)
 
     before = modelscope_hub.get_default_config()
-    monkeypatch.setenv(hubs.VARIABLE, "modelscope")
+    monkeypatch.setenv(hubs.HUB_ENV_VAR, "modelscope")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr(_legacy_api, "REPO_TREE_PAGE_MAX_ATTEMPTS", 1)  # else an unreachable hub takes 7 seconds
     use_endpoint(hub.url)
@@ -229,9 +229,9 @@ def test_the_base_model_of_an_adapter(hub: Hub, tmp_path: Path) -> None:
 
 def test_unknown_hubs_and_a_missing_client(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "hub is 'nowhere'" in error_message(load_model, CHAT, hub="nowhere")
-    monkeypatch.setenv(hubs.VARIABLE, "nowhere")
+    monkeypatch.setenv(hubs.HUB_ENV_VAR, "nowhere")
     assert "QWEN_HUB is 'nowhere': it must be huggingface or modelscope" in error_message(load_model, CHAT)
-    monkeypatch.setenv(hubs.VARIABLE, "modelscope")
+    monkeypatch.setenv(hubs.HUB_ENV_VAR, "modelscope")
     monkeypatch.setitem(sys.modules, "modelscope_hub", None)
     assert "pip install -U modelscope" in error_message(load_model, CHAT)
 
@@ -245,7 +245,7 @@ def test_finetuning_takes_a_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     from qwen.finetuning.arguments import parse
     from qwen.finetuning.model import load_for_training
 
-    monkeypatch.delenv(hubs.VARIABLE)
+    monkeypatch.delenv(hubs.HUB_ENV_VAR)
     argv = ["--data_path", "examples/identity.json", "--use_lora", "--output_dir", str(tmp_path / "out"), "--use_cpu"]
     arguments, _ = parse([*argv, "--hub", "modelscope", "--model_name_or_path", "qwen/Qwen-7B-Chat"])
     model, _ = load_for_training(arguments)
@@ -255,7 +255,7 @@ def test_finetuning_takes_a_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_quantization_takes_a_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from qwen.quantization import check
 
-    monkeypatch.delenv(hubs.VARIABLE)
+    monkeypatch.delenv(hubs.HUB_ENV_VAR)
     argv = ["--model_name_or_path", "Qwen/nothing", "--data_path", "data.json", "--hub", "modelscope"]
     assert "nor a model on ModelScope" in error_message(quantize.run, quantize.parse_arguments(argv, None))
     assert check(Checkpoint("qwen/Qwen-7B-Chat", hub="modelscope"), tmp_path / "out").model_type == "qwen"
@@ -272,7 +272,7 @@ def test_merging_takes_a_hub(tmp_path: Path) -> None:
 def test_evaluation_takes_a_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     from qwen.evaluation.benchmarks.long_context import LongContext
 
-    monkeypatch.delenv(hubs.VARIABLE)
+    monkeypatch.delenv(hubs.HUB_ENV_VAR)
     assert evaluate_into(LongContext, tmp_path / "out.jsonl", "-c", "Qwen/nothing", "--hub", "modelscope") == 1
     assert "nor a model on ModelScope" in capsys.readouterr().err
 

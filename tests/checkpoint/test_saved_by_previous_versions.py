@@ -24,7 +24,7 @@ TEXT = "the thing in the hello " * 20  # longer than the trained length, so that
 QUESTION = "hello"
 CHAT = {"history": None, "do_sample": False, "max_new_tokens": 12}
 
-ELSEWHERE = """
+SCRIPT = """
     import json, sys
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -55,13 +55,13 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @torch.no_grad()
 @pytest.mark.parametrize("trust", [{}, {"trust_remote_code": True}], ids=["as it is", "trusted"])
-def test_this_package_and_the_saved_code_compute_the_same(saved: Path, trust: dict, elsewhere: Callable) -> None:
+def test_this_package_and_the_saved_code_compute_the_same(saved: Path, trust: dict, isolated_python: Callable) -> None:
     model = AutoModelForCausalLM.from_pretrained(saved, **trust).eval()
     tokenizer = AutoTokenizer.from_pretrained(saved, **trust)
     assert type(AutoConfig.from_pretrained(saved, **trust)) is QWenConfig
     assert (type(model), type(tokenizer)) == (QWenLMHeadModel, QWenTokenizer), "the registered classes win"
 
-    theirs = json.loads(elsewhere(ELSEWHERE, saved, TEXT, QUESTION, json.dumps(CHAT))[-1])
+    theirs = json.loads(isolated_python(SCRIPT, saved, TEXT, QUESTION, json.dumps(CHAT))[-1])
     assert all(module.startswith("transformers_modules.") for module in theirs["modules"])
     ids = tokenizer(TEXT, return_tensors="pt")
     assert ids["input_ids"].shape[1] > model.config.seq_length
@@ -69,10 +69,10 @@ def test_this_package_and_the_saved_code_compute_the_same(saved: Path, trust: di
     assert model.chat(tokenizer, QUESTION, **CHAT)[0] == theirs["reply"] != ""
 
 
-def test_saving_again_writes_the_current_code(saved: Path, tmp_path: Path, chat_elsewhere: Callable) -> None:
+def test_saving_again_writes_the_current_code(saved: Path, tmp_path: Path, chat_in_isolated_python: Callable) -> None:
     model, tokenizer = AutoModelForCausalLM.from_pretrained(saved), AutoTokenizer.from_pretrained(saved)
     expected = model.eval().chat(tokenizer, QUESTION, history=None, do_sample=False)[0]
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     assert (tmp_path / "modeling_qwen.py").read_bytes() == Path(inspect.getsourcefile(QWenLMHeadModel)).read_bytes()
-    assert chat_elsewhere(tmp_path, QUESTION) == expected
+    assert chat_in_isolated_python(tmp_path, QUESTION) == expected

@@ -14,7 +14,7 @@ import pytest
 import qwen_cli
 from qwen_cli.__main__ import COMMANDS, main
 from qwen_cli.arguments import SCRIPTS
-from qwen_cli.evaluate import benchmarks
+from qwen_cli.evaluate import list_benchmarks
 from qwen_cli.finetune_options import OPTIONS, REQUIRED
 from tests.support import ROOT
 
@@ -72,9 +72,9 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture) -> None:
 )
 def test_unknown_commands_and_benchmarks(words: list[str], says: str, capsys: pytest.CaptureFixture) -> None:
     assert main(words) == 2
-    said = capsys.readouterr()
-    assert said.err.startswith(says)
-    assert not said.out
+    captured = capsys.readouterr()
+    assert captured.err.startswith(says)
+    assert not captured.out
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ def test_scripts_in_folders_say_how_to_install(script: Path, tmp_path: Path) -> 
 
 
 def test_every_benchmark_is_listed_and_has_a_script(capsys: pytest.CaptureFixture) -> None:
-    known = benchmarks()
+    known = list_benchmarks()
     assert main(["eval"]) == 0
     shown = capsys.readouterr().out
     for name, line in known.items():
@@ -160,9 +160,9 @@ def test_every_benchmark_is_listed_and_has_a_script(capsys: pytest.CaptureFixtur
 
 
 def test_every_benchmark_has_one_task() -> None:
-    from qwen_cli.evaluate import task_of
+    from qwen_cli.evaluate import load_task
 
-    assert {name: task_of(name).name for name in benchmarks()} == {name: name for name in benchmarks()}
+    assert {name: load_task(name).name for name in list_benchmarks()} == {name: name for name in list_benchmarks()}
 
 
 @pytest.mark.parametrize("name", ["mmlu", "needle"])
@@ -263,14 +263,14 @@ def test_ctrl_c_while_libraries_are_imported(words: list[str], says: str, tmp_pa
 def test_errors_become_messages(error: BaseException | None, status: int, says: str, capsys) -> None:
     from qwen_cli.console import explain_errors
 
-    with explain_errors(install="Install it.") as ending:
+    with explain_errors(install_hint="Install it.") as result:
         if error is not None:
             raise error
-    assert (ending.status, capsys.readouterr().err) == (status, says)
+    assert (result.status, capsys.readouterr().err) == (status, says)
 
 
 def test_bugs_keep_their_traceback() -> None:
     from qwen_cli.console import explain_errors
 
-    with pytest.raises(KeyError), explain_errors(install=""):
+    with pytest.raises(KeyError), explain_errors(install_hint=""):
         raise KeyError("a bug")

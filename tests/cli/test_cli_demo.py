@@ -16,7 +16,7 @@ from pexpect.spawnbase import SpawnBase
 from transformers import GenerationConfig
 
 from qwen_cli import chat as cli_demo
-from qwen_cli.chat.settings import changed_settings, parse_settings
+from qwen_cli.chat.settings import parse_settings, updated_config
 from tests.support import ROOT
 from tests.support.processes import Script, run_script
 
@@ -228,10 +228,10 @@ def test_ctrl_c_stops_the_answer_and_keeps_it(child: SpawnBase) -> None:
     beginning = child.match.group(1)
     child.send(CTRL_C * 3)  # an impatient person
     child.expect_exact("[stopped")
-    said = beginning + child.before.rstrip("\r\n").replace("^C", "")
-    assert len(said) < 5000
+    partial_reply = beginning + child.before.rstrip("\r\n").replace("^C", "")
+    assert len(partial_reply) < 5000
     child.expect_exact(PROMPT)
-    assert f"Qwen: {said}" in ask(child, ":history").replace("^C", "")  # the model may generate that, too
+    assert f"Qwen: {partial_reply}" in ask(child, ":history").replace("^C", "")  # the model may generate that, too
     ask(child, ":reset-conf")
     assert reply(child, "next question")
     history = ask(child, ":history")
@@ -362,12 +362,12 @@ def test_invalid_settings_are_rejected(setting: dict) -> None:
     config = GenerationConfig(top_p=0.8, max_new_tokens=24)
     before = config.to_dict()
     with pytest.raises(ValueError, match=next(iter(setting))):
-        changed_settings(config, setting)
+        updated_config(config, setting)
     assert config.to_dict() == before
 
 
 def test_unsetting_a_setting() -> None:
-    config = changed_settings(GenerationConfig(repetition_penalty=1.1), {"repetition_penalty": None})
+    config = updated_config(GenerationConfig(repetition_penalty=1.1), {"repetition_penalty": None})
     assert config.repetition_penalty is None
 
 
@@ -387,9 +387,9 @@ def test_piped_questions_print_only_replies(tiny_chat_checkpoint: Path, tmp_path
 
 @pytest.mark.parametrize("text", [b"", b"\xff\xfe \xe4\n\xed\xa0\xbd\n\x00\x1b[31m\nhello"])
 def test_odd_input(text: bytes, tiny_chat_checkpoint: Path, main: Callable) -> None:
-    code, _, said = main("-c", tiny_chat_checkpoint, "--cpu-only", text=text)
+    code, _, errors = main("-c", tiny_chat_checkpoint, "--cpu-only", text=text)
     assert code == 0
-    assert "Traceback" not in said
+    assert "Traceback" not in errors
 
 
 def test_closed_pipe_ends_quietly(tiny_chat_checkpoint: Path, tmp_path: Path) -> None:
@@ -410,18 +410,18 @@ def test_closed_pipe_ends_quietly(tiny_chat_checkpoint: Path, tmp_path: Path) ->
 
 
 def test_missing_folder_is_reported_in_one_line(main: Callable) -> None:
-    code, output, said = main("-c", "/no/such/folder")
-    loading, complaint = said.splitlines()
+    code, output, errors = main("-c", "/no/such/folder")
+    loading, message = errors.splitlines()
     assert (code, output, loading) == (1, "", "Loading /no/such/folder ...")
-    assert "/no/such/folder" in complaint
+    assert "/no/such/folder" in message
 
 
 def test_unreachable_hub_is_reported_in_one_line(main: Callable) -> None:
     name = "nobody/Qwen-7B-Chat"  # nobody has downloaded it
-    code, output, said = main("-c", name)
-    loading, complaint = said.splitlines()
+    code, output, errors = main("-c", name)
+    loading, message = errors.splitlines()
     assert (code, output, loading) == (1, "", f"Loading {name} ...")
-    assert name in complaint
+    assert name in message
 
 
 @pytest.mark.parametrize("arguments", [["--seed", "soon"], ["--seed", "-1"], ["--no-such-flag"]])
@@ -460,7 +460,7 @@ def test_the_bundled_model_chats_and_says_that_it_is_a_toy(chat: Callable, bundl
 
 
 def test_base_model_is_rejected(main: Callable, bundled_base: Path) -> None:
-    code, output, said = main("-c", bundled_base, "--cpu-only")
+    code, output, errors = main("-c", bundled_base, "--cpu-only")
     assert (code, output) == (1, "")
-    assert "not a chat model" in said
-    assert "Traceback" not in said
+    assert "not a chat model" in errors
+    assert "Traceback" not in errors

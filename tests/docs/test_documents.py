@@ -16,7 +16,7 @@ from qwen.checkpoint import loading
 from tests.support import ROOT
 from tests.support.markdown import NOT_RUN, RUN, SEPARATE_CHAPTERS, Block, Document, pages, repository_files
 from tests.support.reader_machine import PUBLISHED
-from tests.support.run_document import commands_of, difference, json_file, questions_of
+from tests.support.run_document import json_file, output_error, split_commands, user_inputs
 
 DOCUMENTS = [Document(page) for page in pages()]
 BLOCKS = [block for document in DOCUMENTS for block in document.blocks]
@@ -271,15 +271,15 @@ def test_every_published_model_is_on_the_reader_machine() -> None:
 
 def test_commands_of_a_block() -> None:
     commands = ["a \\\n  b\n", "# c\n", "d <<'END'\nEND of\nEND\n", "echo 'x\ny'\n", "for i in 1 2; do\n  e\ndone\n"]
-    assert commands_of("".join(commands)) == commands
+    assert split_commands("".join(commands)) == commands
 
 
 def test_output_is_compared_line_by_line() -> None:
-    assert difference(["b"], "a\nb\nc\n") is None
-    assert difference(["a", "…", "d"], "a\nb\nc\nd\n") is None
-    assert difference(["a", "…", "b"], "a\nb\n") is None
-    assert difference(["b"], "ab\n")
-    assert difference(["a", "c"], "a\nb\nc")
-    assert difference(["a."], "ab")
-    assert questions_of("User> a\nQwen> b\nUser> c\n") == "a\nc\n"
-    assert questions_of("a User> b") == ""
+    assert output_error(["b"], "a\nb\nc\n") is None
+    assert output_error(["a", "…", "d"], "a\nb\nc\nd\n") is None
+    assert output_error(["a", "…", "b"], "a\nb\n") is None
+    assert output_error(["b"], "ab\n")
+    assert output_error(["a", "c"], "a\nb\nc")
+    assert output_error(["a."], "ab")
+    assert user_inputs("User> a\nQwen> b\nUser> c\n") == "a\nc\n"
+    assert user_inputs("a User> b") == ""

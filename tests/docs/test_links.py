@@ -9,7 +9,7 @@ import nbformat
 import pytest
 
 from tests.support import ROOT
-from tests.support.markdown import Document, anchor_of, repository_files
+from tests.support.markdown import Document, heading_anchor, repository_files
 
 FILES = frozenset(repository_files())
 PAGES = sorted(name for name in FILES if name.endswith(".md"))
@@ -144,4 +144,4 @@ def test_anchors_match_github(heading: str, anchor: str) -> None:
 def test_duplicate_headings_are_numbered() -> None:
     page = Document("page.md", '# A b\n\n## A b\n\n### A *b*\n\n<a id="own"></a>\n\n```text\n# No heading\n```\n')
     assert page.anchors == {"a-b", "a-b-1", "a-b-2", "own"}
-    assert anchor_of("A b") == "a-b"
+    assert heading_anchor("A b") == "a-b"

@@ -4,9 +4,9 @@ from fractions import Fraction
 
 import pytest
 
-from qwen.evaluation.code import Program, cut_completion, defines, extract_program, verdicts
-from qwen.evaluation.math_answers import boxed, equivalent, final_answer
-from qwen.evaluation.numbers import close, gold_answer, last_number, number
+from qwen.evaluation.code import Program, defines_function, extract_program, run_programs, truncate_completion
+from qwen.evaluation.math_answers import final_answer, is_equivalent, last_boxed
+from qwen.evaluation.numbers import gold_answer, is_close, last_number, parse_number
 
 # Numbers
 
@@ -72,7 +72,7 @@ def test_huge_numbers_take_no_time(text: str) -> None:
     [(" 1,234 ", 1234), ("$5.00", 5), (r"50\%", 50), ("3/4", "3/4"), ("5.", 5), ("5 km", None), ("(1, 2)", None)],
 )
 def test_number(text: str, value: int | str | None) -> None:
-    assert number(text) == (None if value is None else Fraction(value))
+    assert parse_number(text) == (None if value is None else Fraction(value))
 
 
 def test_gold_answers() -> None:
@@ -84,10 +84,10 @@ def test_gold_answers() -> None:
 
 
 def test_numbers_are_compared_as_numbers() -> None:
-    assert close(last_number("18.00"), Fraction(18))
-    assert close(Fraction("0.33335"), Fraction("0.3333"))
-    assert not close(Fraction("18.001"), Fraction(18))
-    assert not close(None, Fraction(0))
+    assert is_close(last_number("18.00"), Fraction(18))
+    assert is_close(Fraction("0.33335"), Fraction("0.3333"))
+    assert not is_close(Fraction("18.001"), Fraction(18))
+    assert not is_close(None, Fraction(0))
 
 
 # Mathematics
@@ -109,7 +109,7 @@ def test_numbers_are_compared_as_numbers() -> None:
     ],
 )
 def test_last_box(text: str, answer: str | None) -> None:
-    assert boxed(text) == answer
+    assert last_boxed(text) == answer
 
 
 @pytest.mark.parametrize(
@@ -173,14 +173,14 @@ def test_equivalence_agrees_with_lm_eval() -> None:
     equal = 0
     for answer in ANSWERS:
         for gold in ANSWERS:
-            same = number(answer) is not None and number(answer) == number(gold)
-            assert equivalent(answer, gold) == (is_equiv(answer, gold) or same), (answer, gold)
+            same = parse_number(answer) is not None and parse_number(answer) == parse_number(gold)
+            assert is_equivalent(answer, gold) == (is_equiv(answer, gold) or same), (answer, gold)
             equal += answer != gold and is_equiv(answer, gold)
     assert equal > 20
     for answer, gold in BETTER:
         assert not is_equiv(answer, gold), (answer, gold)
-        assert equivalent(answer, gold), (answer, gold)
-        assert equivalent(gold, answer), (answer, gold)
+        assert is_equivalent(answer, gold), (answer, gold)
+        assert is_equivalent(gold, answer), (answer, gold)
     for answer, gold in (
         ("1,000", "1"),
         ("0.33", r"\frac{1}{3}"),
@@ -190,7 +190,7 @@ def test_equivalence_agrees_with_lm_eval() -> None:
         (None, ""),
         (r"2\frac12", "10.5"),
     ):
-        assert not equivalent(answer, gold), (answer, gold)
+        assert not is_equivalent(answer, gold), (answer, gold)
 
 
 # Programs
@@ -211,7 +211,7 @@ def test_equivalence_agrees_with_lm_eval() -> None:
     ],
 )
 def test_cut_completion(text: str, kept: str) -> None:
-    assert cut_completion(text) == kept
+    assert truncate_completion(text) == kept
 
 
 CODE = "import math\n\ndef f(x):\n    return x\n"
@@ -232,15 +232,15 @@ CODE = "import math\n\ndef f(x):\n    return x\n"
 def test_code_of_reply(reply: str) -> None:
     code = extract_program(reply, "f")
     assert code.strip() == CODE.strip()
-    assert defines(code, "f")
-    assert not defines(code, "g")
+    assert defines_function(code, "f")
+    assert not defines_function(code, "g")
 
 
 def test_replies_without_the_function() -> None:
     assert extract_program("I cannot do that.", "f") == ""
     assert extract_program("```python\nreturn x\n```", "f") == "return x\n"
-    assert not defines("    def f(): pass", "f")
-    assert not defines("def ff(): pass", "f")
+    assert not defines_function("    def f(): pass", "f")
+    assert not defines_function("def ff(): pass", "f")
 
 
 HEAD = "def f(x):\n    '''Twice x.'''\n"
@@ -281,11 +281,11 @@ BODIES = {
 
 
 @pytest.mark.process
-def test_verdicts() -> None:
+def test_run_programs() -> None:
     programs = [Program(HEAD + body, TESTS) for body in BODIES]
     programs.insert(0, Program(HEAD + "    return 2 * x\nseen = open('seen', 'w').close()\n", TESTS))
     programs.append(Program("import os\nassert not os.path.exists('seen')\n" + HEAD + "    return 2 * x", TESTS))
-    first, *found, last = verdicts(programs, seconds=3, allow_weaker=True)
+    first, *found, last = run_programs(programs, timeout=3, allow_weaker=True)
     assert {body: verdict.status for body, verdict in zip(BODIES, found, strict=True)} == BODIES
     assert first.status == last.status == "passed"  # programs do not see each other's files
     messages = {verdict.message for verdict in found}

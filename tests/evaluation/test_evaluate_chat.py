@@ -53,7 +53,7 @@ def choice(folder: Path, name: str) -> list[str]:
     return ["-d", str(folder), "--subjects", ",".join(subjects)]
 
 
-def asked(name: str, *arguments: str) -> list[Case]:
+def make_cases(name: str, *arguments: str) -> list[Case]:
     """Return the cases of a benchmark."""
     parser = argparse.ArgumentParser()
     add_arguments(parser, TASKS[name])
@@ -64,7 +64,7 @@ def asked(name: str, *arguments: str) -> list[Case]:
 
 
 def test_mmlu_prompt(tmp_path: Path):
-    first, *_, last = asked("chat_mmlu", *choice(tmp_path, "chat_mmlu"))
+    first, *_, last = make_cases("chat_mmlu", *choice(tmp_path, "chat_mmlu"))
     assert first.text() == (
         "The following is a multiple-choice question. Please choose the most suitable one among A, B, C and D as the "
         "answer to this question.\n\nWhat is 47 + 38?\nA. 0\nB. 85\nC. 1\nD. 99\n"
@@ -73,9 +73,9 @@ def test_mmlu_prompt(tmp_path: Path):
 
 
 def test_ceval_prompt(tmp_path: Path):
-    first, *_ = asked("chat_ceval", *choice(tmp_path, "chat_ceval"))
+    first, *_ = make_cases("chat_ceval", *choice(tmp_path, "chat_ceval"))
     assert first.text() == "What is 47 + 38?\n\nA. 0\nB. 85\nC. 1\nD. 99"
-    few, *_ = asked("chat_ceval", *choice(tmp_path, "chat_ceval"), "--use-fewshot")
+    few, *_ = make_cases("chat_ceval", *choice(tmp_path, "chat_ceval"), "--use-fewshot")
     assert len(few.shots) == 5
     assert few.text().startswith(f"{first.text()}\n答案：B\n\nWhat is 12 + 30?")
     assert few.text().endswith(f"\n\n{first.text()}")
@@ -86,7 +86,7 @@ def test_choice_is_read_and_averaged(name: str, run, tmp_path: Path, monkeypatch
     def reply(self: LanguageModel, cases: list[Case], **_: object) -> list[str]:
         return ["The answer is B." if "47" in case.prompt else "答案是D" for case in cases]
 
-    monkeypatch.setattr(LanguageModel, "reply", reply)
+    monkeypatch.setattr(LanguageModel, "chat", reply)
     assert run(name, *choice(tmp_path, name), "--batch-size", 2) == 0
     scores, records = results(tmp_path / "out.jsonl")
     assert [record["letter"] for record in records] == ["B", "D", "D", "B"]
@@ -145,14 +145,14 @@ def test_gsm8k_with_the_model(run, tmp_path: Path):
 
 def test_gsm8k_prompts(tmp_path: Path):
     path = str(write_gsm8k(tmp_path))
-    assert [case.text() for case in asked("chat_gsm8k", "-f", path)] == list(SUMS)
-    few = asked("chat_gsm8k", "-f", path, "--use-fewshot")[0]
+    assert [case.text() for case in make_cases("chat_gsm8k", "-f", path)] == list(SUMS)
+    few = make_cases("chat_gsm8k", "-f", path, "--use-fewshot")[0]
     assert len({*few.shots}) == 8
     assert all("<<" not in shot for shot in few.shots)
     assert few.shots[0].startswith("Question: Add ")
     assert few.text().endswith("\n\nQuestion: What is 47 + 38?\nLet's think step by step\n")
-    assert few.shots == asked("chat_gsm8k", "-f", path, "--use-fewshot")[1].shots
-    assert few.shots != asked("chat_gsm8k", "-f", path, "--use-fewshot", "-s", "1")[0].shots
+    assert few.shots == make_cases("chat_gsm8k", "-f", path, "--use-fewshot")[1].shots
+    assert few.shots != make_cases("chat_gsm8k", "-f", path, "--use-fewshot", "-s", "1")[0].shots
 
 
 @pytest.mark.parametrize(
@@ -256,7 +256,7 @@ def test_leval_truth_without_a_fact():
 
 
 def test_leval_averages_its_tasks(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(LanguageModel, "reply", lambda self, cases, **_: ["A" for _ in cases])
+    monkeypatch.setattr(LanguageModel, "chat", lambda self, cases, **_: ["A" for _ in cases])
     assert run("leval", *write_leval(tmp_path)) == 0
     scores, records = results(tmp_path / "out.jsonl")
     assert len(records) == 12
@@ -287,18 +287,20 @@ def test_leval_with_the_model(run, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_leval_cuts_the_middle(loaded: tuple[Any, Any]):
-    lm = LanguageModel(*loaded, max_seq_len=evaluate_leval.RESERVED + 60)
+    lm = LanguageModel(*loaded, max_seq_len=evaluate_leval.RESERVED_TOKENS + 60)
     case = Case("tpo/1/0", "Who?", "A", preamble="始" + "和然后" * 300 + "終\n\n")
-    shorter, left_out = evaluate_leval.fitted(case, lm)
+    shorter, left_out = evaluate_leval.truncate_document(case, lm)
     assert shorter.text().startswith("始和")
     assert shorter.text().endswith("終\n\nWho?")
     assert "\ufffd" not in shorter.text()
     assert 50 < len(lm.encode(shorter.text())) <= 64
     assert left_out == len(lm.encode(case.preamble)) + len(lm.encode(case.prompt)) - 60
-    same, none = evaluate_leval.fitted(Case("x", "Who?", "A", preamble="Short.\n\n"), lm)
+    same, none = evaluate_leval.truncate_document(Case("x", "Who?", "A", preamble="Short.\n\n"), lm)
     assert none == 0
     assert same.text() == "Short.\n\nWho?"
-    only, _ = evaluate_leval.fitted(Case("x", "first " + "more " * 500 + "last?", "A", preamble="Document.\n\n"), lm)
+    only, _ = evaluate_leval.truncate_document(
+        Case("x", "first " + "more " * 500 + "last?", "A", preamble="Document.\n\n"), lm
+    )
     assert only.text().startswith("first")
     assert only.text().endswith("last?")
     assert len(lm.encode(only.text())) <= 64

@@ -57,7 +57,7 @@ def run(toys: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable
 
 def set_answers(monkeypatch: pytest.MonkeyPatch, answers: dict[str, str]) -> None:
     """Let the model give these answers, by the name of the case."""
-    for method in ("complete", "reply"):
+    for method in ("generate", "chat"):
         monkeypatch.setattr(LanguageModel, method, lambda _, cases, **__: [answers[case.name] for case in cases])
 
 
@@ -136,7 +136,7 @@ def write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content), encoding="utf-8")
 
 
-def task_of(name: str, path: Path) -> Any:
+def make_task(name: str, path: Path) -> Any:
     place = {"eval_data_path" if name in FOLDERS else "sample_input_file": path}
     return TASKS[name](Namespace(seed=1234, seconds=5.0, allow_weaker_sandbox=True, gsm8k=None, **place))
 
@@ -267,13 +267,13 @@ def test_code_interpreter(run: Callable, monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 
 def test_prompt_of_chat_humaneval(tmp_path: Path) -> None:
-    case = task_of("chat_humaneval", write("chat_humaneval", tmp_path)).cases()[0]
+    case = make_task("chat_humaneval", write("chat_humaneval", tmp_path)).cases()[0]
     signature = "double(x: int, *, of: List[int] = []) -> int"
     assert case.text() == (f"Write a Python function `{signature}` to solve the following problem:\nTwice x.\n{DOUBLE}")
 
 
 def test_prompt_of_mbpp(tmp_path: Path) -> None:
-    cases = task_of("mbpp", write("mbpp", tmp_path)).cases()
+    cases = make_task("mbpp", write("mbpp", tmp_path)).cases()
     assert [case.name for case in cases] == ["MBPP/11", "MBPP/12", "MBPP/510"]
     parts = [
         f"You are an expert Python programmer, and here is your task: Write a function to add {n}. "
@@ -286,7 +286,7 @@ def test_prompt_of_mbpp(tmp_path: Path) -> None:
 
 def test_prompt_of_math(tmp_path: Path) -> None:
     folder = write("math", tmp_path)
-    drawn = task_of("math", folder)
+    drawn = make_task("math", folder)
     case = drawn.cases()[0]
     worked = (
         "Problem:\nWhat is $1+1$?\n\nSolution: It is $\\boxed{\\frac{4}{2}}$.\n"
@@ -297,14 +297,14 @@ def test_prompt_of_math(tmp_path: Path) -> None:
     assert len(set(drawn.shot_names)) == 4
     for number, (subject, problem) in enumerate(MINERVA):
         write_json(folder / "train" / subject / f"{number + 20}.json", PROBLEM | {"problem": problem})
-    task = task_of("math", folder)
+    task = make_task("math", folder)
     text = task.cases()[0].text()
     assert task.shot_names == ["train/algebra/20", "train/precalculus/21", "train/prealgebra/22", "train/algebra/23"]
     assert [text.index(problem) for _, problem in MINERVA] == sorted(text.index(problem) for _, problem in MINERVA)
 
 
 def test_prompt_of_bbh(tmp_path: Path) -> None:
-    case = task_of("bbh", write("bbh", tmp_path)).cases()[1]
+    case = make_task("bbh", write("bbh", tmp_path)).cases()[1]
     assert case.text() == (tmp_path / "cot-prompts" / "causal_judgement.txt").read_text().split("-----\n")[
         1
     ].strip() + ("\n\nQ: 2 is\nA: Let's think step by step.\n")
@@ -318,7 +318,7 @@ def test_prompt_of_bbh(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", TASKS)
 def test_missing_data(name: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"nowhere.* does not exist"):
-        task_of(name, tmp_path / "nowhere").cases()
+        make_task(name, tmp_path / "nowhere").cases()
 
 
 @pytest.mark.parametrize(
@@ -355,7 +355,7 @@ def test_missing_data(name: str, tmp_path: Path) -> None:
 def test_invalid_lines(name: str, line: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "data.jsonl").write_text(f"{line}\n")
     with pytest.raises(DataError, match=message) as raised:
-        task_of(name, tmp_path / "data.jsonl").cases()
+        make_task(name, tmp_path / "data.jsonl").cases()
     assert str(tmp_path) in str(raised.value)
 
 
@@ -376,7 +376,7 @@ def test_invalid_files(name: str, file: str, content: str | None, message: str, 
     path = write(name, tmp_path) / file
     path.unlink() if content is None else path.write_text(content)
     with pytest.raises(DataError, match=message) as raised:
-        task_of(name, tmp_path).cases()
+        make_task(name, tmp_path).cases()
     assert str(path) in str(raised.value)
 
 

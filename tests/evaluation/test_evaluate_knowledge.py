@@ -22,7 +22,7 @@ from qwen.evaluation.benchmarks import cmmlu as evaluate_cmmlu
 from qwen.evaluation.benchmarks import gsm8k as evaluate_gsm8k
 from qwen.evaluation.benchmarks import mmlu as evaluate_mmlu
 from qwen.evaluation.data_files import DataError
-from qwen.evaluation.subjects import CEVAL, CMMLU, LETTERS, MMLU, SubjectSet, averages, read_subjects
+from qwen.evaluation.subjects import CEVAL, CMMLU, LETTERS, MMLU, SubjectSet, average_scores, read_subjects
 from tests.support.evaluation_runs import read_records, read_scores, run_script, write_csv
 
 TASKS = {
@@ -122,7 +122,7 @@ def test_subjects_match_lm_eval_and_groups_have_the_published_sizes(
     ],
     ids=["MMLU", "C-Eval", "CMMLU"],
 )
-def test_averages(benchmark: SubjectSet, expected: dict[str, float]) -> None:
+def test_average_scores(benchmark: SubjectSet, expected: dict[str, float]) -> None:
     subjects = {
         "MMLU": ("college_physics", "machine_learning", "philosophy"),
         "C-Eval": ("college_physics", "college_chemistry", "logic"),
@@ -130,7 +130,7 @@ def test_averages(benchmark: SubjectSet, expected: dict[str, float]) -> None:
     }[benchmark.title]
     right = {subjects[0]: [True, False, False, False], subjects[1]: [True], subjects[2]: [True, True]}
     records = [{"group": subject, "correct": one} for subject, all_of_it in right.items() for one in all_of_it]
-    scores = {score.name: score for score in averages(records, benchmark)}
+    scores = {score.name: score for score in average_scores(records, benchmark)}
     assert {name: scores[name].value for name in scores if name not in subjects} == pytest.approx(expected)
     assert scores[benchmark.title].count == 7
     assert scores[subjects[0]].value == 1 / 4

@@ -94,7 +94,7 @@ def test_model_errors_pass_through_the_agent(lm: LanguageModel, monkeypatch: pyt
     def fails(*_: object, **__: object) -> list[str]:
         raise MemoryError("too large")
 
-    monkeypatch.setattr(lm, "reply", fails)
+    monkeypatch.setattr(lm, "chat", fails)
     with pytest.raises(MemoryError, match="too large"):
         FirstCallAgent(lm, 8).ask("Hello!", [WEATHER])
 
@@ -113,7 +113,7 @@ def test_model_errors_pass_through_the_agent(lm: LanguageModel, monkeypatch: pyt
     ],
 )
 def test_called(reply: str, call: tuple[str, str] | None):
-    assert evaluate_plugin.called(reply) == (call and dict(zip(("tool", "arguments"), call, strict=True)))
+    assert evaluate_plugin.parse_call(reply) == (call and dict(zip(("tool", "arguments"), call, strict=True)))
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_called(reply: str, call: tuple[str, str] | None):
 )
 def test_verdicts(reply: str, selected: bool, no_call: bool):
     task = evaluate_plugin.EvaluatePlugin(None)
-    answer = {"reply": reply, "call": evaluate_plugin.called(reply)}
+    answer = {"reply": reply, "call": evaluate_plugin.parse_call(reply)}
     gold = {"tool": "get_current_weather", "arguments": "{}"}
     case = evaluate_plugin.Case("x", "", gold)
     assert task.score(case, answer) == {"correct": selected}
@@ -149,7 +149,7 @@ def test_verdicts(reply: str, selected: bool, no_call: bool):
     ],
 )
 def test_normalized(given: str, normal: str):
-    assert evaluate_plugin.normalized(given) == normal
+    assert evaluate_plugin.normalize_arguments(given) == normal
 
 
 def test_rouge_l(lm: LanguageModel):

@@ -13,8 +13,8 @@ import torch
 
 from qwen.checkpoint.loading import load_model
 from qwen.evaluation.benchmarks import long_context
-from qwen.evaluation.data_files import DataError, existing, read_csv, read_json, read_jsonl
-from qwen.evaluation.language_model import LanguageModel, StopStrings, cut
+from qwen.evaluation.data_files import DataError, read_csv, read_json, read_jsonl, require_files
+from qwen.evaluation.language_model import LanguageModel, StopStringsCriteria, truncate_at_stop
 from qwen.evaluation.task import Case, Score, Task
 from qwen.evaluation.texts import read_texts
 from tests.support.evaluation_runs import evaluate, read_records
@@ -43,7 +43,7 @@ class Sums(Task):
     def answer(self, lm, cases):
         if cases[0].name == self.broken_at:
             raise KeyboardInterrupt
-        return [{"reply": reply} for reply in lm.reply(cases, max_new_tokens=20)]
+        return [{"reply": reply} for reply in lm.chat(cases, max_new_tokens=20)]
 
     def score(self, case, answer):
         return {"correct": answer["reply"].endswith(f"= {case.gold}.")}
@@ -293,8 +293,8 @@ def test_batched_choices_equal_those_of_single_prompts(base, trained):
     before, model.config.seq_length = model.config.seq_length, trained
     try:
         lm = LanguageModel(model, tokenizer, 2048)
-        batched = lm.choose(cases, [" A", " B"])
-        single = [lm.choose([case], [" A", " B"])[0] for case in cases]
+        batched = lm.choice_logprobs(cases, [" A", " B"])
+        single = [lm.choice_logprobs([case], [" A", " B"])[0] for case in cases]
         for case, *found in zip(cases, batched, single, strict=True):
             expected = single_logprobs(model, tokenizer, case.text(), [" A", " B"])
             assert all(row == pytest.approx(expected, abs=1e-4) for row in found)
@@ -308,17 +308,17 @@ def test_shots_that_do_not_fit_are_left_out(base):
     limit = len(tokenizer.encode(cases[0].text(1)))
     lm = LanguageModel(model, tokenizer, limit)
     for case, dropped in zip(cases, (1, 2, 3), strict=True):
-        ids, found = lm.fit(case)
+        ids, found = lm.fit_prompt(case)
         assert found == dropped == lm.dropped_shots[case.name]
         assert len(ids) <= limit
         assert case.text(dropped).endswith(tokenizer.decode(ids))
     expected = single_logprobs(model, tokenizer, cases[1].text(2), [" A", " B"])
-    assert lm.choose(cases, [" A", " B"])[1] == pytest.approx(expected, abs=1e-4)
+    assert lm.choice_logprobs(cases, [" A", " B"])[1] == pytest.approx(expected, abs=1e-4)
 
 
 def test_choices_must_be_single_tokens(base):
     with pytest.raises(ValueError, match="does not have one token for each of ' A', ' because'"):
-        LanguageModel(*base, 2048).choose([question(1)], [" A", " because"])
+        LanguageModel(*base, 2048).choice_logprobs([question(1)], [" A", " because"])
 
 
 def test_control_tokens_in_data_stay_text(base):
@@ -333,27 +333,27 @@ def test_completions_end_at_the_first_stop_string(base):
         Case("b", "def add(a, b):\n    return", None),
         Case("c", "x" * 50, None),
     ]
-    free = lm.complete(cases, stop=(), max_new_tokens=24)
+    free = lm.generate(cases, stop=(), max_new_tokens=24)
     stop = [free[0][3:5], free[1][6:8]]
-    stopped = lm.complete(cases, stop=stop, max_new_tokens=24)
-    assert stopped == [cut(text, stop) for text in free]
+    stopped = lm.generate(cases, stop=stop, max_new_tokens=24)
+    assert stopped == [truncate_at_stop(text, stop) for text in free]
     assert len(stopped[0]) <= 3
     assert len(stopped[1]) <= 6
-    assert [lm.complete([case], stop=stop, max_new_tokens=24)[0] for case in cases] == stopped
+    assert [lm.generate([case], stop=stop, max_new_tokens=24)[0] for case in cases] == stopped
 
 
 def test_ids_without_a_token_are_ignored(base):
     model, tokenizer = base
     lm = LanguageModel(model, tokenizer, 2048)
-    expected = lm.complete([Case("a", "import", None)], stop=["\n"], max_new_tokens=3)
+    expected = lm.generate([Case("a", "import", None)], stop=["\n"], max_new_tokens=3)
     ids = torch.tensor([[len(tokenizer), 5]])
-    assert not StopStrings(tokenizer, ["\n"])(torch.cat([ids, ids], dim=1), None).any()
+    assert not StopStringsCriteria(tokenizer, ["\n"])(torch.cat([ids, ids], dim=1), None).any()
     model.generate, generate = (
         lambda ids, **kwargs: torch.nn.functional.pad(generate(ids, **kwargs), (0, 1), value=len(tokenizer)),
         model.generate,
     )
     try:
-        assert lm.complete([Case("a", "import", None)], stop=["\n"], max_new_tokens=3) == expected
+        assert lm.generate([Case("a", "import", None)], stop=["\n"], max_new_tokens=3) == expected
     finally:
         del model.generate
 
@@ -366,8 +366,8 @@ def test_replies_equal_those_of_chat(chat):
         model.chat(tokenizer, case.prompt, do_sample=False, repetition_penalty=1.0, max_new_tokens=30)[0]
         for case in cases
     ]
-    assert lm.reply(cases, max_new_tokens=30) == expected
-    assert lm.reply(cases, max_new_tokens=30, stop=["38 ="]) == ["47 + ", expected[1]]
+    assert lm.chat(cases, max_new_tokens=30) == expected
+    assert lm.chat(cases, max_new_tokens=30, stop=["38 ="]) == ["47 + ", expected[1]]
 
 
 @pytest.mark.parametrize(
@@ -375,7 +375,7 @@ def test_replies_equal_those_of_chat(chat):
     [("one\n\ntwo", ["\n\n"], "one"), ("a;b,c", [",", ";"], "a"), ("none", ["x"], "none"), ("", ["x"], "")],
 )
 def test_cut(text, stop, left):
-    assert cut(text, stop) == left
+    assert truncate_at_stop(text, stop) == left
 
 
 def test_loss_is_the_mean_over_all_but_the_first_token(base, monkeypatch):
@@ -455,7 +455,7 @@ def test_missing_file_errors_list_what_exists(tmp_path):
     with pytest.raises(DataError, match=r"c.csv does not exist.* contains a.csv, b.csv"):
         read_csv(tmp_path / "c.csv", ["x"], header=True)
     with pytest.raises(DataError, match=r"c.csv does not exist \(nor do 1 more of the 3"):
-        existing(tmp_path, ["a.csv", "c.csv", "d.csv"])
+        require_files(tmp_path, ["a.csv", "c.csv", "d.csv"])
     with pytest.raises(DataError, match=r"deep/er.json does not exist. There is no folder .*/deep. eval/EVAL"):
         read_json(tmp_path / "deep" / "er.json")
     with pytest.raises(DataError, match=r"a.csv is a file, but a folder is needed"):

@@ -92,7 +92,7 @@ def test_a_rule_decides_its_examples(rule: Rule):
     for reply in rule.examples:
         plain = reply.translate(letters._PLAIN).strip()
         found = [match for pattern in earlier for match in pattern.finditer(plain)]
-        assert all(letters._is_refused(plain, match) for match in found), reply
+        assert all(letters._is_negated(plain, match) for match in found), reply
 
 
 @pytest.mark.parametrize(("reply", "letter"), ENGLISH.items())

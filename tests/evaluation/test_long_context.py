@@ -53,7 +53,7 @@ def test_perplexity_equals_that_of_the_configured_model(text, tmp_path, capsys, 
     ],
 )
 def test_default_lengths(trained, offered, lengths):
-    assert long_context.doubling(trained, offered) == lengths
+    assert long_context.default_lengths(trained, offered) == lengths
 
 
 @pytest.mark.parametrize(
@@ -116,9 +116,9 @@ def test_depths_and_lengths_of_prompts(bundled_chat):
 
 
 def test_boundaries_are_between_sentences():
-    assert needle._boundary("One. Two. Three. Four.", 0.5) == len("One. Two. ")
-    assert needle._boundary("One. Two. Three. Four.", 0.0) == 0
-    assert needle._boundary("x" * 100, 0.6) == needle._boundary("One. " + "x" * 95, 0.6) == 60
+    assert needle._nearest_boundary("One. Two. Three. Four.", 0.5) == len("One. Two. ")
+    assert needle._nearest_boundary("One. Two. Three. Four.", 0.0) == 0
+    assert needle._nearest_boundary("x" * 100, 0.6) == needle._nearest_boundary("One. " + "x" * 95, 0.6) == 60
 
 
 @pytest.mark.parametrize("module", [long_context, needle], ids=["long_context", "needle"])

@@ -216,11 +216,11 @@ def test_stop_words_and_max_new_tokens_match_the_library(wrapper, original):
 
 def test_default_settings_are_those_of_the_checkpoint(wrapper):
     tokenizer = wrapper.tokenizer
-    parameters, _ = wrapper._parameters({"temperature": 0.5, "seed": 7}, None)
+    parameters, _ = wrapper._sampling_params({"temperature": 0.5, "seed": 7}, None)
     assert (parameters.top_p, parameters.max_tokens) == (0.5, 256)  # generation_config.json
     assert (parameters.temperature, parameters.seed) == (0.5, 7)
     assert {tokenizer.im_end_id, tokenizer.im_start_id, tokenizer.eod_id} <= set(parameters.stop_token_ids)
-    parameters, _ = wrapper._parameters(GREEDY, None)
+    parameters, _ = wrapper._sampling_params(GREEDY, None)
     assert (parameters.temperature, parameters.top_p) == (0, 1)
 
 
@@ -242,11 +242,11 @@ def test_invalid_arguments_are_rejected(wrapper, arguments, message):
 
 def test_old_turns_are_dropped_to_leave_room_for_the_reply(wrapper, monkeypatch):
     history = [("What is 1 + 1? " * 5, "2 " * 5)] * 20
-    shortest = len(wrapper._prompt("hi", None, "", 100))
-    assert len(wrapper._prompt("hi", history, "", 100)) > 500
-    monkeypatch.setattr(wrapper, "limit", 400)  # smaller than the checkpoint's window
+    shortest = len(wrapper._encode_prompt("hi", None, "", 100))
+    assert len(wrapper._encode_prompt("hi", history, "", 100)) > 500
+    monkeypatch.setattr(wrapper, "max_model_len", 400)  # smaller than the checkpoint's window
     for max_new_tokens in (100, 300, None):  # at most a quarter is reserved
-        assert shortest + 100 < len(wrapper._prompt("hi", history, "", max_new_tokens)) <= 300
+        assert shortest + 100 < len(wrapper._encode_prompt("hi", history, "", max_new_tokens)) <= 300
     assert wrapper.chat("hi", history, **GREEDY)[1][:-1] == history
 
 
@@ -254,43 +254,43 @@ def test_checkpoint_is_exported_once(cache, wrapper, bundled_chat, tmp_path, cap
     assert wrapper.folder.parent == cache
     with ThreadPoolExecutor() as threads:  # like two processes at once
         copy = Path(shutil.copytree(bundled_chat, tmp_path / "mine"))
-        folders = [*threads.map(lambda _: vllm_wrapper.prepared(copy, None)[0], range(2))]
+        folders = [*threads.map(lambda _: vllm_wrapper.prepare_model(copy, None)[0], range(2))]
     assert folders[0] == folders[1] != wrapper.folder
     assert folders[0].name.startswith("mine-")
     assert (folders[0] / "model.safetensors").is_file()
     assert capsys.readouterr().err.count("Exporting") == 1
 
     (folders[0] / "config.json").unlink()  # as after a killed export
-    assert vllm_wrapper.prepared(copy, None)[0] == folders[0]
+    assert vllm_wrapper.prepare_model(copy, None)[0] == folders[0]
     assert vllm_wrapper.is_exported(folders[0])
 
-    others = [vllm_wrapper.prepared(copy, 4096)[0]]
+    others = [vllm_wrapper.prepare_model(copy, 4096)[0]]
     (copy / "model.safetensors").touch()
-    others.append(vllm_wrapper.prepared(copy, None)[0])
+    others.append(vllm_wrapper.prepare_model(copy, None)[0])
     assert len({*folders, *others}) == 3
 
 
 def test_quantized_checkpoints_stay_quantized():
-    folder, _, _ = vllm_wrapper.prepared(BUNDLED_CHAT_INT4, None)
+    folder, _, _ = vllm_wrapper.prepare_model(BUNDLED_CHAT_INT4, None)
     assert vllm_wrapper.read_json(folder / "config.json", folder)["quantization_config"]["bits"] == 4
 
 
 def test_exported_folders_are_used_directly(wrapper, bundled_chat, bundled_base, tmp_path):
     folder = tmp_path / "exported"
     export_qwen2(bundled_chat, folder)
-    assert vllm_wrapper.prepared(folder, None)[0] == folder
-    _, tokenizer, generation = vllm_wrapper.prepared(folder, None)
+    assert vllm_wrapper.prepare_model(folder, None)[0] == folder
+    _, tokenizer, generation = vllm_wrapper.prepare_model(folder, None)
     assert tokenizer.get_vocab() == wrapper.tokenizer.get_vocab()
     assert generation["max_new_tokens"] == 256
     with pytest.raises(CheckpointError, match="already exported"):
-        vllm_wrapper.prepared(folder, 4096)
+        vllm_wrapper.prepare_model(folder, 4096)
     (folder / "qwen.tiktoken").unlink()
     with pytest.raises(CheckpointError, match=r"no qwen.tiktoken"):
-        vllm_wrapper.prepared(folder, None)
+        vllm_wrapper.prepare_model(folder, None)
 
     export_qwen2(bundled_base, tmp_path / "base")
     with pytest.raises(CheckpointError, match="not a chat model"):
-        vllm_wrapper.prepared(tmp_path / "base", None)
+        vllm_wrapper.prepare_model(tmp_path / "base", None)
 
 
 def test_nothing_is_exported_without_vllm(monkeypatch, cache):

@@ -28,7 +28,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.support import ROOT
-from tests.support.processes import Child, main
+from tests.support.processes import Child, run_finetune
 
 pytestmark = pytest.mark.training
 
@@ -64,7 +64,7 @@ class Run:
     """A finished run of finetune.py."""
 
     code: int
-    said: str
+    console_output: str
     output: Path
     tensors: dict[str, tuple[bool, bool]]
     """For every parameter and buffer by name: whether it should be trained, and whether it has changed."""
@@ -92,7 +92,7 @@ def main_watched(*arguments: str | Path) -> tuple[int, dict[str, tuple[bool, boo
         return model, tokenizer
 
     run.load_for_training = load_and_remember
-    code = main(*arguments)
+    code = run_finetune(*arguments)
     return code, {name: (it.requires_grad, not torch.equal(it, before[name])) for name, it in watched.items()}
 
 
@@ -102,8 +102,8 @@ def start(folder: Path, *arguments: str | Path) -> Callable[[], Run]:
 
     def end() -> Run:
         code, tensors = child.result()
-        assert code == 0, child.said()
-        return Run(code, child.said(), folder / "out", tensors)
+        assert code == 0, child.output()
+        return Run(code, child.output(), folder / "out", tensors)
 
     return end
 
@@ -302,7 +302,7 @@ def main_interrupted(batch: int, *arguments: str | Path) -> int:
             return super().__call__(items)
 
     run.Collator = Interrupting
-    return main(*arguments)
+    return run_finetune(*arguments)
 
 
 def with_dropout(checkpoint: Path, folder: Path) -> Path:
@@ -336,8 +336,8 @@ def test_interrupted_run_resumes_identically(
     assert stopped.result() == INTERRUPTED
     (checkpoint,) = (tmp_path / "parts" / "out").glob("checkpoint-*")
     assert 0 < int(checkpoint.name.partition("-")[2]) < 6
-    assert "--resume_from_checkpoint True" in stopped.said()
-    assert "Traceback" not in stopped.said()
+    assert "--resume_from_checkpoint True" in stopped.output()
+    assert "Traceback" not in stopped.output()
     assert not list((tmp_path / "parts" / "out").glob("*.safetensors"))  # nothing that looks finished
     resumed = finetune(tmp_path / "parts", *arguments, "--resume_from_checkpoint", "True")
 
@@ -356,12 +356,12 @@ def endless(lessons: Path) -> list[str]:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_a_run_with_a_checkpoint(tmp_path: Path, endless: list[str], number: signal.Signals):
-    child = Child(tmp_path, main, *endless)
+    child = Child(tmp_path, run_finetune, *endless)
     child.wait_for(": loss ")
     child.send_signal(number)
     assert child.result() == INTERRUPTED
     assert len(list((tmp_path / "out").glob("checkpoint-*/trainer_state.json"))) == 1
-    assert "Traceback" not in child.said()
+    assert "Traceback" not in child.output()
 
 
 def test_a_second_ctrl_c_stops_at_once(tmp_path: Path, endless: list[str]):
@@ -376,8 +376,8 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path: Path, endless: list[str]):
     child.interrupt()
     assert child.result(60) == INTERRUPTED
     assert not list((tmp_path / "out").glob("checkpoint-*"))
-    assert "\nStopped.\n" in child.said()
-    assert "Traceback" not in child.said()
+    assert "\nStopped.\n" in child.output()
+    assert "Traceback" not in child.output()
 
 
 def main_interrupted_at(module: str, function: str, *arguments: str | Path) -> int:
@@ -392,15 +392,15 @@ def main_interrupted_at(module: str, function: str, *arguments: str | Path) -> i
         return original(*args, **kwargs)
 
     setattr(owner, function, interrupting)
-    return main(*arguments)
+    return run_finetune(*arguments)
 
 
 @pytest.mark.parametrize("function", ["ConversationFile", "load_for_training", "SupervisedDataset"])
 def test_ctrl_c_before_training(tmp_path: Path, endless: list[str], function: str):
     child = Child(tmp_path, main_interrupted_at, "qwen.finetuning.run", function, *endless)
     assert child.result() == INTERRUPTED
-    assert child.said().strip().endswith("Stopped.")
-    assert "Traceback" not in child.said()
+    assert child.output().strip().endswith("Stopped.")
+    assert "Traceback" not in child.output()
 
 
 def test_ctrl_c_while_libraries_are_imported(tmp_path: Path, lessons: Path):
@@ -515,8 +515,8 @@ def test_loss_is_plotted_and_logged(full_run: Run):
 # What is left behind
 
 
-def test_full_folder_loads_without_this_repository(full_run: Run, chat_elsewhere: Callable):
-    assert chat_elsewhere(full_run.output, "Who are you?") == ME
+def test_full_folder_loads_without_this_repository(full_run: Run, chat_in_isolated_python: Callable):
+    assert chat_in_isolated_python(full_run.output, "Who are you?") == ME
 
 
 PICKLES = {".bin", ".pt", ".pth", ".pkl"}
@@ -645,7 +645,7 @@ def main_without_weights(*arguments: str | Path) -> int:
         raise AssertionError("Weights are loaded before the mistake is noticed.")
 
     model.load_model = load_model
-    return main(*arguments)
+    return run_finetune(*arguments)
 
 
 @pytest.fixture(scope="module")
@@ -744,10 +744,10 @@ def test_a_mistake_is_explained(tmp_path: Path, paths: dict[str, Path], words: s
     model, data, *arguments = [str(paths.get(word, word)) for word in words.split()]
     named = options(model_name_or_path=model, data_path=data)
     child = Child(tmp_path, main_without_weights, *named, *arguments)
-    assert child.result() == code, child.said()
-    said = child.said()
-    assert "Traceback" not in said
-    message = said.strip().splitlines()[-1]  # in one line
+    assert child.result() == code, child.output()
+    output = child.output()
+    assert "Traceback" not in output
+    message = output.strip().splitlines()[-1]  # in one line
     assert [text for text in says if text not in message] == [], message
     assert not list(tmp_path.glob("*/*.safetensors"))
 
@@ -764,7 +764,7 @@ def test_adapter_and_full_model_need_separate_folders(
     before = set(os.listdir(run.output))
     child = Child(tmp_path, main_without_weights, "--output_dir", run.output, "--data_path", lessons, method)
     assert child.result() == WRONG_ARGUMENTS
-    assert f"--output_dir {run.output} holds {holds}" in child.said()
+    assert f"--output_dir {run.output} holds {holds}" in child.output()
     assert set(os.listdir(run.output)) == before
 
 
@@ -773,42 +773,42 @@ def test_resuming_needs_the_same_method(tmp_path: Path, full_run: Run, lessons: 
     arguments = options(data_path=lessons, resume_from_checkpoint=checkpoint)
     child = Child(tmp_path, main_without_weights, "--use_lora", *arguments)
     assert child.result() == WRONG_ARGUMENTS
-    assert "--resume_from_checkpoint" in child.said()
-    assert "--use_lora" in child.said()
+    assert "--resume_from_checkpoint" in child.output()
+    assert "--use_lora" in child.output()
 
 
 def test_unknown_log_target_is_rejected(tmp_path: Path, lessons: Path):
-    child = Child(tmp_path, main, *options(data_path=lessons, report_to="nowhere"))
+    child = Child(tmp_path, run_finetune, *options(data_path=lessons, report_to="nowhere"))
     assert child.result() == WRONG_ARGUMENTS
-    message = child.said().strip().splitlines()[-1]
+    message = child.output().strip().splitlines()[-1]
     assert "nowhere" in message
     assert "tensorboard" in message
-    assert "Traceback" not in child.said()
+    assert "Traceback" not in child.output()
 
 
 def test_cut_samples_are_counted(tmp_path: Path, lessons: Path):
     arguments = options(data_path=lessons, max_steps=1, save_strategy="no", report_to="none", model_max_length=45)
-    said = finetune(tmp_path, *arguments).said
-    (cut, of) = map(int, re.search(r"(\d+) of (\d+) samples fill or exceed --model_max_length 45", said).groups())
+    output = finetune(tmp_path, *arguments).console_output
+    (cut, of) = map(int, re.search(r"(\d+) of (\d+) samples fill or exceed --model_max_length 45", output).groups())
     assert 0 < cut < of == len(LESSONS)
 
 
 def test_two_precisions_are_rejected(tmp_path: Path, lessons: Path):
     child = Child(tmp_path, main_without_weights, "--data_path", lessons, "--bf16", "--fp16")
     assert child.result() == WRONG_ARGUMENTS
-    assert re.search("--fp16 needs a GPU|exclude each other", child.said())  # without a GPU, or with one
+    assert re.search("--fp16 needs a GPU|exclude each other", child.output())  # without a GPU, or with one
 
 
 def main_printing(*arguments: str | Path) -> tuple[int, str]:
     """Run finetune.py. Returns its exit code and standard output."""
     with contextlib.redirect_stdout(io.StringIO()) as output:
-        code = main(*arguments)
+        code = run_finetune(*arguments)
     return code, output.getvalue()
 
 
 def test_data_must_be_named(tmp_path: Path):
     child = Child(tmp_path, main_printing)
     assert child.result() == (WRONG_ARGUMENTS, "")
-    assert "--data_path" in child.said()
-    assert "Traceback" not in child.said()
+    assert "--data_path" in child.output()
+    assert "Traceback" not in child.output()
     assert list(tmp_path.iterdir()) == [child.log]

@@ -27,7 +27,7 @@ from transformers import get_cosine_schedule_with_warmup
 
 from qwen.checkpoint.loading import load_model
 from tests.support import ROOT
-from tests.support.processes import Child, forking_python, main
+from tests.support.processes import Child, forking_python, run_finetune
 
 pytestmark = pytest.mark.training
 
@@ -50,7 +50,7 @@ class Run:
 
     folder: Path
     status: int
-    said: str
+    console_output: str
 
     @property
     def log(self) -> list[dict]:
@@ -114,7 +114,7 @@ class Runs:
         script: str | None = None,
         processes: int = 2,
         status: int = 0,
-        run: Callable[..., int] = main,
+        run: Callable[..., int] = run_finetune,
     ) -> Run:
         """Run finetune.py in forked processes, with the environment variables that torchrun sets.
 
@@ -135,25 +135,25 @@ class Runs:
         log = self.folder / f"{output}.txt"
         children = [Child(self.folder, run, *words, log=log, **environment) for environment in environments]
         try:
-            assert [child.result(TIMEOUT) for child in children] == [status] * processes, self.said(output)
+            assert [child.result(TIMEOUT) for child in children] == [status] * processes, self.console_output(output)
         finally:
             for child in children:
                 child.kill()
-        return Run(self.folder / output, status, self.said(output))
+        return Run(self.folder / output, status, self.console_output(output))
 
     def wait(self, process: subprocess.Popen, output: str) -> Run:
         try:
             status = process.wait(TIMEOUT)
         finally:
             kill_group(process)
-        return Run(self.folder / output, status, self.said(output))
+        return Run(self.folder / output, status, self.console_output(output))
 
-    def said(self, output: str) -> str:
+    def console_output(self, output: str) -> str:
         return (self.folder / f"{output}.txt").read_text()
 
     def __call__(self, command: list, *arguments: str, output: str, **environment: str) -> Run:
         run = self.wait(self.start(command, *arguments, output=output, **environment), output)
-        assert run.status == 0, run.said
+        assert run.status == 0, run.console_output
         return run
 
 
@@ -250,8 +250,8 @@ def assert_same_training(run: Run, alone: Run) -> None:
 def assert_quiet(run: Run) -> None:
     """Losses and the output folder are printed once, and no noise."""
     assert_no_noise(run)
-    assert run.said.count("Done: ") == 1
-    assert run.said.count(": loss ") == STEPS
+    assert run.console_output.count("Done: ") == 1
+    assert run.console_output.count(": loss ") == STEPS
 
 
 def assert_no_noise(run: Run) -> None:
@@ -266,7 +266,7 @@ def assert_no_noise(run: Run) -> None:
         "Traceback",
         "built successfully",
     ):
-        assert word not in run.said
+        assert word not in run.console_output
 
 
 def bytes_of(folder: Path, pattern: str) -> list[int]:
@@ -287,7 +287,7 @@ def resumed(runs: Runs, *arguments: str, run: Run, script: str | None = None) ->
 def assert_resumed(resumed: Run, run: Run) -> None:
     assert [entry["step"] for entry in resumed.log] == list(range(1, STEPS + 1))
     assert resumed.losses == pytest.approx(run.losses, rel=1e-5)
-    assert resumed.said.count(": loss ") == STEPS - SAVED, "the first steps were repeated"
+    assert resumed.console_output.count(": loss ") == STEPS - SAVED, "the first steps were repeated"
 
 
 def test_plain_torchrun(runs: Runs, full_alone: Run):
@@ -359,21 +359,21 @@ def test_zero_2_lora_can_be_stopped_and_resumed(runs: Runs, lora_alone: Run):
 
     output = "zero2_lora_stopped"
     process = runs.start(["bash", SCRIPTS / script], *arguments, output=output, PYTHON=sys.executable)
-    wait_until(lambda: ": loss " in runs.said(output), process)
+    wait_until(lambda: ": loss " in runs.console_output(output), process)
     os.killpg(process.pid, signal.SIGINT)
     stopped = runs.wait(process, output)
-    assert stopped.status == 130, stopped.said
+    assert stopped.status == 130, stopped.console_output
     assert not processes_with(output)
-    assert stopped.said.count("Stopping after this step") == 1
-    assert stopped.said.count("--resume_from_checkpoint True") == 1
+    assert stopped.console_output.count("Stopping after this step") == 1
+    assert stopped.console_output.count("--resume_from_checkpoint True") == 1
     assert_no_noise(stopped)
-    steps_done = stopped.said.count(": loss ")
+    steps_done = stopped.console_output.count(": loss ")
     assert 1 <= steps_done < STEPS
     assert [path.name for path in stopped.folder.glob("checkpoint-*")] == [f"checkpoint-{steps_done}"]
 
     again = runs.forked(*arguments, "--resume_from_checkpoint", "True", output=output, script=script)
     assert again.losses == pytest.approx(run.losses, rel=1e-5)
-    assert again.said.count(": loss ") == STEPS
+    assert again.console_output.count(": loss ") == STEPS
 
 
 def test_qlora_on_two_machines_matches_one_process(runs: Runs):
@@ -394,13 +394,13 @@ def test_qlora_on_two_machines_matches_one_process(runs: Runs):
         kill_group(second)
     assert_same_training(run, alone)
     assert_quiet(run)
-    assert ": loss " not in runs.said("qlora_second_machine")
+    assert ": loss " not in runs.console_output("qlora_second_machine")
 
 
 def main_without_mpi(*arguments: str) -> int:
     """finetune.py where mpi4py is not installed."""
     sys.modules["mpi4py"] = None
-    return main(*arguments)
+    return run_finetune(*arguments)
 
 
 def test_one_process_runs_deepspeed_with_the_schedule_of_the_arguments(runs: Runs):
@@ -423,7 +423,7 @@ def test_one_process_runs_deepspeed_with_the_schedule_of_the_arguments(runs: Run
         optimizer.step()
         schedule.step()
     assert [entry["learning_rate"] for entry in run.log] == pytest.approx(expected)
-    assert "The WarmupLR of the DeepSpeed configuration is ignored" in run.said
+    assert "The WarmupLR of the DeepSpeed configuration is ignored" in run.console_output
     assert_quiet(run)
 
 
@@ -432,17 +432,17 @@ def main_without_delay(*arguments: str) -> int:
     from qwen.finetuning import distributed
 
     distributed.delay_exit_on_workers.__defaults__ = (0,)
-    return main(*arguments)
+    return run_finetune(*arguments)
 
 
 def test_error_is_printed_once(runs: Runs):
     mistaken = {"status": 1, "run": main_without_delay}
     run = runs.forked("--data_path", "nowhere.json", output="missing", script="finetune_lora_ds.sh", **mistaken)
-    assert run.said == f"{runs.folder / 'nowhere.json'} does not exist: check the path.\n"
+    assert run.console_output == f"{runs.folder / 'nowhere.json'} does not exist: check the path.\n"
 
     run = runs.forked("--epochs", "3", output="unknown", script="finetune_ds.sh", **mistaken | {"status": 2})
-    assert run.said.count("\n") == 1
-    assert "Unknown argument --epochs" in run.said
+    assert run.console_output.count("\n") == 1
+    assert "Unknown argument --epochs" in run.console_output
 
 
 def test_error_on_one_machine_ends_all(runs: Runs):
@@ -456,7 +456,7 @@ def test_error_on_one_machine_ends_all(runs: Runs):
     finally:
         kill_group(first)
     assert run.status == 1
-    assert run.said == f"In process 1: {runs.folder / 'nowhere.json'} does not exist: check the path.\n"
+    assert run.console_output == f"In process 1: {runs.folder / 'nowhere.json'} does not exist: check the path.\n"
 
 
 @pytest.mark.parametrize(

@@ -437,8 +437,8 @@ def test_adapter_chats_in_the_demo(trained: Path, tmp_path: Path) -> None:
     assert (result.returncode, result.stdout.strip()) == (0, ANSWER), result.stderr
 
 
-def test_merged_model_loads_without_this_repository(merged: Path, chat_elsewhere: Callable) -> None:
-    assert chat_elsewhere(merged, QUESTION) == ANSWER
+def test_merged_model_loads_without_this_repository(merged: Path, chat_in_isolated_python: Callable) -> None:
+    assert chat_in_isolated_python(merged, QUESTION) == ANSWER
 
 
 @pytest.mark.process

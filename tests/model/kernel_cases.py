@@ -12,7 +12,7 @@ from qwen import QWenLMHeadModel
 from qwen.model.kv_cache_qwen import (
     QuantizedKVLayer,
     QuantizedStates,
-    decode_in_torch,
+    decode_attention_torch,
     dequantize_cache_torch,
     quantize_tokens,
     triton_kernels,
@@ -53,7 +53,7 @@ def test_appending_quantizes_as_torch_does(kernels, dtype, channels):
     key[0, 0, 0], value[0, 0, 1] = 0, 7  # constant rows
     layer = QuantizedKVLayer()
     layer.lazy_initialization(key, value)
-    (view, _), *_ = layer.reserve(key)
+    (view, _), *_ = layer.allocate_slots(key)
     # Strided as after the projection: heads and tokens are transposed.
     kernels.append(key.transpose(1, 2).contiguous().transpose(1, 2), value, view)
     for ours, states in ((view[:3], key), (view[3:], value)):
@@ -88,7 +88,7 @@ def test_decoding_equals_torch(kernels, dtype, mask):
     assert ours.shape == query.shape
     assert ours.dtype == dtype
     torch.testing.assert_close(
-        ours, decode_in_torch(query, layer.states, mask, 64**-0.5), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype]
+        ours, decode_attention_torch(query, layer.states, mask, 64**-0.5), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype]
     )
 
 
@@ -98,7 +98,7 @@ def test_every_size(kernels, heads, channels, tokens):
     query = random_states(1, heads, 1, channels, seed=9)
     torch.testing.assert_close(
         kernels.decode(query, layer.states, None, 0.1),
-        decode_in_torch(query, layer.states, None, 0.1),
+        decode_attention_torch(query, layer.states, None, 0.1),
         rtol=1e-4,
         atol=1e-4,
     )
@@ -148,7 +148,7 @@ def test_rows_of_different_lengths(kernels):
             outputs.append(kernels.decode(query, states, mask, 0.2))
         else:
             held = cache.layers[0].states
-            outputs.append(decode_in_torch(query, held, mask, 0.2))
+            outputs.append(decode_attention_torch(query, held, mask, 0.2))
     torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4)
     for plain, fused in zip(caches[0].layers[0].store, caches[1].layers[0].store, strict=True):
         torch.testing.assert_close(fused[:3], plain[:3], rtol=1e-5, atol=1)

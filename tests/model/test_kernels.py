@@ -27,9 +27,9 @@ TARGETS = {
     "H100": GPUTarget("cuda", 90, 32),
     "MI300": GPUTarget("hip", "gfx942", 64),
 }
-STATES = {"key": "*bf16", "value": "*bf16"}
+STATES = {"key_ptr": "*bf16", "value_ptr": "*bf16"}
 STORE = {
-    f"{part}_{name}": kind
+    f"{part}_{name}_ptr": kind
     for part in ("key", "value")
     for name, kind in (("q", "*u8"), ("scale", "*bf16"), ("zero", "*bf16"))
 }
@@ -52,19 +52,19 @@ def fresh_cache(monkeypatch, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(("target", "mask"), [("A100", None), ("H100", "boolean"), ("MI300", "additive")])
 def test_decoding_compiles(target, mask):
-    types = {"query": "*bf16", "tiles": "*i64", "scaling": "fp32"}
-    types |= dict.fromkeys(("output", "highest", "total"), "*fp32")
-    types["mask"] = {"boolean": "*i1", "additive": "*bf16"}.get(mask)
+    types = {"q_ptr": "*bf16", "table_ptr": "*i64", "sm_scale": "fp32"}
+    types |= dict.fromkeys(("out_ptr", "max_ptr", "sum_ptr"), "*fp32")
+    types["mask_ptr"] = {"boolean": "*i1", "additive": "*bf16"}.get(mask)
     constants = {
-        "SCALE": kv_cache_triton_qwen.tl.bfloat16,
+        "SCALE_DTYPE": kv_cache_triton_qwen.tl.bfloat16,
         "ALIGNED": 16,
         "D": 128,
         "BLOCK_D": 128,
-        "TILE": kv_cache_qwen.TILE,
+        "TILE_SIZE": kv_cache_qwen.TILE_SIZE,
     }
-    constants |= {"MASK": mask} | ({"mask": None} if mask is None else {})
+    constants |= {"MASK": mask} | ({"mask_ptr": None} if mask is None else {})
     if target == "A100":  # a launch turns integers equal to 1 into constants
-        constants |= {"heads": 1, "tiles_each": 1}
+        constants |= {"num_heads": 1, "tiles_per_split": 1}
     kernel = compiled(kv_cache_triton_qwen.decode_kernel, target, types, **constants)
     if target == "MI300":
         assert "global_load_dwordx4" in kernel.asm["amdgcn"]
@@ -77,10 +77,10 @@ def test_decoding_compiles(target, mask):
 @pytest.mark.parametrize("target", TARGETS)
 def test_appending_and_combining_compile(target):
     shape = {"D": 128, "BLOCK_D": 128}
-    for constants in ({"RAGGED": False, "starts": None}, {"RAGGED": True, "tokens": 1}):
-        types = {**STATES, **STORE, "starts": "*i64", "tiny": "fp32"}
+    for constants in ({"RAGGED": False, "starts_ptr": None}, {"RAGGED": True, "num_tokens": 1}):
+        types = {**STATES, **STORE, "starts_ptr": "*i64", "tiny": "fp32"}
         compiled(kv_cache_triton_qwen.append_kernel, target, types, BLOCK_S=16, **shape, **constants)
-    types = {"output": "*bf16", **dict.fromkeys(("shares", "highest", "total"), "*fp32")}
+    types = {"out_ptr": "*bf16", **dict.fromkeys(("partial_ptr", "max_ptr", "sum_ptr"), "*fp32")}
     compiled(kv_cache_triton_qwen.combine_kernel, target, types, BLOCK_SPLITS=16, **shape)
 
 

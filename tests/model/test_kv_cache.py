@@ -13,11 +13,11 @@ from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 from qwen import QWenLMHeadModel
 from qwen.checkpoint.loading import load_model
 from qwen.model.kv_cache_qwen import (
-    TILE,
+    TILE_SIZE,
     QuantizedKVCache,
     QuantizedKVLayer,
     QuantizedStates,
-    decode_in_torch,
+    decode_attention_torch,
     prompt_state,
     quantize_cache_v,
     quantize_tokens,
@@ -92,7 +92,7 @@ def test_growing_does_not_move_tensors():
         layer.update(*states(1, seed=seed))
         assert [tensor.data_ptr() for tensor in tensors(layer)][: len(before)] == before
         room = sum(segment[0].shape[2] for segment in layer.states.segments)
-        assert 0 <= room - layer.get_seq_length() < max(128, layer.get_seq_length() // 8) + TILE
+        assert 0 <= room - layer.get_seq_length() < max(128, layer.get_seq_length() // 8) + TILE_SIZE
     assert layer.get_seq_length() == 1299
     assert len(layer.states.segments) < 12
 
@@ -119,7 +119,7 @@ def test_attention_over_bytes_equals_attention_over_values():
     key, value = layer.states.dequantize(torch.float32)
     for masking in (None, mask, torch.where(mask, 0.5, -3.0)):
         torch.testing.assert_close(
-            decode_in_torch(query, layer.states, masking, 0.2),
+            decode_attention_torch(query, layer.states, masking, 0.2),
             scaled_dot_product_attention(query, key, value, attn_mask=masking, scale=0.2),
             rtol=1e-4,
             atol=1e-5,
@@ -152,7 +152,7 @@ def test_tile_table_follows_cropping_and_appending():
     """A new tensor may have the address of a dropped one and another size."""
 
     def is_current(states: QuantizedStates) -> bool:
-        return torch.equal(states.tiles, QuantizedStates(states.segments, states.length).tiles)
+        return torch.equal(states.tile_table, QuantizedStates(states.segments, states.length).tile_table)
 
     layer = QuantizedKVLayer()
     draw = random.Random(0)

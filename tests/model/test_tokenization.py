@@ -546,7 +546,7 @@ def test_settings_survive_saving(small_file, tmp_path):
     assert "resume_download" not in (tmp_path / "tokenizer_config.json").read_text()
 
 
-def test_saved_tokenizer_contains_its_code(small_file, tmp_path, monkeypatch, elsewhere):
+def test_saved_tokenizer_contains_its_code(small_file, tmp_path, monkeypatch, isolated_python):
     monkeypatch.setattr(QWenTokenizer, "_auto_class", "AutoTokenizer")
     folder = tmp_path / "checkpoint"
     QWenTokenizer(small_file, pad_token="<|extra_0|>").save_pretrained(folder)
@@ -560,7 +560,7 @@ def test_saved_tokenizer_contains_its_code(small_file, tmp_path, monkeypatch, el
             tokenizer.save_pretrained(sys.argv[2])
             print(tokenizer("abcd<|im_end|>")["input_ids"], tokenizer.pad_token)
     """
-    printed = elsewhere(code, folder, tmp_path / "again")
+    printed = isolated_python(code, folder, tmp_path / "again")
     assert printed == [f"[258, {len(SMALL_LINES) + 2}] <|extra_0|>"] * 2
 
 

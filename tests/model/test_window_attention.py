@@ -11,7 +11,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from qwen import QWenConfig, QWenLMHeadModel
 from qwen.checkpoint.loading import load_model
 from qwen.model.kv_cache_qwen import prompt_state
-from qwen.model.rope_qwen import logn_scale, rotary_tables, rotate
+from qwen.model.rope_qwen import apply_rotary_emb, logn_scale, rotary_tables
 from qwen.serving.engine import Engine
 
 TOKENS = 330
@@ -49,7 +49,11 @@ def reference_logits(model: QWenLMHeadModel, ids: torch.Tensor, alpha: float = 1
     x = model.transformer.wte(ids)
     for block, size in zip(model.transformer.h, config.window_sizes, strict=True):
         heads = block.attn.c_attn(block.ln_1(x)).view(length, 3, -1, config.kv_channels).permute(1, 2, 0, 3)[:, None]
-        query, key, value = rotate(heads[0], cos, sin) * query_scale, rotate(heads[1], cos, sin), heads[2]
+        query, key, value = (
+            apply_rotary_emb(heads[0], cos, sin) * query_scale,
+            apply_rotary_emb(heads[1], cos, sin),
+            heads[2],
+        )
         scores = query @ key.mT / config.kv_channels**0.5
         scores = scores.masked_fill((distance < 0) | (distance >= size), -torch.inf)
         x = x + block.attn.c_proj((scores.softmax(-1) @ value).transpose(1, 2).reshape(1, length, -1))
@@ -190,8 +194,8 @@ def test_training_uses_no_windows(golden, ids):
 
 def test_default_sizes_grow_from_half_to_four_times_the_trained_length():
     config = QWenConfig(num_hidden_layers=8, seq_length=2048, use_window_attn=True)
-    assert config.windows == [1024, 2048, 3072, 4096, 5120, 6144, 7168, 8192]
-    assert QWenConfig(num_hidden_layers=1, seq_length=100, use_window_attn=True).windows == [50]
+    assert config.layer_window_sizes == [1024, 2048, 3072, 4096, 5120, 6144, 7168, 8192]
+    assert QWenConfig(num_hidden_layers=1, seq_length=100, use_window_attn=True).layer_window_sizes == [50]
 
 
 @pytest.mark.parametrize("sizes", [[64], [0] * 32, []])
@@ -216,4 +220,4 @@ def test_saved_model_keeps_its_windows(golden, tmp_path):
     assert (tmp_path / "window_attention_qwen.py").is_file()
     again = QWenConfig.from_pretrained(tmp_path)
     assert again.use_window_attn
-    assert again.windows == window_sizes(again.num_hidden_layers)
+    assert again.layer_window_sizes == window_sizes(again.num_hidden_layers)

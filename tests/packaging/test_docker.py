@@ -28,7 +28,7 @@ import yaml
 
 from tests.support import ROOT
 from tests.support.markdown import Document, repository_files
-from tests.support.reader_machine import copy_of_the_repository
+from tests.support.reader_machine import copy_repository
 
 DOCKER = ROOT / "docker"
 DOCKERFILE = (DOCKER / "Dockerfile").read_text(encoding="utf-8")
@@ -487,7 +487,7 @@ def test_the_dockerfile_uses_one_python_version() -> None:
 def test_the_build_context_has_only_needed_files(engine: Callable[[str], list[bytes]], tmp_path: Path) -> None:
     # BuildKit, which is not tested here, reads docker/Dockerfile.dockerignore; the old builder reads .dockerignore.
     context = tmp_path / "context"
-    copy_of_the_repository(context)
+    copy_repository(context)
     for unwanted in ("qwen/__pycache__/a.pyc", "checkpoints/.work/log", "docker/.env", ".venv/bin/python"):
         (context / unwanted).parent.mkdir(parents=True, exist_ok=True)
         (context / unwanted).touch()

@@ -121,6 +121,9 @@ def test_all_public_names_of_the_last_release_exist(module: str) -> None:
     [
         ("qwen.checkpoint.adapters", "put_on", "attach_adapter"),
         ("qwen.checkpoint.files", "let_others_read", "apply_umask"),
+        ("qwen.checkpoint.files", "shards_of", "shard_files"),
+        ("qwen.checkpoint.hub", "VARIABLE", "HUB_ENV_VAR"),
+        ("qwen.checkpoint.hub", "published_spelling", "canonical_hub_id"),
         ("qwen.checkpoint.staging", "filled_at_the_end", "staged_directory"),
         ("qwen.quantization", "Loss", "LayerError"),
         ("qwen.tools.code_interpreter", "solve", "run_conversation"),

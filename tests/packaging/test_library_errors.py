@@ -23,7 +23,7 @@ from qwen.library_errors import (
     is_nan_in_gptq,
     is_shape_mismatch,
 )
-from qwen_cli.chat.session import explain
+from qwen_cli.chat.session import describe_error
 
 Predicate = Callable[[BaseException], bool]
 PREDICATES: tuple[Predicate, ...] = tuple(getattr(library_errors, name) for name in library_errors.__all__)
@@ -84,9 +84,10 @@ def test_gpu_memory_is_full_by_message(error: Exception) -> None:
 
 def test_chat_explains_full_memory() -> None:
     error = raised(lambda: torch.empty(1 << 60, dtype=torch.uint8), RuntimeError)
-    assert explain(error).startswith("Out of memory. Shorten the conversation (:clear-his)")
-    assert explain(MemoryError()).startswith("Out of memory.")
-    assert explain(RuntimeError("the sizes differ")).startswith("The model failed (RuntimeError: the sizes differ)")
+    assert describe_error(error).startswith("Out of memory. Shorten the conversation (:clear-his)")
+    assert describe_error(MemoryError()).startswith("Out of memory.")
+    message = describe_error(RuntimeError("the sizes differ"))
+    assert message.startswith("The model failed (RuntimeError: the sizes differ)")
 
 
 # ---- weight files ----

@@ -43,10 +43,10 @@ def bare_server(start_server: Callable[..., ServerProcess], without: Callable, b
 
 
 def test_a_server_without_metrics_and_grammars(bare_server: ServerProcess) -> None:
-    said = bare_server.said()
-    assert said.count("prometheus-client is not installed") == 1
-    assert said.count("pip install llguidance") == 1
-    assert "Traceback" not in said
+    output = bare_server.output()
+    assert output.count("prometheus-client is not installed") == 1
+    assert output.count("pip install llguidance") == 1
+    assert "Traceback" not in output
 
     def ask(**fields: object) -> httpx.Response:
         return httpx.post(f"{bare_server.url}/v1/chat/completions", json={"messages": HI, **fields}, timeout=60)
@@ -75,12 +75,12 @@ def test_a_server_without_metrics_and_grammars(bare_server: ServerProcess) -> No
     assert missing.status_code == 404
     assert missing.json()["error"]["code"] == "unknown_url"
     assert "/metrics" not in httpx.get(f"{bare_server.url}/openapi.json").json()["paths"]
-    assert "Traceback" not in bare_server.said()
+    assert "Traceback" not in bare_server.output()
 
 
 def test_a_server_with_all_packages_logs_nothing_about_them(server: ServerProcess) -> None:
-    assert "prometheus" not in server.said()
-    assert "llguidance" not in server.said()
+    assert "prometheus" not in server.output()
+    assert "llguidance" not in server.output()
 
 
 # Training

@@ -17,7 +17,7 @@ from packaging.version import Version
 import qwen
 from tests.support import ROOT
 from tests.support.markdown import repository_files
-from tests.support.reader_machine import copy_of_the_repository
+from tests.support.reader_machine import copy_repository
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 EXTRAS = PROJECT["optional-dependencies"]
@@ -115,7 +115,7 @@ def test_nothing_installs_the_unrelated_package_named_qwen() -> None:
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     folder = tmp_path_factory.mktemp("wheel")
-    copy_of_the_repository(folder / "repository")
+    copy_repository(folder / "repository")
     pip = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", folder]
     done = subprocess.run([*pip, folder / "repository"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -217,7 +217,7 @@ def test_int8_has_a_tiny_error(bundled_chat: Path, samples: list[list[int]], tmp
 
 
 @pytest.mark.process
-def test_script_output_loads_without_this_repository(tmp_path: Path, chat_elsewhere: Callable) -> None:
+def test_script_output_loads_without_this_repository(tmp_path: Path, chat_in_isolated_python: Callable) -> None:
     folder = tmp_path / "output_qwen_int4"
     toy = run_script(ROOT / "run_gptq.py", "--samples", "6", folder=tmp_path)
     assert toy.returncode == 0, toy.stderr
@@ -227,7 +227,7 @@ def test_script_output_loads_without_this_repository(tmp_path: Path, chat_elsewh
     assert lines[1:7] == [f"Quantizing layer {layer} of 6" for layer in range(1, 7)]
     assert len(lines) == 7 + 6 + 2, "GPTQModel's own output is hidden"
     assert list(tmp_path.iterdir()) == [folder]
-    assert chat_elsewhere(folder, QUESTION) == ANSWER
+    assert chat_in_isolated_python(folder, QUESTION) == ANSWER
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, whose result is compared")

@@ -156,7 +156,7 @@ def test_endless_loop_is_interrupted_and_variables_are_kept() -> None:
 
 
 def test_loop_that_ignores_sigint_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qwen.sandbox.process.GRACE", 0.5)
+    monkeypatch.setattr("qwen.sandbox.process.INTERRUPT_TIMEOUT", 0.5)
     with Sandbox(limits=Limits(wall_seconds=1)) as sandbox:
         sandbox.run("lost = 1")
         result = sandbox.run("import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\nwhile True: pass")
@@ -494,7 +494,7 @@ except SandboxUnavailable as error:
     print(error)
 with Sandbox(allow_weaker=True) as sandbox:
     print(sandbox.run("6 * 7").output)
-    print(sandbox.missing)
+    print(sandbox.missing_protections)
 """
 
 
@@ -521,6 +521,11 @@ def test_lower_existing_limits_are_kept() -> None:
     """
     done = subprocess.run([sys.executable, "-c", dedent(code)], capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout == f"({1 << 30}, 40)\n"
+
+
+def test_old_name_of_missing_protections() -> None:
+    with Sandbox() as sandbox, pytest.warns(DeprecationWarning, match=r"Sandbox\.missing is now"):
+        assert sandbox.missing is sandbox.missing_protections
 
 
 def test_windows_is_unsupported(monkeypatch: pytest.MonkeyPatch) -> None:

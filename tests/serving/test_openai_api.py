@@ -255,8 +255,8 @@ def test_sigterm_lets_replies_finish(start_server: Callable[..., ServerProcess],
     assert done == "data: [DONE]"
     assert json.loads(last.removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
     assert server.wait() == 0
-    assert "Stopping" in server.said()
-    assert "Traceback" not in server.said()
+    assert "Stopping" in server.output()
+    assert "Traceback" not in server.output()
 
 
 @pytest.mark.parametrize(("drain_seconds", "signals"), [("0.2", 1), ("600", 2)])
@@ -269,7 +269,7 @@ def test_replies_that_are_cut_off_end_in_an_error(
         next(lines)
         server.signal(signal.SIGINT)
         if signals == 2:
-            while "Stopping" not in server.said():
+            while "Stopping" not in server.output():
                 assert server.process.poll() is None
             server.signal(signal.SIGTERM)
         *_, last = [line for line in lines if line]
@@ -277,7 +277,7 @@ def test_replies_that_are_cut_off_end_in_an_error(
     assert error["code"] == "shutting_down"
     assert "incomplete" in error["message"]
     assert server.wait() == signals - 1
-    assert "Traceback" not in server.said()
+    assert "Traceback" not in server.output()
 
 
 # Start
@@ -351,6 +351,6 @@ def test_missing_checkpoint_is_a_one_line_error(monkeypatch: pytest.MonkeyPatch,
 
 def test_server_prints_its_address(server: ServerProcess, guarded: ServerProcess) -> None:
     for process, name in ((server, "qwen-tiny-chat"), (guarded, "toy")):
-        assert f"{name} answers at {process.url}/v1 (documentation: {process.url}/docs)" in process.said()
+        assert f"{name} answers at {process.url}/v1 (documentation: {process.url}/docs)" in process.output()
         assert re.match(r"http://127\.0\.0\.1:\d+$", process.url)
-        assert "Anybody" not in process.said()  # the warning about other machines
+        assert "Anybody" not in process.output()  # the warning about other machines

@@ -14,7 +14,7 @@ from pydantic import TypeAdapter
 
 from qwen.checkpoint.loading import load_model
 from qwen.model.qwen_generation_utils import make_context
-from qwen.serving.api.chat import ChatWriter, ToolChoice, collect
+from qwen.serving.api.chat import ChatWriter, ToolChoice, merge_chunks
 from qwen.serving.api.responses import ChatCompletion, ChatCompletionChunk
 from qwen.serving.engine.detokenizer import Piece
 from qwen.tools import ReplyReader
@@ -85,11 +85,11 @@ def deltas(chunks: list, index: int = 0) -> list:
     return [choice.delta for chunk in chunks for choice in chunk.choices if choice.index == index]
 
 
-def text_of(chunks: list, index: int = 0) -> str:
+def join_content(chunks: list, index: int = 0) -> str:
     return "".join(delta.content or "" for delta in deltas(chunks, index))
 
 
-def finish_of(chunks: list, index: int = 0) -> str:
+def finish_reason(chunks: list, index: int = 0) -> str:
     reasons = [choice.finish_reason for chunk in chunks for choice in chunk.choices if choice.index == index]
     assert all(reason is None for reason in reasons[:-1])
     return reasons[-1]
@@ -112,7 +112,7 @@ def test_greedy_answer_equals_model_chat(client: openai.OpenAI, model_and_tokeni
         messages.append({"role": "user", "content": query})
         expected, _ = model.chat(tokenizer, query, history, system=system, do_sample=False)
         assert say(client, messages) == expected
-        assert text_of(stream(client, messages)) == expected
+        assert join_content(stream(client, messages)) == expected
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_unfinished_assistant_message_is_continued(client: openai.OpenAI) -> Non
     begun = {"role": "assistant", "content": "47 + 38"}
     for fields in ({}, {"tools": TOOLS}):  # the space between them is part of the reply
         assert say(client, [*SUM, begun], **fields) == " = 85."
-        assert text_of(stream(client, [*SUM, begun], **fields)) == " = 85."
+        assert join_content(stream(client, [*SUM, begun], **fields)) == " = 85."
     assert say(client, [*SUM, begun | {"content": [{"type": "text", "text": "47 + 38"}]}]) == " = 85."
     assert say(client, [*SUM, begun | {"content": "47 + 38 "}]) == "= 85."
     assert say(client, [*SUM, begun | {"content": ""}]) == "47 + 38 = 85."
@@ -166,8 +166,8 @@ def test_stream_adds_up_to_the_answer(client: openai.OpenAI) -> None:
     chunks = stream(client, CHINESE, **fields)
     for choice in whole.choices:
         assert deltas(chunks, choice.index)[0].role == "assistant"
-        assert text_of(chunks, choice.index) == choice.message.content
-        assert finish_of(chunks, choice.index) == choice.finish_reason
+        assert join_content(chunks, choice.index) == choice.message.content
+        assert finish_reason(chunks, choice.index) == choice.finish_reason
     assert len({chunk.id for chunk in chunks}) == 1
 
 
@@ -215,8 +215,8 @@ def test_stop(client: openai.OpenAI, stop: str | list[str], expected: str) -> No
     assert answer.choices[0].message.content == expected
     assert answer.choices[0].finish_reason == "stop"
     chunks = stream(client, SUM, stop=stop)
-    assert text_of(chunks) == expected
-    assert finish_of(chunks) == "stop"
+    assert join_content(chunks) == expected
+    assert finish_reason(chunks) == "stop"
 
 
 @pytest.mark.parametrize(
@@ -226,7 +226,7 @@ def test_max_tokens(client: openai.OpenAI, fields: dict) -> None:
     answer = ask(client, SUM, **fields)
     assert answer.choices[0].finish_reason == "length"
     assert answer.usage.completion_tokens == 4
-    assert finish_of(stream(client, SUM, **fields)) == "length"
+    assert finish_reason(stream(client, SUM, **fields)) == "length"
 
 
 def test_max_length_counts_the_prompt(client: openai.OpenAI) -> None:
@@ -339,7 +339,7 @@ def test_json_schema(client: openai.OpenAI) -> None:
         assert 0 <= value["degrees"] <= 99
         assert isinstance(value["sunny"], bool)
         assert len(value) == 3
-        assert text_of(stream(client, messages, response_format=JSON_SCHEMA)) == answer.message.content
+        assert join_content(stream(client, messages, response_format=JSON_SCHEMA)) == answer.message.content
 
 
 def test_json_object(client: openai.OpenAI) -> None:
@@ -371,8 +371,8 @@ def test_tool_call(client: openai.OpenAI) -> None:
 def test_tool_call_streams(client: openai.OpenAI) -> None:
     whole = ask(client, BOSTON, tools=TOOLS).choices[0].message
     chunks = stream(client, BOSTON, tools=TOOLS)
-    assert finish_of(chunks) == "tool_calls"
-    assert text_of(chunks) == whole.content
+    assert finish_reason(chunks) == "tool_calls"
+    assert join_content(chunks) == whole.content
     first, *more = [delta.tool_calls[0] for delta in deltas(chunks) if delta.tool_calls]
     assert first.index == 0
     assert first.id
@@ -396,7 +396,7 @@ def test_tool_result_leads_to_the_answer(client: openai.OpenAI) -> None:
     assert choice.message.tool_calls is None
     assert "22" in choice.message.content
     assert "Thought" not in choice.message.content
-    assert text_of(stream(client, messages, tools=TOOLS)) == choice.message.content
+    assert join_content(stream(client, messages, tools=TOOLS)) == choice.message.content
     assert "22" in say(client, messages)  # a client that no longer sends the tools
     assert "22" in say(client, messages, tools=TOOLS, tool_choice="none")
     required = ask(client, messages, tools=TOOLS, tool_choice="required").choices[0]
@@ -464,7 +464,7 @@ def test_call_cut_off_by_a_stop_string_is_not_a_call(
 ) -> None:
     choice = ask(client, BOSTON, tools=TOOLS, stop=stop).choices[0]
     assert (choice.message.tool_calls[0].function.arguments, choice.finish_reason) == (arguments, reason)
-    assert finish_of(stream(client, BOSTON, tools=TOOLS, stop=stop)) == reason
+    assert finish_reason(stream(client, BOSTON, tools=TOOLS, stop=stop)) == reason
 
 
 @pytest.mark.parametrize(
@@ -484,7 +484,7 @@ def test_tools_that_are_not_offered_are_not_called(model_and_tokenizer, reply: s
     chunks = [*writer.begin()]
     for place in range(0, len(reply), size):
         chunks += writer.write(Piece(reply[place : place + size], []))
-    choice = collect([*chunks, *writer.end("stop")])
+    choice = merge_chunks([*chunks, *writer.end("stop")])
     assert choice["message"] == {"role": "assistant", "content": content, "refusal": None}
     assert choice["finish_reason"] == "stop"
 
@@ -497,7 +497,7 @@ def test_old_functions(client: openai.OpenAI) -> None:
     assert (call.name, json.loads(call.arguments)) == ("get_current_weather", {"location": "Boston"})
 
     chunks = stream(client, BOSTON, functions=[WEATHER])
-    assert finish_of(chunks) == "function_call"
+    assert finish_reason(chunks) == "function_call"
     first, *more = [delta.function_call for delta in deltas(chunks) if delta.function_call]
     assert (first.name, first.arguments) == ("get_current_weather", "")
     assert "".join(piece.arguments for piece in more) == call.arguments

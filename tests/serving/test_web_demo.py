@@ -28,7 +28,7 @@ from qwen.checkpoint.loading import load_model
 from qwen.data.samples import encode_conversation, pad_samples
 from qwen.serving.engine import Engine
 from qwen.serving.web.page import Page as WebPage
-from qwen.serving.web.page import text_message
+from qwen.serving.web.page import build_message
 from qwen.serving.web.texts import TEXTS
 from tests.support import ROOT
 from tests.support.processes import Script, run_script
@@ -548,9 +548,9 @@ def test_rejected_requests_change_nothing(tiny_chat_checkpoint: Path, language: 
     model, tokenizer = load_model(tiny_chat_checkpoint, cpu_only=True)
     engine = Engine(model, tokenizer, max_batch_size=1, max_queue=0)
     page = WebPage(engine, "tiny")
-    settings = page.own_settings()
+    settings = page.default_settings()
     request = gr.Request(session_hash="page", headers={"accept-language": language})
-    messages = [text_message("user", "hello"), text_message("assistant", "world")]
+    messages = [build_message("user", "hello"), build_message("assistant", "world")]
     busy = engine.start([1, 2, 3], engine.params(max_tokens=ENDLESS))
     while engine.load().running == 0:
         time.sleep(0.01)
@@ -576,7 +576,7 @@ def test_rejected_requests_change_nothing(tiny_chat_checkpoint: Path, language: 
         box, chat = run(last_update(page.send(request, "more", messages, *settings)))
     assert box["value"] == "more"
     assert chat == messages
-    assert not page.runs
+    assert not page.running
 
 
 @pytest.mark.parametrize(
@@ -592,11 +592,11 @@ def test_rejected_requests_change_nothing(tiny_chat_checkpoint: Path, language: 
     ],
 )
 def test_invalid_browser_storage_is_ignored(web_page: WebPage, kept: object) -> None:
-    assert web_page.restore(kept) == [gr.skip(), [], *web_page.own_settings()]
+    assert web_page.restore(kept) == [gr.skip(), [], *web_page.default_settings()]
 
 
 def test_question_without_a_reply_returns_to_the_box(web_page: WebPage) -> None:
-    messages = [text_message("user", "hello"), text_message("assistant", "world"), text_message("user", "more")]
+    messages = [build_message("user", "hello"), build_message("assistant", "world"), build_message("user", "more")]
     draft, restored, *settings = web_page.restore({"messages": messages, "seed": 3})
     assert (draft, restored, settings[-1]) == ("more", messages[:2], 3)
 

@@ -22,7 +22,7 @@ def write_command(path: Path, address: Path) -> None:
     path.chmod(0o755)
 
 
-def ask(address: str, real: str, words: list[str]) -> int:
+def run_in_fork(address: str, real: str, words: list[str]) -> int:
     """Run `python WORDS`.
 
     Returns:
@@ -120,7 +120,7 @@ def _run_python(files: list[int], *, words: list[str], folder: str, environment:
 
 
 if __name__ == "__main__":
-    status = ask(sys.argv[1], sys.argv[2], sys.argv[3:])
+    status = run_in_fork(sys.argv[1], sys.argv[2], sys.argv[3:])
     if status < 0:
         signal.signal(-status, signal.SIG_DFL)
         os.kill(os.getpid(), -status)

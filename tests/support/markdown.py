@@ -138,7 +138,7 @@ class Document:
         for index, token in enumerate(self._tokens):
             if token.type == "heading_open":
                 text = plain_text(self._tokens[index + 1])
-                slug = anchor_of(text)
+                slug = heading_anchor(text)
                 heading = Heading(int(token.tag[1:]), text, f"{slug}-{seen[slug]}" if seen[slug] else slug)
                 seen[slug] += 1
                 self.headings.append(heading)
@@ -177,7 +177,7 @@ def plain_text(inline: Token) -> str:
     return "".join(token.content for token in inline.children or () if token.type in shown)
 
 
-def anchor_of(heading: str) -> str:
+def heading_anchor(heading: str) -> str:
     """Return GitHub's anchor of a heading: lower case, no punctuation, hyphens for spaces."""
     kept = (letter for letter in heading.strip().lower() if letter in " -_" or unicodedata.category(letter)[0] in "LMN")
     return "".join(kept).replace(" ", "-")

@@ -3,7 +3,7 @@
 - `Child`: runs a function of a test file in its own process.
 - `Script`: does what `python SCRIPT ARGUMENTS` does; `run_script` runs one to its end.
 - `forking_python`: a `python` command that forks in the same way, for shell scripts and programs that start a Python.
-- `Elsewhere`: a Python that has transformers but not this repository.
+- `IsolatedPython`: a Python that has transformers but not this repository.
 
 Tests of how a process starts (imports, Ctrl-C meanwhile) or exits start a new interpreter with `subprocess` instead.
 """
@@ -31,7 +31,7 @@ import pytest
 from tests.support import ROOT
 from tests.support.fork_python import serve_at, write_command
 
-allowed = True
+may_start = True
 """Whether the current test may start processes; set by conftest.py."""
 FORKING = multiprocessing.get_context("forkserver")
 # Modules that scripts import. Without gptqmodel, which starts threads that a fork would lose, but with its imports.
@@ -62,7 +62,7 @@ def start_forking() -> None:
         FORKING.Process(target=int).start()
 
 
-class Forked:
+class ForkedProcess:
     """Runs a function in a forked process; has the methods of subprocess.Popen.
 
     Args:
@@ -72,7 +72,7 @@ class Forked:
     """
 
     def __init__(self, function: Callable, *arguments: Any, folder: Path, environment: dict[str, str]):
-        assert allowed, "tests that start a process need @pytest.mark.process"
+        assert may_start, "tests that start a process need @pytest.mark.process"
         start_forking()
         self._process = FORKING.Process(target=_in_fork, args=(folder, environment, function, arguments))
         self._process.start()
@@ -96,16 +96,16 @@ class Forked:
         self._process.join()
 
 
-class Child(Forked):
+class Child(ForkedProcess):
     """Runs a function of a test file, or of this one, in its own process.
 
     Args:
-        log: file to append the output to (default: a new `said.txt` in the folder).
+        log: file to append the output to (default: a new `output.txt` in the folder).
     """
 
     def __init__(self, folder: Path, function: Callable, *arguments: Any, log: Path | None = None, **environment: str):
         start_forking()
-        self.log = log or folder / "said.txt"
+        self.log = log or folder / "output.txt"
         if log is None:
             self.log.write_text("")
         self._connection, sender = FORKING.Pipe(duplex=False)
@@ -119,15 +119,15 @@ class Child(Forked):
             AssertionError: it raised an exception or took longer than `seconds`.
         """
         try:
-            assert self._connection.poll(seconds), f"Not done after {seconds} seconds:\n{self.said()}"
+            assert self._connection.poll(seconds), f"Not done after {seconds} seconds:\n{self.output()}"
             return self._connection.recv()
         except EOFError:
-            raise AssertionError(f"The process ended without a result:\n{self.said()}") from None
+            raise AssertionError(f"The process ended without a result:\n{self.output()}") from None
         finally:
             self._process.join(10)
             self.kill()
 
-    def said(self) -> str:
+    def output(self) -> str:
         return self.log.read_text(encoding="utf-8")
 
     def interrupt(self) -> None:
@@ -135,13 +135,13 @@ class Child(Forked):
 
     def wait_for(self, text: str, seconds: float = 120) -> None:
         deadline = time.monotonic() + seconds
-        while text not in self.said():
-            assert time.monotonic() < deadline, f"No {text!r}:\n{self.said()}"
-            assert self.poll() is None, f"It ended without {text!r}:\n{self.said()}"
+        while text not in self.output():
+            assert time.monotonic() < deadline, f"No {text!r}:\n{self.output()}"
+            assert self.poll() is None, f"It ended without {text!r}:\n{self.output()}"
             time.sleep(0.02)
 
 
-class Script(Forked):
+class Script(ForkedProcess):
     """Does what `python SCRIPT ARGUMENTS` does, except that imports are already done and the interpreter does not exit.
 
     Args:
@@ -182,8 +182,8 @@ def run_script(
             status = process.wait(timeout)
         finally:
             process.kill()
-        said = [file.read_text(encoding="utf-8") for file in files[1:]]
-    return subprocess.CompletedProcess(process.words, status, *said)
+        outputs = [file.read_text(encoding="utf-8") for file in files[1:]]
+    return subprocess.CompletedProcess(process.words, status, *outputs)
 
 
 @contextlib.contextmanager
@@ -194,7 +194,7 @@ def forking_python(folder: Path) -> Iterator[Path]:
         The path of the command.
     """
     address, command = folder / "forks", folder / "python"
-    process = Forked(serve_at, address, folder=folder, environment={})
+    process = ForkedProcess(serve_at, address, folder=folder, environment={})
     write_command(command, address)
     try:
         while not address.exists():
@@ -205,7 +205,7 @@ def forking_python(folder: Path) -> Iterator[Path]:
         process.kill()
 
 
-def main(*arguments: str | Path) -> int:
+def run_finetune(*arguments: str | Path) -> int:
     """Run finetune.py in this process and return its exit status."""
     from qwen_cli.finetune import main
 
@@ -254,7 +254,7 @@ def _run(files: list[str], words: list[str]) -> None:
     runpy.run_path(words[0], run_name="__main__")
 
 
-class Elsewhere:
+class IsolatedPython:
     """A Python that has transformers but not this repository, like that of a user who loads a saved checkpoint.
 
     Calling it with code and the values of sys.argv[1:] runs the code in its own process and returns the printed lines.
@@ -268,7 +268,7 @@ class Elsewhere:
         self._count = 0
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "HF_"))}
         self._process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("elsewhere.py"))],
+            [sys.executable, str(Path(__file__).with_name("isolated_python.py"))],
             cwd=home,
             env=environment | {"HF_HOME": str(home / "hf"), "HF_HUB_OFFLINE": "1"},
             stdin=subprocess.PIPE,

@@ -47,7 +47,7 @@ class Machine:
         self.home = folder / "home"
         self._hub = hub
         self.home.mkdir()
-        copy_of_the_repository(self.repository)
+        copy_repository(self.repository)
         link_environment(self.repository / ".venv")
         if forks:
             python = self.repository / ".venv" / "bin" / "python"
@@ -95,7 +95,7 @@ def matplotlib_folder() -> str:
     return os.environ.get("MPLCONFIGDIR") or str(Path.home() / ".cache" / "matplotlib")
 
 
-def copy_of_the_repository(target: Path) -> None:
+def copy_repository(target: Path) -> None:
     """Copy the files of the repository, without generated and ignored ones."""
     for name in repository_files():
         (target / name).parent.mkdir(parents=True, exist_ok=True)

@@ -80,7 +80,7 @@ class Output:
         return texts[0], texts[1]
 
 
-class Group:
+class ProcessGroup:
     """A process and its children, in one process group."""
 
     def __init__(self, command: list[str], machine: Machine, text: str = ""):
@@ -109,13 +109,15 @@ class Group:
         self.process.wait()
 
 
-class Python:
+class PythonProcess:
     """The process that runs all Python blocks of a page."""
 
     def __init__(self, machine: Machine):
         address = machine.repository.with_name("blocks")
         with socket.create_server(str(address), family=socket.AF_UNIX) as listener:
-            self.group = Group(["python", str(Path(__file__).with_name("interpreter.py")), str(address)], machine)
+            self.group = ProcessGroup(
+                ["python", str(Path(__file__).with_name("interpreter.py")), str(address)], machine
+            )
             listener.settimeout(END_SECONDS)
             try:
                 self._connection, _ = listener.accept()
@@ -140,7 +142,7 @@ class Python:
             raise BlockFailed("It raised an exception.")
 
 
-class Page:
+class PageRunner:
     """Runs the blocks of a page.
 
     Args:
@@ -153,8 +155,8 @@ class Page:
         blocks = Document(page, root=machine.repository).blocks
         self._blocks = [block for block in blocks if block.is_run and part in (None, block.part)]
         self._machine = machine
-        self._python: Python | None = None
-        self._server: Group | None = None
+        self._python: PythonProcess | None = None
+        self._server: ProcessGroup | None = None
         self._server_section: tuple[str, ...] = ()
 
     def run(self) -> Iterator[Outcome]:
@@ -174,21 +176,21 @@ class Page:
         error = None
         try:
             if block.language == "python":
-                self._python = self._python or Python(self._machine)
+                self._python = self._python or PythonProcess(self._machine)
                 outputs.append(self._python.group.output)
                 self._python.run(block)
             else:
                 self._bash(block, outputs)
         except BlockFailed as failure:
             error = str(failure)
-        said = [output.new() for output in outputs]
-        printed, complained = ("".join(texts) for texts in zip(*said, strict=True))
+        texts = [output.new() for output in outputs]
+        stdout, stderr = ("".join(parts) for parts in zip(*texts, strict=True))
         if error is None and block.prints is not None:
-            error = difference(expected_of(block.prints), printed)
+            error = output_error(expected_lines(block.prints), stdout)
         # Stop the server after the last block that may use it; errors at exit count as errors of that block.
         if not (following and self._is_served(following)):
             error = self._stop_server() or error
-        return Outcome(block.line, time.monotonic() - start, error, printed + complained)
+        return Outcome(block.line, time.monotonic() - start, error, stdout + stderr)
 
     def _is_served(self, block: Block) -> bool:
         """Return whether a block is in the section of the server, which is at most a chapter."""
@@ -196,12 +198,14 @@ class Page:
         return block.section[: len(section)] == section and block.section[:2] == section[:2]
 
     def _bash(self, block: Block, outputs: list[Output]) -> None:
-        commands = commands_of(block.code) if SERVER.search(block.code) else [block.code]
+        commands = split_commands(block.code) if SERVER.search(block.code) else [block.code]
         for command in commands:
             serves = bool(SERVER.search(command))
-            if serves and (complaint := self._stop_server()):
-                raise BlockFailed(complaint)
-            group = Group(["bash", "-e", "-o", "pipefail", "-c", command], self._machine, questions_of(block.prints))
+            if serves and (error_message := self._stop_server()):
+                raise BlockFailed(error_message)
+            group = ProcessGroup(
+                ["bash", "-e", "-o", "pipefail", "-c", command], self._machine, user_inputs(block.prints)
+            )
             outputs.append(group.output)
             if serves:
                 self._server, self._server_section = group, block.section
@@ -233,15 +237,15 @@ class Page:
             return f"The server did not end within {END_SECONDS} seconds of Ctrl-C."
         finally:
             group.kill()
-        said = "".join(group.output.new())
+        output = "".join(group.output.new())
         # make has its own exit status, which differs from that of its command.
         expected = (0, 2, 130, -signal.SIGINT) if group.command.startswith("make ") else (0,)
-        if status not in expected or "Traceback" in said:
-            return f"The server ended with status {status} on Ctrl-C:\n{said}"
+        if status not in expected or "Traceback" in output:
+            return f"The server ended with status {status} on Ctrl-C:\n{output}"
         return None
 
 
-def wait_for_server(group: Group) -> None:
+def wait_for_server(group: ProcessGroup) -> None:
     """Wait until a server answers.
 
     Raises:
@@ -262,7 +266,7 @@ def wait_for_server(group: Group) -> None:
     raise BlockFailed(f"The server did not answer on port {PORT} within {BLOCK_SECONDS} seconds.")
 
 
-def commands_of(code: str) -> list[str]:
+def split_commands(code: str) -> list[str]:
     """Split a bash block into commands, as bash parses them."""
     commands, partial = [], ""
     for line in code.splitlines(keepends=True):
@@ -276,13 +280,13 @@ def commands_of(code: str) -> list[str]:
     return [command for command in [*commands, partial] if command.strip()]
 
 
-def questions_of(prints: str | None) -> str:
+def user_inputs(prints: str | None) -> str:
     """Return the user input of a transcript."""
     lines = (prints or "").splitlines()
     return "".join(f"{line.removeprefix(USER)}\n" for line in lines if line.startswith(USER))
 
 
-def expected_of(prints: str) -> list[str]:
+def expected_lines(prints: str) -> list[str]:
     """Return the lines that must be printed; of a transcript only the replies, as printed behind a pipe."""
     lines = prints.rstrip().splitlines()
     if lines and lines[0].startswith(USER):
@@ -290,7 +294,7 @@ def expected_of(prints: str) -> list[str]:
     return lines
 
 
-def difference(expected: list[str], printed: str) -> str | None:
+def output_error(expected: list[str], printed: str) -> str | None:
     """Return an error message unless the expected lines were printed consecutively."""
     pattern = "".join(r"(?:.*\n)*?" if line.strip() == "…" else f"{re.escape(line.rstrip())}\n" for line in expected)
     if re.search(f"^{pattern}", "".join(f"{line.rstrip()}\n" for line in printed.splitlines()), re.MULTILINE):
@@ -361,7 +365,7 @@ def run_part(part: str, folder: Path, hub: Path, fork: bool, report: Callable[[O
         address = stack.enter_context(fork_server(folder / "python")) if fork else None
         machine = Machine(folder, hub, address)
         failed = False
-        with contextlib.closing(Page(page, machine, part if number else None).run()) as outcomes:
+        with contextlib.closing(PageRunner(page, machine, part if number else None).run()) as outcomes:
             for outcome in outcomes:
                 report(outcome)
                 failed |= outcome.error is not None

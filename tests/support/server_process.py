@@ -47,14 +47,14 @@ class ServerProcess:
         else:
             self.process = Script(*words, files=(os.devnull, self.log.name, self.log.name), **variables)
         deadline = time.monotonic() + START_SECONDS
-        while not (found := READY.search(self.said())):
+        while not (found := READY.search(self.output())):
             if self.process.poll() is not None or time.monotonic() > deadline:
                 self.stop()
-                raise AssertionError(f"The server did not start:\n{self.said()}")
+                raise AssertionError(f"The server did not start:\n{self.output()}")
             time.sleep(0.05)
         self.url = found[1]
 
-    def said(self) -> str:
+    def output(self) -> str:
         """Return everything printed so far."""
         return os.pread(self.log.fileno(), 10**7, 0).decode()
 

@@ -242,8 +242,8 @@ def test_code_next_to_the_bundled_weights_is_that_of_the_package(bundled, tmp_pa
         assert files[path.name].read_bytes() == path.read_bytes(), f"{path.name} is outdated. {WRITE}"
 
 
-def test_bundled_folder_chats_without_this_repository(bundled_chat, chat_elsewhere):
-    assert chat_elsewhere(bundled_chat, "What is 2 + 3?") == "2 + 3 = 5."
+def test_bundled_folder_chats_without_this_repository(bundled_chat, chat_in_isolated_python):
+    assert chat_in_isolated_python(bundled_chat, "What is 2 + 3?") == "2 + 3 = 5."
 
 
 def test_code_next_to_the_weights_is_not_run_if_the_package_is_installed(bundled_chat):

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..data_files import DataError, check_fields, existing, read_json
+from ..data_files import DataError, check_fields, read_json, require_files
 from ..language_model import LanguageModel
 from ..task import Case, JSONObject, Score, Task, group_records, mean
 
@@ -34,8 +34,8 @@ class EvaluateBBH(Task):
 
     def cases(self) -> list[Case]:
         folder = self.arguments.eval_data_path
-        questions = existing(folder, [f"bbh/{task}.json" for task in TASKS])
-        prompts = existing(folder, [f"cot-prompts/{task}.txt" for task in TASKS])
+        questions = require_files(folder, [f"bbh/{task}.json" for task in TASKS])
+        prompts = require_files(folder, [f"cot-prompts/{task}.txt" for task in TASKS])
         cases = []
         for task, questions_file, prompt_file in zip(TASKS, questions, prompts, strict=True):
             preamble, shots = read_prompt(prompt_file)
@@ -53,11 +53,11 @@ class EvaluateBBH(Task):
         return cases
 
     def answer(self, lm: LanguageModel, cases: Sequence[Case]) -> list[JSONObject]:
-        completions = lm.complete(cases, stop=STOP, max_new_tokens=MAX_NEW_TOKENS)
+        completions = lm.generate(cases, stop=STOP, max_new_tokens=MAX_NEW_TOKENS)
         return [{"completion": completion} for completion in completions]
 
     def score(self, case: Case, answer: JSONObject) -> JSONObject:
-        found = extracted(answer["completion"])
+        found = extract_answer(answer["completion"])
         return {"extracted": found, "correct": found == case.gold}
 
     def summary(self, records: Sequence[JSONObject]) -> list[Score]:
@@ -93,7 +93,7 @@ def read_examples(path: Path) -> list[dict[str, str]]:
     return examples
 
 
-def extracted(completion: str) -> str | None:
+def extract_answer(completion: str) -> str | None:
     """Return the rest of the line after the first "the answer is", without the period."""
     match = re.search(r"the answer is (.*)", completion)
     return match[1].strip().removesuffix(".") if match else None

@@ -8,7 +8,7 @@ the val split, as the answers of the test split are not published.
 """
 
 from ..chat_choice import ChatChoice
-from ..subjects import CEVAL, options
+from ..subjects import CEVAL, format_options
 
 
 class EvaluateChatCEval(ChatChoice):
@@ -18,4 +18,4 @@ class EvaluateChatCEval(ChatChoice):
     answer_prefix = "答案："
 
     def prompt(self, question: dict[str, str]) -> str:
-        return f"{question['question']}\n\n{options(question)}"
+        return f"{question['question']}\n\n{format_options(question)}"

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from fractions import Fraction
 
 from ..language_model import LanguageModel
-from ..numbers import close, last_number
+from ..numbers import is_close, last_number
 from ..task import Case, JSONObject, Task
-from ..word_problems import add_problems_argument, read_problems, worked_examples
+from ..word_problems import add_problems_argument, read_problems, sample_shots
 
 SHOTS = 8
 MAX_NEW_TOKENS = 512
@@ -37,15 +37,15 @@ class EvaluateChatGSM8K(Task):
         self.shot_indices: list[int] = []  # in the train split, from 0
 
     def cases(self) -> list[Case]:
-        path, few = self.arguments.sample_input_file, self.arguments.use_fewshot
+        path, few_shot = self.arguments.sample_input_file, self.arguments.use_fewshot
         problems = read_problems(path, "test")
         shots: tuple[str, ...] = ()
-        if few:
-            self.shot_indices, shots = worked_examples(path, self.arguments.seed, SHOTS)
+        if few_shot:
+            self.shot_indices, shots = sample_shots(path, self.arguments.seed, SHOTS)
         return [
             Case(
                 name=f"test/{number}",
-                prompt=problem.asked() if few else problem.question,
+                prompt=problem.prompt() if few_shot else problem.question,
                 gold=str(problem.gold),
                 shots=shots,
             )
@@ -54,8 +54,8 @@ class EvaluateChatGSM8K(Task):
 
     def answer(self, lm: LanguageModel, cases: Sequence[Case]) -> list[JSONObject]:
         shots = {"shots": self.shot_indices} if self.arguments.use_fewshot else {}
-        return [{"reply": reply, **shots} for reply in lm.reply(cases, max_new_tokens=MAX_NEW_TOKENS)]
+        return [{"reply": reply, **shots} for reply in lm.chat(cases, max_new_tokens=MAX_NEW_TOKENS)]
 
     def score(self, case: Case, answer: JSONObject) -> JSONObject:
         found = last_number(answer["reply"])
-        return {"number": None if found is None else str(found), "correct": close(found, Fraction(case.gold))}
+        return {"number": None if found is None else str(found), "correct": is_close(found, Fraction(case.gold))}

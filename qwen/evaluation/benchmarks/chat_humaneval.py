@@ -11,7 +11,7 @@ import re
 import textwrap
 from collections.abc import Sequence
 
-from ..code import HUMANEVAL_FIELDS, Program, ProgramTask, defines, extract_program
+from ..code import HUMANEVAL_FIELDS, Program, ProgramTask, defines_function, extract_program
 from ..data_files import DataError, read_jsonl
 from ..language_model import LanguageModel
 from ..task import Case, JSONObject
@@ -29,14 +29,16 @@ class EvaluateChatHumanEval(ProgramTask):
         for problem in read_jsonl(path, HUMANEVAL_FIELDS):
             prompt, function = problem["prompt"], problem["entry_point"]
             try:
-                signature, description = described(prompt, function)
+                signature, description = parse_signature(prompt, function)
             except ValueError as error:
                 raise DataError(f"{path}, {problem['task_id']}: {error}") from error
-            asked = f"Write a Python function `{signature}` to solve the following problem:\n{description}\n{prompt}"
+            instruction = (
+                f"Write a Python function `{signature}` to solve the following problem:\n{description}\n{prompt}"
+            )
             cases.append(
                 Case(
                     name=problem["task_id"],
-                    prompt=asked,
+                    prompt=instruction,
                     gold=problem.get("canonical_solution"),
                     data={"head": prompt, "function": function, "tests": f"{problem['test']}\ncheck({function})"},
                 )
@@ -44,9 +46,9 @@ class EvaluateChatHumanEval(ProgramTask):
         return cases
 
     def answer(self, lm: LanguageModel, cases: Sequence[Case]) -> list[JSONObject]:
-        replies = lm.reply(cases, max_new_tokens=MAX_NEW_TOKENS)
+        replies = lm.chat(cases, max_new_tokens=MAX_NEW_TOKENS)
         return [
-            {"task_id": case.name, "completion": completion(reply, **case.data), "reply": reply}
+            {"task_id": case.name, "completion": extract_completion(reply, **case.data), "reply": reply}
             for case, reply in zip(cases, replies, strict=True)
         ]
 
@@ -54,7 +56,7 @@ class EvaluateChatHumanEval(ProgramTask):
         return Program(case.data["head"] + answer["completion"], case.data["tests"])
 
 
-def described(prompt: str, function: str) -> tuple[str, str]:
+def parse_signature(prompt: str, function: str) -> tuple[str, str]:
     """Return the signature of a prompt's function, `add(a: int, b: int) -> int`, and its docstring.
 
     Raises:
@@ -73,9 +75,9 @@ def described(prompt: str, function: str) -> tuple[str, str]:
     return signature, docstring.strip()
 
 
-def completion(reply: str, head: str, function: str, **_: object) -> str:
+def extract_completion(reply: str, head: str, function: str, **_: object) -> str:
     """Return the code to append to the prompt: the whole function, redefined, or its body alone."""
     code = extract_program(reply, function)
-    if defines(code, function):
+    if defines_function(code, function):
         return f"    pass\n\n\n{code}"  # completes the first definition, which is then replaced
     return textwrap.indent(textwrap.dedent(code), "    ")

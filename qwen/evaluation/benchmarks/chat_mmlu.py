@@ -7,7 +7,7 @@ The letter is read from the greedy reply; the average is over all questions.
 """
 
 from ..chat_choice import ChatChoice
-from ..subjects import MMLU, options
+from ..subjects import MMLU, format_options
 
 INSTRUCTION = (
     "The following is a multiple-choice question. Please choose the most suitable one among A, B, C and D "
@@ -22,4 +22,4 @@ class EvaluateChatMMLU(ChatChoice):
     answer_prefix = "Answer: "
 
     def prompt(self, question: dict[str, str]) -> str:
-        return f"{INSTRUCTION}{question['question']}\n{options(question)}\n"
+        return f"{INSTRUCTION}{question['question']}\n{format_options(question)}\n"

@@ -21,15 +21,15 @@ from ...sandbox import Limits, Sandbox
 from ...sandbox.arguments import add_sandbox_arguments
 from ...tools.code_interpreter import OUTPUT_BYTES, Answer, Call, Output, run_conversation
 from ..code import check_sandbox
-from ..data_files import DataError, existing, read_jsonl
+from ..data_files import DataError, read_jsonl, require_files
 from ..language_model import LanguageModel
-from ..numbers import close, last_number
+from ..numbers import is_close, last_number
 from ..task import Case, JSONObject, Score, Task, add_file_argument, group_records, mean
 from ..word_problems import read_problems
 
 CATEGORIES = ("math", "visualization-hard", "visualization-easy", "general")
-FILES = "upload_file_clean"
-PICTURES = {".png", ".jpg", ".jpeg", ".svg", ".pdf", ".gif", ".html"}
+UPLOAD_FOLDER = "upload_file_clean"
+PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".svg", ".pdf", ".gif", ".html"}
 
 
 class EvaluateCodeInterpreter(Task):
@@ -38,7 +38,9 @@ class EvaluateCodeInterpreter(Task):
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
-        add_file_argument(parser, f"questions as JSON lines; files that they refer to are in {FILES} next to it")
+        add_file_argument(
+            parser, f"questions as JSON lines; files that they refer to are in {UPLOAD_FOLDER} next to it"
+        )
         parser.add_argument(
             "--gsm8k",
             type=Path,
@@ -54,14 +56,15 @@ class EvaluateCodeInterpreter(Task):
     def cases(self) -> list[Case]:
         path = self.arguments.sample_input_file
         cases = [
-            self.case(sample, number) for number, sample in enumerate(read_jsonl(path, {"query": str, "tags": list}))
+            self.make_case(sample, number)
+            for number, sample in enumerate(read_jsonl(path, {"query": str, "tags": list}))
         ]
         if self.arguments.gsm8k:
             for number, problem in enumerate(read_problems(self.arguments.gsm8k, "test")):
                 cases.append(Case(f"gsm8k/{number}", problem.question, gold=str(problem.gold), group="math"))
         return cases
 
-    def case(self, sample: JSONObject, number: int) -> Case:
+    def make_case(self, sample: JSONObject, number: int) -> Case:
         """Return the case of a sample; `number` is its index in the file, from 0.
 
         Raises:
@@ -78,7 +81,7 @@ class EvaluateCodeInterpreter(Task):
         if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
             raise DataError(f'{where}: "input_file_path" must be a list of names, not {named!r}.')
         names = [Path(name).name for name in named]
-        existing(self.files, names)
+        require_files(self.upload_folder, names)
         return Case(
             name=f"{category}/{number}",
             prompt=(f"Files: {', '.join(names)}\n" if names else "") + sample["query"],
@@ -88,21 +91,21 @@ class EvaluateCodeInterpreter(Task):
         )
 
     @property
-    def files(self) -> Path:
-        return self.arguments.sample_input_file.parent / FILES
+    def upload_folder(self) -> Path:
+        return self.arguments.sample_input_file.parent / UPLOAD_FOLDER
 
     def answer(self, lm: LanguageModel, cases: Sequence[Case]) -> list[JSONObject]:
-        return [self.solved(lm, case) for case in cases]
+        return [self.solve(lm, case) for case in cases]
 
-    def solved(self, lm: LanguageModel, case: Case) -> JSONObject:
+    def solve(self, lm: LanguageModel, case: Case) -> JSONObject:
         """Return the model's answer to a question, the code it ran, and the pictures made by it."""
         limits = Limits(wall_seconds=self.arguments.seconds, output_bytes=OUTPUT_BYTES)
         runs: list[dict[str, str]] = []
         reply = None
         with Sandbox(limits=limits, allow_weaker=self.arguments.allow_weaker_sandbox) as sandbox:
             for file in case.data.get("files", ()):
-                shutil.copy(self.files / file, sandbox.folder)
-            before = pictures(sandbox.folder)
+                shutil.copy(self.upload_folder / file, sandbox.folder)
+            before = find_pictures(sandbox.folder)
             messages = [{"role": "user", "content": case.text()}]
             try:
                 for event in run_conversation(lm.model, lm.tokenizer, sandbox, messages):
@@ -115,14 +118,14 @@ class EvaluateCodeInterpreter(Task):
                             reply = content
             except ValueError as error:  # prompt beyond the context length: no answer
                 print(f"{case.name}: {error}", file=sys.stderr)
-            made = sorted(pictures(sandbox.folder) - before)
+            made = sorted(find_pictures(sandbox.folder) - before)
         return {"reply": reply, "runs": runs, "pictures": made}
 
     def score(self, case: Case, answer: JSONObject) -> JSONObject:
         statuses = [run["status"] for run in answer["runs"]]
         executable = bool(statuses) and set(statuses) == {"ok"}
         if case.group == "math":
-            correct = close(last_number(answer["reply"] or ""), Fraction(case.gold))
+            correct = is_close(last_number(answer["reply"] or ""), Fraction(case.gold))
         elif case.group == "general":
             correct = executable
         else:
@@ -140,6 +143,6 @@ class EvaluateCodeInterpreter(Task):
         return [*lines, Score("all: executable", mean(records, "executable"), len(records))]
 
 
-def pictures(folder: Path) -> set[str]:
+def find_pictures(folder: Path) -> set[str]:
     """Return the pictures in a folder as relative paths."""
-    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.suffix.lower() in PICTURES}
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES}

@@ -14,7 +14,7 @@ from fractions import Fraction
 from ..language_model import LanguageModel
 from ..numbers import last_number
 from ..task import Case, JSONObject, Task
-from ..word_problems import add_problems_argument, read_problems, worked_examples
+from ..word_problems import add_problems_argument, read_problems, sample_shots
 
 SHOTS = 8
 MAX_NEW_TOKENS = 512
@@ -35,14 +35,14 @@ class EvaluateGSM8K(Task):
     def cases(self) -> list[Case]:
         path = self.arguments.sample_input_file
         problems = read_problems(path, "test")
-        self.shot_indices, shots = worked_examples(path, self.arguments.seed, SHOTS)
+        self.shot_indices, shots = sample_shots(path, self.arguments.seed, SHOTS)
         return [
-            Case(name=f"test/{number}", prompt=problem.asked(), gold=str(problem.gold), shots=shots)
+            Case(name=f"test/{number}", prompt=problem.prompt(), gold=str(problem.gold), shots=shots)
             for number, problem in enumerate(problems)
         ]
 
     def answer(self, lm: LanguageModel, cases: Sequence[Case]) -> list[JSONObject]:
-        completions = lm.complete(cases, stop=STOP, max_new_tokens=MAX_NEW_TOKENS)
+        completions = lm.generate(cases, stop=STOP, max_new_tokens=MAX_NEW_TOKENS)
         return [{"completion": completion, "shots": self.shot_indices} for completion in completions]
 
     def score(self, case: Case, answer: JSONObject) -> JSONObject:

@@ -8,7 +8,7 @@ Greedy, pass@1. The programs run in the sandbox. The file of -o can also be pass
 
 from collections.abc import Sequence
 
-from ..code import HUMANEVAL_FIELDS, STOP, Program, ProgramTask, cut_completion
+from ..code import HUMANEVAL_FIELDS, STOP, Program, ProgramTask, truncate_completion
 from ..data_files import read_jsonl
 from ..language_model import LanguageModel
 from ..task import Case, JSONObject
@@ -32,9 +32,9 @@ class EvaluateHumanEval(ProgramTask):
         ]
 
     def answer(self, lm: LanguageModel, cases: Sequence[Case]) -> list[JSONObject]:
-        completions = lm.complete(cases, stop=STOP, max_new_tokens=MAX_NEW_TOKENS)
+        completions = lm.generate(cases, stop=STOP, max_new_tokens=MAX_NEW_TOKENS)
         return [
-            {"task_id": case.name, "completion": cut_completion(completion)}
+            {"task_id": case.name, "completion": truncate_completion(completion)}
             for case, completion in zip(cases, completions, strict=True)
         ]
 

@@ -26,14 +26,16 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..data_files import DataError, existing, read_jsonl
+from ..data_files import DataError, read_jsonl, require_files
 from ..language_model import LanguageModel
 from ..letters import chosen_letter, chosen_letters
-from ..numbers import close, last_number, number
+from ..numbers import is_close, last_number, parse_number
 from ..task import Case, JSONObject, Score, Task, group_records, mean
 
 MAX_NEW_TOKENS = 512
-RESERVED = MAX_NEW_TOKENS + 64  # part of the context: the reply, the system message and the tokens of the chat format
+RESERVED_TOKENS = (
+    MAX_NEW_TOKENS + 64
+)  # part of the context: the reply, the system message and the tokens of the chat format
 OPTION = re.compile(r"^\s*\(?([A-Z])[).:][ \t]*(.*)$", re.MULTILINE)
 FACT = re.compile(r"\[\s*fact\s*:\s*(true|false)", re.IGNORECASE)
 TRUTH = re.compile(r"\b(true|false)\b", re.IGNORECASE)
@@ -60,13 +62,16 @@ class EvaluateLEval(Task):
 
     def cases(self) -> list[Case]:
         tasks = self.arguments.tasks
-        paths = existing(self.arguments.eval_data_path, [f"{task}.jsonl" for task in tasks])
+        paths = require_files(self.arguments.eval_data_path, [f"{task}.jsonl" for task in tasks])
         return [case for task, path in zip(tasks, paths, strict=True) for case in read_cases(path, task)]
 
     def answer(self, lm: LanguageModel, cases: Sequence[Case]) -> list[JSONObject]:
-        fitting = [fitted(case, lm) for case in cases]
-        replies = lm.reply([case for case, _ in fitting], max_new_tokens=MAX_NEW_TOKENS)
-        return [{"reply": reply, "cut_tokens": left_out} for reply, (_, left_out) in zip(replies, fitting, strict=True)]
+        truncated = [truncate_document(case, lm) for case in cases]
+        replies = lm.chat([case for case, _ in truncated], max_new_tokens=MAX_NEW_TOKENS)
+        return [
+            {"reply": reply, "cut_tokens": cut_tokens}
+            for reply, (_, cut_tokens) in zip(replies, truncated, strict=True)
+        ]
 
     def score(self, case: Case, answer: JSONObject) -> JSONObject:
         return TASKS[case.group].score(case.prompt, case.gold, answer["reply"])
@@ -105,34 +110,36 @@ def read_cases(path: Path, task: str) -> list[Case]:
                 gold = TASKS[task].gold(output)
             except ValueError as error:
                 raise DataError(f"{path}, record {line}, output {index}: {error}, not {output[:60]!r}.") from error
-            text = f"{instruction.strip()}\n{TASKS[task].wanted}".strip()
-            opening = f"{document['input'].strip()}\n\n" if document["input"].strip() else ""
-            cases.append(Case(name=f"{task}/{line}/{index}", prompt=text, gold=gold, group=task, preamble=opening))
+            text = f"{instruction.strip()}\n{TASKS[task].answer_format}".strip()
+            preamble = f"{document['input'].strip()}\n\n" if document["input"].strip() else ""
+            cases.append(Case(name=f"{task}/{line}/{index}", prompt=text, gold=gold, group=task, preamble=preamble))
     return cases
 
 
-def fitted(case: Case, lm: LanguageModel) -> tuple[Case, int]:
+def truncate_document(case: Case, lm: LanguageModel) -> tuple[Case, int]:
     """Cut the document of a case in the middle to fit the context; returns the case and the number of cut tokens.
 
     An instruction that is too long by itself is cut the same way.
     """
-    room = lm.max_seq_len - RESERVED
-    if room < 2:
-        raise ValueError(f"--max-seq-len must be more than {RESERVED + 1}, which the reply and the chat format take.")
-    question, asked = cut_middle(case.prompt, room, lm)
-    opening, left_out = cut_middle(case.preamble, max(room - len(lm.encode(question)), 0), lm)
-    return replace(case, prompt=question, preamble=opening), asked + left_out
+    budget = lm.max_seq_len - RESERVED_TOKENS
+    if budget < 2:
+        raise ValueError(
+            f"--max-seq-len must be more than {RESERVED_TOKENS + 1}, which the reply and the chat format take."
+        )
+    question, cut_question_tokens = truncate_middle(case.prompt, budget, lm)
+    document, cut_document_tokens = truncate_middle(case.preamble, max(budget - len(lm.encode(question)), 0), lm)
+    return replace(case, prompt=question, preamble=document), cut_question_tokens + cut_document_tokens
 
 
-def cut_middle(text: str, room: int, lm: LanguageModel) -> tuple[str, int]:
-    """Keep the first and last tokens of a text, `room` in total; returns the text and the number of cut tokens."""
+def truncate_middle(text: str, max_tokens: int, lm: LanguageModel) -> tuple[str, int]:
+    """Keep the first and last `max_tokens` tokens of a text in total; returns the text and the number of cut tokens."""
     ids = lm.encode(text)
-    left_out = len(ids) - room
-    if left_out <= 0:
+    cut_tokens = len(ids) - max_tokens
+    if cut_tokens <= 0:
         return text, 0
-    head = lm.tokenizer.decode(ids[: room - room // 2], errors="ignore")
-    tail = lm.tokenizer.decode(ids[len(ids) - room // 2 :], errors="ignore")
-    return head + tail, left_out
+    head = lm.tokenizer.decode(ids[: max_tokens - max_tokens // 2], errors="ignore")
+    tail = lm.tokenizer.decode(ids[len(ids) - max_tokens // 2 :], errors="ignore")
+    return head + tail, cut_tokens
 
 
 def parse_options(instruction: str) -> list[str]:
@@ -182,48 +189,50 @@ def score_letter(instruction: str, gold: str, reply: str) -> JSONObject:
 
 def score_number(instruction: str, gold: str, reply: str) -> JSONObject:
     found = last_number(reply)
-    return {"number": None if found is None else str(found), "correct": close(found, Fraction(gold))}
+    return {"number": None if found is None else str(found), "correct": is_close(found, Fraction(gold))}
 
 
 def score_output(instruction: str, gold: str, reply: str) -> JSONObject:
     named = ANSWER.findall(reply)
     lines = [line for line in reply.splitlines() if line.strip("`* ")]
-    output = bare(named[-1] if named else lines[-1] if lines else "")
-    value, right = number(output), number(bare(gold))
-    same = value == right if value is not None and right is not None else output == bare(gold)
+    output = normalize_output(named[-1] if named else lines[-1] if lines else "")
+    value, right = parse_number(output), parse_number(normalize_output(gold))
+    same = value == right if value is not None and right is not None else output == normalize_output(gold)
     return {"output": output, "correct": same}
 
 
 def score_truth(instruction: str, gold: list[str | None], reply: str) -> JSONObject:
-    said = parse_verdicts(reply)
-    loyalty, factuality = (None if right is None else answer == right for answer, right in zip(said, gold, strict=True))
+    verdicts = parse_verdicts(reply)
+    loyalty, factuality = (
+        None if right is None else answer == right for answer, right in zip(verdicts, gold, strict=True)
+    )
     judged = [verdict for verdict in (loyalty, factuality) if verdict is not None]
     return {"loyalty": loyalty, "factuality": factuality, "correct": sum(judged) / len(judged)}
 
 
-def bare(text: str) -> str:
+def normalize_output(text: str) -> str:
     """Strip Markdown, quotes, a full stop at the end, and all spaces except those between words."""
     return re.sub(r"\s+(?!\w)|(?<!\w)\s+|\.$", "", re.sub(r"['\"`*]", "", text.strip()))
 
 
-class Closed(NamedTuple):
+class ClosedEndedTask(NamedTuple):
     """A task: its request for an answer, output → right answer, and (instruction, right answer, reply) → score."""
 
-    wanted: str
+    answer_format: str
     gold: Callable[[str], object]
     score: Callable[[str, Any, str], JSONObject]
 
 
-LETTER = "Answer with the letter of the correct option alone."
+LETTER_ALONE = "Answer with the letter of the correct option alone."
 TASKS = {
-    "coursera": Closed(
+    "coursera": ClosedEndedTask(
         "Answer with the letters of all correct options alone, such as AC.", gold_letters, score_letters
     ),
-    "gsm100": Closed("", gold_number, score_number),
-    "quality": Closed(LETTER, gold_letters, score_letter),
-    "tpo": Closed(LETTER, gold_letters, score_letter),
-    "codeU": Closed("Answer with the output alone.", str.strip, score_output),
-    "sci_fi": Closed(
+    "gsm100": ClosedEndedTask("", gold_number, score_number),
+    "quality": ClosedEndedTask(LETTER_ALONE, gold_letters, score_letter),
+    "tpo": ClosedEndedTask(LETTER_ALONE, gold_letters, score_letter),
+    "codeU": ClosedEndedTask("Answer with the output alone.", str.strip, score_output),
+    "sci_fi": ClosedEndedTask(
         "Answer True or False by the document, and behind it in brackets what is true in the real world, "
         "such as: False [fact: True]",
         gold_truth,

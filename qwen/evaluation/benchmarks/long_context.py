@@ -56,7 +56,9 @@ class LongContext(Task):
     def cases(self) -> list[Case]:
         checkpoint = Checkpoint.open(self.arguments.checkpoint_path or BUNDLED_BASE, hub=self.arguments.hub)
         config = checkpoint.config
-        lengths = sorted(set(self.arguments.lengths or doubling(config.seq_length, config.max_position_embeddings)))
+        lengths = sorted(
+            set(self.arguments.lengths or default_lengths(config.seq_length, config.max_position_embeddings))
+        )
         if lengths[0] < 2:
             raise DataError("A length of 1 has no token to predict: use lengths of at least 2.")
         text = self.text()
@@ -110,7 +112,7 @@ class LongContext(Task):
         ]
 
     def table(self, model: str, scores: Sequence[Score]) -> str:
-        curves = curves_of(scores)
+        curves = perplexity_curves(scores)
         lengths = sorted({length for curve in curves.values() for length in curve})
         lines = [f"| {model} | " + " | ".join(map(str, lengths)) + " |", "|---|" + "---:|" * len(lengths)]
         for row, curve in curves.items():
@@ -120,7 +122,7 @@ class LongContext(Task):
 
     def finish(self, records: Sequence[JSONObject], output: Path) -> list[str]:
         picture = output.with_suffix(".png")
-        draw(curves_of(self.summary(records)), picture)
+        plot(perplexity_curves(self.summary(records)), picture)
         return [f"Plot: {picture}"]
 
 
@@ -128,15 +130,15 @@ def row_name(used: Sequence[str]) -> str:
     return " + ".join(used) or "plain"
 
 
-def doubling(trained: int, offered: int) -> list[int]:
-    """Return lengths that double from `trained`, at most 1024, to the longer of `offered` and `trained`."""
-    lengths = [min(trained, 1024)]
-    while lengths[-1] * 2 <= max(offered, trained):
+def default_lengths(trained_length: int, max_length: int) -> list[int]:
+    """Return lengths that double from `trained_length`, at most 1024, to the longer of the two arguments."""
+    lengths = [min(trained_length, 1024)]
+    while lengths[-1] * 2 <= max(max_length, trained_length):
         lengths.append(lengths[-1] * 2)
     return lengths
 
 
-def curves_of(scores: Sequence[Score]) -> dict[str, dict[int, float]]:
+def perplexity_curves(scores: Sequence[Score]) -> dict[str, dict[int, float]]:
     """Return the perplexity by length of each row."""
     curves: dict[str, dict[int, float]] = {}
     for score in scores:
@@ -145,7 +147,7 @@ def curves_of(scores: Sequence[Score]) -> dict[str, dict[int, float]]:
     return curves
 
 
-def draw(curves: dict[str, dict[int, float]], path: Path) -> None:
+def plot(curves: dict[str, dict[int, float]], path: Path) -> None:
     """Plot perplexity over length, one line per row."""
     from matplotlib.figure import Figure
 

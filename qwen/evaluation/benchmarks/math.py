@@ -13,9 +13,9 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..data_files import DataError, check_fields, existing, read_json
+from ..data_files import DataError, check_fields, read_json, require_files
 from ..language_model import LanguageModel
-from ..math_answers import boxed, equivalent, final_answer
+from ..math_answers import final_answer, is_equivalent, last_boxed
 from ..task import Case, JSONObject, Score, Task, group_records, mean
 
 SUBJECTS = (
@@ -24,7 +24,7 @@ SUBJECTS = (
 )
 SHOTS = 4
 # The beginnings of Minerva's worked examples, without spaces.
-STANDARD = (
+MINERVA_EXAMPLES = (
     r"Findthedomainoftheexpression$\frac{\sqrt{x-2}}{\sqrt{5-x}}$",
     r"If$\det\mathbf{A}=2$and$\det\mathbf{B}=12,$",
     "Terrellusuallyliftstwo20-poundweights12times.",
@@ -42,7 +42,7 @@ class EvaluateMATH(Task):
         self.shot_names: list[str] = []
 
     def cases(self) -> list[Case]:
-        shots = worked_examples(read_problems(self.arguments.eval_data_path, "train"), self.arguments.seed)
+        shots = select_shots(read_problems(self.arguments.eval_data_path, "train"), self.arguments.seed)
         self.shot_names = [problem["name"] for problem in shots]
         return [
             Case(
@@ -50,19 +50,19 @@ class EvaluateMATH(Task):
                 prompt=f"Problem:\n{problem['problem']}\n\nSolution:",
                 gold=problem["answer"],
                 group=problem["subject"],
-                shots=tuple(map(worked, shots)),
+                shots=tuple(map(with_solution, shots)),
                 data={"level": problem["level"]},
             )
             for problem in read_problems(self.arguments.eval_data_path, "test")
         ]
 
     def answer(self, lm: LanguageModel, cases: Sequence[Case]) -> list[JSONObject]:
-        completions = lm.complete(cases, stop=STOP, max_new_tokens=MAX_NEW_TOKENS)
+        completions = lm.generate(cases, stop=STOP, max_new_tokens=MAX_NEW_TOKENS)
         return [{"completion": completion, "shots": self.shot_names} for completion in completions]
 
     def score(self, case: Case, answer: JSONObject) -> JSONObject:
         found = final_answer(answer["completion"])
-        return {"extracted": found, "correct": equivalent(found, case.gold), "level": case.data["level"]}
+        return {"extracted": found, "correct": is_equivalent(found, case.gold), "level": case.data["level"]}
 
     def summary(self, records: Sequence[JSONObject]) -> list[Score]:
         levels = group_records([record | {"group": record["level"]} for record in records])
@@ -82,10 +82,10 @@ def read_problems(folder: Path, split: str) -> list[dict[str, str]]:
             (f"{split}/{subject}/{path.name}" for path in (folder / split / subject).glob("*.json")),
             key=lambda name: (len(name), name),  # 9.json before 10.json
         )
-        for path in existing(folder, names or [f"{split}/{subject}/0.json"]):
+        for path in require_files(folder, names or [f"{split}/{subject}/0.json"]):
             fields = {"problem": str, "level": str, "solution": str}
             problem = check_fields(read_json(path), fields, str(path))
-            answer = boxed(problem["solution"])
+            answer = last_boxed(problem["solution"])
             if answer is None:
                 raise DataError(rf"{path}: the solution has no answer in a \boxed{{…}}.")
             name = str(path.relative_to(folder).with_suffix(""))
@@ -93,26 +93,26 @@ def read_problems(folder: Path, split: str) -> list[dict[str, str]]:
     return problems
 
 
-def worked_examples(problems: list[dict[str, str]], seed: int) -> list[dict[str, str]]:
+def select_shots(problems: list[dict[str, str]], seed: int) -> list[dict[str, str]]:
     """Return Minerva's four examples if all of them are among the problems, else four that the seed draws.
 
     Raises:
         DataError: there are fewer than four problems.
     """
-    bare = [re.sub(r"\s", "", problem["problem"]) for problem in problems]
+    stripped = [re.sub(r"\s", "", problem["problem"]) for problem in problems]
     found = [
-        next((problem for problem, text in zip(problems, bare, strict=True) if text.startswith(start)), None)
-        for start in STANDARD
+        next((problem for problem, text in zip(problems, stripped, strict=True) if text.startswith(start)), None)
+        for start in MINERVA_EXAMPLES
     ]
     standard = [problem for problem in found if problem is not None]
-    if len(standard) == len(STANDARD):
+    if len(standard) == len(MINERVA_EXAMPLES):
         return standard
     if len(problems) < SHOTS:
         raise DataError(f"The train split has {len(problems)} problems: {SHOTS} are needed as worked examples.")
     return random.Random(seed).sample(problems, SHOTS)
 
 
-def worked(problem: dict[str, str]) -> str:
+def with_solution(problem: dict[str, str]) -> str:
     """Return a problem with its solution and the sentence that states the answer."""
     return (
         f"Problem:\n{problem['problem']}\n\nSolution: {problem['solution']}\n"

@@ -13,8 +13,8 @@ from ..data_files import DataError, read_jsonl
 from ..language_model import LanguageModel
 from ..task import Case, JSONObject
 
-SHOTS = (2, 3, 4)
-TEST = range(11, 511)
+SHOT_IDS = (2, 3, 4)
+TEST_IDS = range(11, 511)
 MAX_NEW_TOKENS = 512
 STOP = ("[DONE]",)
 
@@ -29,32 +29,32 @@ class EvaluateMBPP(ProgramTask):
         for number, problem in problems.items():
             if not all(isinstance(text, str) for text in (problem.get("test_setup_code", ""), *problem["test_list"])):
                 raise DataError(f'{path}, problem {number}: "test_list" and "test_setup_code" must hold text.')
-        if missing := [number for number in SHOTS if number not in problems]:
+        if missing := [number for number in SHOT_IDS if number not in problems]:
             raise DataError(f"{path} has no problem {missing[0]}, which is one of the worked examples.")
-        shots = tuple(f"{asked(problems[number])}{problems[number]['code']}\n[DONE]\n\n" for number in SHOTS)
-        if not any(number in TEST for number in problems):
-            raise DataError(f"{path} has none of the problems {TEST[0]} to {TEST[-1]}, which are the test set.")
+        shots = tuple(f"{make_prompt(problems[number])}{problems[number]['code']}\n[DONE]\n\n" for number in SHOT_IDS)
+        if not any(number in TEST_IDS for number in problems):
+            raise DataError(f"{path} has none of the problems {TEST_IDS[0]} to {TEST_IDS[-1]}, which are the test set.")
         return [
             Case(
                 name=f"MBPP/{number}",
-                prompt=asked(problem),
+                prompt=make_prompt(problem),
                 gold=problem["code"],
                 shots=shots,
                 data={"tests": "\n".join([problem.get("test_setup_code", ""), *problem["test_list"]])},
             )
             for number, problem in problems.items()
-            if number in TEST
+            if number in TEST_IDS
         ]
 
     def answer(self, lm: LanguageModel, cases: Sequence[Case]) -> list[JSONObject]:
-        completions = lm.complete(cases, stop=STOP, max_new_tokens=MAX_NEW_TOKENS)
+        completions = lm.generate(cases, stop=STOP, max_new_tokens=MAX_NEW_TOKENS)
         return [{"completion": completion} for completion in completions]
 
     def program(self, case: Case, answer: JSONObject) -> Program:
         return Program(answer["completion"], case.data["tests"])
 
 
-def asked(problem: JSONObject) -> str:
+def make_prompt(problem: JSONObject) -> str:
     tests = "\n".join(problem["test_list"])
     return (
         f"You are an expert Python programmer, and here is your task: {problem['text']} "

@@ -28,7 +28,7 @@ from ..texts import read_texts
 
 NEEDLE, QUESTION = "door: 7351;", "What is door?"
 MAX_NEW_TOKENS = 64
-STEPS = 8  # default number of lengths
+NUM_LENGTHS = 8  # default number of lengths
 
 
 class Needle(Task):
@@ -51,7 +51,7 @@ class Needle(Task):
             nargs="+",
             type=positive_int,
             metavar="TOKENS",
-            help=f"lengths of the whole prompt (default: {STEPS} steps up to the context length of the model)",
+            help=f"lengths of the whole prompt (default: {NUM_LENGTHS} steps up to the context length of the model)",
         )
         parser.add_argument(
             "--depths",
@@ -68,7 +68,7 @@ class Needle(Task):
         checkpoint = Checkpoint.open(self.arguments.checkpoint_path or BUNDLED_CHAT, hub=self.arguments.hub)
         config, tokenizer = checkpoint.require_chat().config, checkpoint.tokenizer()
         max_len = config.max_context_length - MAX_NEW_TOKENS
-        lengths = self.arguments.lengths or [max_len * step // STEPS for step in range(1, STEPS + 1)]
+        lengths = self.arguments.lengths or [max_len * step // NUM_LENGTHS for step in range(1, NUM_LENGTHS + 1)]
         if max(lengths) > max_len:
             raise DataError(
                 f"The model takes prompts of up to {max_len} tokens plus the reply; {max(lengths)} is too long."
@@ -92,9 +92,9 @@ class Needle(Task):
                     f"A length of {length} tokens has no room for the needle and the question, which take {overhead}."
                 )
             haystack = tokenizer.decode(ids[: length - overhead])
-            haystack = haystack[: _boundary(haystack, 1.0)]
+            haystack = haystack[: _nearest_boundary(haystack, 1.0)]
             for depth in sorted(set(self.arguments.depths)):
-                place = _boundary(haystack, depth / 100)
+                place = _nearest_boundary(haystack, depth / 100)
                 context = f"{haystack[:place].rstrip()} {self.arguments.needle} {haystack[place:].lstrip()}".strip()
                 name = f"{length} {depth:g}%"
                 data = {"length": length, "depth": depth}
@@ -105,12 +105,12 @@ class Needle(Task):
         """Return the haystack; generated ones have at least `tokens` tokens."""
         if self.arguments.haystack:
             return read_texts(self.arguments.haystack)
-        draw = random.Random(self.arguments.seed)
-        pairs = (f"{word(draw)}: {word(draw)}" for _ in range(tokens // 4))  # each has at least 4
+        rng = random.Random(self.arguments.seed)
+        pairs = (f"{word(rng)}: {word(rng)}" for _ in range(tokens // 4))  # each has at least 4
         return "; ".join(pair for pair in pairs if self.arguments.answer not in pair)
 
     def answer(self, lm: LanguageModel, cases: Sequence[Case]) -> list[JSONObject]:
-        return [{"reply": reply} for reply in lm.reply(cases, max_new_tokens=MAX_NEW_TOKENS)]
+        return [{"reply": reply} for reply in lm.chat(cases, max_new_tokens=MAX_NEW_TOKENS)]
 
     def score(self, case: Case, answer: JSONObject) -> JSONObject:
         return {"correct": case.gold.casefold() in answer["reply"].casefold(), **case.data}
@@ -122,7 +122,7 @@ class Needle(Task):
 
     def finish(self, records: Sequence[JSONObject], output: Path) -> list[str]:
         picture = output.with_suffix(".png")
-        draw(records, picture)
+        plot(records, picture)
         return [f"Plot: {picture}"]
 
 
@@ -136,7 +136,7 @@ def _percent(text: str) -> float:
     return value
 
 
-def _boundary(text: str, share: float) -> int:
+def _nearest_boundary(text: str, share: float) -> int:
     """Return the boundary between lines, sentences or entries that is nearest to this share of the text.
 
     If none is near, return the position of the share itself.
@@ -150,7 +150,7 @@ def _boundary(text: str, share: float) -> int:
     return nearest if abs(nearest - aim) <= len(text) / 4 else aim
 
 
-def draw(records: Sequence[JSONObject], path: Path) -> None:
+def plot(records: Sequence[JSONObject], path: Path) -> None:
     """Plot depth over length: green if the needle was found, red if not."""
     from matplotlib.figure import Figure
 

@@ -68,14 +68,14 @@ class EvaluatePlugin(Task):
 
     def answer(self, lm: LanguageModel, cases: Sequence[Case]) -> list[JSONObject]:
         react = [case for case in cases if "tools" not in case.data]
-        replies = iter(lm.reply(react, max_new_tokens=MAX_NEW_TOKENS, stop=(f"\n{STOP_WORD}",)) if react else ())
+        replies = iter(lm.chat(react, max_new_tokens=MAX_NEW_TOKENS, stop=(f"\n{STOP_WORD}",)) if react else ())
         answers = []
         for case in cases:
             if "tools" in case.data:
                 reply, call = FirstCallAgent(lm, MAX_NEW_TOKENS).ask(case.prompt, case.data["tools"])
             else:
                 reply = next(replies)
-                call = called(reply)
+                call = parse_call(reply)
             similarity = {} if case.gold is None else {"rouge_l": rouge_l(lm, case.gold, call)}
             answers.append({"reply": reply, "call": call, **similarity})
         return answers
@@ -91,9 +91,9 @@ class EvaluatePlugin(Task):
     def summary(self, records: Sequence[JSONObject]) -> list[Score]:
         scores = []
         for name, groups in (("ReAct", (POSITIVE, NEGATIVE)), ("agent", (AGENT,))):
-            asked = [record for record in records if record["group"] in groups]
-            positive = [record for record in asked if record["gold"] is not None]
-            negative = [record for record in asked if record["gold"] is None]
+            members = [record for record in records if record["group"] in groups]
+            positive = [record for record in members if record["gold"] is not None]
+            negative = [record for record in members if record["gold"] is None]
             if positive:
                 scores.append(Score(f"{name}: tool selection", mean(positive), len(positive)))
                 similarity = mean(positive, "rouge_l")
@@ -107,7 +107,7 @@ def react_cases(path: Path, group: str) -> list[Case]:
     """Read questions whose prompts offer tools, in the ReAct format on which the model was trained."""
     cases = []
     for number, record in enumerate(read_jsonl(path, {"prompt": str, "response": str, "query": str}), start=1):
-        gold = called(record["response"]) if group == POSITIVE else None
+        gold = parse_call(record["response"]) if group == POSITIVE else None
         if group == POSITIVE and gold is None:
             raise DataError(
                 f"{path}, record {number}: its response calls no tool (no lines Action: and Action Input:). "
@@ -135,7 +135,7 @@ def agent_cases(path: Path) -> list[Case]:
     return cases
 
 
-def called(text: str) -> dict[str, str] | None:
+def parse_call(text: str) -> dict[str, str] | None:
     """Return the tool that a text in the ReAct format calls, and the arguments as written; None without a call."""
     call = parse_response(text).function_call
     return call and {"tool": call["name"], "arguments": call["arguments"]}
@@ -147,11 +147,13 @@ def rouge_l(lm: LanguageModel, gold: dict[str, str], call: dict[str, str] | None
 
     if call is None:
         return 0.0
-    scorer = RougeScorer(["rougeL"], tokenizer=ModelTokens(lm))
-    return float(scorer.score(normalized(gold["arguments"]), normalized(call["arguments"]))["rougeL"].fmeasure)
+    scorer = RougeScorer(["rougeL"], tokenizer=ModelTokenizer(lm))
+    return float(
+        scorer.score(normalize_arguments(gold["arguments"]), normalize_arguments(call["arguments"]))["rougeL"].fmeasure
+    )
 
 
-def normalized(arguments: str) -> str:
+def normalize_arguments(arguments: str) -> str:
     """Normalize JSON arguments: sorted keys, uniform spacing. Strip other arguments."""
     try:
         return json.dumps(json.loads(arguments, strict=False), sort_keys=True, ensure_ascii=False)
@@ -159,7 +161,7 @@ def normalized(arguments: str) -> str:
         return arguments.strip()
 
 
-class ModelTokens:
+class ModelTokenizer:
     """The tokenizer interface of rouge-score, with the tokens of the model."""
 
     def __init__(self, lm: LanguageModel):

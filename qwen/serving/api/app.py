@@ -11,7 +11,7 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -28,17 +28,19 @@ from starlette.responses import Response
 from ..engine import Engine, grammar
 from ..engine.grammar import ConstraintFactory
 from . import chat, completions, errors, metrics
-from .errors import ApiError, invalid, shutting_down
-from .generation import Envelope, Generation, Plan, respond, stream
+from .errors import ApiError, invalid_request, shutting_down
+from .generation import Envelope, Generation, Plan, full_response, stream_response
+from .log_once import LogOnce
 from .metrics import Metrics, MetricsMiddleware
-from .middleware import Authentication, BodyLimit
-from .requests import ChatCompletionRequest, CompletionRequest, SamplingFields
+from .middleware import AuthenticationMiddleware, BodyLimitMiddleware, OriginMiddleware, PathMiddleware
+from .requests import ChatCompletionRequest, CompletionRequest, GenerationRequest
 from .responses import ChatCompletion, Completion, ErrorResponse, Health, Model, ModelList
 
 logger = logging.getLogger(__name__)
 
-HEALTH = "/health"
-SERVER_SENT_EVENT = {  # as in OpenAPI 3.2, section 4.14.4
+HEALTH_PATH = "/health"
+MAX_FIELD_NAME = 50  # characters of an unknown field in the log
+SERVER_SENT_EVENT_SCHEMA = {  # as in OpenAPI 3.2, section 4.14.4
     "type": "object",
     "properties": {"data": {"type": "string", "description": "a chunk or an error as JSON, or [DONE]"}},
     "required": ["data"],
@@ -86,6 +88,7 @@ class Service:
         self.engine, self.settings = engine, settings
         self.metrics = Metrics(engine) if metrics.available() else None
         self.constraints = ConstraintFactory(engine.tokenizer, engine.model.config.vocab_size)
+        self.ignored_fields = LogOnce(logger, "ignored fields")
         self.draining = False
         name = engine.model.name_or_path or ""
         checkpoint = os.path.basename(os.path.abspath(name)) if os.path.isdir(name) else name
@@ -104,8 +107,13 @@ class Service:
             return "failed"
         return "draining" if self.draining else "ready"
 
-    async def answer(
-        self, request: Request, body: SamplingFields, envelope: Envelope, build_plan: Callable[..., Plan], *args: object
+    async def generate(
+        self,
+        request: Request,
+        body: GenerationRequest,
+        envelope: Envelope,
+        build_plan: Callable[..., Plan],
+        *args: object,
     ) -> Response:
         """Plan a request in a worker thread and run it on the engine.
 
@@ -114,15 +122,24 @@ class Service:
         """
         if self.draining:
             raise shutting_down()
+        self._log_ignored_fields(request.url.path, body.model_extra or {})
         if body.stream_options is not None and not body.stream:
-            raise invalid("stream_options requires stream to be true.", "stream_options")
+            raise invalid_request("stream_options requires stream to be true.", "stream_options")
         plan = await to_thread.run_sync(build_plan, body, self.engine, *args)
         generation = Generation(self.engine, plan, self.metrics)
         head = envelope.head(self.model["id"], self.fingerprint)
         if not body.stream:
-            return await respond(request, generation, envelope, head)
+            return await full_response(request, generation, envelope, head)
         include_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
-        return stream(generation, envelope, head, include_usage, self.settings.drain_seconds)
+        return stream_response(generation, envelope, head, include_usage, self.settings.drain_seconds)
+
+    def _log_ignored_fields(self, path: str, fields: Mapping[str, object]) -> None:
+        for name, value in fields.items():
+            if value is not None:
+                advice = " Send earlier turns in messages." if name == "history" else ""
+                self.ignored_fields.warning(
+                    name, f"POST {path}: the field {name[:MAX_FIELD_NAME]!r} is not supported and ignored.{advice}"
+                )
 
     def drain(self, seconds: float) -> None:
         """Reject new requests, and wait up to `seconds` for running ones to finish."""
@@ -137,19 +154,26 @@ class StrictJsonRequest(Request):
         try:
             return from_json(await self.body(), allow_inf_nan=False)
         except ValueError as error:
-            raise invalid(f"The request body is not valid JSON: {error}.", code="invalid_json") from error
+            raise invalid_request(f"The request body is not valid JSON: {error}.", code="invalid_json") from error
 
 
 class JsonRoute(APIRoute):
-    """Requires the JSON content type, which web pages cannot send to another origin without a CORS preflight."""
+    """Requires the JSON content type, which web pages cannot send to another origin without a CORS preflight.
+
+    A missing type is rejected as well: pages can send a body without one.
+    """
 
     def get_route_handler(self) -> Callable:
         handle = super().get_route_handler()
 
         async def check(request: Request) -> Response:
-            kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-            if request.method == "POST" and kind != "application/json":
-                raise ApiError(415, f"Invalid Content-Type {kind!r}. Send JSON with Content-Type: application/json.")
+            content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+            encoding = request.headers.get("content-encoding", "identity").strip().lower()
+            if request.method == "POST" and content_type != "application/json":
+                problem = f"Invalid Content-Type {content_type!r}." if content_type else "The Content-Type is missing."
+                raise ApiError(415, f"{problem} Send JSON with Content-Type: application/json.")
+            if request.method == "POST" and encoding not in ("", "identity"):
+                raise ApiError(415, f"Content-Encoding {encoding!r} is not supported. Send the body uncompressed.")
             return await handle(StrictJsonRequest(request.scope, request.receive))
 
         return check
@@ -176,9 +200,10 @@ def create_app(engine: Engine, settings: Settings | None = None) -> FastAPI:
         yield
         await to_thread.run_sync(service.drain, settings.drain_seconds)
 
-    middleware = []
+    middleware = [Middleware(PathMiddleware)]
     if service.metrics is not None:
         middleware.append(Middleware(MetricsMiddleware, metrics=service.metrics))
+    middleware.append(Middleware(OriginMiddleware, origins=settings.cors_origins))
     if settings.cors_origins:
         middleware.append(
             Middleware(
@@ -190,36 +215,39 @@ def create_app(engine: Engine, settings: Settings | None = None) -> FastAPI:
         )
     if settings.basic_auth is not None or settings.api_key is not None:
         credentials = {"basic": settings.basic_auth, "key": settings.api_key}
-        middleware.append(Middleware(Authentication, open_paths=[HEALTH], **credentials))
-    middleware.append(Middleware(BodyLimit, max_bytes=settings.max_request_bytes, seconds=settings.body_seconds))
+        middleware.append(Middleware(AuthenticationMiddleware, open_paths=[HEALTH_PATH], **credentials))
+    middleware.append(
+        Middleware(BodyLimitMiddleware, max_bytes=settings.max_request_bytes, seconds=settings.body_seconds)
+    )
     app = FastAPI(
         title="Qwen",
         description="OpenAI-compatible server of a first-generation Qwen model.",
         middleware=middleware,
         lifespan=lifespan,
+        redirect_slashes=False,  # PathMiddleware removes them
         redoc_url=None,
         responses={"default": {"model": ErrorResponse, "description": "An error in OpenAI's format"}},
     )
     app.state.service = service
-    app.include_router(_routes(service))
-    errors.install(app)
-    _document_credentials(app, settings)
+    app.include_router(_create_router(service))
+    errors.add_exception_handlers(app)
+    _add_security_schemes(app, settings)
     return app
 
 
-def _routes(service: Service) -> APIRouter:
+def _create_router(service: Service) -> APIRouter:
     router = APIRouter(route_class=JsonRoute)
-    generating: dict[str, Any] = {
+    generation_route: dict[str, Any] = {
         "response_description": "The response, or with `stream` its chunks and then [DONE] as server-sent events",
         "responses": {
-            200: {"content": {"text/event-stream": {"itemSchema": SERVER_SENT_EVENT}}},
+            200: {"content": {"text/event-stream": {"itemSchema": SERVER_SENT_EVENT_SCHEMA}}},
             **{
                 status: {"model": ErrorResponse, "description": description}
                 for status, description in {
                     400: "Invalid field",
                     408: "The request body did not arrive in time",
                     413: "The request body is too large",
-                    415: "Not JSON",
+                    415: "Not JSON, or compressed",
                     429: "The queue is full",
                     503: "The server is shutting down, or its model has failed and cannot recover",
                 }.items()
@@ -227,18 +255,20 @@ def _routes(service: Service) -> APIRouter:
         },
     }
 
-    @router.post("/v1/chat/completions", response_model=ChatCompletion, tags=["generation"], **generating)
+    @router.post("/v1/chat/completions", response_model=ChatCompletion, tags=["generation"], **generation_route)
     async def create_chat_completion(body: ChatCompletionRequest, request: Request) -> Response:
         """Answer a conversation."""
         limit = service.settings.max_messages
         if len(body.messages) > limit:
-            raise invalid(f"Too many messages: {len(body.messages)}, at most {limit} on this server.", "messages")
-        return await service.answer(request, body, chat.ENVELOPE, chat.plan, service.constraints)
+            raise invalid_request(
+                f"Too many messages: {len(body.messages)}, at most {limit} on this server.", "messages"
+            )
+        return await service.generate(request, body, chat.ENVELOPE, chat.build_plan, service.constraints)
 
-    @router.post("/v1/completions", response_model=Completion, tags=["generation"], **generating)
+    @router.post("/v1/completions", response_model=Completion, tags=["generation"], **generation_route)
     async def create_completion(body: CompletionRequest, request: Request) -> Response:
         """Continue a text."""
-        return await service.answer(request, body, completions.ENVELOPE, completions.plan)
+        return await service.generate(request, body, completions.ENVELOPE, completions.build_plan)
 
     @router.get("/v1/models", tags=["models"])
     async def list_models() -> ModelList:
@@ -257,7 +287,7 @@ def _routes(service: Service) -> APIRouter:
             )
         return service.model
 
-    @router.get(HEALTH, tags=["operation"], response_model=Health, responses={503: {"model": Health}})
+    @router.get(HEALTH_PATH, tags=["operation"], response_model=Health, responses={503: {"model": Health}})
     async def health() -> Response:
         """Report whether requests are accepted. Needs no credentials."""
         status = service.status
@@ -276,7 +306,7 @@ def _routes(service: Service) -> APIRouter:
     return router
 
 
-def _document_credentials(app: FastAPI, settings: Settings) -> None:
+def _add_security_schemes(app: FastAPI, settings: Settings) -> None:
     """Add the required credentials to the OpenAPI document, so that /docs asks for them."""
     schemes = {
         name: {"type": "http", "scheme": name}

@@ -1,4 +1,4 @@
-"""Chat completions: `plan` converts a request for the engine, `ChatWriter` converts the reply to chunks.
+"""Chat completions: `build_plan` converts a request for the engine, `ChatWriter` converts the reply to chunks.
 
 The model uses tools in its own format (qwen.tools), which is converted to OpenAI's `tools` or the older `functions`.
 """
@@ -28,7 +28,7 @@ from ...tools import (
 from ..engine import Engine
 from ..engine.detokenizer import Piece, TokenLogprob
 from ..engine.grammar import ConstraintFactory, GrammarConstraint
-from .errors import invalid
+from .errors import invalid_request
 from .generation import Choice, Envelope, Plan, check_num_choices, sampling_params
 from .logprobs import chat_logprobs
 from .requests import ChatCompletionRequest, JSONObject, JsonObjectFormat, JsonSchemaFormat, NamedFunction, NamedTool
@@ -64,17 +64,17 @@ class ToolChoice(NamedTuple):
     name: str | None = None
 
 
-def plan(request: ChatCompletionRequest, engine: Engine, constraints: ConstraintFactory) -> Plan:
+def build_plan(request: ChatCompletionRequest, engine: Engine, constraints: ConstraintFactory) -> Plan:
     """Build the generation plan of a request. Encodes the prompt and builds grammars, which may be slow.
 
     Raises:
         ApiError: incompatible fields, a malformed conversation, or a base checkpoint.
     """
-    _check(request, engine)
-    check_num_choices(engine, request.choices)
+    _check_request(request, engine)
+    check_num_choices(engine, request.num_choices)
     tool_choice = _read_tool_choice(request)
     messages = [message.model_dump(exclude_none=True) for message in request.messages]
-    prompt_ids, continues = _prompt(messages, tool_choice.functions, engine)
+    prompt_ids, continues = _encode_prompt(messages, tool_choice.functions, engine)
     uses_react = bool(tool_choice.functions) or any(
         message["role"] in ("tool", "function") or message.get("tool_calls") or message.get("function_call")
         for message in messages
@@ -85,9 +85,9 @@ def plan(request: ChatCompletionRequest, engine: Engine, constraints: Constraint
     max_tokens = request.max_completion_tokens or request.max_tokens
     (settings,) = sampling_params(engine, request, [len(prompt_ids)], max_tokens=max_tokens, top_logprobs=top_logprobs)
     # A reply that continues a message keeps its leading space, unless the message ends in one.
-    reply_start = _text(messages[-1]) if messages[-1]["role"] == "assistant" else ""
+    reply_start = _content_text(messages[-1]) if messages[-1]["role"] == "assistant" else ""
     lstrip = not reply_start or reply_start[-1].isspace()
-    constraint = _constraint(request, tool_choice, continues, constraints)
+    constraint = _build_constraint(request, tool_choice, continues, constraints)
     choices = []
     for index, params in enumerate(settings):
         reader = ReplyReader(continues) if uses_react else None
@@ -97,30 +97,31 @@ def plan(request: ChatCompletionRequest, engine: Engine, constraints: Constraint
     return Plan(choices, len(prompt_ids), "messages")
 
 
-def _text(message: JSONObject) -> str:
+def _content_text(message: JSONObject) -> str:
     content = message.get("content") or ""
     return content if isinstance(content, str) else "\n".join(part["text"] for part in content)
 
 
-def _check(request: ChatCompletionRequest, engine: Engine) -> None:
+def _check_request(request: ChatCompletionRequest, engine: Engine) -> None:
     chat_format = getattr(engine.model.generation_config, "chat_format", None)
     if chat_format != "chatml":
-        raise invalid(
+        raise invalid_request(
             "This server runs a base model, which cannot chat: send a prompt to /v1/completions, or start the server "
             "with a chat checkpoint, for example Qwen/Qwen-7B-Chat.",
             "model",
         )
-    if request.top_logprobs is not None and not request.logprobs:
-        raise invalid("top_logprobs requires logprobs to be true.", "top_logprobs")
+    if request.top_logprobs and not request.logprobs:
+        raise invalid_request("top_logprobs requires logprobs to be true.", "top_logprobs")
 
 
 def _read_tool_choice(request: ChatCompletionRequest) -> ToolChoice:
     if request.tools and request.functions:
-        raise invalid("functions is the old name of tools: send only one of them.", "functions")
-    if request.function_call is not None and (request.tools or request.tool_choice is not None):
-        raise invalid("function_call requires functions. With tools, use tool_choice.", "function_call")
+        raise invalid_request("functions is the old name of tools: send only one of them.", "functions")
+    has_tool_choice = request.tool_choice not in (None, "none", "auto")  # the defaults of some clients
+    if request.function_call is not None and (request.tools or has_tool_choice):
+        raise invalid_request("function_call requires functions. With tools, use tool_choice.", "function_call")
     if request.tool_choice is not None and request.functions:
-        raise invalid("tool_choice requires tools. With functions, use function_call.", "tool_choice")
+        raise invalid_request("tool_choice requires tools. With functions, use function_call.", "tool_choice")
 
     api_style: ApiStyle = "functions" if request.functions else "tools"
     param = "function_call" if request.function_call is not None else "tool_choice"
@@ -131,7 +132,7 @@ def _read_tool_choice(request: ChatCompletionRequest) -> ToolChoice:
         functions = [tool.function.model_dump(exclude_none=True) for tool in request.tools or []]
     names = [function.get("name_for_model") or function["name"] for function in functions]
     if duplicates := [name for name in names if names.count(name) > 1]:
-        raise invalid(f"{api_style}: duplicate name {duplicates[0]!r}. Names must be unique.", api_style)
+        raise invalid_request(f"{api_style}: duplicate name {duplicates[0]!r}. Names must be unique.", api_style)
     if choice == "none":
         return ToolChoice([], api_style)
     name = None
@@ -139,18 +140,18 @@ def _read_tool_choice(request: ChatCompletionRequest) -> ToolChoice:
         name = choice.function.name if isinstance(choice, NamedTool) else choice.name
         if name not in names:
             known = f"expected one of {', '.join(names)}" if names else f"the request has no {api_style}"
-            raise invalid(f"{param}: unknown name {name!r}, {known}.", param)
+            raise invalid_request(f"{param}: unknown name {name!r}, {known}.", param)
     if choice == "required" and not names:
-        raise invalid("tool_choice is 'required' but the request has no tools.", param)
+        raise invalid_request("tool_choice is 'required' but the request has no tools.", param)
     return ToolChoice(functions, api_style, choice == "required" or name is not None, name)
 
 
-def _prompt(messages: list[JSONObject], functions: list[JSONObject], engine: Engine) -> tuple[list[int], bool]:
+def _encode_prompt(messages: list[JSONObject], functions: list[JSONObject], engine: Engine) -> tuple[list[int], bool]:
     """Return the token ids, and whether they end in "Thought:" after a tool result, for the model to continue."""
     try:
         query, history, system = parse_messages(messages, functions)
     except MalformedConversation as error:
-        raise invalid(str(error), _param(str(error))) from error
+        raise invalid_request(str(error), _error_param(str(error))) from error
     window = getattr(engine.model.generation_config, "max_window_size", None)
     arguments = {} if window is None else {"max_window_size": window}
     if query is None:
@@ -159,22 +160,22 @@ def _prompt(messages: list[JSONObject], functions: list[JSONObject], engine: Eng
     return ids, messages[-1]["role"] in ("tool", "function")
 
 
-def _param(message: str) -> str:
+def _error_param(message: str) -> str:
     """Return the field that an error of qwen.tools names: "messages[1].tool_calls[0]" → "messages.1.tool_calls.0"."""
     found = re.match(r"(messages|tools|functions)\[[\w.\[\]]*", message)
     return re.sub(r"\[(\d+)\]", r".\1", found[0]) if found else "messages"
 
 
-def _constraint(
+def _build_constraint(
     request: ChatCompletionRequest, tool_choice: ToolChoice, continues: bool, constraints: ConstraintFactory
 ) -> GrammarConstraint | None:
     """Return the grammar that the reply must follow, if any."""
-    wanted = request.response_format
+    response_format = request.response_format
     schema, param = None, "response_format"
-    if isinstance(wanted, JsonObjectFormat):
+    if isinstance(response_format, JsonObjectFormat):
         schema = ANY_OBJECT
-    elif isinstance(wanted, JsonSchemaFormat):
-        schema, param = wanted.json_schema.schema_ or ANY_OBJECT, "response_format.json_schema.schema"
+    elif isinstance(response_format, JsonSchemaFormat):
+        schema, param = response_format.json_schema.schema_ or ANY_OBJECT, "response_format.json_schema.schema"
     strict = any(function.get("strict") for function in tool_choice.functions)
     try:
         if tool_choice.required or (tool_choice.functions and (schema is not None or strict)):
@@ -187,11 +188,11 @@ def _constraint(
                 call_required=tool_choice.required,
                 continues=continues,
             )
-        if isinstance(wanted, JsonObjectFormat):
+        if isinstance(response_format, JsonObjectFormat):
             return constraints.json_object()
         return None if schema is None else constraints.json_schema(schema)
     except ValueError as error:
-        raise invalid(str(error), param) from error
+        raise invalid_request(str(error), param) from error
 
 
 class ChatWriter:
@@ -234,7 +235,7 @@ class ChatWriter:
 
     def end(self, reason: TextFinishReason) -> Iterable[ChatChunkChoice]:
         yield from self._chunks(self.reader.finish() if self.reader is not None else [])
-        if reason == "stop" and self._called():
+        if reason == "stop" and self._has_complete_call():
             yield self._chunk({}, "tool_calls" if self.tool_choice.api_style == "tools" else "function_call")
         else:
             yield self._chunk({}, reason)
@@ -245,12 +246,12 @@ class ChatWriter:
                 self.has_content = True
                 yield self._chunk({"content": delta.text})
             elif self.tool_choice.functions:
-                yield from map(self._chunk, self._call(delta))
+                yield from map(self._chunk, self._call_deltas(delta))
             elif not self.has_content:  # a tool of an earlier turn: send the call as text rather than nothing
-                named = "" if delta.name is None else f"{ACTION} {delta.name}\n{ACTION_INPUT} "
-                yield self._chunk({"content": named + delta.arguments})
+                prefix = "" if delta.name is None else f"{ACTION} {delta.name}\n{ACTION_INPUT} "
+                yield self._chunk({"content": prefix + delta.arguments})
 
-    def _called(self) -> bool:
+    def _has_complete_call(self) -> bool:
         """Return whether the reply has a call that was not cut off by a stop string of the request."""
         if self.arguments is None:
             return False
@@ -260,7 +261,7 @@ class ChatWriter:
             return not self.has_stop  # without stop strings it is a call with invalid JSON
         return True
 
-    def _call(self, delta: CallDelta) -> Iterator[MessageDelta]:
+    def _call_deltas(self, delta: CallDelta) -> Iterator[MessageDelta]:
         if delta.name is not None or self.arguments is None:
             self.arguments = []
         self.arguments.append(delta.arguments)
@@ -284,7 +285,7 @@ class ChatWriter:
         }
 
 
-def collect(chunks: list[ChatChunkChoice]) -> ChatChoice:
+def merge_chunks(chunks: list[ChatChunkChoice]) -> ChatChoice:
     """Merge the chunks of one choice."""
     content: list[str] = []
     call_id: str | None = None
@@ -318,4 +319,4 @@ def collect(chunks: list[ChatChunkChoice]) -> ChatChoice:
     }
 
 
-ENVELOPE = Envelope("chat.completion", "chat.completion.chunk", "chatcmpl-", collect)
+ENVELOPE = Envelope("chat.completion", "chat.completion.chunk", "chatcmpl-", merge_chunks)

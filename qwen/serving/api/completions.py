@@ -1,4 +1,4 @@
-"""Text completions: `plan` converts a request for the engine, `TextWriter` converts the reply to chunks.
+"""Text completions: `build_plan` converts a request for the engine, `TextWriter` converts the reply to chunks.
 
 Prompts have no chat template, and replies are not trimmed.
 """
@@ -10,38 +10,38 @@ from collections.abc import Iterable
 from ...model.tokenization_qwen import QWenTokenizer
 from ..engine import Engine
 from ..engine.detokenizer import Piece
-from .errors import invalid
+from .errors import invalid_request
 from .generation import Choice, Envelope, Plan, check_num_choices, sampling_params
 from .logprobs import CompletionLogprobs
 from .requests import CompletionRequest
 from .responses import TextChoice, TextFinishReason, TextLogprobs
 
 
-def plan(request: CompletionRequest, engine: Engine) -> Plan:
+def build_plan(request: CompletionRequest, engine: Engine) -> Plan:
     """Build the generation plan of a request. Encodes the prompts, which may be slow.
 
     Raises:
         ApiError: incompatible fields, or token ids out of range.
     """
-    if request.best_of is not None and request.best_of != request.choices:
-        raise invalid("best_of must equal n: all choices are returned, without ranking.", "best_of")
+    if request.best_of is not None and request.best_of != request.num_choices:
+        raise invalid_request("best_of must equal n: all choices are returned, without ranking.", "best_of")
     if request.echo and request.logprobs is not None:
-        raise invalid("echo cannot be combined with logprobs: prompts have no log-probabilities.", "echo")
-    texts = _texts(request)
-    check_num_choices(engine, len(texts) * request.choices)
-    prompts = _prompts(texts, engine.tokenizer)
+        raise invalid_request("echo cannot be combined with logprobs: prompts have no log-probabilities.", "echo")
+    inputs = _prompt_inputs(request)
+    check_num_choices(engine, len(inputs) * request.num_choices)
+    prompts = _encode_prompts(inputs, engine.tokenizer)
     lengths = [len(ids) for ids in prompts]
     settings = sampling_params(engine, request, lengths, max_tokens=request.max_tokens, top_logprobs=request.logprobs)
     choices: list[Choice] = []
-    for ids, params_of_prompt in zip(prompts, settings, strict=True):
+    for ids, prompt_params in zip(prompts, settings, strict=True):
         echo = engine.tokenizer.decode(ids) if request.echo else ""
-        for params in params_of_prompt:
+        for params in prompt_params:
             writer = TextWriter(len(choices), engine.tokenizer, echo)
             choices.append(Choice(ids, params, writer, request.stop_strings))
     return Plan(choices, sum(lengths), "prompt")
 
 
-def _texts(request: CompletionRequest) -> list[str] | list[list[int]]:
+def _prompt_inputs(request: CompletionRequest) -> list[str] | list[list[int]]:
     """Return the prompts as text or token ids."""
     prompt = request.prompt
     if isinstance(prompt, str) or prompt is None:
@@ -49,12 +49,14 @@ def _texts(request: CompletionRequest) -> list[str] | list[list[int]]:
     return [prompt] if isinstance(prompt[0], int) else prompt
 
 
-def _prompts(texts: list[str] | list[list[int]], tokenizer: QWenTokenizer) -> list[list[int]]:
+def _encode_prompts(inputs: list[str] | list[list[int]], tokenizer: QWenTokenizer) -> list[list[int]]:
     """Encode the prompts. Control tokens in a text are encoded as such, since the client writes the whole prompt."""
-    encoded = [tokenizer.encode(text) if isinstance(text, str) else text for text in texts]
+    encoded = [tokenizer.encode(text) if isinstance(text, str) else text for text in inputs]
     for ids in encoded:
         if unknown := [token for token in ids if token >= len(tokenizer)]:
-            raise invalid(f"prompt: invalid token id {unknown[0]}, valid ids are 0 to {len(tokenizer) - 1}.", "prompt")
+            raise invalid_request(
+                f"prompt: invalid token id {unknown[0]}, valid ids are 0 to {len(tokenizer) - 1}.", "prompt"
+            )
     return [ids or [tokenizer.eod_id] for ids in encoded]  # <|endoftext|> precedes a document
 
 
@@ -88,18 +90,18 @@ class TextWriter:
         }
 
 
-def collect(chunks: list[TextChoice]) -> TextChoice:
+def merge_chunks(chunks: list[TextChoice]) -> TextChoice:
     """Merge the chunks of one choice."""
     parts = [chunk["logprobs"] for chunk in chunks if chunk["logprobs"] is not None]
     return {
         "index": chunks[0]["index"],
         "text": "".join(chunk["text"] for chunk in chunks),
-        "logprobs": _joined(parts) if parts else None,
+        "logprobs": _concat_logprobs(parts) if parts else None,
         "finish_reason": chunks[-1]["finish_reason"],
     }
 
 
-def _joined(parts: list[TextLogprobs]) -> TextLogprobs:
+def _concat_logprobs(parts: list[TextLogprobs]) -> TextLogprobs:
     return {
         "tokens": [token for part in parts for token in part["tokens"]],
         "token_logprobs": [logprob for part in parts for logprob in part["token_logprobs"]],
@@ -108,4 +110,4 @@ def _joined(parts: list[TextLogprobs]) -> TextLogprobs:
     }
 
 
-ENVELOPE = Envelope("text_completion", "text_completion", "cmpl-", collect)
+ENVELOPE = Envelope("text_completion", "text_completion", "cmpl-", merge_chunks)

@@ -17,8 +17,11 @@ from starlette.responses import Response
 
 from ..engine import EngineError, PromptTooLong, QueueFull, SchedulerClosed
 
-MAX_ERRORS = 100  # validation errors examined per request; the first one is reported, with its alternatives
-RETRY_SECONDS = 1  # a place in the queue becomes free about this often, a place in the batch less often
+MAX_VALIDATION_ERRORS = 100  # validation errors examined per request; the first one is reported, with its alternatives
+API_ENDPOINTS = ("/chat/completions", "/completions", "/models")  # under /v1; clients add them to a base URL
+# -1 or 0 stands for "no limit" in other servers.
+FIELD_ADVICE = dict.fromkeys(("max_tokens", "max_completion_tokens", "max_length"), " Omit it to set no limit.")
+RETRY_AFTER_SECONDS = 1  # a place in the queue becomes free about this often, a place in the batch less often
 
 
 class ApiError(HTTPException):
@@ -50,33 +53,33 @@ class ApiError(HTTPException):
         return Response(to_json(self.body), self.status_code, self.headers, "application/json")
 
 
-def invalid(message: str, param: str | None = None, code: str | None = None) -> ApiError:
+def invalid_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
     """Return the error of an invalid request (400)."""
     return ApiError(400, message, param=param, code=code)
 
 
-def from_engine(error: Exception, param: str | None = None) -> ApiError | None:
+def from_engine_error(error: Exception, param: str | None = None) -> ApiError | None:
     """Convert an exception of the engine to an API error; return None for other exceptions.
 
     Args:
         param: request field that holds the prompt.
     """
     if isinstance(error, PromptTooLong):
-        return invalid(str(error), param, "context_length_exceeded")
+        return invalid_request(str(error), param, "context_length_exceeded")
     if isinstance(error, QueueFull):
         return ApiError(
             429,
             "The request queue is full. Try again in a moment.",
             type="requests",
             code="rate_limit_exceeded",
-            headers={"Retry-After": str(RETRY_SECONDS)},
+            headers={"Retry-After": str(RETRY_AFTER_SECONDS)},
         )
     if isinstance(error, SchedulerClosed):
         return shutting_down()
     if isinstance(error, EngineError):
         return server_error()
     if isinstance(error, ValueError):
-        return invalid(str(error), param)
+        return invalid_request(str(error), param)
     return None
 
 
@@ -86,7 +89,7 @@ def shutting_down() -> ApiError:
     )
 
 
-def cut_off() -> ApiError:
+def interrupted_by_shutdown() -> ApiError:
     return ApiError(
         503,
         "The server is shutting down and did not wait for this reply to finish: the reply is incomplete.",
@@ -109,7 +112,7 @@ def server_error() -> ApiError:
     return ApiError(500, "The server failed to answer. See its log for the reason.", type="server_error")
 
 
-def from_validation(errors: Sequence[ErrorDetails], body: object) -> ApiError:
+def from_validation_errors(errors: Sequence[ErrorDetails], body: object) -> ApiError:
     """Convert the first error that pydantic found.
 
     Each alternative of a union reports its own errors. Type mismatches are dropped if an alternative of the right type
@@ -119,17 +122,18 @@ def from_validation(errors: Sequence[ErrorDetails], body: object) -> ApiError:
         errors: output of `ValidationError.errors()`.
         body: the validated input.
     """
-    located = [(_path(error["loc"], body, error["type"]), error) for error in errors[:MAX_ERRORS]]
+    located = [(_field_path(error["loc"], body, error["type"]), error) for error in errors[:MAX_VALIDATION_ERRORS]]
     first = located[0][0]
     located = [(path, error) for path, error in located if path[: len(first)] == first]
     of_right_type = [(path, error) for path, error in located if not error["type"].endswith("_type")]
     path = max((path for path, _ in of_right_type or located), key=len)
-    reasons = dict.fromkeys(_reason(error) for where, error in of_right_type or located if where == path)
+    reasons = dict.fromkeys(_error_reason(error) for where, error in of_right_type or located if where == path)
     param = ".".join(map(str, path)) or None
-    return invalid(f"{param or 'The request body'}: {', or '.join(reasons)}.", param)
+    advice = FIELD_ADVICE.get(param or "", "")
+    return invalid_request(f"{param or 'The request body'}: {', or '.join(reasons)}.{advice}", param)
 
 
-def _path(location: Sequence[str | int], body: Any, kind: str) -> tuple[str | int, ...]:
+def _field_path(location: Sequence[str | int], body: Any, kind: str) -> tuple[str | int, ...]:
     """Remove the names of union alternatives, which pydantic adds, from a location."""
     path: list[str | int] = []
     for step in location[1:]:  # the first one is "body"
@@ -142,7 +146,7 @@ def _path(location: Sequence[str | int], body: Any, kind: str) -> tuple[str | in
     return tuple(path)
 
 
-def _reason(error: ErrorDetails) -> str:
+def _error_reason(error: ErrorDetails) -> str:
     context = error.get("ctx", {})
     if error["type"] == "missing":
         return "required but missing"
@@ -162,32 +166,37 @@ def _reason(error: ErrorDetails) -> str:
     return reason
 
 
-def install(app: FastAPI) -> None:
+def add_exception_handlers(app: FastAPI) -> None:
     """Install handlers that answer all errors of an app in this format."""
 
-    async def api_error(request: Request, error: Exception) -> Response:
+    async def handle_http_exception(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         if not isinstance(error, ApiError):
-            error = _from_http(request, error)
+            error = _from_http_exception(request, error)
         return error.response()
 
-    async def validation_error(request: Request, error: Exception) -> Response:
+    async def handle_validation_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        return from_validation(error.errors(), error.body).response()
+        return from_validation_errors(error.errors(), error.body).response()
 
-    async def unexpected_error(request: Request, error: Exception) -> Response:
+    async def handle_exception(request: Request, error: Exception) -> Response:
         return server_error().response()  # logged by the ASGI server
 
-    app.add_exception_handler(HTTPException, api_error)
-    app.add_exception_handler(RequestValidationError, validation_error)
-    app.add_exception_handler(Exception, unexpected_error)
+    app.add_exception_handler(HTTPException, handle_http_exception)
+    app.add_exception_handler(RequestValidationError, handle_validation_error)
+    app.add_exception_handler(Exception, handle_exception)
 
 
-def _from_http(request: Request, error: HTTPException) -> ApiError:
+def _from_http_exception(request: Request, error: HTTPException) -> ApiError:
     """Convert an error that the framework raised."""
     what = f"{request.method} {request.url.path}"
     if error.status_code == 404:
-        return ApiError(404, f"Not found: {what}. The API is under /v1; /docs lists all endpoints.", code="unknown_url")
+        advice = "The API is under /v1; /docs lists all endpoints."
+        for endpoint in API_ENDPOINTS:
+            if request.url.path.endswith(endpoint):
+                advice = f"Did you mean /v1{endpoint}? The base URL of this API is {request.base_url}v1."
+                break
+        return ApiError(404, f"Not found: {what}. {advice}", code="unknown_url")
     if error.status_code == 405:
         allowed = (error.headers or {}).get("Allow", "another method")
         return ApiError(405, f"{what} is not allowed. Use {allowed}.", code="method_not_allowed", headers=error.headers)

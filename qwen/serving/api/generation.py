@@ -23,9 +23,9 @@ from starlette.types import Receive, Scope, Send
 from ..engine import Engine, TextStream
 from ..engine.detokenizer import Piece
 from ..engine.sampler import Constraint, SamplingParams
-from .errors import ApiError, cut_off, engine_failed, from_engine, invalid, server_error
-from .metrics import CLIENT_GONE, Metrics
-from .requests import SamplingFields
+from .errors import ApiError, engine_failed, from_engine_error, interrupted_by_shutdown, invalid_request, server_error
+from .metrics import CLIENT_CLOSED_REQUEST, Metrics
+from .requests import GenerationRequest
 from .responses import ChatChoice, ChatChunkChoice, TextChoice, TextFinishReason, Usage
 
 # Log-probabilities in one response, about 100 bytes of JSON each: enough for a full context with 20 per token.
@@ -90,13 +90,13 @@ class Envelope:
         object: object type of a response.
         chunk_object: object type of a streamed chunk.
         id_prefix: prefix of response ids.
-        collect: merges the chunks of one choice, all from the writer of the same endpoint.
+        merge_chunks: merges the chunks of one choice, all from the writer of the same endpoint.
     """
 
     object: str
     chunk_object: str
     id_prefix: str
-    collect: Callable[..., ChatChoice | TextChoice]
+    merge_chunks: Callable[..., ChatChoice | TextChoice]
 
     def head(self, model: str, fingerprint: str) -> Head:
         return {
@@ -112,12 +112,12 @@ def check_num_choices(engine: Engine, choices: int) -> None:
     """Raise ApiError for more choices than the server can hold, before any work is done."""
     capacity = engine.max_batch_size + engine.max_queue
     if choices > capacity:
-        raise invalid(f"Too many choices: {choices} requested, at most {capacity} per request on this server.")
+        raise invalid_request(f"Too many choices: {choices} requested, at most {capacity} per request on this server.")
 
 
 def sampling_params(
     engine: Engine,
-    request: SamplingFields,
+    request: GenerationRequest,
     prompt_lengths: Sequence[int],
     *,
     max_tokens: int | None,
@@ -134,13 +134,13 @@ def sampling_params(
     """
     bias = {int(token): value for token, value in (request.logit_bias or {}).items()}
     if unknown := [token for token in bias if token >= len(engine.tokenizer)]:
-        raise invalid(
+        raise invalid_request(
             f"logit_bias: invalid token id {unknown[0]}, valid ids are 0 to {len(engine.tokenizer) - 1}.",
             "logit_bias",
         )
     greedy = request.top_p == 0  # only the most likely token remains
 
-    def params_of(limit: int | None, seed: int | None) -> SamplingParams:
+    def build_params(limit: int | None, seed: int | None) -> SamplingParams:
         return engine.params(
             temperature=0.0 if greedy else request.temperature,
             top_p=None if greedy else request.top_p,
@@ -154,22 +154,22 @@ def sampling_params(
             seed=seed,
         )
 
-    seeds = [None if request.seed is None else request.seed + index for index in range(request.choices)]
+    seeds = [None if request.seed is None else request.seed + index for index in range(request.num_choices)]
     try:
         params = [
-            [params_of(limit, seed) for seed in seeds]
+            [build_params(limit, seed) for seed in seeds]
             for limit in (_max_tokens(request, length, max_tokens) for length in prompt_lengths)
         ]
     except ValueError as error:
-        raise invalid(str(error), str(error).split()[0]) from error
+        raise invalid_request(str(error), str(error).split()[0]) from error
     if top_logprobs is not None:
         tokens = sum(
-            min(each.max_tokens, engine.context_length - length)
-            for length, of_prompt in zip(prompt_lengths, params, strict=True)
-            for each in of_prompt
+            min(choice_params.max_tokens, engine.context_length - length)
+            for length, prompt_params in zip(prompt_lengths, params, strict=True)
+            for choice_params in prompt_params
         )
         if tokens * (1 + top_logprobs) > MAX_LOGPROBS:
-            raise invalid(
+            raise invalid_request(
                 f"Too many log-probabilities: up to {tokens} tokens with {1 + top_logprobs} each, at most "
                 f"{MAX_LOGPROBS} per response. Ask for fewer tokens, choices or log-probabilities.",
                 "logprobs",
@@ -177,16 +177,16 @@ def sampling_params(
     return params
 
 
-def _max_tokens(request: SamplingFields, prompt_tokens: int, max_tokens: int | None) -> int | None:
+def _max_tokens(request: GenerationRequest, prompt_tokens: int, max_tokens: int | None) -> int | None:
     if request.max_length is None:
         return max_tokens
-    room = request.max_length - prompt_tokens
-    if room < 1:
-        raise invalid(
+    remaining = request.max_length - prompt_tokens
+    if remaining < 1:
+        raise invalid_request(
             f"max_length includes the prompt, which has {prompt_tokens} tokens: use a larger value.",
             "max_length",
         )
-    return room if max_tokens is None else min(room, max_tokens)
+    return remaining if max_tokens is None else min(remaining, max_tokens)
 
 
 class Generation:
@@ -208,7 +208,7 @@ class Generation:
         except Exception as error:
             for stream in self.streams:
                 stream.cancel()
-            api_error = engine_failed() if engine.failed else from_engine(error, plan.prompt_param)
+            api_error = engine_failed() if engine.failed else from_engine_error(error, plan.prompt_param)
             if api_error is None:
                 raise
             raise api_error from error
@@ -229,15 +229,15 @@ class Generation:
         Raises:
             ApiError: the model failed, or the server is stopping.
         """
-        arrived: asyncio.Queue[tuple[int, Piece | Exception | None]] = asyncio.Queue()
+        queue: asyncio.Queue[tuple[int, Piece | Exception | None]] = asyncio.Queue()
 
         async def read(index: int, stream: TextStream) -> None:
             try:
                 async for piece in stream:
-                    arrived.put_nowait((index, piece))
-                arrived.put_nowait((index, None))
+                    queue.put_nowait((index, piece))
+                queue.put_nowait((index, None))
             except Exception as error:
-                arrived.put_nowait((index, error))
+                queue.put_nowait((index, error))
 
         writers = [choice.writer for choice in self.plan.choices]
         readers = [asyncio.create_task(read(*pair)) for pair in enumerate(self.streams)]
@@ -247,13 +247,13 @@ class Generation:
                     yield chunk
             running = len(readers)
             while running:
-                index, item = await arrived.get()
+                index, item = await queue.get()
                 if isinstance(item, Exception):
-                    raise from_engine(item, self.plan.prompt_param) or server_error() from item
+                    raise from_engine_error(item, self.plan.prompt_param) or server_error() from item
                 if item is not None:
                     chunks = writers[index].write(item)
                 elif (reason := self.streams[index].finish_reason) is None or reason == "cancelled":
-                    raise cut_off()  # only draining cancels a stream that is being read
+                    raise interrupted_by_shutdown()  # only draining cancels a stream that is being read
                 else:
                     chunks = writers[index].end(cast("TextFinishReason", reason))
                     running -= 1
@@ -274,7 +274,7 @@ class Generation:
                 return
             seconds = [stream.first_token_seconds for stream in self.streams]
             usage = self.usage
-            self.metrics.generated(usage["prompt_tokens"], usage["completion_tokens"], seconds)
+            self.metrics.record_generation(usage["prompt_tokens"], usage["completion_tokens"], seconds)
 
 
 class ChunkResponse(EventSourceResponse):
@@ -291,7 +291,7 @@ class ChunkResponse(EventSourceResponse):
             self.generation.close()  # even if no event was requested
 
 
-def stream(
+def stream_response(
     generation: Generation, envelope: Envelope, head: Head, include_usage: bool, grace_seconds: float
 ) -> Response:
     """Return a streamed response.
@@ -318,7 +318,7 @@ def stream(
     return ChunkResponse(generation, events(), grace_seconds)
 
 
-async def respond(request: Request, generation: Generation, envelope: Envelope, head: Head) -> Response:
+async def full_response(request: Request, generation: Generation, envelope: Envelope, head: Head) -> Response:
     """Return the whole response at once, or an empty one if the client disconnects first.
 
     Raises:
@@ -330,7 +330,7 @@ async def respond(request: Request, generation: Generation, envelope: Envelope, 
         async with contextlib.aclosing(generation.chunks()) as chunks:
             async for chunk in chunks:
                 parts[chunk["index"]].append(chunk)
-        return [envelope.collect(part) for part in parts]
+        return [envelope.merge_chunks(part) for part in parts]
 
     async def wait_for_disconnect() -> None:
         while (await request.receive())["type"] != "http.disconnect":
@@ -341,7 +341,7 @@ async def respond(request: Request, generation: Generation, envelope: Envelope, 
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         if not collecting.done():
-            return Response(status_code=CLIENT_GONE)
+            return Response(status_code=CLIENT_CLOSED_REQUEST)
         answer = {**head, "choices": collecting.result(), "usage": generation.usage}
         return Response(to_json(answer), media_type="application/json")
     finally:

@@ -13,7 +13,7 @@ from ...model.tokenization_qwen import QWenTokenizer
 from ..engine.detokenizer import TokenLogprob
 from .responses import ChatLogprobs, ContentLogprob, TextLogprobs, TokenProbability
 
-LOWEST = -9999.0  # replaces minus infinity, which JSON does not have
+MIN_LOGPROB = -9999.0  # replaces minus infinity, which JSON does not have
 
 
 def token_bytes(tokenizer: QWenTokenizer, token_id: int) -> bytes:
@@ -36,7 +36,7 @@ def chat_logprobs(tokenizer: QWenTokenizer, tokens: Sequence[TokenLogprob]) -> C
 
     def entry(token_id: int, logprob: float) -> TokenProbability:
         content = token_bytes(tokenizer, token_id)
-        return {"token": token_text(content), "logprob": max(logprob, LOWEST), "bytes": list(content)}
+        return {"token": token_text(content), "logprob": max(logprob, MIN_LOGPROB), "bytes": list(content)}
 
     content: list[ContentLogprob] = [
         {**entry(token.token_id, token.logprob), "top_logprobs": [entry(*likely) for likely in token.top]}
@@ -58,22 +58,22 @@ class CompletionLogprobs:
 
     def __call__(self, tokens: Sequence[TokenLogprob]) -> TextLogprobs:
         """Format the next tokens of the text."""
-        shape: TextLogprobs = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        logprobs: TextLogprobs = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for token in tokens:
             content = token_bytes(self.tokenizer, token.token_id)
-            likeliest = {
-                token_text(token_bytes(self.tokenizer, id_)): max(logprob, LOWEST) for id_, logprob in token.top
+            top_logprobs = {
+                token_text(token_bytes(self.tokenizer, id_)): max(logprob, MIN_LOGPROB) for id_, logprob in token.top
             }
-            shape["tokens"].append(token_text(content))
-            shape["token_logprobs"].append(max(token.logprob, LOWEST))
-            shape["top_logprobs"].append(likeliest)
+            logprobs["tokens"].append(token_text(content))
+            logprobs["token_logprobs"].append(max(token.logprob, MIN_LOGPROB))
+            logprobs["top_logprobs"].append(top_logprobs)
             new = self.decoder.decode(content)
             self.offset += len(new)
-            shape["text_offset"].append(self.offset - len(_own_text(content, new)))
-        return shape
+            logprobs["text_offset"].append(self.offset - len(_text_of_token(content, new)))
+        return logprobs
 
 
-def _own_text(content: bytes, new: str) -> str:
+def _text_of_token(content: bytes, new: str) -> str:
     """Return the token's part of the newly decoded text, without the replacement of an earlier incomplete character."""
     try:
         return codecs.getincrementaldecoder("utf-8")().decode(content)

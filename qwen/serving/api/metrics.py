@@ -21,8 +21,8 @@ except ModuleNotFoundError:
 else:
     _INSTALLED = True
 
-SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
-CLIENT_GONE = 499  # nginx's status for a client that disconnected before the response
+DURATION_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+CLIENT_CLOSED_REQUEST = 499  # nginx's status for a client that disconnected before the response
 
 
 def available() -> bool:
@@ -42,13 +42,13 @@ class Metrics:
             "qwen_request_duration_seconds",
             "Time from a request to the end of its response",
             ["endpoint"],
-            buckets=SECONDS,
+            buckets=DURATION_BUCKETS,
             registry=self.registry,
         )
         self.first_token = Histogram(
             "qwen_time_to_first_token_seconds",
             "Time from queueing a request to its first token",
-            buckets=SECONDS,
+            buckets=DURATION_BUCKETS,
             registry=self.registry,
         )
         self.prompt_tokens = Counter("qwen_prompt_tokens", "Prompt tokens", registry=self.registry)
@@ -58,7 +58,7 @@ class Metrics:
         queued = Gauge("qwen_queued_sequences", "Replies waiting in the queue", registry=self.registry)
         queued.set_function(lambda: engine.load().queued)
 
-    def generated(
+    def record_generation(
         self, prompt_tokens: int, completion_tokens: int, first_token_seconds: Iterable[float | None]
     ) -> None:
         """Record the totals of one request; None stands for a reply without tokens."""
@@ -83,7 +83,7 @@ class MetricsMiddleware:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        status, started = CLIENT_GONE, time.perf_counter()
+        status, started = CLIENT_CLOSED_REQUEST, time.perf_counter()
 
         async def send_observed(message: Message) -> None:
             nonlocal status

@@ -1,4 +1,4 @@
-"""ASGI middlewares that check credentials and limit the size and upload time of requests.
+"""ASGI middlewares that normalize paths, check origins and credentials, and limit the size and upload time of requests.
 
 Neither buffers bodies or responses, so that streams pass through unchanged.
 """
@@ -10,18 +10,70 @@ import base64
 import binascii
 import contextlib
 import hmac
+import logging
+import re
 from collections.abc import Collection
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .errors import ApiError
+from .log_once import LogOnce
+
+logger = logging.getLogger(__name__)
 
 # A client that is still sending would miss an early response: read and drop up to this much of a rejected body.
 LINGER_BYTES = 64 * 2**20
+MAX_ORIGIN = 100  # characters of an origin in messages
 
 
-class Authentication:
+ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[\w.:\[\]-]{1,253}", re.ASCII)  # that can be shown as part of a command
+
+
+class PathMiddleware:
+    """Accepts what clients make of a base URL and a path: `//v1/models`, `/v1//models`, `/v1/models/`.
+
+    Without a redirect, which would lose the body of a POST. HEAD is answered like GET; uvicorn omits the body.
+    """
+
+    def __init__(self, app: ASGIApp):
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            path = "/" + "/".join(filter(None, scope["path"].split("/")))
+            scope = {**scope, "path": path, "method": "GET" if scope["method"] == "HEAD" else scope["method"]}
+        await self.app(scope, receive, send)
+
+
+class OriginMiddleware:
+    """Rejects CORS preflights of web pages that may not send requests, and says in the answer and the log what to do.
+
+    Args:
+        origins: allowed origins; "*" for all.
+    """
+
+    def __init__(self, app: ASGIApp, origins: Collection[str]):
+        self.app, self.origins = app, origins
+        self.log_once = LogOnce(logger, "origins")
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = Headers(scope=scope) if scope["type"] == "http" and scope["method"] == "OPTIONS" else {}
+        origin = headers.get("origin")
+        if origin is None or "access-control-request-method" not in headers or not {"*", origin}.isdisjoint(self.origins):
+            await self.app(scope, receive, send)
+            return
+        if ORIGIN.fullmatch(origin):
+            advice = f"To allow it, start the server with --cors-origin {origin}"
+        else:  # "null", of pages opened from a file, is also that of any page that chooses to be in a sandbox
+            advice = "Serve the page from an origin and allow that with --cors-origin ORIGIN, or all pages with '*'"
+        message = f"Web pages of origin {origin[:MAX_ORIGIN]!r} may not send requests to this server. {advice}."
+        self.log_once.warning(origin, message)
+        error = ApiError(403, message, code="origin_not_allowed")
+        await error.response()(scope, receive, send)
+
+
+class AuthenticationMiddleware:
     """Requires a user and password (HTTP Basic) or a key (Bearer); if both are set, either is accepted.
 
     Args:
@@ -65,7 +117,7 @@ class Authentication:
         return hmac.compare_digest(credentials, secret)
 
 
-class BodyLimit:
+class BodyLimitMiddleware:
     """Rejects request bodies over `max_bytes` (413), declared or received, or slower than `seconds` (408)."""
 
     def __init__(self, app: ASGIApp, max_bytes: int, seconds: float):
@@ -85,7 +137,7 @@ class BodyLimit:
             headers=close,
         )
 
-        async def receive_in_time() -> Message:
+        async def receive_with_timeout() -> Message:
             try:
                 async with asyncio.timeout_at(deadline):
                     return await receive()
@@ -101,7 +153,7 @@ class BodyLimit:
             dropped, more = 0, True
             with contextlib.suppress(ApiError):
                 while more and dropped < LINGER_BYTES:
-                    message = await receive_in_time()
+                    message = await receive_with_timeout()
                     dropped += len(message.get("body", b""))
                     more = bool(message.get("more_body"))
 
@@ -109,7 +161,7 @@ class BodyLimit:
             nonlocal received, complete
             if complete:  # the next message is a disconnect
                 return await receive()
-            message = await receive_in_time()
+            message = await receive_with_timeout()
             complete = not message.get("more_body")
             if message["type"] == "http.request":
                 received += len(message.get("body", b""))

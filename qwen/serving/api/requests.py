@@ -1,7 +1,7 @@
 """Request models of the OpenAI API: the fields, their types and ranges.
 
 Each field is checked by itself; combinations are checked in chat.py and completions.py. Unknown fields are ignored, and
-`null` is the same as a missing field.
+`null` is the same as a missing field. So are values that mean "nothing" in other libraries: `stop` may be "" or false.
 
 Source: https://platform.openai.com/docs/api-reference, plus the reference server's `top_k`, `max_length`,
 `repetition_penalty` and functions with `name_for_model`.
@@ -12,14 +12,16 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 MAX_CHOICES = 16
 MAX_STOP = 16
 MAX_TOOLS = 128
 MAX_PROMPTS = 128
-MAX_BIASES = 1024
+MAX_LOGIT_BIASES = 1024
 MAX_MESSAGES = 16384  # bounds validation; the server's own limit is lower and checked later
 MAX_TOP_K = 2**31 - 1
+MAX_PART_TYPE = 50  # characters of an unsupported type in the error message
 
 JSONObject = dict[str, Any]
 """An object that the API passes on: a JSON schema, or a function as the client described it."""
@@ -29,37 +31,42 @@ T = TypeVar("T")
 Array = Annotated[list[T], Field(fail_fast=True)]
 
 
-class Fields(BaseModel):
+class RequestModel(BaseModel):
     """Base class: strict JSON types ("1" is not 1), no NaN."""
 
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
 
 
-StopString = Annotated[str, Field(min_length=1, max_length=1000)]
+StopString = Annotated[str, Field(max_length=1000)]
 TokenId = Annotated[str, Field(pattern="^[0-9]{1,9}$")]
 
 
-def _limit_entries(bias: object) -> object:
+def _limit_logit_bias(bias: object) -> object:
     """Limit the size before validating entries: pydantic reports every wrong one."""
-    if isinstance(bias, dict) and len(bias) > MAX_BIASES:
-        raise ValueError(f"should have at most {MAX_BIASES} entries, not {len(bias)}")
+    if isinstance(bias, dict) and len(bias) > MAX_LOGIT_BIASES:
+        raise ValueError(f"should have at most {MAX_LOGIT_BIASES} entries, not {len(bias)}")
     return bias
 
 
 LogitBias = Annotated[
     dict[TokenId, Annotated[float, Field(ge=-100, le=100)]],
-    Field(json_schema_extra={"maxProperties": MAX_BIASES}),
-    BeforeValidator(_limit_entries),
+    Field(json_schema_extra={"maxProperties": MAX_LOGIT_BIASES}),
+    BeforeValidator(_limit_logit_bias),
 ]
 FunctionName = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^\S([^\r\n]*\S)?$")]
 
 
-class StreamOptions(Fields):
+class StreamOptions(RequestModel):
     include_usage: bool | None = None
 
 
-class SamplingFields(Fields):
-    """Fields of both endpoints. Defaults are those of the checkpoint's generation_config.json."""
+class GenerationRequest(RequestModel):
+    """Fields of both endpoints. Defaults are those of the checkpoint's generation_config.json.
+
+    Unknown fields are kept in `model_extra`, for the log to name them.
+    """
+
+    model_config = ConfigDict(extra="allow")
 
     model: str | None = Field(None, description="any name is accepted; the server has one model")
     stream: bool | None = Field(None, description="respond with server-sent events")
@@ -67,9 +74,10 @@ class SamplingFields(Fields):
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = Field(None, description="number of choices")
     max_tokens: Annotated[int, Field(ge=1)] | None = Field(None, description="maximum number of new tokens")
     max_length: Annotated[int, Field(ge=1)] | None = Field(None, description="maximum tokens of prompt plus reply")
-    stop: StopString | Annotated[Array[StopString], Field(max_length=MAX_STOP)] | None = Field(
-        None, description="strings that end a reply; not included in it"
-    )
+    stop: Annotated[
+        StopString | Annotated[Array[StopString | None], Field(max_length=MAX_STOP)] | None,
+        BeforeValidator(lambda stop: None if stop is False else stop),
+    ] = Field(None, description="strings that end a reply; not included in it; empty ones are ignored")
     temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(None, description="below 0.01 is greedy")
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, le=MAX_TOP_K)] | None = Field(None, description="0 and -1 disable it")
@@ -80,34 +88,49 @@ class SamplingFields(Fields):
     seed: int | None = Field(None, description="the same seed and request give the same reply")
 
     @property
-    def choices(self) -> int:
+    def num_choices(self) -> int:
         return self.n or 1
 
     @property
     def stop_strings(self) -> list[str]:
-        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+        strings = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        return [string for string in strings if string]
 
 
 # Chat
 
 
-class TextPart(Fields):
+class TextPart(RequestModel):
     type: Literal["text"]
     text: str
 
+    @model_validator(mode="before")
+    @classmethod
+    def _check_type(cls, part: object) -> object:
+        """Reject the other types as a whole, instead of the fields in which they differ from text."""
+        kind = part.get("type") if isinstance(part, dict) else None
+        if isinstance(kind, str) and kind != "text":
+            raise PydanticCustomError(
+                "unsupported_part",
+                "parts of type {kind} are not supported, the model takes text only: send "
+                '{"type": "text", "text": …} or a string',
+                {"kind": repr(kind[:MAX_PART_TYPE])},
+            )
+        return part
 
-class FunctionCall(Fields):
+
+class FunctionCall(RequestModel):
     name: str
     arguments: str
 
 
-class ToolCall(Fields):
+class ToolCall(RequestModel):
     id: str | None = None
     type: Literal["function"] = "function"
     function: FunctionCall
 
 
-class ChatMessage(Fields):
+class ChatMessage(RequestModel):
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | Array[TextPart] | None = None
     name: str | None = None
@@ -116,19 +139,19 @@ class ChatMessage(Fields):
     function_call: FunctionCall | None = None
 
 
-class FunctionDefinition(Fields):
+class FunctionDefinition(RequestModel):
     name: FunctionName
     description: str | None = None
     parameters: JSONObject | None = Field(None, description="a JSON schema")
     strict: bool | None = None
 
 
-class Tool(Fields):
+class Tool(RequestModel):
     type: Literal["function"]
     function: FunctionDefinition
 
 
-class LegacyFunction(Fields):
+class LegacyFunction(RequestModel):
     """An entry of `functions`: OpenAI's, or in the style of the first-generation Qwen models (`name_for_model`)."""
 
     name: FunctionName | None = None
@@ -139,42 +162,42 @@ class LegacyFunction(Fields):
     parameters: JSONObject | list[object] | None = None
 
     @model_validator(mode="after")
-    def _is_named(self) -> LegacyFunction:
+    def _check_name(self) -> LegacyFunction:
         if not (self.name_for_model or self.name):
             raise ValueError("needs a name")
         return self
 
 
-class NamedFunction(Fields):
+class NamedFunction(RequestModel):
     name: str
 
 
-class NamedTool(Fields):
+class NamedTool(RequestModel):
     type: Literal["function"]
     function: NamedFunction
 
 
-class TextFormat(Fields):
+class TextFormat(RequestModel):
     type: Literal["text"]
 
 
-class JsonObjectFormat(Fields):
+class JsonObjectFormat(RequestModel):
     type: Literal["json_object"]
 
 
-class JsonSchema(Fields):
+class JsonSchema(RequestModel):
     name: str | None = None
     description: str | None = None
     schema_: JSONObject | None = Field(None, alias="schema")
     strict: bool | None = None
 
 
-class JsonSchemaFormat(Fields):
+class JsonSchemaFormat(RequestModel):
     type: Literal["json_schema"]
     json_schema: JsonSchema
 
 
-class ChatCompletionRequest(SamplingFields):
+class ChatCompletionRequest(GenerationRequest):
     messages: Annotated[Array[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = Field(None, description="overrides max_tokens")
     tools: Annotated[Array[Tool], Field(max_length=MAX_TOOLS)] | None = None
@@ -196,7 +219,7 @@ class ChatCompletionRequest(SamplingFields):
 PromptIds = Annotated[Array[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 
 
-class CompletionRequest(SamplingFields):
+class CompletionRequest(GenerationRequest):
     prompt: (
         str
         | Annotated[Array[str], Field(min_length=1, max_length=MAX_PROMPTS)]

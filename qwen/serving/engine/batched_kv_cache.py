@@ -135,7 +135,7 @@ class RaggedCache(Cache):
             layers=[RaggedLayer(self.lengths, capacity, quantized, quantized and fused) for _ in range(num_layers)]
         )
         self.prompt_state = prompt_state(self)  # read by the model
-        self.prompt_state.rows = self.lengths.tokens  # the same list, which is only changed in place
+        self.prompt_state.seq_lens = self.lengths.tokens  # the same list, which is only changed in place
 
     @property
     def _layers(self) -> list[RaggedLayer]:

@@ -278,7 +278,7 @@ class Scheduler:
             self.prefills.append(prefill)
         # NTK needs the whole length, even if the first forward has only a chunk of the prompt.
         lengths = [len(sequence.prompt_ids) for sequence in admitted]
-        prompt_state(prefill.cache).lengths = torch.tensor(lengths, device=self.device)
+        prompt_state(prefill.cache).prompt_lens = torch.tensor(lengths, device=self.device)
 
     def _fits(self, sequence: GenerationSequence, admitted: list[GenerationSequence]) -> bool:
         """Return whether a sequence can be admitted in addition to `admitted`."""
@@ -340,7 +340,7 @@ class Scheduler:
                     reach,
                     self.device,
                     quantized=self.config.use_cache_quantization,
-                    fused=self.model.transformer.fused,
+                    fused=self.model.transformer.use_fused_decode,
                 )
             )
         return self.batches[reach]

@@ -13,10 +13,10 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..engine import Engine
-from .page import TEXT, Page
+from .page import I18N, Page
 
-SPARE_WORKERS = 8  # so that the engine, not Gradio, rejects requests beyond its queue
-SECONDS_FOR_LAST_UPDATES = 0.5  # for replies that were just cut off to reach their pages
+EXTRA_THREADS = 8  # so that the engine, not Gradio, rejects requests beyond its queue
+CLOSE_DELAY = 0.5  # seconds, for replies that were just cut off to reach their pages
 
 # System fonts, so that the page looks the same without a network; the later ones have Chinese.
 FONTS = ["system-ui", "Segoe UI", "Noto Sans", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "sans-serif"]
@@ -86,7 +86,7 @@ def launch(engine: Engine, name: str, **options: Unpack[LaunchOptions]) -> gr.Bl
         **options,
         prevent_thread_lock=True,
         quiet=True,
-        i18n=TEXT,
+        i18n=I18N,
         theme=gr.themes.Default(primary_hue="indigo", font=FONTS, font_mono=MONOSPACE),
         css=CSS,
         footer_links=[],
@@ -97,7 +97,7 @@ def launch(engine: Engine, name: str, **options: Unpack[LaunchOptions]) -> gr.Bl
         enable_monitoring=False,
         max_file_size=1,  # in bytes: the page has no uploads
         # A reply holds a Gradio worker even while it waits in the engine's queue.
-        max_threads=engine.max_batch_size + engine.max_queue + SPARE_WORKERS,
+        max_threads=engine.max_batch_size + engine.max_queue + EXTRA_THREADS,
         app_kwargs={"middleware": [Middleware(ContentSecurityPolicy)]},
     )
     return blocks
@@ -105,7 +105,7 @@ def launch(engine: Engine, name: str, **options: Unpack[LaunchOptions]) -> gr.Bl
 
 def close(blocks: gr.Blocks) -> None:
     """Stop the server of `launch`. Open pages keep connections that never end, so these are cut off."""
-    time.sleep(SECONDS_FOR_LAST_UPDATES)
+    time.sleep(CLOSE_DELAY)
     logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # it would log each broken connection as an error
     blocks.server.force_exit = True
     blocks.close(verbose=False)

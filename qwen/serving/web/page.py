@@ -20,7 +20,7 @@ from ..engine import Engine, PromptTooLong, QueueFull, SchedulerClosed, TextStre
 from .texts import TEXTS
 
 Control = gr.Textbox | gr.Slider | gr.Number
-Setting = str | float | None  # value of a control
+SettingValue = str | float | None  # value of a control
 Update = tuple[object, object]  # of the text box and the conversation
 
 
@@ -51,10 +51,10 @@ class Labels(TypedDict):
 
 logger = logging.getLogger(__name__)
 
-SECONDS_BETWEEN_UPDATES = 0.05  # each update renders the whole reply; nobody reads faster than this
+UPDATE_INTERVAL = 0.05  # seconds; each update renders the whole reply; nobody reads faster than this
 
-TEXT = gr.I18n(**TEXTS)
-COMPLAINTS = {PromptTooLong: "too_long", QueueFull: "queue_full", SchedulerClosed: "closed"}  # else "failed"
+I18N = gr.I18n(**TEXTS)
+ERROR_NOTICES = {PromptTooLong: "too_long", QueueFull: "queue_full", SchedulerClosed: "closed"}  # else "failed"
 
 LATEX_DELIMITERS: list[dict[str, str | bool]] = [
     {"left": "$$", "right": "$$", "display": True},
@@ -63,52 +63,52 @@ LATEX_DELIMITERS: list[dict[str, str | bool]] = [
     {"left": "$", "right": "$", "display": False},
 ]
 
-FOCUS = "() => document.querySelector('#box textarea').focus()"
+FOCUS_JS = "() => document.querySelector('#box textarea').focus()"
 # Components also change before the saved state is restored; do not save those changes.
-RESTORED = "() => { window.conversationRestored = true; }"
-SAVE = """(saved, ...values) =>
+MARK_RESTORED_JS = "() => { window.conversationRestored = true; }"
+SAVE_JS = """(saved, ...values) =>
     window.conversationRestored ? Object.fromEntries(NAMES.map((name, i) => [name, values[i]])) : saved"""
 
 
-def text_for(request: gr.Request, key: str) -> str:
+def notice_text(request: gr.Request, key: str) -> str:
     """Return the text of a notice, which Gradio does not translate on the page, unlike all other texts."""
     language = "zh" if request.headers.get("accept-language", "").lower().startswith("zh") else "en"
     return TEXTS[language][key]
 
 
-def text_message(role: str, text: str) -> Message:
+def build_message(role: str, text: str) -> Message:
     """Return a message for the chat component. A plain string would lose the indentation of code."""
     return {"role": role, "content": [{"type": "text", "text": text}]}
 
 
-def text_of(message: Message) -> str:
+def message_text(message: Message) -> str:
     """Return the text of a message of the chat component."""
     return "".join(part["text"] for part in message["content"] if part["type"] == "text")
 
 
-def question_and_history(messages: Sequence[Message]) -> tuple[str, History]:
+def split_last_question(messages: Sequence[Message]) -> tuple[str, History]:
     """Split messages that end in a question into its text and the answered questions before it."""
     history, question = [], ""
     for message in messages[:-1]:
         if message["role"] == "user":
-            question = text_of(message)
-        elif question and (answer := text_of(message)):
+            question = message_text(message)
+        elif question and (answer := message_text(message)):
             history.append((question, answer))
             question = ""
-    return text_of(messages[-1]), history
+    return message_text(messages[-1]), history
 
 
-async def growing_text(stream: TextStream) -> AsyncGenerator[str, None]:
+async def accumulate_text(stream: TextStream) -> AsyncGenerator[str, None]:
     """Yield the whole reply so far, at a limited rate; nothing if it is cancelled before it begins.
 
     Closing the generator early cancels the reply.
     """
-    text, shown_at = "", 0.0
+    text, updated_at = "", 0.0
     try:
         async for piece in stream:
             text += piece.text
-            if text and time.monotonic() - shown_at >= SECONDS_BETWEEN_UPDATES:
-                shown_at = time.monotonic()
+            if text and time.monotonic() - updated_at >= UPDATE_INTERVAL:
+                updated_at = time.monotonic()
                 yield text
         if text or stream.finish_reason != "cancelled":
             yield text
@@ -116,7 +116,7 @@ async def growing_text(stream: TextStream) -> AsyncGenerator[str, None]:
         stream.cancel()
 
 
-class Run:
+class RunningReply:
     """A running reply that its page can stop. Used from the event loop only."""
 
     def __init__(self):
@@ -129,7 +129,7 @@ class Run:
         if self.stream is not None:
             self.stream.cancel()
 
-    def started(self, stream: TextStream) -> None:
+    def attach(self, stream: TextStream) -> None:
         """Set the stream once the engine has accepted the question."""
         self.stream = stream
         if self.stopped:
@@ -146,13 +146,13 @@ class Page:
 
     def __init__(self, engine: Engine, name: str):
         self.engine = engine
-        self.runs: dict[str | None, Run] = {}  # by Gradio's session id of the page
+        self.running: dict[str | None, RunningReply] = {}  # by Gradio's session id of the page
         with gr.Blocks(
             title=f"{name} · Qwen", fill_width=True, fill_height=True, analytics_enabled=False
         ) as self.blocks:
-            with gr.Sidebar(label=TEXT("settings"), position="right", open=False):
+            with gr.Sidebar(label=I18N("settings"), position="right", open=False):
                 self.settings = self._settings()
-                reset = gr.Button(TEXT("reset"), size="sm", elem_id="reset")
+                reset = gr.Button(I18N("reset"), size="sm", elem_id="reset")
             with gr.Column(elem_id="page"):
                 gr.Markdown(f"### {name}", elem_id="title")
                 self.chat = gr.Chatbot(
@@ -166,12 +166,12 @@ class Page:
                     sanitize_html=True,
                     allow_tags=True,  # show text like <stdio.h>, which is not HTML, as written
                     group_consecutive_messages=False,
-                    placeholder=cast("str", TEXT("greeting")),  # translated on the page like those of other components
+                    placeholder=cast("str", I18N("greeting")),  # translated on the page like those of other components
                 )
-                self.box = gr.Textbox(
+                self.textbox = gr.Textbox(
                     elem_id="box",
                     show_label=False,
-                    placeholder=TEXT("ask"),
+                    placeholder=I18N("ask"),
                     max_lines=10,
                     autofocus=True,
                     submit_btn=True,
@@ -196,7 +196,7 @@ class Page:
             )
 
         def labels(name: str) -> Labels:
-            return {"label": TEXT(name), "info": TEXT(f"{name}_info"), "elem_id": name}
+            return {"label": I18N(name), "info": I18N(f"{name}_info"), "elem_id": name}
 
         return {
             "system": gr.Textbox(DEFAULT_SYSTEM, lines=3, max_lines=12, **labels("system")),
@@ -212,78 +212,80 @@ class Page:
         settings = list(self.settings.values())
         # No limit here: the engine limits concurrency and has its own queue.
         streaming: dict[str, Any] = {
-            "outputs": [self.box, self.chat],
+            "outputs": [self.textbox, self.chat],
             "concurrency_limit": None,
             "show_progress": "hidden",
             "api_visibility": "private",
         }
-        at_once: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+        unqueued: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 
         replies = [
-            self.box.submit(self.send, [self.box, self.chat, *settings], **streaming),
+            self.textbox.submit(self.send, [self.textbox, self.chat, *settings], **streaming),
             self.chat.retry(self.retry, [self.chat, *settings], **streaming),
             self.chat.edit(self.edit, [self.chat, *settings], **streaming),
         ]
         for reply in replies:
-            reply.then(idle, None, self.box, **at_once).then(None, js=FOCUS, **at_once)
+            reply.then(reset_textbox, None, self.textbox, **unqueued).then(None, js=FOCUS_JS, **unqueued)
         # Gradio's `cancels` is not used: the page sometimes shows the cancelled event as an error.
-        self.box.stop(self.stop, None, None, **at_once)
-        self.chat.clear(self.clear, None, None, **at_once)
-        self.chat.undo(self.undo, self.chat, [self.chat, self.box], **at_once)
-        reset.click(self.own_settings, None, settings, **at_once)
+        self.textbox.stop(self.stop, None, None, **unqueued)
+        self.chat.clear(self.clear, None, None, **unqueued)
+        self.chat.undo(self.undo, self.chat, [self.chat, self.textbox], **unqueued)
+        reset.click(self.default_settings, None, settings, **unqueued)
 
-        kept = [self.chat, *settings]
+        saved_components = [self.chat, *settings]
         names = json.dumps(["messages", *self.settings])
-        self.blocks.load(self.restore, self.saved, [self.box, *kept], **at_once).then(None, js=RESTORED, **at_once)
+        self.blocks.load(self.restore, self.saved, [self.textbox, *saved_components], **unqueued).then(
+            None, js=MARK_RESTORED_JS, **unqueued
+        )
         gr.on(
-            [component.change for component in kept],
+            [component.change for component in saved_components],
             None,
-            [self.saved, *kept],
+            [self.saved, *saved_components],
             self.saved,
-            js=SAVE.replace("NAMES", names),
-            **at_once,
+            js=SAVE_JS.replace("NAMES", names),
+            **unqueued,
         )
 
     async def send(
-        self, request: gr.Request, text: str, messages: Messages, *settings: Setting
+        self, request: gr.Request, text: str, messages: Messages, *settings: SettingValue
     ) -> AsyncIterator[Update]:
         """Answer a new question."""
         if not text.strip():
             yield gr.skip(), gr.skip()  # without a first value Gradio would clear both outputs
             return
-        question = text_message("user", text)
-        asked = [*messages, question]
-        async for update in self._reply(request, asked, settings, draft="", fallback=(text, messages)):
+        question = build_message("user", text)
+        conversation = [*messages, question]
+        async for update in self._reply(request, conversation, settings, draft="", fallback=(text, messages)):
             yield update
 
-    async def retry(self, request: gr.Request, messages: Messages, *settings: Setting) -> AsyncIterator[Update]:
+    async def retry(self, request: gr.Request, messages: Messages, *settings: SettingValue) -> AsyncIterator[Update]:
         """Generate another reply to the last question."""
-        asked = list(messages)
-        while asked and asked[-1]["role"] != "user":
-            asked.pop()
-        async for update in self._reply(request, asked, settings, fallback=(None, messages)):
+        conversation = list(messages)
+        while conversation and conversation[-1]["role"] != "user":
+            conversation.pop()
+        async for update in self._reply(request, conversation, settings, fallback=(None, messages)):
             yield update
 
     async def edit(
-        self, request: gr.Request, change: gr.EditData, messages: Messages, *settings: Setting
+        self, request: gr.Request, change: gr.EditData, messages: Messages, *settings: SettingValue
     ) -> AsyncIterator[Update]:
         """Replace an earlier question, drop what came after it, and reply."""
         index = cast("int", change.index)  # of a message
         earlier, later = messages[:index], messages[index + 1 :]
-        before = [*earlier, text_message("user", change.previous_value), *later]
+        before = [*earlier, build_message("user", change.previous_value), *later]
         if not change.value.strip():
             yield gr.skip(), before
             return
-        question = text_message("user", change.value)
-        asked = [*earlier, question]
-        async for update in self._reply(request, asked, settings, fallback=(change.value, before)):
+        question = build_message("user", change.value)
+        conversation = [*earlier, question]
+        async for update in self._reply(request, conversation, settings, fallback=(change.value, before)):
             yield update
 
     async def _reply(
         self,
         request: gr.Request,
-        asked: Messages,
-        settings: Sequence[Setting],
+        conversation: Messages,
+        settings: Sequence[SettingValue],
         fallback: tuple[str | None, Messages],
         draft: str | None = None,
     ) -> AsyncIterator[Update]:
@@ -291,39 +293,39 @@ class Page:
 
         Args:
             request: has the session and the language of the browser.
-            asked: messages that end in the question.
+            conversation: messages that end in the question.
             settings: values of `self.settings`.
             fallback: text and messages to restore if no reply begins.
-            draft: text of the box in the meantime; None leaves it.
+            draft: text of the text box in the meantime; None leaves it.
         """
-        page, run = request.session_hash, Run()
-        self.runs[page] = run
+        page, running_reply = request.session_hash, RunningReply()
+        self.running[page] = running_reply
         busy = gr.update(interactive=False, submit_btn=False, stop_btn=True)
         reply = None
         try:
-            yield busy if draft is None else busy | {"value": draft}, asked
-            stream = await self._start(asked, settings)
-            run.started(stream)
-            async with contextlib.aclosing(growing_text(stream)) as texts:
+            yield busy if draft is None else busy | {"value": draft}, conversation
+            stream = await self._start(conversation, settings)
+            running_reply.attach(stream)
+            async with contextlib.aclosing(accumulate_text(stream)) as texts:
                 async for reply in texts:
-                    yield gr.skip(), [*asked, text_message("assistant", reply)]
+                    yield gr.skip(), [*conversation, build_message("assistant", reply)]
             if stream.finish_reason == "length":
-                gr.Info(text_for(request, "cut"))
+                gr.Info(notice_text(request, "cut"))
         except Exception as error:  # of any kind, or the page would wait forever
-            notice = COMPLAINTS.get(type(error), "failed")
+            notice = ERROR_NOTICES.get(type(error), "failed")
             if notice == "failed":
                 logger.exception("A reply failed")
-            gr.Warning(text_for(request, notice))
+            gr.Warning(notice_text(request, notice))
         finally:
-            if self.runs.get(page) is run:
-                del self.runs[page]
-        if run.cleared:  # updates may have arrived after clearing
+            if self.running.get(page) is running_reply:
+                del self.running[page]
+        if running_reply.cleared:  # updates may have arrived after clearing
             yield gr.skip(), []
         elif reply is None:
             text, messages = fallback
             yield gr.skip() if text is None else gr.update(value=text), messages
 
-    async def _start(self, asked: Messages, settings: Sequence[Setting]) -> TextStream:
+    async def _start(self, conversation: Messages, settings: Sequence[SettingValue]) -> TextStream:
         """Start a reply to the question that the messages end in.
 
         Raises:
@@ -333,7 +335,7 @@ class Page:
         values = dict(zip(self.settings, settings, strict=True))
         system = cast("str", values.pop("system"))
         params = engine.params(**values)
-        question, history = question_and_history(asked)
+        question, history = split_last_question(conversation)
         window = getattr(engine.model.generation_config, "max_window_size", None)
         window = {} if window is None else {"max_window_size": window}
         # In a thread: a pasted book takes seconds to encode, which must not block other replies.
@@ -342,21 +344,21 @@ class Page:
 
     async def stop(self, request: gr.Request) -> None:
         """Stop the running reply of this page."""
-        if (run := self.runs.get(request.session_hash)) is not None:
-            run.stop()
+        if (running_reply := self.running.get(request.session_hash)) is not None:
+            running_reply.stop()
 
     async def clear(self, request: gr.Request) -> None:
         """Clear the conversation and stop the running reply."""
-        if (run := self.runs.get(request.session_hash)) is not None:
-            run.cleared = True
-            run.stop()
+        if (running_reply := self.running.get(request.session_hash)) is not None:
+            running_reply.cleared = True
+            running_reply.stop()
 
     def undo(self, last: gr.UndoData, messages: Messages) -> tuple[Messages, str]:
         """Move the last question back into the text box."""
         index = cast("int", last.index)  # of a message
-        return messages[:index], text_of(messages[index])
+        return messages[:index], message_text(messages[index])
 
-    def own_settings(self) -> list[Setting]:
+    def default_settings(self) -> list[SettingValue]:
         """Return the initial settings, those of the checkpoint."""
         return [component.value for component in self.settings.values()]
 
@@ -367,18 +369,18 @@ class Page:
         """
         saved = saved if isinstance(saved, dict) else {}
         try:
-            messages = [text_message(message["role"], text_of(message)) for message in saved["messages"]]
+            messages = [build_message(message["role"], message_text(message)) for message in saved["messages"]]
         except (TypeError, KeyError):
             messages = []
-        draft = text_of(messages.pop()) if messages and messages[-1]["role"] == "user" else ""
+        draft = message_text(messages.pop()) if messages and messages[-1]["role"] == "user" else ""
         settings = [
-            saved[name] if name in saved and fits(component, saved[name]) else component.value
+            saved[name] if name in saved and is_valid_setting(component, saved[name]) else component.value
             for name, component in self.settings.items()
         ]
         return [draft or gr.skip(), messages, *settings]
 
 
-def fits(component: Control, value: object) -> bool:
+def is_valid_setting(component: Control, value: object) -> bool:
     """Return whether a value is valid for a control."""
     if isinstance(component, gr.Slider):
         if not isinstance(value, int | float) or isinstance(value, bool):
@@ -389,6 +391,6 @@ def fits(component: Control, value: object) -> bool:
     return isinstance(value, str)
 
 
-def idle() -> dict[str, object]:
+def reset_textbox() -> dict[str, object]:
     """Return the update that resets the text box after a reply."""
     return gr.update(interactive=True, submit_btn=True, stop_btn=False)

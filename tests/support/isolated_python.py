@@ -1,8 +1,8 @@
 """A Python that has transformers but not this repository, like that of a user who loads a saved checkpoint.
 
-Imports transformers once and forks for each script that `Elsewhere` (processes.py) sends.
+Imports transformers once and forks for each script that `IsolatedPython` (processes.py) sends.
 
-    python tests/support/elsewhere.py    # reads the arguments of run() as JSON lines; prints each return value
+    python tests/support/isolated_python.py    # reads the arguments of run() as JSON lines; prints each return value
 """
 
 import importlib.util

@@ -1,6 +1,7 @@
 """qwen/model is copied next to the weights: its files import only one another and installed packages."""
 
 import ast
+import importlib
 import sys
 from collections.abc import Callable, Iterator
 from graphlib import TopologicalSorter
@@ -62,7 +63,7 @@ def test_saved_checkpoint_contains_every_file(tiny_chat_checkpoint: Path) -> Non
     assert all(path.read_bytes() == FILES[name].read_bytes() for name, path in saved.items())
 
 
-ALONE = """
+ROUND_TRIP_SCRIPT = """
     import importlib
     import sys
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -83,18 +84,18 @@ ALONE = """
 
 
 def test_saved_checkpoint_chats_without_this_repository(
-    tiny_chat_checkpoint: Path, tmp_path: Path, elsewhere: Callable[..., list[str]]
+    tiny_chat_checkpoint: Path, tmp_path: Path, isolated_python: Callable[..., list[str]]
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_chat_checkpoint)
     model = AutoModelForCausalLM.from_pretrained(tiny_chat_checkpoint).eval()
     response = model.chat(tokenizer, "hello", do_sample=False)[0]
     # Twice: a checkpoint that was loaded with its own code must save that code again.
     for arguments in ([tiny_chat_checkpoint, tmp_path / "again"], [tmp_path / "again"]):
-        assert response in elsewhere(ALONE, *arguments)
+        assert response in isolated_python(ROUND_TRIP_SCRIPT, *arguments)
     assert {path.stem for path in (tmp_path / "again").glob("*.py")} == FILES.keys()
 
 
-BARE = """
+IMPORT_SCRIPT = """
     import os, sys
     from pathlib import Path
     from transformers import AutoTokenizer
@@ -111,9 +112,9 @@ BARE = """
 
 
 def test_generation_utils_import_inside_a_checkpoint_folder(
-    tiny_chat_checkpoint: Path, elsewhere: Callable[..., list[str]]
+    tiny_chat_checkpoint: Path, isolated_python: Callable[..., list[str]]
 ) -> None:
-    assert elsewhere(BARE, tiny_chat_checkpoint) == ["qwen_generation_utils", "False", "the thing"]
+    assert isolated_python(IMPORT_SCRIPT, tiny_chat_checkpoint) == ["qwen_generation_utils", "False", "the thing"]
 
 
 def test_moved_names_resolve_at_their_old_place() -> None:
@@ -122,11 +123,42 @@ def test_moved_names_resolve_at_their_old_place() -> None:
     from qwen.qwen_generation_utils import ChatMixin, TokenQueue  # as users import it
 
     assert (ChatMixin, TokenQueue) == (qwen.model.chat_qwen.ChatMixin, qwen.model.chat_qwen.TokenQueue)
-    for name in ("Abandoned", "check_stop_words", "mask_of_left_padding", "reply_so_far"):
-        assert getattr(qwen_generation_utils, name) is getattr(qwen.model.chat_qwen, name)
-    for name in ("MAX_DOUBLINGS", "ntk_alpha", "rotary_tables", "logn_scale", "rotate"):
+    assert qwen_generation_utils.check_stop_words is qwen.model.chat_qwen.check_stop_words
+    for name in ("MAX_DOUBLINGS", "ntk_alpha", "rotary_tables", "logn_scale"):
         assert getattr(modeling_qwen, name) is getattr(qwen.model.rope_qwen, name)
     for name in ("is_gptq", "choose_kernel"):
         assert getattr(loading_options_qwen, name) is getattr(qwen.model.gptq_qwen, name)
     with pytest.raises(ImportError, match="cannot import name 'pad_batch'"):
         from qwen.qwen_generation_utils import pad_batch  # noqa: F401  does not exist
+
+
+@pytest.mark.parametrize(
+    ("module", "old", "new"),
+    [
+        ("gptq_qwen", "PARTS", "GPTQ_SUFFIXES"),
+        ("gptq_qwen", "with_kernel", "configure_kernel"),
+        ("kv_cache_qwen", "cache_of_tuples", "cache_from_legacy"),
+        ("kv_cache_qwen", "decode_in_torch", "decode_attention_torch"),
+        ("kv_cache_qwen", "piece_of", "tokens_per_chunk"),
+        ("modeling_qwen", "rotate", "apply_rotary_emb"),
+        ("window_attention_qwen", "windows", "create_windows"),
+    ],
+)
+def test_old_names_are_aliases(module: str, old: str, new: str) -> None:
+    found = importlib.import_module(f"qwen.model.{module}")
+    assert getattr(found, old) is getattr(found, new)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("Abandoned", "CancellationCriteria"),
+        ("mask_of_left_padding", "left_padding_mask"),
+        ("reply_so_far", "detokenize_stream"),
+    ],
+)
+def test_old_names_that_moved_are_aliases_with_a_warning(old: str, new: str) -> None:
+    from qwen import qwen_generation_utils
+
+    with pytest.warns(DeprecationWarning, match=f"{old} is now {new} in chat_qwen"):
+        assert getattr(qwen_generation_utils, old) is getattr(qwen.model.chat_qwen, new)
