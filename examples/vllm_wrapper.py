@@ -24,7 +24,7 @@ import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 try:
     from qwen_cli.arguments import add_checkpoint_argument, add_hub_argument, add_seed_argument
@@ -45,14 +45,18 @@ from qwen.export.source import open_checkpoint
 from qwen.model.chat_qwen import check_stop_words, detokenize_stream
 from qwen.model.qwen_generation_utils import (
     DEFAULT_SYSTEM,
-    History,
+    Message,
+    PastTurn,
+    chat_turns,
     decode_tokens,
+    encode_turns,
+    extend_history,
     get_stop_words_ids,
-    make_context,
+    strips_reply,
 )
 from qwen.quiet import quiet_loading
 
-MAX_WINDOW_SIZE = 6144  # default if the checkpoint sets none, as in make_context
+MAX_WINDOW_SIZE = 6144  # default if the checkpoint sets none, as in encode_turns
 
 # Settings of `generate` → their names in vLLM.
 VLLM_NAMES = {
@@ -65,6 +69,13 @@ VLLM_NAMES = {
     "min_new_tokens": "min_tokens",
 }
 SAMPLING_ONLY = ("temperature", "top_k", "top_p", "min_p")
+
+
+class Prompt(NamedTuple):
+    """Token ids of a prompt, and whether the reply is stripped at its beginning."""
+
+    ids: list[int]
+    strips_reply: bool
 
 
 class vLLMWrapper:
@@ -108,17 +119,18 @@ class vLLMWrapper:
 
     def chat(
         self,
-        query: str,
-        history: Sequence[tuple[str, str]] | None = None,
+        query: str | Sequence[Message],
+        history: Sequence[PastTurn] | Sequence[Message] | None = None,
         system: str = DEFAULT_SYSTEM,
         stop_words_ids: list[list[int]] | None = None,
         **settings: Any,
-    ) -> tuple[str, History]:
+    ) -> tuple[str, list[PastTurn] | list[Message]]:
         """Answer one query.
 
         Args:
-            history: earlier turns as (query, response); not modified. The oldest turns are dropped if they exceed the
-                checkpoint's window or the engine's limit.
+            query: the user's message, or a list of messages in any order, as in `model.chat`.
+            history: earlier turns as (query, response) pairs or messages; not modified. The oldest ones are dropped if
+                they exceed the checkpoint's window or the engine's limit.
             system: the system prompt.
             stop_words_ids: additional token sequences that end the reply; the reply includes the matched one.
             settings: override the checkpoint's: do_sample, temperature, top_k, top_p, min_p, repetition_penalty,
@@ -136,12 +148,12 @@ class vLLMWrapper:
 
     def chat_batch(
         self,
-        queries: Sequence[str],
-        histories: Sequence[Sequence[tuple[str, str]] | None] | None = None,
+        queries: Sequence[str | Sequence[Message]],
+        histories: Sequence[Sequence[PastTurn] | Sequence[Message] | None] | None = None,
         system: str = DEFAULT_SYSTEM,
         stop_words_ids: list[list[int]] | None = None,
         **settings: Any,
-    ) -> tuple[list[str], list[History]]:
+    ) -> tuple[list[str], list[list[PastTurn] | list[Message]]]:
         """Answer several queries in one batch, each as `chat` would.
 
         Args:
@@ -164,19 +176,24 @@ class vLLMWrapper:
         requests: list[str] = []
         try:
             for prompt in prompts:
-                request = self._add_request(prompt, parameters)
+                request = self._add_request(prompt.ids, parameters)
                 requests.append(request)  # recorded at once: it is aborted if the next one fails
             replies = [list(self._generate_tokens(request, stop_words)) for request in requests]
         finally:
             self._abort(requests)
-        responses = [decode_tokens(reply, self.tokenizer) for reply in replies]
-        turns = zip(queries, responses, strict=True)
-        return responses, [[*map(tuple, past or []), turn] for past, turn in zip(histories, turns, strict=True)]
+        responses = [
+            decode_tokens(reply, self.tokenizer, lstrip=prompt.strips_reply)
+            for reply, prompt in zip(replies, prompts, strict=True)
+        ]
+        return responses, [
+            extend_history(history, query, response)
+            for history, query, response in zip(histories, queries, responses, strict=True)
+        ]
 
     def chat_stream(
         self,
-        query: str,
-        history: Sequence[tuple[str, str]] | None = None,
+        query: str | Sequence[Message],
+        history: Sequence[PastTurn] | Sequence[Message] | None = None,
         system: str = DEFAULT_SYSTEM,
         stop_words_ids: list[list[int]] | None = None,
         **settings: Any,
@@ -191,17 +208,19 @@ class vLLMWrapper:
         parameters, stop_words = self._sampling_params(settings, stop_words_ids)
         return self._stream(self._encode_prompt(query, history, system, parameters.max_tokens), parameters, stop_words)
 
-    def _stream(self, prompt: list[int], parameters: Any, stop_words: list[list[int]]) -> Iterator[str]:
-        request = self._add_request(prompt, parameters)
+    def _stream(self, prompt: Prompt, parameters: Any, stop_words: list[list[int]]) -> Iterator[str]:
+        request = self._add_request(prompt.ids, parameters)
         try:
-            yield from detokenize_stream(self._generate_tokens(request, stop_words), self.tokenizer)
+            tokens = self._generate_tokens(request, stop_words)
+            yield from detokenize_stream(tokens, self.tokenizer, prompt.strips_reply)
         finally:
             self._abort([request])
 
-    def _encode_prompt(self, query: Any, history: Any, system: str, max_new_tokens: int | None) -> list[int]:
-        if not isinstance(query, str) or not query.strip():
-            raise ValueError(f"The query must be a non-empty string, not {query!r}.")
-        _, shortest = make_context(self.tokenizer, query, system=system)
+    def _encode_prompt(self, query: Any, history: Any, system: str, max_new_tokens: int | None) -> Prompt:
+        if isinstance(query, str) and not query.strip():
+            raise ValueError(f"The query must not be empty, but is {query!r}.")
+        turns, reply_start = chat_turns(query, history, system)
+        _, shortest = encode_turns(self.tokenizer, turns, 0, reply_start)
         if len(shortest) >= self.max_model_len:
             raise ValueError(
                 f"The prompt has {len(shortest)} tokens, but the engine takes fewer than {self.max_model_len}. "
@@ -211,7 +230,7 @@ class vLLMWrapper:
         reply = self.max_model_len if max_new_tokens is None else max_new_tokens
         window = self._generation.get("max_window_size") or MAX_WINDOW_SIZE
         window = min(window, self.max_model_len - len(shortest) - min(reply, self.max_model_len // 4))
-        return make_context(self.tokenizer, query, history, system, window)[1]
+        return Prompt(encode_turns(self.tokenizer, turns, window, reply_start)[1], strips_reply(reply_start))
 
     def _sampling_params(self, settings: dict[str, Any], stop_words_ids: Any) -> tuple[Any, list[list[int]]]:
         """Return vLLM's sampling parameters, and the multi-token stop words, which vLLM does not support."""
@@ -365,7 +384,7 @@ def cache_key(checkpoint: Path, max_length: int | None) -> str:
 
 def chat_loop(model: vLLMWrapper, system: str, settings: dict[str, Any]) -> None:
     """Answer standard input line by line."""
-    history: History = []
+    history: list[PastTurn] = []
     while True:
         try:
             query = input("User> " if sys.stdin.isatty() else "").strip()

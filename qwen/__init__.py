@@ -22,6 +22,8 @@ AutoModelForCausalLM.register(QWenConfig, QWenLMHeadModel)
 # Registered by class name, which published checkpoints contain, instead of by QWenConfig: for a registered config
 # class, AutoTokenizer would run the tokenizer code beside the weights if trust_remote_code is set.
 AutoTokenizer.register(QWenTokenizer, slow_tokenizer_class=QWenTokenizer)
+# The name is also in most published config.json; AutoTokenizer needs it in folders without tokenizer_config.json.
+QWenConfig.tokenizer_class = QWenTokenizer.__name__  # type: ignore[attr-defined]  # an optional field
 
 # Saved checkpoints include the model code, so that they load where this package is not installed.
 QWenConfig.register_for_auto_class()

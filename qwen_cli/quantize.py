@@ -135,5 +135,7 @@ def load_calibration_samples(arguments: argparse.Namespace, source: "Checkpoint"
     # --data_path may be missing only for the bundled model.
     path = arguments.data_path or source.folder / "calibration.json"
     file = ConversationFile(path, progress=arguments.data_path is not None)
+    for note in file.notes:
+        print_message(note)
     tokenizer = source.tokenizer()
     return calibration_samples(file, tokenizer, arguments.max_len, arguments.samples, arguments.seed), len(file)

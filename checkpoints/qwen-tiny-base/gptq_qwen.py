@@ -6,6 +6,7 @@ saved.
 """
 
 import copy
+import importlib.util
 import os
 import sys
 from collections.abc import Mapping
@@ -38,6 +39,19 @@ def is_gptq(config: PreTrainedConfig) -> bool:
     if not isinstance(quantization, dict):
         quantization = vars(quantization) if quantization is not None else {}
     return quantization.get("quant_method") == "gptq"
+
+
+def missing_packages() -> list[str]:
+    """Return the names of packages that GPTQ weights need and that are not installed."""
+    return [name for name in ("gptqmodel", "optimum") if importlib.util.find_spec(name) is None]
+
+
+def explain_missing_packages(name: str | os.PathLike) -> str:
+    """Say what to install to load a checkpoint with GPTQ weights."""
+    return (
+        f"{name} is quantized (GPTQ), which needs two more packages: `pip install gptqmodel optimum`. "
+        "Or use the model without -Int4 or -Int8. (auto-gptq does not run with transformers 5.)"
+    )
 
 
 def choose_kernel(quantization: Mapping[str, object], dtype: torch.dtype | str, device: torch.device) -> str:

@@ -9,6 +9,7 @@ Loading, chat and support for quantized weights are mixins from sibling files.
 Shapes: B batch, S new tokens, T = past + S, H heads, D head size, R rotary channels of D, C hidden size.
 """
 
+import copy
 import functools
 import inspect
 from collections.abc import Sequence
@@ -16,7 +17,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import Cache, DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import (
+    Cache,
+    DynamicCache,
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteriaList,
+)
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -29,9 +38,12 @@ from .chat_qwen import ChatMixin
 from .configuration_qwen import QWenConfig
 from .gptq_qwen import GPTQMixin
 from .kv_cache_qwen import QuantizedKVCache, QuantizedStates, cache_from_legacy, prompt_state, quantized_attention
+from .kv_cache_qwen import dequantize_cache_torch as dequantize_cache_torch  # published code imports these from here
+from .kv_cache_qwen import quantize_cache_v as quantize_cache_v
 from .loading_qwen import LoadingMixin
 from .rope_qwen import MAX_DOUBLINGS as MAX_DOUBLINGS  # re-exported for old imports
 from .rope_qwen import apply_rotary_emb, logn_scale, ntk_alpha, rotary_tables
+from .stop_strings_qwen import ByteStopStringCriteria
 from .window_attention_qwen import AttentionFunction, Window, create_windows, window_attention
 
 if TYPE_CHECKING:
@@ -435,8 +447,10 @@ class QWenLMHeadModel(QWenPreTrainedModel, ChatMixin, GenerationMixin):
             attentions=outputs.attentions,
         )
 
-    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> "ContinuousBatchingManager":
-        """As in transformers.
+    def init_continuous_batching(
+        self, generation_config: GenerationConfig | None = None, *args: Any, **kwargs: Any
+    ) -> "ContinuousBatchingManager":
+        """As in transformers, and a chat model ends where it does in `generate`.
 
         Raises:
             ValueError: `use_cache_quantization` or `use_window_attn` is on; the paged cache ignores both.
@@ -452,7 +466,27 @@ class QWenLMHeadModel(QWenPreTrainedModel, ChatMixin, GenerationMixin):
                 "the model without use_cache_quantization=True. generate, chat_batch and openai_api.py support batches "
                 "with the 8-bit cache."
             )
-        return super().init_continuous_batching(*args, **kwargs)
+        generation_config = self.with_end_tokens(generation_config or self.generation_config)
+        return super().init_continuous_batching(generation_config, *args, **kwargs)
+
+    def _get_stopping_criteria(
+        self,
+        generation_config: GenerationConfig,
+        stopping_criteria: StoppingCriteriaList | None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        **kwargs: Any,
+    ) -> StoppingCriteriaList:
+        stop_strings = generation_config.stop_strings
+        if stop_strings is not None and tokenizer is not None and hasattr(tokenizer, "mergeable_ranks"):
+            # A QWenTokenizer: its tokens are bytes.
+            stopping_criteria = StoppingCriteriaList(
+                [*(stopping_criteria or []), ByteStopStringCriteria(tokenizer, stop_strings)]
+            )
+            generation_config = copy.copy(generation_config)
+            generation_config.stop_strings = None
+        return super()._get_stopping_criteria(  # type: ignore[misc]  # its `self` has attributes unused here
+            generation_config, stopping_criteria, tokenizer=tokenizer, **kwargs
+        )
 
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict, *args: Any, **kwargs: Any

@@ -1,4 +1,4 @@
-"""Chat methods of the language model: `chat`, `chat_batch` and `chat_stream`.
+"""Chat methods of the language model: `chat`, `chat_batch` and `chat_stream`; where a chat model's `generate` ends.
 
 `ChatMixin` builds prompts with `qwen_generation_utils` and runs them through the model's `generate`. A streamed reply
 is generated in a background thread, which passes its tokens through a queue.
@@ -12,7 +12,7 @@ import copy
 import queue
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast, overload
 
 import torch
 from transformers import (
@@ -27,13 +27,21 @@ from transformers.generation.streamers import BaseStreamer
 from .qwen_generation_utils import (
     DEFAULT_SYSTEM,
     History,
+    Message,
+    PastTurn,
     StopWordsLogitsProcessor,
+    chat_turns,
     decode_tokens,
+    encode_turns,
+    extend_history,
     get_stop_words_ids,
-    make_context,
+    strips_reply,
 )
 
 GenerateKwargs: TypeAlias = dict[str, Any]  # of `generate`: what it passes on depends on the class of the model
+
+CONTROL_ROWS = 512
+"""An upper bound for the embedding rows from `<|endoftext|>` on: the control tokens and some unused rows."""
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -62,6 +70,9 @@ class ChatMixin(MixinBase):
     ) -> GenerateOutput | torch.LongTensor:
         """transformers' `generate` with the additional argument `stop_words_ids`.
 
+        A chat model also ends at `<|im_end|>` and `<|im_start|>`, as `chat` does, unless the caller names
+        `eos_token_id`; see `end_token_ids`.
+
         Left-padded batches need no attention mask: if none is given, it is derived from the pad token, even if that
         is also the eos token, as in the published generation configs.
 
@@ -88,8 +99,39 @@ class ChatMixin(MixinBase):
             settings = kwargs.get("pad_token_id"), self._generation_setting("pad_token_id", generation_config)
             pad_token_ids = {*settings, self.config.pad_token_id} - {None}
             kwargs["attention_mask"] = left_padding_mask(ids, pad_token_ids)
+        if generation_config is not None:
+            generation_config = self.with_end_tokens(generation_config)
+        elif "eos_token_id" not in kwargs:  # None disables it
+            kwargs["eos_token_id"] = self.end_token_ids()
         return super().generate(inputs, generation_config, logits_processor, *args, **kwargs)
 
+    def end_token_ids(self, generation_config: GenerationConfig | None = None) -> int | list[int] | None:
+        """Return the ids that end generation: the eos token, and for a chat model the tokens that end a turn.
+
+        A generation config with an eos token other than the model's own names all ends.
+        """
+        own = self.generation_config.eos_token_id
+        eos = self._generation_setting("eos_token_id", generation_config)
+        if eos != own or self._generation_setting("chat_format", generation_config) != "chatml":
+            return eos
+        return add_turn_ends(own, self.generation_config.pad_token_id, self.config.vocab_size)
+
+    def with_end_tokens(self, generation_config: GenerationConfig) -> GenerationConfig:
+        """Return a copy of a generation config with the ids of `end_token_ids`."""
+        generation_config = copy.deepcopy(generation_config)
+        generation_config.eos_token_id = self.end_token_ids(generation_config)
+        return generation_config
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As in torch; adapters, with which peft and transformers set `peft_config`, make a base model a chat model.
+
+        They are trained on conversations. The model remains a chat model when they are merged.
+        """
+        super().__setattr__(name, value)
+        if name == "peft_config":
+            self.generation_config = chat_generation_config(self.generation_config)
+
+    @overload
     def chat(
         self,
         tokenizer: PreTrainedTokenizerBase,
@@ -99,19 +141,46 @@ class ChatMixin(MixinBase):
         stop_words_ids: list[list[int]] | None = None,
         generation_config: GenerationConfig | None = None,
         **kwargs: object,
-    ) -> tuple[str, History]:
+    ) -> tuple[str, History]: ...
+
+    @overload
+    def chat(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        query: str | Sequence[Message],
+        history: Sequence[PastTurn] | Sequence[Message] | None = None,
+        system: str = DEFAULT_SYSTEM,
+        stop_words_ids: list[list[int]] | None = None,
+        generation_config: GenerationConfig | None = None,
+        **kwargs: object,
+    ) -> tuple[str, list[PastTurn] | list[Message]]: ...
+
+    def chat(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        query: str | Sequence[Message],
+        history: Sequence[PastTurn] | Sequence[Message] | None = None,
+        system: str = DEFAULT_SYSTEM,
+        stop_words_ids: list[list[int]] | None = None,
+        generation_config: GenerationConfig | None = None,
+        **kwargs: object,
+    ) -> tuple[str, list[PastTurn] | list[Message]] | tuple[str, History]:
         """Answer one query.
 
         Args:
-            history: earlier turns as (query, response) pairs; not modified.
-            system: system message.
+            query: the user's message, or a list of messages in any order, as in `apply_chat_template`:
+                `{"role": "system" | "user" | "assistant", "content": …}`. If the last one is the assistant's, the
+                reply continues it.
+            history: earlier turns as (query, response) pairs, None in place of a message that was not sent, or as
+                messages; not modified.
+            system: system message; the default is omitted if the messages start with one of their own.
             stop_words_ids: additional token sequences that end the reply, such as [tokenizer.encode("Observation:")];
                 the reply includes the one that ended it.
             generation_config: replaces the model's own.
             kwargs: further arguments of `generate`.
 
         Returns:
-            The response, and a new history that ends with this turn.
+            The response, and a new history that ends with this turn: pairs, or messages if messages were given.
 
         Raises:
             ValueError: the model is a base model, the query is empty, the history has the wrong shape, the prompt is
@@ -125,18 +194,18 @@ class ChatMixin(MixinBase):
     def chat_batch(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        queries: Sequence[str],
-        histories: Sequence[Sequence[tuple[str, str]] | None] | None = None,
+        queries: Sequence[str | Sequence[Message]],
+        histories: Sequence[Sequence[PastTurn] | Sequence[Message] | None] | None = None,
         system: str | Sequence[str] = DEFAULT_SYSTEM,
         stop_words_ids: list[list[int]] | None = None,
         generation_config: GenerationConfig | None = None,
         **kwargs: object,
-    ) -> tuple[list[str], list[History]]:
+    ) -> tuple[list[str], list[list[PastTurn] | list[Message]]]:
         """Answer several queries in one `generate` call, each as `chat` would answer it alone.
 
         Args:
-            queries: one per conversation.
-            histories: one per query, None for an empty one.
+            queries: one per conversation, each as in `chat`.
+            histories: one per query, each as in `chat`.
             system: one for all queries, or one per query.
 
         Returns:
@@ -145,7 +214,7 @@ class ChatMixin(MixinBase):
         Raises:
             ValueError: as for `chat`, or the lists differ in length.
         """
-        if isinstance(queries, str):
+        if isinstance(queries, str) or any(isinstance(query, dict) for query in queries):
             raise ValueError("chat_batch takes a list of queries; chat takes one.")
         histories = [None] * len(queries) if histories is None else histories
         systems = system if isinstance(system, list | tuple) else [system] * len(queries)
@@ -155,10 +224,11 @@ class ChatMixin(MixinBase):
                 f"{len(queries)} queries, {len(histories)} histories and {len(systems)} system messages."
             )
         generate_kwargs = self._chat_generate_kwargs(tokenizer, stop_words_ids, generation_config, kwargs)
-        prompts = [
+        encoded = [
             self._chat_prompt(tokenizer, *turn, generation_config)
             for turn in zip(queries, histories, systems, strict=True)
         ]
+        prompts = [ids for ids, _ in encoded]
         length = max(len(ids) for ids in prompts)
         # Pad with a token that every prompt contains, so that a repetition penalty sees no additional token.
         padding = [length - len(ids) for ids in prompts]
@@ -172,16 +242,20 @@ class ChatMixin(MixinBase):
         sequences = output if isinstance(output, torch.Tensor) else output.sequences
         if len(sequences) != len(rows):
             raise ValueError("chat returns one reply per query: leave num_return_sequences at 1, or call generate.")
-        responses = [cast(str, decode_tokens(row, tokenizer, context_length=length)) for row in sequences]
-        turns = zip(queries, responses, strict=True)
-        pasts = [[(past_query, past_response) for past_query, past_response in past or ()] for past in histories]
-        return responses, [[*past, turn] for past, turn in zip(pasts, turns, strict=True)]
+        responses = [
+            cast(str, decode_tokens(row, tokenizer, context_length=length, lstrip=lstrip))
+            for row, (_, lstrip) in zip(sequences, encoded, strict=True)
+        ]
+        return responses, [
+            extend_history(history, query, response)
+            for history, query, response in zip(histories, queries, responses, strict=True)
+        ]
 
     def chat_stream(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        query: str,
-        history: Sequence[tuple[str, str]] | None = None,
+        query: str | Sequence[Message],
+        history: Sequence[PastTurn] | Sequence[Message] | None = None,
         system: str = DEFAULT_SYSTEM,
         stop_words_ids: list[list[int]] | None = None,
         generation_config: GenerationConfig | None = None,
@@ -198,11 +272,11 @@ class ChatMixin(MixinBase):
         generate_kwargs = self._chat_generate_kwargs(tokenizer, stop_words_ids, generation_config, kwargs)
         if (generate_kwargs["generation_config"].num_beams or 1) > 1 or "streamer" in generate_kwargs:
             raise ValueError("chat_stream has its own streamer and generates one row: omit streamer and num_beams.")
-        ids = self._chat_prompt(tokenizer, query, history, system, generation_config)
-        return self._stream(tokenizer, ids, generate_kwargs)
+        ids, lstrip = self._chat_prompt(tokenizer, query, history, system, generation_config)
+        return self._stream(tokenizer, ids, generate_kwargs, lstrip)
 
     def _stream(
-        self, tokenizer: PreTrainedTokenizerBase, ids: list[int], generate_kwargs: GenerateKwargs
+        self, tokenizer: PreTrainedTokenizerBase, ids: list[int], generate_kwargs: GenerateKwargs, lstrip: bool
     ) -> Iterator[str]:
         tokens = TokenQueue()
         criteria = StoppingCriteriaList(
@@ -233,7 +307,7 @@ class ChatMixin(MixinBase):
         worker.start()
         atexit.register(stop)  # an interpreter that exits while the thread runs aborts
         try:
-            yield from detokenize_stream(tokens, tokenizer)
+            yield from detokenize_stream(tokens, tokenizer, lstrip)
         finally:
             atexit.unregister(stop)
             stop()
@@ -255,11 +329,7 @@ class ChatMixin(MixinBase):
             raise ValueError("chat has no argument `stream`: call chat_stream, which yields the reply as it grows.")
         chat_format = self._generation_setting("chat_format", generation_config)
         if chat_format != "chatml":
-            raise ValueError(
-                f'This checkpoint is not a chat model: its chat_format is {chat_format!r}, not "chatml". '
-                "Use a chat checkpoint such as Qwen/Qwen-7B-Chat, or complete text with generate. If it is a chat "
-                "model, its generation_config.json is missing: put it next to the weights."
-            )
+            raise ValueError(f"This checkpoint is not a chat model: {explain_format(chat_format)}")
         if stop_words_ids is None:
             stop_words_ids = self._generation_setting("stop_words_ids", generation_config) or []
         check_stop_words(stop_words_ids)
@@ -286,23 +356,75 @@ class ChatMixin(MixinBase):
     def _chat_prompt(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        query: str,
-        history: Sequence[tuple[str, str]] | None,
+        query: str | Sequence[Message],
+        history: Sequence[PastTurn] | Sequence[Message] | None,
         system: str,
         generation_config: GenerationConfig | None,
-    ) -> list[int]:
-        if not isinstance(query, str) or not query.strip():
+    ) -> tuple[list[int], bool]:
+        """Return the ids of the prompt, and whether to strip the reply at its beginning."""
+        if isinstance(query, str) and not query.strip():
             raise ValueError(f"The query must be text and not empty, not {query!r}.")
         window = self._generation_setting("max_window_size", generation_config)
         window = {} if window is None else {"max_window_size": window}
-        _, ids = make_context(tokenizer, query, history, system, **window)
+        turns, reply_start = chat_turns(query, history, system)
+        _, ids = encode_turns(tokenizer, turns, reply_start=reply_start, **window)
         limit = self.config.max_context_length
         if len(ids) >= limit:
             raise ValueError(
                 f"The prompt has {len(ids)} tokens and the model takes fewer than {limit}: shorten the query or the "
                 "system message, or load with max_position_embeddings=… for more at your own risk."
             )
-        return ids
+        return ids, strips_reply(reply_start)
+
+
+def explain_format(chat_format: object) -> str:
+    """Say why a checkpoint with this `chat_format` is no chat model, and what to do."""
+    if chat_format is None:
+        return (
+            "generation_config.json is missing or has no chat_format. If this is a chat model, put the file of its "
+            "model page next to the weights; if it was trained on conversations, write "
+            '"chat_format": "chatml" into it. Otherwise complete text with generate.'
+        )
+    return (
+        f'its generation_config.json says "chat_format": "{chat_format}", not "chatml", so it completes text '
+        "(generate). Use a chat checkpoint such as Qwen/Qwen-7B-Chat. If it was trained on conversations, set "
+        '"chat_format": "chatml" in that file.'
+    )
+
+
+def set_chat_format(settings: dict[str, Any]) -> None:
+    """Turn the fields of a base model's generation config into a chat model's, in place."""
+    if settings.get("chat_format") != "chatml":
+        settings["chat_format"] = "chatml"
+        settings.pop("stop_words_ids", None)  # those of a base model
+
+
+def chat_generation_config(config: GenerationConfig) -> GenerationConfig:
+    """Return a generation config as a chat model's, which a base model trained on conversations becomes."""
+    config = copy.deepcopy(config)
+    set_chat_format(vars(config))
+    return config
+
+
+def add_turn_ends(
+    eos_token_id: int | list[int] | None, pad_token_id: int | None, vocab_size: int
+) -> int | list[int] | None:
+    """Add the ids of `<|im_start|>` and `<|im_end|>` to the eos tokens of a chat model's generation config.
+
+    They are the two ids after that of `<|endoftext|>`, the first control token, which is the published eos and pad
+    token. One of the two may have been replaced by another control token, or the eos token by a list: `<|endoftext|>`
+    is the first control token that is left. If the eos tokens were all replaced by regular tokens, these are kept as
+    the only ends.
+    """
+    if eos_token_id is None:
+        return None
+    eos = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
+    ids = {*eos, *([] if pad_token_id is None else [pad_token_id])}
+    control = {token for token in ids if max(ids) - token < CONTROL_ROWS}
+    end = min(control, default=-1)
+    if control.isdisjoint(eos) or not 0 <= end < vocab_size - 2:
+        return eos_token_id
+    return list(dict.fromkeys([*eos, end + 1, end + 2]))
 
 
 def left_padding_mask(ids: torch.Tensor, pad_token_ids: Collection[int]) -> torch.Tensor:
@@ -347,8 +469,13 @@ class CancellationCriteria(StoppingCriteria):
         return cast(torch.BoolTensor, stop)
 
 
-def detokenize_stream(tokens: Iterable[int], tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    """Yield the stripped text of a reply so far each time it grows by whole characters."""
+def detokenize_stream(tokens: Iterable[int], tokenizer: PreTrainedTokenizerBase, lstrip: bool = True) -> Iterator[str]:
+    """Yield the stripped text of a reply so far each time it grows by whole characters.
+
+    Args:
+        lstrip: strip at the beginning too; False for a reply that continues a message.
+    """
+    strip = str.strip if lstrip else str.rstrip
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     stop_token_ids = {tokenizer.eod_id, tokenizer.im_start_id, tokenizer.im_end_id}
     text = yielded = ""
@@ -359,12 +486,12 @@ def detokenize_stream(tokens: Iterable[int], tokenizer: PreTrainedTokenizerBase)
             continue
         piece = cast("bytes | str", tokenizer.convert_ids_to_tokens(token))
         text += decoder.decode(piece) if isinstance(piece, bytes) else decoder.decode(b"", final=True) + piece
-        if text.strip() != yielded:
-            yielded = text.strip()
+        if strip(text) != yielded:
+            yielded = strip(text)
             yield yielded
     text += decoder.decode(b"", final=True)
-    if text.strip() != yielded:
-        yield text.strip()
+    if strip(text) != yielded:
+        yield strip(text)
 
 
 def check_stop_words(stop_words_ids: object) -> None:

@@ -1,19 +1,28 @@
-"""`from_pretrained` of the Qwen models.
+"""`from_pretrained` and `save_pretrained` of the Qwen models.
 
-It accepts the fields of `QWenConfig` as keyword arguments, and chooses precision, attention and GPTQ kernel for the
-device that the model is loaded to.
+`from_pretrained` accepts the fields of `QWenConfig` as keyword arguments, and chooses precision, attention and GPTQ
+kernel for the device that the model is loaded to.
 """
 
+import contextlib
 import dataclasses
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, cast
 
 from safetensors import SafetensorError
-from transformers import PreTrainedConfig
+from transformers import GPTQConfig, PreTrainedConfig
 
-from .configuration_qwen import QWenConfig
-from .gptq_qwen import configure_kernel, is_gptq
-from .loading_options_qwen import PRECISIONS, check_arguments, choose_attention, choose_dtype, target_device
+from .configuration_qwen import QWenConfig, check_model_type
+from .gptq_qwen import configure_kernel, explain_missing_packages, is_gptq, missing_packages
+from .loading_options_qwen import (
+    PRECISIONS,
+    check_arguments,
+    check_devices,
+    choose_attention,
+    choose_dtype,
+    target_device,
+)
 
 if TYPE_CHECKING:  # what the mixin expects of the class that it is mixed into
     from transformers import PreTrainedModel as MixinBase
@@ -22,7 +31,7 @@ else:
 
 
 class LoadingMixin(MixinBase):
-    """`from_pretrained` for a PreTrainedModel with a `QWenConfig`."""
+    """`from_pretrained` and `save_pretrained` for a PreTrainedModel with a `QWenConfig`."""
 
     @classmethod
     def from_pretrained(
@@ -38,17 +47,20 @@ class LoadingMixin(MixinBase):
         see `choose_dtype`.
 
         Raises:
-            ValueError: two arguments contradict each other.
+            ValueError: two arguments contradict each other, `config` is of another model, or `device_map` names a
+                device that this machine does not have.
+            ImportError: the weights are quantized and packages for them are missing.
             OSError: files are missing or damaged.
         """
         check_arguments(kwargs)
+        check_devices(kwargs.get("device_map"))
         torch_dtype = kwargs.pop("torch_dtype", None)
         dtype = kwargs.pop("dtype", torch_dtype)
         kwargs.pop("resume_download", None)
         # transformers merges it with that of the file, but only if QWenConfig does not consume it.
         quantization_config = kwargs.pop("quantization_config", None)
         if isinstance(config, PreTrainedConfig):
-            model_config: PreTrainedConfig = cast(QWenConfig, config).with_overrides(kwargs)
+            model_config: PreTrainedConfig = as_qwen_config(config).with_overrides(kwargs)
             fields = {field.name for field in dataclasses.fields(QWenConfig)}
             kwargs = {name: value for name, value in kwargs.items() if name not in fields}
         else:
@@ -60,6 +72,9 @@ class LoadingMixin(MixinBase):
             model_config, kwargs = cast(tuple[QWenConfig, dict], loaded)  # as return_unused_kwargs=True asks for
             kwargs |= hub_kwargs
 
+        if (is_gptq(model_config) or isinstance(quantization_config, GPTQConfig)) and missing_packages():
+            # transformers fails with a NameError if only gptqmodel is missing
+            raise ImportError(explain_missing_packages(cast(str, pretrained_model_name_or_path)))
         device_map = kwargs.get("device_map")
         # Without a device_map, transformers loads GPTQ weights on the CPU.
         device = target_device("cpu" if device_map is None and is_gptq(model_config) else device_map)
@@ -82,6 +97,29 @@ class LoadingMixin(MixinBase):
                 f"The weights of {pretrained_model_name_or_path} cannot be read ({error}): the download stopped early "
                 "or left pointer files behind. Delete the weight files there and download them again."
             ) from error
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """As in transformers, but the weight files get the permissions of other new files.
+
+        safetensors makes them readable by their owner only.
+        """
+        super().save_pretrained(save_directory, *args, **kwargs)
+        mask = os.umask(0)
+        os.umask(mask)
+        for pattern in ("model*.safetensors", "adapter_model*.safetensors"):
+            for path in Path(save_directory).glob(pattern):
+                with contextlib.suppress(PermissionError):  # another user's, from before
+                    path.chmod(0o666 & ~mask)
+
+
+def as_qwen_config(config: PreTrainedConfig) -> QWenConfig:
+    """Return the config as a QWenConfig of this file's module: a published checkpoint's code has its own class.
+
+    Raises:
+        ValueError: it is the config of another model.
+    """
+    check_model_type(config.model_type, f"config, a {type(config).__name__},")
+    return config if isinstance(config, QWenConfig) else QWenConfig.from_dict(config.to_dict())
 
 
 def is_damaged_weight_file(error: BaseException) -> bool:

@@ -5,17 +5,19 @@ Encodes and decodes with a tiktoken Encoding, which is built from two tables: `m
 tokens are `str`. The layout of a conversation is in `CHAT_TEMPLATE`.
 """
 
+import bisect
 import codecs
 import functools
 import inspect
 import itertools
+import json
 import logging
 import os
 import re
 import unicodedata
 from base64 import b64decode
 from binascii import b2a_base64
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, cast, overload
 
 import tiktoken
@@ -26,7 +28,8 @@ logger = logging.getLogger(__name__)
 
 _SANITIZES = "sanitize_control_tokens" in inspect.signature(PreTrainedTokenizer.apply_chat_template).parameters
 
-VOCAB_FILES_NAMES = {"vocab_file": "qwen.tiktoken"}
+# from_pretrained finds or downloads these files and passes their paths to the constructor.
+VOCAB_FILES_NAMES = {"vocab_file": "qwen.tiktoken", "generation_config_file": "generation_config.json"}
 
 SPLIT_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
@@ -39,15 +42,52 @@ IM_END = "<|im_end|>"
 CONTROL_TOKENS = (ENDOFTEXT, IM_START, IM_END, *(f"<|extra_{i}|>" for i in range(205)))
 CONTROL_PREFIX = "<|"  # of every control token; a text without it contains none
 
+# A message becomes a turn where it stands, so that adding messages never changes the text before them. The blocks
+# `generation` mark what the assistant says, for return_assistant_tokens_mask.
 CHAT_TEMPLATE = """\
 {%- if tools %}
 {{- raise_exception('These models call tools in a text format, ReAct, which this template does not write.') }}
 {%- endif %}
-{%- if messages[0]['role'] != 'system' %}
+{%- if not messages %}
+{{- raise_exception('The conversation is empty: pass at least one message.') }}
+{%- endif %}
+{%- if messages[0].role not in ['system', 'developer'] %}
 {{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}
 {%- endif %}
 {%- for message in messages %}
-{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}
+{%- set place = 'messages[' ~ loop.index0 ~ ']' %}
+{%- if message.role in ['tool', 'function'] or message.tool_calls or message.function_call %}
+{{- raise_exception(place ~ ' is a tool call or its result. These models call tools in a text format, ReAct: write it '
+    ~ 'as text (qwen.tools does), or send the messages to the server, openai_api.py.') }}
+{%- elif message.role not in ['system', 'developer', 'user', 'assistant'] %}
+{{- raise_exception(place ~ ' needs a role: system, developer, user or assistant'
+    ~ (', not ' ~ message.role if message.role else '') ~ '.') }}
+{%- endif %}
+{%- set role = 'system' if message.role == 'developer' else message.role %}
+{%- if message.content is string %}
+{%- set text = message.content %}
+{%- elif message.content is not defined or message.content is none %}
+{%- set text = '' %}
+{%- elif message.content is iterable %}
+{%- for part in message.content %}
+{%- if part.type != 'text' or part.text is not string %}
+{{- raise_exception(place ~ '.content[' ~ loop.index0 ~ '] is not a text part, and these models read only text: '
+    ~ 'replace it by {"type": "text", "text": "..."}.') }}
+{%- endif %}
+{%- endfor %}
+{%- set text = message.content | map(attribute='text') | join('\\n') %}
+{%- else %}
+{{- raise_exception(place ~ '.content is neither a string nor a list of text parts: pass one of them.') }}
+{%- endif %}
+{{- '<|im_start|>' ~ role ~ '\\n' }}
+{%- if role == 'assistant' %}
+{%- generation %}
+{{- text ~ '<|im_end|>' }}
+{%- endgeneration %}
+{%- else %}
+{{- text ~ '<|im_end|>' }}
+{%- endif %}
+{{- '\\n' }}
 {%- endfor %}
 {%- if add_generation_prompt %}
 {{- '<|im_start|>assistant\\n' }}
@@ -62,6 +102,8 @@ LONG_WHITESPACE = re.compile(r"[^\S\r\n\x1c-\x1f]{65536,}")
 # Runs that may contain many combining marks, which are not word characters.
 LONG_MARKS = re.compile(r"(?<!\W)\W{256,}")
 
+CONTINUATION_BYTES = bytes(range(0x80, 0xC0))  # all bytes of a character in UTF-8 except the first
+
 
 class QWenTokenizer(PreTrainedTokenizer):
     """Tokenizer of the first-generation Qwen models.
@@ -75,8 +117,13 @@ class QWenTokenizer(PreTrainedTokenizer):
     becomes a control token. For untrusted messages pass `sanitize_control_tokens=True`, or build the prompt with
     `make_context`, which encodes contents as plain text.
 
+    The eos token is `<|im_end|>` for a chat checkpoint and `<|endoftext|>` otherwise, the pad token `<|endoftext|>`;
+    encoding adds neither. An argument or a saved setting takes precedence, also None.
+
     Args:
         vocab_file: path of `qwen.tiktoken`, lines of `base64(token) rank`.
+        generation_config_file: path of the checkpoint's `generation_config.json`, whose `chat_format` tells a chat
+            model from a base model. `from_pretrained` passes it. Without it, or if it cannot be read: a base model.
         errors: how to decode bytes that are not UTF-8, as in `bytes.decode`.
         extra_vocab_file: path of a second file in the same format, whose tokens are added under their own ids. Tokens
             and ids that are already there are skipped with a warning.
@@ -102,6 +149,7 @@ class QWenTokenizer(PreTrainedTokenizer):
         vocab_file: str | os.PathLike | None,
         errors: str = "replace",
         extra_vocab_file: str | os.PathLike | None = None,
+        generation_config_file: str | os.PathLike | None = None,
         **kwargs: object,
     ) -> None:
         if vocab_file is None:
@@ -128,12 +176,13 @@ class QWenTokenizer(PreTrainedTokenizer):
 
         self.decoder: dict[int, bytes | str] = {i: token for token, i in self.mergeable_ranks.items()}
         self.decoder.update({i: token for token, i in self.special_tokens.items()})
-        self.tokenizer = tiktoken.Encoding(
+        self._encoding = tiktoken.Encoding(
             "Qwen",
             pat_str=SPLIT_PATTERN,
             mergeable_ranks=self.mergeable_ranks,
             special_tokens=self.special_tokens,
         )
+        self.tokenizer = self._encoding  # GPTQModel's subclass puts another object there
         self.eod_id = self.special_tokens[ENDOFTEXT]
         self.im_start_id = self.special_tokens[IM_START]
         self.im_end_id = self.special_tokens[IM_END]
@@ -143,20 +192,31 @@ class QWenTokenizer(PreTrainedTokenizer):
             i: AddedToken(token, normalized=False, special=True) for token, i in self.special_tokens.items()
         }
         kwargs.pop("resume_download", None)  # a download option of old examples, not to be saved
+        kwargs.setdefault("eos_token", IM_END if _chat_format(generation_config_file) == "chatml" else ENDOFTEXT)
+        kwargs.setdefault("pad_token", ENDOFTEXT)
         super().__init__(errors=errors, **kwargs)
         self._check_control_tokens([*self.special_tokens_map.values(), *self.extra_special_tokens])
         if self.chat_template is None:
             self.chat_template = CHAT_TEMPLATE
 
+    def __repr__(self) -> str:
+        control = [f"{token} ({index})" for token, index in self.special_tokens.items()]
+        return (
+            f"{type(self).__name__}(name_or_path={self.name_or_path!r}, vocab_size={self.vocab_size}, "
+            f"model_max_length={self.model_max_length}, padding_side={self.padding_side!r}, "
+            f"truncation_side={self.truncation_side!r}, special_tokens={self.special_tokens_map}, "
+            f"control_tokens={', '.join(control[:4])} to {control[-1]})"
+        )
+
     # ---- vocabulary ----
 
     def __len__(self) -> int:
-        return self.tokenizer.n_vocab
+        return self._encoding.n_vocab
 
     @property
     def vocab_size(self) -> int:
         """The highest id plus one, including control tokens: the number of rows that an embedding needs."""
-        return self.tokenizer.n_vocab
+        return self._encoding.n_vocab
 
     def get_vocab(self) -> dict[bytes | str, int]:  # type: ignore[override]  # regular tokens are bytes
         """All tokens and their ids: regular tokens as bytes, control tokens as str."""
@@ -284,17 +344,54 @@ class QWenTokenizer(PreTrainedTokenizer):
                 "sanitize_control_tokens=True needs transformers 5.20 or newer: install that, or build the prompt with "
                 "make_context, which encodes messages as plain text."
             )
-        return super().apply_chat_template(*args, **kwargs)
+        tokenizer_kwargs = kwargs.get("tokenizer_kwargs") or {}
+        if not kwargs.get("return_assistant_tokens_mask") or tokenizer_kwargs.get("return_offsets_mapping"):
+            return super().apply_chat_template(*args, **kwargs)
+        # transformers looks for the assistant's tokens by their offsets
+        kwargs["tokenizer_kwargs"] = {**tokenizer_kwargs, "return_offsets_mapping": True}
+        output = cast(BatchEncoding, super().apply_chat_template(*args, **kwargs))
+        del output["offset_mapping"]
+        return output
 
     # As a decorator, `functools.wraps`, it would give the method another type than that of the base class.
     functools.update_wrapper(apply_chat_template, PreTrainedTokenizer.apply_chat_template)
 
     def _encode_plus(  # type: ignore[override]  # called with keyword arguments only
-        self, text: str | list[str] | list[int], text_pair: str | list[str] | list[int] | None = None, **kwargs: Any
+        self,
+        text: str | list[str] | list[int],
+        text_pair: str | list[str] | list[int] | None = None,
+        return_offsets_mapping: bool = False,
+        **kwargs: Any,
     ) -> BatchEncoding:
+        if kwargs.get("return_overflowing_tokens") and kwargs.get("return_tensors"):
+            raise ValueError(
+                "return_overflowing_tokens=True returns lists of different lengths: leave out return_tensors."
+            )
         as_usual = kwargs.get("is_split_into_words") or kwargs.get("sanitize_control_tokens")
+        if return_offsets_mapping and (text_pair is not None or as_usual):
+            raise ValueError(
+                "return_offsets_mapping=True supports texts one by one or in a batch, but no pairs, no words and no "
+                "sanitize_control_tokens: encode each text by itself."
+            )
+        if isinstance(text, str) and isinstance(text_pair, (list, tuple)) and not as_usual:
+            raise ValueError("The text to encode is a str but text_pair is a list: pass a str as text_pair.")
         if not isinstance(text, str) or text_pair is not None or as_usual:
-            return super()._encode_plus(text, text_pair, **kwargs)  # which calls this method for each text
+            # calls this method for each text
+            output = super()._encode_plus(text, text_pair, return_offsets_mapping=return_offsets_mapping, **kwargs)
+            if return_offsets_mapping and "offset_mapping" not in output:
+                raise ValueError("return_offsets_mapping=True needs a text, not token ids: pass the text.")
+        else:
+            output = self._encode_single(text, return_offsets_mapping, **kwargs)
+        if not return_offsets_mapping:
+            return output
+        rows = output["offset_mapping"]
+        if kwargs.get("return_tensors"):
+            rows = rows.tolist()
+        elif isinstance(text, str):
+            rows = [rows]
+        return BatchEncoding(output.data, encoding=[TokenSpans(row) for row in rows])  # type: ignore[misc]  # duck-typed
+
+    def _encode_single(self, text: str, return_offsets_mapping: bool, **kwargs: Any) -> BatchEncoding:
         # Straight from text to ids: the base class would go through a list of tokens.
         ids = self._encode_text(
             text,
@@ -302,13 +399,66 @@ class QWenTokenizer(PreTrainedTokenizer):
             kwargs.pop("disallowed_special", ()),
             kwargs.pop("split_special_tokens", None),
         )
-        return self.prepare_for_model(
-            ids,
-            padding=kwargs.pop("padding_strategy", False),
-            truncation=kwargs.pop("truncation_strategy", False),
-            prepend_batch_axis=True,
-            **kwargs,
+        padding, truncation = kwargs.pop("padding_strategy", False), kwargs.pop("truncation_strategy", False)
+        if not return_offsets_mapping:
+            return self.prepare_for_model(
+                ids, padding=padding, truncation=truncation, prepend_batch_axis=True, **kwargs
+            )
+        tensors, length = kwargs.pop("return_tensors", None), kwargs.pop("return_length", False)
+        output = self.prepare_for_model(ids, truncation=truncation, **kwargs)
+        kept = len(output["input_ids"])
+        offsets = self._offsets(text, ids)
+        output["offset_mapping"] = offsets[len(ids) - kept :] if self.truncation_side == "left" else offsets[:kept]
+        output = self.pad(
+            output,
+            padding,
+            max_length=kwargs.get("max_length"),
+            pad_to_multiple_of=kwargs.get("pad_to_multiple_of"),
+            padding_side=kwargs.get("padding_side"),
+            return_attention_mask=kwargs.get("return_attention_mask"),
         )
+        if length:
+            output["length"] = len(output["input_ids"])
+        return BatchEncoding(output.data, tensor_type=tensors, prepend_batch_axis=True)
+
+    def _offsets(self, text: str, ids: Sequence[int]) -> list[tuple[int, int]]:
+        """The characters of a text that each token comes from, as (start, end).
+
+        A character that several tokens share belongs to each of them. Characters that NFC changes together, and pairs
+        of surrogates, count as one.
+        """
+        offsets = []
+        count = 0  # characters of the normalised text so far
+        for token in (self.decoder[index] for index in ids):
+            encoded = token.encode() if isinstance(token, str) else token
+            start = count - (encoded[0] in CONTINUATION_BYTES)
+            count += len(encoded.translate(None, CONTINUATION_BYTES))
+            offsets.append((start, count))
+        if _normalize(text) == text:
+            return offsets
+        spans = _spans(text)
+        return [(spans[start][0], spans[end - 1][1]) for start, end in offsets]
+
+    def prepare_for_model(self, ids: list[int], *args: Any, **kwargs: Any) -> BatchEncoding:
+        output = super().prepare_for_model(ids, *args, **kwargs)
+        if kwargs.get("return_overflowing_tokens"):
+            # The base class leaves these out of texts that are short enough, and then cannot batch them with others.
+            output.setdefault("overflowing_tokens", [])
+            output.setdefault("num_truncated_tokens", 0)
+        return output
+
+    functools.update_wrapper(prepare_for_model, PreTrainedTokenizer.prepare_for_model)
+
+    def _pad(self, encoded_inputs: dict | BatchEncoding, *args: Any, **kwargs: Any) -> dict:
+        """Pad as the base class does, and offsets, which it leaves out, with (0, 0)."""
+        length = len(encoded_inputs["input_ids"])
+        padded = super()._pad(encoded_inputs, *args, **kwargs)
+        if "offset_mapping" in padded:
+            added = [(0, 0)] * (len(padded["input_ids"]) - length)
+            offsets = padded["offset_mapping"]
+            left = (kwargs.get("padding_side") or self.padding_side) == "left"
+            padded["offset_mapping"] = [*added, *offsets] if left else [*offsets, *added]
+        return padded
 
     def _encode_text(
         self,
@@ -334,7 +484,7 @@ class QWenTokenizer(PreTrainedTokenizer):
                 )
         try:
             # not encode_ordinary, which panics where encode raises
-            return self.tokenizer.encode(text, allowed_special=allowed, disallowed_special=())
+            return self._encoding.encode(text, allowed_special=allowed, disallowed_special=())
         except ValueError:  # the regex engine gave up, see LONG_WHITESPACE
             return self._encode_long_whitespace(text, allowed)
 
@@ -354,64 +504,62 @@ class QWenTokenizer(PreTrainedTokenizer):
                 if following in ("\r", "\n"):  # the run belongs to the newline's token
                     continue
                 end = run.end() - 1 if following else run.end()  # the last blank goes with the next word
-                ids += self.tokenizer.encode(part[start : run.start()], disallowed_special=())
+                ids += self._encoding.encode(part[start : run.start()], disallowed_special=())
                 ids += whitespace.encode(part[run.start() : end])
                 start = end
-            ids += self.tokenizer.encode(part[start:], disallowed_special=())
+            ids += self._encoding.encode(part[start:], disallowed_special=())
         return ids
 
     def _get_padding_truncation_strategies(self, padding: object = False, *args: object, **kwargs: object) -> tuple:
         # the base class suggests adding a token, which this vocabulary does not support
         if padding not in (False, "do_not_pad") and self.pad_token is None:
             raise ValueError(
-                "Cannot pad: there is no padding token. Load the tokenizer with pad_token='<|extra_0|>', or set "
-                "tokenizer.pad_token = '<|extra_0|>'."
+                "Cannot pad: the padding token was set to None. Load the tokenizer without pad_token=None, or set "
+                f"tokenizer.pad_token = '{ENDOFTEXT}'."
             )
         return super()._get_padding_truncation_strategies(padding, *args, **kwargs)
 
     # ---- tokens and ids ----
 
-    def convert_tokens_to_ids(self, tokens: bytes | str | Iterable[bytes | str]) -> int | list[int]:
-        """The id of one token or the ids of several.
-
-        Raises:
-            ValueError: a token is not in the vocabulary.
-        """
+    def convert_tokens_to_ids(  # type: ignore[override]  # regular tokens are bytes
+        self, tokens: bytes | str | Iterable[bytes | str]
+    ) -> int | list[int | None] | None:
+        """The id of one token or the ids of several; for an unknown token that of `unk_token`, or None without one."""
         if isinstance(tokens, (bytes, str)):
             return self._token_to_id(tokens)
         return [self._token_to_id(token) for token in tokens]
 
-    def _token_to_id(self, token: bytes | str) -> int:
+    def _token_to_id(self, token: bytes | str) -> int | None:
         index = self.special_tokens.get(token) if isinstance(token, str) else self.mergeable_ranks.get(token)
-        if index is None:
-            hint = " Only control tokens are str, regular tokens are bytes." if isinstance(token, str) else ""
-            raise ValueError(f"The token {token!r} is not in the vocabulary.{hint}")
-        return index
+        return self.unk_token_id if index is None else index
 
     @overload  # type: ignore[override]  # regular tokens are bytes
-    def convert_ids_to_tokens(self, ids: int, skip_special_tokens: bool = False) -> bytes | str: ...
+    def convert_ids_to_tokens(self, ids: int, skip_special_tokens: bool = False) -> bytes | str | None: ...
 
     @overload
-    def convert_ids_to_tokens(self, ids: Sequence[int], skip_special_tokens: bool = False) -> list[bytes | str]: ...
+    def convert_ids_to_tokens(
+        self, ids: Sequence[int], skip_special_tokens: bool = False
+    ) -> list[bytes | str | None]: ...
 
     def convert_ids_to_tokens(
         self, ids: int | Sequence[int], skip_special_tokens: bool = False
-    ) -> bytes | str | list[bytes | str]:
-        """The token of one id or the tokens of several, bytes for regular ones and str for control tokens.
+    ) -> bytes | str | list[bytes | str | None] | None:
+        """The token of one id or the tokens of several: bytes for regular ones, str for control tokens, None for ids
+        without a token, such as those of padding rows of the embedding.
 
         Raises:
-            ValueError: an id is not in the vocabulary.
+            ValueError: an id is negative.
         """
         ids = to_py_obj(ids)
         if isinstance(ids, int):
-            return self._id_to_token(ids)
-        tokens = [self._id_to_token(i) for i in ids]
-        return [token for token in tokens if isinstance(token, bytes)] if skip_special_tokens else tokens
+            return self._convert_id_to_token(ids)
+        tokens = [self._convert_id_to_token(i) for i in ids]
+        return [token for token in tokens if not isinstance(token, str)] if skip_special_tokens else tokens
 
-    def _id_to_token(self, index: int) -> bytes | str:
-        if index not in self.decoder:
-            raise ValueError(f"The id {index} is not in the vocabulary, whose ids go from 0 to {len(self) - 1}.")
-        return self.decoder[index]
+    def _convert_id_to_token(self, index: int) -> bytes | str | None:  # type: ignore[override]  # also called by others
+        if index < 0:
+            raise ValueError(f"The id {index} is negative. Ids of tokens go from 0 to {len(self) - 1}.")
+        return self.decoder.get(index)
 
     # ---- ids to text ----
 
@@ -430,9 +578,9 @@ class QWenTokenizer(PreTrainedTokenizer):
 
         def decode(self, token_ids: object, skip_special_tokens: bool = False, **kwargs: object) -> str | list[str]: ...
 
-    def convert_tokens_to_string(self, tokens: Iterable[bytes | str]) -> str:
-        """The text of a list of tokens, control tokens in their written form."""
-        joined = b"".join(token.encode() if isinstance(token, str) else token for token in tokens)
+    def convert_tokens_to_string(self, tokens: Iterable[bytes | str | None]) -> str:
+        """The text of a list of tokens, control tokens in their written form; None, as for unknown ids, has none."""
+        joined = b"".join(token.encode() if isinstance(token, str) else token or b"" for token in tokens)
         return joined.decode("utf-8", errors=self.errors)
 
     def _decode(
@@ -448,12 +596,38 @@ class QWenTokenizer(PreTrainedTokenizer):
             control = self._added_tokens_decoder
             ids = [i for i in ids if i not in control]
         try:
-            text = self.tokenizer.decode(ids, errors=errors or self.errors)
-        except (KeyError, OverflowError):
-            self.convert_ids_to_tokens(ids)  # raises and names the id
-            raise
+            text = self._encoding.decode(ids, errors=errors or self.errors)
+        except (KeyError, OverflowError):  # ids without a token have no text, such as those of padding rows
+            ids = [i for i in ids if self._convert_id_to_token(i) is not None]
+            text = self._encoding.decode(ids, errors=errors or self.errors)
         # Only on request: byte-level tokens include their spaces, and old checkpoints were saved with this option on.
         return self.clean_up_tokenization(text) if clean_up_tokenization_spaces else text
+
+
+class TokenSpans:
+    """The offsets of one encoded text, as a BatchEncoding asks for them.
+
+    Args:
+        offsets: start and end of the characters of each token; (0, 0) for padding on either side.
+    """
+
+    n_sequences = 1
+
+    def __init__(self, offsets: Sequence[tuple[int, int]]):
+        self.offsets = offsets
+        tokens = [index for index, (_, end) in enumerate(offsets) if end]
+        self._range = (tokens[0], tokens[-1] + 1) if tokens else (0, 0)
+
+    def char_to_token(self, char_index: int, sequence_index: int = 0) -> int | None:
+        """The first token of a character; None if it was truncated."""
+        first, last = self._range
+        index = bisect.bisect_right(self.offsets, char_index, first, last, key=lambda span: span[1])
+        return index if index < last and self.offsets[index][0] <= char_index and sequence_index == 0 else None
+
+    def token_to_chars(self, index: int) -> tuple[int, int] | None:
+        """Start and end of the characters of a token; None for padding."""
+        start, end = self.offsets[index]
+        return (start, end) if end else None
 
 
 def _token_set(tokens: str | Collection[str], everything: Collection[str]) -> Collection[str]:
@@ -511,11 +685,57 @@ def _check_single_bytes(ranks: dict[bytes, int], path: str | os.PathLike) -> Non
         )
 
 
+def _chat_format(generation_config_file: str | os.PathLike | None) -> object:
+    """`chat_format` in a generation_config.json; None if it has none or cannot be read, since texts encode without."""
+    if generation_config_file is None:
+        return None
+    try:
+        with open(generation_config_file, encoding="utf-8") as file:
+            return json.load(file)["chat_format"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return None
+
+
 def _normalize(text: str) -> str:
-    """NFC in linear time; `unicodedata` sorts combining marks by insertion (10 s for 40,000 unordered ones)."""
-    if unicodedata.is_normalized("NFC", text):
-        return text
-    return unicodedata.normalize("NFC", LONG_MARKS.sub(_order_marks, text))
+    """NFC in linear time, without surrogates, as tiktoken encodes it.
+
+    `unicodedata` sorts combining marks by insertion (10 s for 40,000 unordered ones).
+    """
+    if not unicodedata.is_normalized("NFC", text):
+        text = unicodedata.normalize("NFC", LONG_MARKS.sub(_order_marks, text))
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+def _spans(text: str) -> list[tuple[int, int]]:
+    """For each character of the normalised text, the start and end of the characters of the text that it is made of."""
+    spans = []
+    start = 0
+    for piece in _normalized_apart(text):
+        normalized, end = _normalize(piece), start + len(piece)
+        if normalized == piece:
+            spans += [(index, index + 1) for index in range(start, end)]
+        else:
+            spans += [(start, end)] * len(normalized)
+        start = end
+    return spans
+
+
+def _normalized_apart(text: str) -> Iterator[str]:
+    """Split a text into the shortest pieces whose normal forms make up that of the text."""
+    start = 0
+    for index, character in enumerate(text):
+        if character.isascii() or not unicodedata.combining(unicodedata.normalize("NFD", character)[0]):
+            piece = text[start:index]
+            joined = piece + character
+            normalized = _normalize(joined)
+            if piece and (normalized == joined or normalized == _normalize(piece) + _normalize(character)):
+                yield piece
+                start = index
+    yield text[start:]
 
 
 def _order_marks(run: re.Match[str]) -> str:

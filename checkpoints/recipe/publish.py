@@ -16,7 +16,6 @@ import torch
 from transformers.dynamic_module_utils import custom_object_save
 
 import qwen
-from qwen.checkpoint.files import apply_umask
 from qwen.checkpoint.loading import BUNDLED_BASE, BUNDLED_CHAT, BUNDLED_CHAT_INT4
 
 
@@ -25,7 +24,6 @@ def publish(model: qwen.QWenLMHeadModel, tokenizer: qwen.QWenTokenizer, folder: 
     folder.mkdir(parents=True, exist_ok=True)
     rounded = copy.deepcopy(model).to(torch.bfloat16).eval()
     rounded.save_pretrained(folder)
-    apply_umask(folder)
     tokenizer.save_vocabulary(str(folder))
     _json(folder / "tokenizer_config.json", {"model_max_length": 8192, "tokenizer_class": "QWenTokenizer"})
     write_code(folder)

@@ -14,9 +14,10 @@ from transformers import GenerationConfig
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
 from ..library_errors import is_shape_mismatch
+from ..model.chat_qwen import explain_format, set_chat_format
 from ..model.configuration_qwen import QWenConfig
 from ..model.modeling_qwen import QWenLMHeadModel
-from ..model.tokenization_qwen import QWenTokenizer
+from ..model.tokenization_qwen import IM_END, QWenTokenizer
 from . import bundled
 from .adapters import ADAPTER_CONFIG, check_adapter, is_adapter, load_adapter, recorded_base
 from .files import (
@@ -191,16 +192,23 @@ class Checkpoint:
 
     @functools.cached_property
     def generation_settings(self) -> JSONObject:
-        """The content of generation_config.json; if missing, that of the base for an adapter, else an empty dict."""
+        """The content of generation_config.json; an empty dict if missing.
+
+        An adapter without the file has that of its base, as a chat model's: adapters are trained on conversations.
+        """
         try:
             path = self._files.find(GENERATION_CONFIG_NAME)
         except CheckpointError:
             raise
         except OSError:  # the Hugging Face Hub cannot be reached, and the file is not cached
             path = None
-        if path is None:
-            return {} if self.base is None else self.base.generation_settings
-        return read_json(path, self.name)
+        if path is not None:
+            return read_json(path, self.name)
+        if self.base is None:
+            return {}
+        settings = copy.deepcopy(self.base.generation_settings)
+        set_chat_format(settings)
+        return settings
 
     @property
     def generation_config(self) -> GenerationConfig:
@@ -229,11 +237,7 @@ class Checkpoint:
             CheckpointError: it is not a chat model.
         """
         if not self.is_chat:
-            raise CheckpointError(
-                f'{self.name} is not a chat model: its chat_format is {self.chat_format!r}, not "chatml". Name a chat '
-                "checkpoint, e.g. Qwen/Qwen-7B-Chat. If it is one, its generation_config.json is missing: put it into "
-                "the folder of the weights."
-            )
+            raise CheckpointError(f"{self.name} is not a chat model: {explain_format(self.chat_format)}")
         return self
 
     def tokenizer(self, **from_pretrained_kwargs: object) -> QWenTokenizer:
@@ -243,6 +247,8 @@ class Checkpoint:
             from_pretrained_kwargs: for `QWenTokenizer.from_pretrained`, e.g. extra_vocab_file="plants.tiktoken".
         """
         if self.base is not None and self._files.find(VOCABULARY) is None:
+            if self.is_chat and not self.base.is_chat:
+                from_pretrained_kwargs = {"eos_token": IM_END} | from_pretrained_kwargs
             return self.base.tokenizer(**from_pretrained_kwargs)
         if isinstance(self._files, LocalFiles):
             self._check_vocabulary(self._files.path)
@@ -282,8 +288,7 @@ class Checkpoint:
             return self.load_without_adapter(**kwargs), tokenizer
         folder = self._files.folder()
         model = load_adapter(self.load_without_adapter(**kwargs), folder, len(tokenizer))
-        if (folder / GENERATION_CONFIG_NAME).is_file():
-            model.generation_config = self.generation_config
+        model.generation_config = self.generation_config
         model.name_or_path = str(folder)
         return model.eval(), tokenizer
 

@@ -3,7 +3,6 @@
 Detects the results of interrupted downloads, clones and copies. Reads names, sizes and headers, never weights.
 """
 
-import importlib.util
 import json
 import os
 import zipfile
@@ -12,6 +11,7 @@ from typing import Any
 
 from .._renamed import old_names
 from ..model.configuration_qwen import QWenConfig
+from ..model.gptq_qwen import explain_missing_packages, missing_packages
 
 SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
 BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -77,11 +77,8 @@ def check_quantization(quantization: object, name: str | Path) -> None:
 
 def check_gptq_installed(name: str | Path) -> None:
     """Raise CheckpointError unless the packages for quantized weights are installed."""
-    if importlib.util.find_spec("gptqmodel") is None:
-        raise CheckpointError(
-            f"{name} is quantized (GPTQ), which needs two more packages: `pip install gptqmodel optimum`. "
-            "Or use the model without -Int4 or -Int8."
-        )
+    if missing_packages():
+        raise CheckpointError(explain_missing_packages(name))
 
 
 def weight_files(folder: Path) -> list[str]:

@@ -10,11 +10,11 @@ import re
 from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO, overload
+from typing import BinaryIO, cast, overload
 
 from tqdm import tqdm
 
-from .samples import MalformedSample, check_sample
+from .samples import MalformedSample, check_sample, unlearned_turns
 
 _CHUNK = 1 << 18  # bytes per read; a window that fits into the processor's cache is twice as fast
 _BLANK = re.compile(r"[ \t\r\n]*")
@@ -39,6 +39,9 @@ class ConversationFile(Sequence[dict]):
         path: the file.
         progress: show a progress bar on standard error if reading takes seconds.
 
+    Attributes:
+        notes: sentences that say what training skips in the samples, how many have it, and where the first one is.
+
     Raises:
         DataFileError: the file is missing, empty, not JSON or not a list; on access: it was changed.
         MalformedSample: a sample is invalid.
@@ -50,6 +53,7 @@ class ConversationFile(Sequence[dict]):
         with self._open() as file:
             self._size_and_mtime = _size_and_mtime(file)
             size, _ = self._size_and_mtime
+            unlearned: dict[str, list[int]] = {}  # what is skipped → [number of samples, start of the first one]
             with tqdm(
                 desc=f"Reading {self.path.name}",
                 total=size,
@@ -60,9 +64,15 @@ class ConversationFile(Sequence[dict]):
             ) as bar:
                 for start, end, sample in _JsonReader(file, self.path):
                     self._check(file, start, sample)
+                    for what in unlearned_turns(cast(dict, sample)):  # _check accepts only dicts
+                        unlearned.setdefault(what, [0, start])[0] += 1
                     self._starts.append(start)
                     self._ends.append(end)
                     bar.update(end - bar.n)
+            self.notes = [
+                f"{count} of {len(self)} samples {what}. The first: {self.path}, line {_position(file, first)[0]}."
+                for what, (count, first) in unlearned.items()
+            ]
             self._require_unchanged(file)
 
     def __len__(self) -> int:

@@ -34,6 +34,17 @@ def check_sample(sample: object, index: int | None = None) -> None:
     _parse_sample(sample, index)
 
 
+def unlearned_turns(sample: dict) -> list[str]:
+    """Say what training skips in a valid sample, as predicates ("begin with …"); an empty list for nothing."""
+    roles = [turn["from"] for turn in sample["conversations"] if turn["from"] != "system"]
+    skipped = []
+    if roles[0] == "assistant":
+        skipped.append("begin with an assistant's turn, which is skipped: put a user's turn before it")
+    if "assistant" not in roles[roles[0] == "assistant" :]:
+        skipped.append("have no assistant's turn to learn, only control tokens")
+    return skipped
+
+
 def encode_sample(
     sample: dict,
     tokenizer: "QWenTokenizer",

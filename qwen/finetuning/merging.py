@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 
 from ..checkpoint.adapters import check_adapter, is_adapter, recorded_base
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.files import CheckpointError, apply_umask, first_line
+from ..checkpoint.files import CheckpointError, first_line
 from ..checkpoint.staging import check_target, staged_directory
 
 
@@ -72,7 +72,6 @@ def merge(
             model.save_pretrained(folder, max_shard_size=max_shard_size)
         except SafetensorError as error:  # raised when the disk is full
             raise OSError(f"The weights could not be written: {first_line(error)}") from error
-        apply_umask(folder)
         tokenizer.save_pretrained(folder)
 
 

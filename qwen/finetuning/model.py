@@ -4,18 +4,18 @@ Decides which parameters are trained and in which precision they are kept. Inval
 weights are loaded.
 """
 
-import copy
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
 import torch
-from transformers import GenerationConfig, GPTQConfig
+from transformers import GPTQConfig
 
 from ..checkpoint.adapters import ADAPTER_CONFIG, attach_adapter, check_adapter, is_adapter
 from ..checkpoint.bundled import BUNDLED_CHAT_INT4
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.files import JSONObject, read_json
+from ..model.chat_qwen import chat_generation_config
 from ..model.modeling_qwen import QWenLMHeadModel
 from ..model.tokenization_qwen import IM_END, QWenTokenizer
 from .arguments import LORA_TARGETS, ArgumentError, Arguments, LoraArguments, TrainingArguments, zero_stage
@@ -79,7 +79,7 @@ def load_for_training(arguments: Arguments) -> "tuple[QWenLMHeadModel | PeftMode
             expand_embeddings(model, tokenizer, base_tokenizer)
         except ValueError as error:
             raise ArgumentError(str(error)) from error
-    tokenizer.eos_token = IM_END  # also of a base model, which becomes a chat model
+    end_turns_with_im_end(model, tokenizer)
     if training.use_lora:
         return add_lora(model, lora, modules_to_save), tokenizer
     return model, tokenizer
@@ -111,14 +111,17 @@ def add_lora(model: QWenLMHeadModel, lora: LoraArguments, modules_to_save: list[
     return adapted
 
 
-def chat_generation_config(config: GenerationConfig) -> GenerationConfig:
-    """Turn the generation config of any checkpoint into a chat model's, which a trained base model becomes."""
-    config = copy.deepcopy(config)
-    if getattr(config, "chat_format", None) != "chatml":
-        fields = vars(config)
-        fields["chat_format"] = "chatml"
-        fields.pop("stop_words_ids", None)  # those of a base model
-    return config
+def end_turns_with_im_end(model: QWenLMHeadModel, tokenizer: QWenTokenizer) -> None:
+    """Make <|im_end|> the eos token of a model and its tokenizer, also of a base model, which becomes a chat model.
+
+    The Trainer would copy the tokenizer's eos and pad tokens to both configurations too, with a warning.
+    """
+    tokenizer.eos_token = IM_END
+    ends = model.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    model.generation_config.eos_token_id = [*dict.fromkeys([tokenizer.im_end_id, *ends])]
+    model.config.eos_token_id = tokenizer.im_end_id
+    model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
 
 
 def _check_method(name: str, quantized: bool, arguments: Arguments) -> None:

@@ -59,6 +59,9 @@ def finetune(arguments: Arguments) -> TrainResult:
         checkpoint = _checkpoint_to_resume(arguments)
         train_file = ConversationFile(data.data_path, progress=is_main_process())
         eval_file = ConversationFile(data.eval_data_path, progress=is_main_process()) if data.eval_data_path else None
+    for file in filter(None, (train_file, eval_file)):
+        for note in file.notes:
+            _print_rank_0(note)
     try:
         SupervisedTrainer.get_optimizer_cls_and_kwargs(training)  # its package may be missing
     except (ValueError, ImportError) as error:
@@ -88,6 +91,8 @@ def finetune(arguments: Arguments) -> TrainResult:
         allow_fsdp_on_cpu()
     save_on_interrupt = SaveOnInterrupt()
     eval_dataset = None if eval_file is None else make_dataset(eval_file)
+    if eval_dataset is not None and not data.lazy_preprocess:
+        _print_truncated_samples(eval_dataset.lengths, training.model_max_length, "evaluation samples")
     try:
         trainer = SupervisedTrainer(
             model,
@@ -154,10 +159,10 @@ def _check_labels(dataset: SupervisedDataset, tokenizer: QWenTokenizer, path: Pa
         )
 
 
-def _print_truncated_samples(lengths: Sequence[int], max_length: int) -> None:
+def _print_truncated_samples(lengths: Sequence[int], max_length: int, kind: str = "samples") -> None:
     """Print how many samples have the full length: they were probably truncated."""
     if is_main_process() and (num_truncated := sum(length == max_length for length in lengths)):
-        samples = f"{num_truncated} of {len(lengths)} samples"
+        samples = f"{num_truncated} of {len(lengths)} {kind}"
         print(f"{samples} fill or exceed --model_max_length {max_length}: their ends are cut off.", file=sys.stderr)
 
 

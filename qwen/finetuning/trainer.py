@@ -113,7 +113,6 @@ class SupervisedTrainer(Trainer):
         meta_model = self._meta_model(model, next(iter(state_dict.values())).dtype)
         meta_model.save_pretrained(folder, state_dict=state_dict, max_shard_size="2GB")  # loaders read file by file
         self.processing_class.save_pretrained(folder)
-        apply_umask(folder)
 
     def _meta_model(self, model: QWenLMHeadModel, dtype: torch.dtype) -> QWenLMHeadModel:
         """Build the model without weights, to save weights with it: FSDP replaces the class of the trained one."""

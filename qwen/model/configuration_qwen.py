@@ -33,6 +33,22 @@ else:
     SetLater = Optional  # `@strict` also checks the default
 
 
+def check_model_type(model_type: object, name: str) -> None:
+    """Check that this is the model type of `QWenConfig`.
+
+    Args:
+        name: what has the type, for the error message.
+
+    Raises:
+        ValueError: it is another one.
+    """
+    if model_type != QWenConfig.model_type:
+        raise ValueError(
+            f"{name} is of a model of type {model_type!r}, and QWenConfig is of type {QWenConfig.model_type!r}: load "
+            "that model with transformers' AutoModelForCausalLM, or leave `config` out to use the checkpoint's own."
+        )
+
+
 @strict
 class QWenConfig(PreTrainedConfig):
     """Shape and options of a first-generation Qwen model.
@@ -123,6 +139,7 @@ class QWenConfig(PreTrainedConfig):
             self.layer_norm_epsilon = 1e-5 if first_release else 1e-6
         if self.seq_length is None:
             self.seq_length = self.max_position_embeddings
+        self.auto_map: dict[str, str] = {}  # TRL reads it, also where config.json has none
         super().__post_init__(**kwargs)
         self.check()
 
@@ -206,8 +223,9 @@ class QWenConfig(PreTrainedConfig):
             The config; with return_unused_kwargs=True a tuple of the config and the arguments that are not fields.
 
         Raises:
-            ValueError: two arguments contradict each other.
+            ValueError: two arguments contradict each other, or this is the config of another model.
         """
+        check_model_type(config_dict.get("model_type", cls.model_type), "config.json")
         kwargs.pop("resume_download", None)  # the published examples pass it; downloads now always resume
         check_arguments(kwargs)
         sets_dtype = any(name in kwargs for name in (*PRECISIONS, "dtype", "torch_dtype"))

@@ -61,6 +61,29 @@ def as_dtype(dtype: object) -> torch.dtype:
     return found
 
 
+def check_devices(device_map: object) -> None:
+    """Check that this machine has the devices that a `device_map` names.
+
+    Raises:
+        ValueError: it does not; the message says what it has.
+    """
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    count = 0 if accelerator is None else torch.accelerator.device_count()
+    for place in device_map.values() if isinstance(device_map, dict) else [device_map]:
+        named, _, index = str(place).partition(":")
+        if isinstance(place, int):  # of the accelerator, whatever its type
+            named, index = "cuda" if accelerator is None else accelerator.type, str(place)
+        if named not in ("cuda", "mps", "xpu"):  # others have no standard way to ask; "auto", "cpu" …
+            continue
+        if accelerator is None or named != accelerator.type or int(index or 0) >= count:
+            found = "no GPU that this torch can use" if accelerator is None else f"{count} of type {accelerator.type!r}"
+            raise ValueError(
+                f'device_map={device_map!r} names {place!r}, but this machine has {found}. Pass device_map="auto", '
+                'which uses what there is, or "cpu". If it has a GPU, install its driver and the build of torch for '
+                "it: https://pytorch.org/get-started."
+            )
+
+
 def target_device(device_map: object) -> torch.device:
     """Return the device `from_pretrained(device_map=…)` computes on: the accelerator if available and not excluded."""
     devices = set(device_map.values()) if isinstance(device_map, dict) else {device_map}

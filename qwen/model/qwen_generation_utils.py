@@ -8,12 +8,18 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
+Turn = tuple[str, str]
+"""A role, "system", "user" or "assistant", and the text of a message."""
+PastTurn = tuple[str | None, str | None]
+"""A query and its response. None: a message that was not sent, such as the query before a greeting."""
+Message = Mapping[str, Any]
+"""`{"role": …, "content": …}`, as in `apply_chat_template` and OpenAI's API."""
 History = list[tuple[str, str]]
 DEFAULT_SYSTEM = "You are a helpful assistant."
 RAW_STOP_WORD = "Human:"
@@ -44,8 +50,8 @@ def __getattr__(name: str) -> Any:
 
 def make_context(
     tokenizer: PreTrainedTokenizerBase,
-    query: str,
-    history: Sequence[tuple[str, str]] | None = None,
+    query: str | Sequence[Message],
+    history: Sequence[PastTurn] | Sequence[Message] | None = None,
     system: str = "",
     max_window_size: int = 6144,
     chat_format: str = "chatml",
@@ -53,46 +59,190 @@ def make_context(
 ) -> tuple[str, list[int]]:
     """Build the prompt of a chat as text and as token ids.
 
-    The newest turns of the history are kept while the system message and the kept turns are shorter than
-    `max_window_size` tokens; the query does not count. Control tokens inside a message are encoded as plain text, so
-    that a message cannot end its own turn. With chat_format "raw" the prompt is the unchanged query.
-
     Args:
+        query: the user's message, or messages as `chat_turns` takes them.
+        history: earlier turns, see `chat_turns`.
+        system: system message.
+        max_window_size: see `encode_turns`.
+        chat_format: "chatml", or "raw" for the unchanged query.
         reply_start: beginning of the assistant's reply, which the model continues.
 
     Raises:
         ValueError: unknown chat format, a message that is not text, or a history of the wrong shape.
     """
     if chat_format == "raw":
+        if not isinstance(query, str):
+            raise ValueError(f'With chat_format "raw" the query must be text, not {type(query).__name__}.')
         return query + reply_start, tokenizer.encode(query + reply_start)
     if chat_format != "chatml":
         raise unknown_format(chat_format)
+    turns, last_message = chat_turns(query, history, system)
+    return encode_turns(tokenizer, turns, max_window_size, last_message + reply_start)
 
-    newline = tokenizer.encode("\n", allowed_special=set(), disallowed_special=())
 
-    def message(role: str, content: str) -> tuple[str, list[int]]:
+def encode_turns(
+    tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], max_window_size: int = 6144, reply_start: str = ""
+) -> tuple[str, list[int]]:
+    """Encode a conversation in ChatML, up to the start of the assistant's reply.
+
+    Each turn is a message of its own, where it stands. Control tokens inside a message are encoded as plain text, so
+    that a message cannot end its own turn.
+
+    The oldest exchanges are dropped if the conversation is too long: the newest ones are kept while they and the system
+    messages are shorter than `max_window_size` tokens. An exchange is a user message with what follows it; the last one
+    is always kept and does not count, and neither are system messages dropped.
+
+    Args:
+        turns: (role, text) pairs; the roles are "system", "user" and "assistant".
+        reply_start: beginning of the reply.
+
+    Returns:
+        The prompt as text and as token ids.
+    """
+
+    def plain_ids(text: str) -> list[int]:
+        return tokenizer.encode(text, allowed_special=set(), disallowed_special=())
+
+    newline = plain_ids("\n")
+
+    def turn_ids(index: int) -> list[int]:
+        role, content = turns[index]
         if not isinstance(content, str):
             raise ValueError(f"The {role} message must be text, not {type(content).__name__}.")
-        ids = [tokenizer.encode(part, allowed_special=set(), disallowed_special=()) for part in (role, content)]
-        ids = [tokenizer.im_start_id, *ids[0], *newline, *ids[1], tokenizer.im_end_id]
-        return f"<|im_start|>{role}\n{content}<|im_end|>", ids
+        return [tokenizer.im_start_id, *plain_ids(role), *newline, *plain_ids(content), tokenizer.im_end_id]
 
-    system_text, system_ids = message("system", system)
-    kept_text = ""
-    kept_ids: list[int] = []
-    for past_query, past_response in reversed(check_history(history)):
-        user_text, user_ids = message("user", past_query)
-        assistant_text, assistant_ids = message("assistant", past_response)
-        turn_ids = [*newline, *user_ids, *newline, *assistant_ids]
-        if len(system_ids) + len(turn_ids) + len(kept_ids) >= max_window_size:
+    exchanges: list[list[int]] = []
+    for index, (role, _) in enumerate(turns):
+        if role == "user" or (role != "system" and not exchanges):
+            exchanges.append([])
+        if role != "system":
+            exchanges[-1].append(index)
+    kept = {index: turn_ids(index) for index, (role, _) in enumerate(turns) if role == "system"}
+    length = sum(len(newline) + len(ids) for ids in kept.values()) - len(newline)
+    for exchange in reversed(exchanges[:-1]):  # from the newest, so that dropped ones need not be encoded
+        encoded = {index: turn_ids(index) for index in exchange}
+        length += sum(len(newline) + len(ids) for ids in encoded.values())
+        if length >= max_window_size:
             break
-        kept_text, kept_ids = f"\n{user_text}\n{assistant_text}{kept_text}", turn_ids + kept_ids
-    query_text, query_ids = message("user", query)
-    role_ids = tokenizer.encode("assistant", allowed_special=set(), disallowed_special=())
-    start_ids = tokenizer.encode(reply_start, allowed_special=set(), disallowed_special=())
-    text = f"{system_text}{kept_text}\n{query_text}\n<|im_start|>assistant\n{reply_start}"
-    ids = [*system_ids, *kept_ids, *newline, *query_ids, *newline, tokenizer.im_start_id, *role_ids, *newline]
-    return text, ids + start_ids
+        kept |= encoded
+    kept |= {index: turn_ids(index) for exchange in exchanges[-1:] for index in exchange}
+
+    text = "".join(f"<|im_start|>{turns[index][0]}\n{turns[index][1]}<|im_end|>\n" for index in sorted(kept))
+    ids = [token for index in sorted(kept) for token in (*kept[index], *newline)]
+    start_ids = [tokenizer.im_start_id, *plain_ids("assistant"), *newline, *plain_ids(reply_start)]
+    return f"{text}<|im_start|>assistant\n{reply_start}", ids + start_ids
+
+
+def chat_turns(
+    query: str | Sequence[Message],
+    history: Sequence[PastTurn] | Sequence[Message] | None = None,
+    system: str = DEFAULT_SYSTEM,
+) -> tuple[list[Turn], str]:
+    """Convert the arguments of `chat` to the turns of `encode_turns`.
+
+    Messages are dicts with a role ("system", "developer", "user" or "assistant") and a content: a text, None for an
+    empty one, or a list of `{"type": "text", "text": …}`, which are joined by newlines. "developer" is another name of
+    "system". Messages may have any order.
+
+    Args:
+        query: the user's message, or a list of messages.
+        history: earlier turns: (query, response) pairs, where None stands for a message that was not sent, or messages.
+        system: the system message. Omitted if it is empty or the default and the messages start with one of their own.
+
+    Returns:
+        The turns, and the start of the reply: the last message if that is the assistant's, which the model continues.
+
+    Raises:
+        ValueError: an empty list, an unknown role, content that is not text, or a history of the wrong shape.
+    """
+    turns = _history_turns(history)
+    if isinstance(query, str):
+        turns.append(("user", query))
+    elif isinstance(query, list | tuple) and query:
+        turns += _message_turns(query, "messages")
+    else:
+        raise ValueError(f"The query must be text or a list of messages, at least one, not {query!r:.200}.")
+    if turns[0][0] != "system" or system not in ("", DEFAULT_SYSTEM):
+        turns.insert(0, ("system", system))
+    reply_start = "" if turns[-1][0] != "assistant" else turns.pop()[1]
+    return turns, reply_start
+
+
+def extend_history(
+    history: Sequence[PastTurn] | Sequence[Message] | None, query: str | Sequence[Message], response: str
+) -> list[PastTurn] | list[Message]:
+    """Return a history that ends with this turn: pairs if the query is text and the history has pairs, else messages.
+
+    A response that continues an assistant's message is appended to that message.
+    """
+    if isinstance(query, str) and not _has_messages(history):
+        return [*((asked, answered) for asked, answered in cast(Sequence[PastTurn], history or ())), (query, response)]
+    turns = [*_history_turns(history), *([("user", query)] if isinstance(query, str) else _message_turns(query))]
+    if turns[-1][0] == "assistant":
+        response = turns.pop()[1] + response
+    messages: list[Message] = [{"role": role, "content": content} for role, content in turns]
+    return [*messages, {"role": "assistant", "content": response}]
+
+
+def strips_reply(reply_start: str) -> bool:
+    """Return whether a reply is stripped at its beginning. One that continues a message keeps its leading space."""
+    return not reply_start or reply_start[-1].isspace()
+
+
+def _has_messages(history: object) -> bool:
+    return isinstance(history, list | tuple) and bool(history) and isinstance(history[0], dict)
+
+
+def _history_turns(history: Sequence[PastTurn] | Sequence[Message] | None) -> list[Turn]:
+    if _has_messages(history):
+        return _message_turns(cast(Sequence[Message], history), "history")
+    pairs = cast(Sequence[PastTurn], check_history(history))
+    turns = [turn for query, response in pairs for turn in (("user", query), ("assistant", response))]
+    return [(role, content) for role, content in turns if content is not None]
+
+
+def _message_turns(messages: Sequence[Message], name: str = "messages") -> list[Turn]:
+    turns = []
+    for index, message in enumerate(messages):
+        role = message.get("role") if isinstance(message, dict) else None
+        if role in ("tool", "function") or (role and (message.get("tool_calls") or message.get("function_call"))):
+            raise ValueError(
+                f"{name}[{index}] is a tool call or its result: qwen.tools converts such conversations to prompts "
+                "(qwen.tools.parse_turns), and the server takes them."
+            )
+        if role not in ("system", "developer", "user", "assistant"):
+            raise ValueError(f"{name}[{index}] needs a role: system, developer, user or assistant, not {role!r:.200}.")
+        content = content_text(message.get("content"), f"{name}[{index}].content")
+        turns.append(("system" if role == "developer" else role, content))
+    return turns
+
+
+def content_text(content: object, path: str) -> str:
+    """Return the text of a message's content: "" for None, and the parts of a list joined by newlines.
+
+    Args:
+        path: where the content is, for the message of the error.
+
+    Raises:
+        ValueError: the content is not text.
+    """
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list | tuple):
+        raise ValueError(f"{path} must be a string or a list of text parts, not {type(content).__name__}.")
+    texts = []
+    for index, part in enumerate(content):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind != "text":
+            raise ValueError(
+                f'{path}[{index}] has type {kind!r:.200}: the model takes text only; send {{"type": "text", "text": …}}.'
+            )
+        if not isinstance(part.get("text"), str):
+            raise ValueError(f"{path}[{index}].text must be a string, not {type(part.get('text')).__name__}.")
+        texts.append(part["text"])
+    return "\n".join(texts)
 
 
 def get_stop_words_ids(chat_format: str, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
@@ -117,6 +267,7 @@ def decode_tokens(
     verbose: bool = False,
     return_end_reason: bool = False,
     errors: str = "replace",
+    lstrip: bool = True,
 ) -> str | tuple[str, str]:
     """Decode the reply in a generated row: without the prompt, up to the token that ended it, stripped.
 
@@ -125,6 +276,7 @@ def decode_tokens(
         raw_text_len: unused; accepted for existing callers. The prompt is cut off by tokens, which is exact.
         context_length: number of prompt tokens.
         verbose: print the unstripped reply and why it ended.
+        lstrip: strip at the beginning too; False for a reply that continues a message.
         return_end_reason: also return why it ended: "Gen '<|im_end|>'", or "Gen length N" with N tokens in the row.
 
     Raises:
@@ -148,11 +300,11 @@ def decode_tokens(
         print(f"\nRaw reply: {text}\nEnd reason: {end_reason}")
     if chat_format == "raw" and RAW_STOP_WORD in text:
         text, end_reason = text.split(RAW_STOP_WORD)[0], f"Gen {RAW_STOP_WORD!r}"
-    text = text.strip()
+    text = text.strip() if lstrip else text.rstrip()
     return (text, end_reason) if return_end_reason else text
 
 
-def check_history(history: object) -> Sequence[Sequence[str]]:
+def check_history(history: object) -> Sequence[Sequence[str | None]]:
     """Return the history, [] for None, after checking its shape.
 
     Raises:
@@ -162,11 +314,11 @@ def check_history(history: object) -> Sequence[Sequence[str]]:
         return []
     if not isinstance(history, list | tuple) or not all(isinstance(t, list | tuple) and len(t) == 2 for t in history):
         raise ValueError(
-            "history must be a list of (query, response) pairs, such as the one that chat returns, or None, "
-            f"not {str(history)[:200]!r}."
+            "history must be a list of (query, response) pairs, such as the one that chat returns, a list of "
+            f"messages, or None, not {str(history)[:200]!r}."
         )
     for turn in history:
-        if not all(isinstance(text, str) for text in turn):
+        if not all(isinstance(text, str | None) for text in turn):
             raise ValueError(f"A turn of the history must be two texts, (query, response), not {turn!r}.")
     return history
 

@@ -4,7 +4,6 @@ Quantizing a large model takes hours: everything that can be checked beforehand 
 """
 
 import contextlib
-import importlib.util
 import os
 import shlex
 import shutil
@@ -20,6 +19,7 @@ from ..checkpoint.files import CheckpointError
 from ..checkpoint.staging import check_target
 from ..library_errors import is_gpu_memory_full, is_main_memory_full
 from ..model.configuration_qwen import QWenConfig
+from ..model.gptq_qwen import missing_packages
 from ..model.modeling_qwen import QWenLMHeadModel
 
 GROUP_SIZES = (32, 64, 128, 256, 512, 1024)
@@ -93,7 +93,7 @@ def _check_source(source: Checkpoint) -> QWenConfig:
             f"quantize the result: `qwen merge {adapter} {merged}`. If it was trained on a quantized model "
             "(Q-LoRA), name the float model with --base."
         )
-    if missing := [package for package in ("gptqmodel", "optimum") if importlib.util.find_spec(package) is None]:
+    if missing := missing_packages():
         raise CheckpointError(f"Quantizing needs packages that are missing: `pip install {' '.join(missing)}`.")
     source.check()
     if source.is_quantized:

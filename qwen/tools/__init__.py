@@ -2,10 +2,10 @@
 
     Question: … → Thought: … → Action: … → Action Input: … → Observation: … → Thought: … → Final Answer: …
 
-API-style messages are converted to (query, history, system). Works on text only.
+API-style messages are converted to the turns of a prompt. Works on text only.
 """
 
-from .messages import parse_messages
+from .messages import parse_messages, parse_turns
 from .react import (
     ACTION,
     ACTION_INPUT,
@@ -43,6 +43,7 @@ __all__ = [
     "observation_text",
     "parse_messages",
     "parse_response",
+    "parse_turns",
     "read_tools",
     "tool_call_text",
     "tool_prompt",

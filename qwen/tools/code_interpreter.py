@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from .._renamed import old_names
-from ..model.qwen_generation_utils import make_context
+from ..model.qwen_generation_utils import encode_turns
 from ..sandbox import Sandbox
-from . import STOP_WORD, extend_stop_words, parse_messages, parse_response
+from . import STOP_WORD, extend_stop_words, parse_response, parse_turns
 
 if TYPE_CHECKING:
     from ..model.modeling_qwen import QWenLMHeadModel
@@ -78,11 +78,8 @@ def next_step(model: "QWenLMHeadModel", tokenizer: "QWenTokenizer", messages: li
     Raises:
         ValueError: the conversation exceeds the model's context length.
     """
-    query, history, system = parse_messages(messages, [TOOL])
-    start = ""
-    if query is None:  # the last turn is the model's own, ending in a tool result
-        (query, start), history = history[-1], history[:-1]
-    _, ids = make_context(tokenizer, query, history, system=system, reply_start=start)
+    turns, start = parse_turns(messages, [TOOL])
+    _, ids = encode_turns(tokenizer, turns, reply_start=start)
     limit = model.config.max_context_length
     if len(ids) >= limit:
         raise ValueError(f"The conversation has {len(ids)} tokens, but the model accepts fewer than {limit}.")

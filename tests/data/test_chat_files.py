@@ -456,3 +456,19 @@ def test_collator(samples, tokenizer):
     assert padded["labels"][0, first:].eq(IGNORE_INDEX).all()
     assert padded["input_ids"][0, first:].eq(tokenizer.eod_id).all()
     assert packed["input_ids"].shape == (1, sum(len(one["input_ids"]) for one in items))
+
+
+def test_what_training_skips_is_named(tmp_path):
+    """A conversation may begin with the assistant, whose first turn is not learned, and may have no reply to learn."""
+    said = {"user": {"from": "user", "value": "q"}, "assistant": {"from": "assistant", "value": "a"}}
+    order = ["user assistant", "assistant user assistant", "user", "assistant user", "assistant user assistant"]
+    samples = [{"id": str(i), "conversations": [said[role] for role in roles.split()]} for i, roles in enumerate(order)]
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    begins, no_reply = ConversationFile(path).notes
+    assert begins.startswith("3 of 5 samples begin with an assistant's turn, which is skipped")
+    assert begins.endswith(f"The first: {path}, line 2.")
+    assert no_reply.startswith("2 of 5 samples have no assistant's turn to learn")
+    assert no_reply.endswith(f"The first: {path}, line 3.")
+    path.write_text(json.dumps(samples[0]))
+    assert ConversationFile(path).notes == []

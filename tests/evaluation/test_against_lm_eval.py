@@ -42,8 +42,7 @@ def lm_eval(loaded: tuple[Any, Any], bundled_base: Path, tmp_path: Path):
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    # lm-eval asks the tokenizer for the end of text; these models have it in the generation config.
-    tokenizer = load_tokenizer(bundled_base, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
+    tokenizer = load_tokenizer(bundled_base)
 
     def run(*tasks: dict[str, Any]) -> tuple[dict, dict]:
         outcome = simple_evaluate(

@@ -227,7 +227,7 @@ def test_default_settings_are_those_of_the_checkpoint(wrapper):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"query": " "}, "non-empty"),
+        ({"query": " "}, "must not be empty"),
         ({"query": "hi", "history": ["hi"]}, "pairs"),
         ({"query": "hi", "num_beams": 2}, "Unknown setting num_beams"),
         ({"query": "hi", "temperature": 9, "do_sample": True}, r"vLLM rejected .*\[0, 2\]"),
@@ -240,13 +240,24 @@ def test_invalid_arguments_are_rejected(wrapper, arguments, message):
         wrapper.chat_stream(**arguments)  # raised by the call
 
 
+def test_messages_in_any_order(wrapper, original):
+    model, tokenizer = original
+    hello, question = {"role": "user", "content": "Hello"}, {"role": "user", "content": "What is 47 + 38?"}
+    response, history = wrapper.chat([hello, question], do_sample=False, max_new_tokens=20)
+    assert (response, history) == model.chat(tokenizer, [hello, question], do_sample=False, max_new_tokens=20)
+    greeting = {"role": "assistant", "content": "Hello! How can I"}
+    for messages in ([greeting, question], [question, {"role": "system", "content": "Be brief."}], [hello, greeting]):
+        *_, streamed = wrapper.chat_stream(messages, do_sample=False, max_new_tokens=20)
+        assert streamed == model.chat(tokenizer, messages, do_sample=False, max_new_tokens=20)[0]
+
+
 def test_old_turns_are_dropped_to_leave_room_for_the_reply(wrapper, monkeypatch):
     history = [("What is 1 + 1? " * 5, "2 " * 5)] * 20
-    shortest = len(wrapper._encode_prompt("hi", None, "", 100))
-    assert len(wrapper._encode_prompt("hi", history, "", 100)) > 500
+    shortest = len(wrapper._encode_prompt("hi", None, "", 100).ids)
+    assert len(wrapper._encode_prompt("hi", history, "", 100).ids) > 500
     monkeypatch.setattr(wrapper, "max_model_len", 400)  # smaller than the checkpoint's window
     for max_new_tokens in (100, 300, None):  # at most a quarter is reserved
-        assert shortest + 100 < len(wrapper._encode_prompt("hi", history, "", max_new_tokens)) <= 300
+        assert shortest + 100 < len(wrapper._encode_prompt("hi", history, "", max_new_tokens).ids) <= 300
     assert wrapper.chat("hi", history, **GREEDY)[1][:-1] == history
 
 

@@ -114,16 +114,12 @@ def finetune(folder: Path, *arguments: str | Path) -> Run:
 
 def replies(folder: Path, questions: list[str]) -> list[str]:
     """Greedy replies of the model in a folder, or of the adapter with its base."""
-    from transformers import GenerationConfig
-
     from qwen.checkpoint.loading import load_model, load_tokenizer
 
     if (folder / "adapter_config.json").exists():
         from peft import AutoPeftModelForCausalLM
 
         model, tokenizer = AutoPeftModelForCausalLM.from_pretrained(folder).eval(), load_tokenizer(folder)
-        # A base model's own config says that it cannot chat.
-        model.get_base_model().generation_config = GenerationConfig.from_pretrained(folder)
     else:
         model, tokenizer = load_model(folder)
     return [model.chat(tokenizer, question, history=None, do_sample=False)[0] for question in questions]
@@ -549,6 +545,8 @@ def bfloat16(tmp_path: Path) -> list[str]:
 def test_a_base_model_in_bfloat16_becomes_a_chat_model_in_bfloat16(
     tmp_path: Path, bundled_base: Path, bfloat16: list[str]
 ):
+    from qwen.checkpoint.loading import load_tokenizer
+
     run = finetune(tmp_path, *bfloat16, *options(model_name_or_path=bundled_base, learning_rate=1e-3))
     assert run.losses[-1] < run.losses[0] - 1
     weights = load_file(run.output / "model.safetensors")
@@ -557,6 +555,10 @@ def test_a_base_model_in_bfloat16_becomes_a_chat_model_in_bfloat16(
     generation = json.loads((run.output / "generation_config.json").read_text())
     assert generation["chat_format"] == "chatml"
     assert "stop_words_ids" not in generation
+    tokenizer = load_tokenizer(run.output)
+    assert tokenizer.eos_token == "<|im_end|>"
+    assert generation["eos_token_id"] == [tokenizer.im_end_id, tokenizer.eod_id]
+    assert generation["pad_token_id"] == tokenizer.pad_token_id == tokenizer.eod_id
     trained = load_file(bundled_base / "model.safetensors")
     assert all(not torch.equal(tensor, trained[name]) for name, tensor in weights.items() if "c_attn" in name)
     assert Child(tmp_path, replies, run.output, ["Hi"]).result()  # loads, and does not refuse to chat

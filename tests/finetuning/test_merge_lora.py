@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
+from qwen.checkpoint.checkpoint import Checkpoint
 from qwen.checkpoint.loading import BUNDLED_CHAT_INT4, CheckpointError, check_chat, load_model, load_tokenizer
 from qwen.data.samples import encode_conversation, pad_samples
 from qwen.finetuning.arguments import ArgumentError, Arguments, DataArguments, LoraArguments, ModelArguments
@@ -209,6 +210,10 @@ def test_adapter_turns_a_base_model_into_a_chat_model(bundled_base: Path, tmp_pa
     assert torch.equal(model.lm_head.weight, adapted.get_output_embeddings().weight)
     assert relative_error(logits(model, tokenizer), logits(adapted, tokenizer)) < 1e-5
     assert isinstance(model.chat(tokenizer, QUESTION, history=None, max_new_tokens=4)[0], str)
+    for name in ("qwen.tiktoken", "tokenizer_config.json"):
+        (tmp_path / name).unlink(missing_ok=True)
+    assert load_tokenizer(tmp_path).eos_token == "<|im_end|>"  # by its generation config, not by that of its base
+    assert load_tokenizer(bundled_base).eos_token == "<|endoftext|>"
 
 
 def test_missing_files_come_from_the_base(adapter: Path, bundled_chat: Path, bundled_base: Path) -> None:
@@ -219,8 +224,8 @@ def test_missing_files_come_from_the_base(adapter: Path, bundled_chat: Path, bun
     assert tokenizer.get_vocab() == load_tokenizer(bundled_chat).get_vocab()
     assert model.generation_config.top_p == GenerationConfig.from_pretrained(bundled_chat).top_p
     edit(adapter, base_model_name_or_path=str(bundled_base))
-    with pytest.raises(CheckpointError, match=r"not a chat model.*'raw'"):
-        check_chat(adapter)
+    check_chat(adapter)  # trained on conversations, whatever its base
+    assert Checkpoint(adapter).generation_settings["eos_token_id"] == tokenizer.eod_id
 
 
 @pytest.mark.parametrize("modules_to_save", [None, ["wte", "lm_head"]])

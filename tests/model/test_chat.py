@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from qwen import QWenLMHeadModel, decode_tokens, get_stop_words_ids, make_context
+from qwen.model.qwen_generation_utils import chat_turns, encode_turns
 from tests.support import GOLDEN_FOLDER, ROOT
 
 GREEDY = {"do_sample": False}
@@ -35,6 +36,135 @@ def test_prompts_equal_the_reference(real_tokenizer, case):
     text, ids = make_context(real_tokenizer, **{name: case[name] for name in names})
     assert text == case["raw_text"]
     assert ids == case["ids"]
+
+
+def user(content):
+    return {"role": "user", "content": content}
+
+
+def assistant(content):
+    return {"role": "assistant", "content": content}
+
+
+def system(content):
+    return {"role": "system", "content": content}
+
+
+QUESTION = "What is 47 + 38?"
+ORDERS = [
+    [user("Hello"), user(QUESTION)],
+    [user(QUESTION), system("Be brief.")],
+    [system("Be brief."), system("Be polite."), user(QUESTION)],
+    [assistant("Hello! How can I help?"), user(QUESTION)],
+    [user("Hello"), assistant(None), user([{"type": "text", "text": "So:"}, {"type": "text", "text": QUESTION}])],
+    [system("Be brief.")],
+    [user("Hello"), assistant("Hi."), assistant("How are you?"), user(QUESTION)],
+    [{"role": "developer", "content": "Be brief."}, user(QUESTION), user("")],
+]
+
+
+@pytest.mark.parametrize("messages", ORDERS)
+def test_messages_in_any_order_are_turns_where_they_stand(real_tokenizer, messages):
+    turns, reply_start = chat_turns(messages)
+    text, ids = encode_turns(real_tokenizer, turns)
+    assert reply_start == ""
+    assert text == real_tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert ids == real_tokenizer.encode(text)
+    assert make_context(real_tokenizer, messages, system="You are a helpful assistant.") == (text, ids)
+    assert encode_turns(real_tokenizer, chat_turns(messages[1:], messages[:1])[0] if messages[1:] else turns)[0] == text
+
+
+def test_a_later_message_does_not_change_the_text_before_it(real_tokenizer):
+    messages = [message for messages in ORDERS for message in messages]
+    whole, _ = encode_turns(real_tokenizer, chat_turns([*messages, user("end")])[0])
+    for count in range(1, len(messages) + 1):
+        turns, reply_start = chat_turns(messages[:count])
+        text, _ = encode_turns(real_tokenizer, turns, reply_start=reply_start)
+        assert whole.startswith(text if reply_start else text.removesuffix("<|im_start|>assistant\n"))
+
+
+def test_histories_of_pairs_may_lack_a_message(real_tokenizer):
+    history = [(None, "Hello!"), ("Hi", None), ("a", "b")]
+    messages = [assistant("Hello!"), user("Hi"), user("a"), assistant("b"), user("c")]
+    assert chat_turns("c", history) == chat_turns(messages)
+    assert chat_turns("c", messages[:-1]) == chat_turns(messages)
+    assert chat_turns("c", [])[0] == [("system", "You are a helpful assistant."), ("user", "c")]
+    assert chat_turns("c", [system("s")], system="t")[0][:2] == [("system", "t"), ("system", "s")]
+
+
+def test_the_window_drops_the_oldest_exchanges_but_no_system_message(real_tokenizer):
+    def kept(size):
+        text, _ = encode_turns(real_tokenizer, turns, size)
+        return [turn.split("<|im_end|>")[0].split("\n")[1] for turn in text.split("<|im_start|>")[1:-1]]
+
+    turns, _ = chat_turns(
+        [assistant("a"), user("b"), user("c"), system("d"), assistant("e"), user("f"), assistant("g"), user("h")],
+        system="s",
+    )
+    everything = list("sabcdefgh")
+    sizes = {"".join(kept(size)): size for size in range(100)}
+    assert list(sizes) == ["sdh", "sdfgh", "scdefgh", "sbcdefgh", "".join(everything)]
+    # A turn costs its role, content, two control tokens and two newlines, as in a conversation of pairs.
+    system_only = len(encode_turns(real_tokenizer, [("system", "s"), ("system", "d")])[1]) - 4
+    assert sizes["sdh"] == system_only + 2 * 6
+
+
+@pytest.mark.parametrize(
+    ("messages", "error"),
+    [
+        ([], "at least one"),
+        (5, "text or a list of messages"),
+        ([user("a"), "b"], r"messages\[1\] needs a role"),
+        ([{"role": "critic", "content": "a"}], r"messages\[0\] needs a role.*'critic'"),
+        ([user(5)], r"messages\[0\]\.content must be a string"),
+        ([user([{"type": "image_url"}])], r"messages\[0\]\.content\[0\] has type 'image_url'"),
+        ([user("a"), {"role": "tool", "content": "b"}], r"messages\[1\] is a tool call or its result.*parse_turns"),
+    ],
+)
+def test_messages_without_meaning_are_refused(messages, error):
+    with pytest.raises(ValueError, match=error):
+        chat_turns(messages)
+
+
+@pytest.mark.parametrize("messages", ORDERS)
+def test_chat_takes_messages(chat, messages):
+    model, tokenizer = chat
+    settings = GREEDY | {"max_new_tokens": 8}
+    response, history = model.chat(tokenizer, messages, **settings)
+    assert history[-1] == assistant(response)
+    turns = [(message["role"], message["content"]) for message in history[:-1]]
+    assert turns == chat_turns(messages, system="")[0][-len(messages) :]
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    rows = model.generate(**ids, **settings, eos_token_id=[tokenizer.im_end_id, tokenizer.eod_id])
+    assert decode_tokens(rows[0], tokenizer, context_length=ids["input_ids"].shape[1]) == response
+    assert list(model.chat_stream(tokenizer, messages, **settings))[-1] == response
+    assert model.chat_batch(tokenizer, [messages, "hi"], **settings)[0][0] == response
+    # A text after a history of messages continues them, and the other way round.
+    _, longer = model.chat(tokenizer, "and now?", history, **settings)
+    assert longer[:-2] == history
+    assert longer[-2] == user("and now?")
+    _, longer = model.chat(tokenizer, [user("b")], [("a", "c")], **settings)
+    assert longer[:-1] == [user("a"), assistant("c"), user("b")]
+
+
+def test_chat_continues_the_message_of_an_assistant(chat):
+    model, tokenizer = chat
+    response, history = model.chat(tokenizer, [user("a"), assistant("It is")], **GREEDY, max_new_tokens=8)
+    text = tokenizer.apply_chat_template([user("a"), assistant("It is")], tokenize=False, continue_final_message=True)
+    ids = torch.tensor([tokenizer.encode(text)])
+    rows = model.generate(ids, **GREEDY, max_new_tokens=8, eos_token_id=[tokenizer.im_end_id, tokenizer.eod_id])
+    assert response == decode_tokens(rows[0], tokenizer, context_length=ids.shape[1], lstrip=False)
+    assert history[-1] == assistant("It is" + response)
+    assert (
+        list(model.chat_stream(tokenizer, [user("a"), assistant("It is")], **GREEDY, max_new_tokens=8))[-1] == response
+    )
+
+
+@pytest.mark.parametrize("messages", ORDERS[:3] + ORDERS[4:5])
+def test_the_bundled_model_answers_messages_in_any_order(bundled_chat, messages):
+    tokenizer = AutoTokenizer.from_pretrained(bundled_chat)
+    model = AutoModelForCausalLM.from_pretrained(bundled_chat).eval()
+    assert "85" in model.chat(tokenizer, messages, **GREEDY)[0]
 
 
 def test_raw_prompts_and_stop_words(real_tokenizer):
@@ -257,11 +387,11 @@ def test_an_error_while_streaming_reaches_the_reader(chat):
         ({"query": ""}, "not empty"),
         ({"query": "  \n"}, "not empty"),
         ({"query": None}, "must be text"),
-        ({"query": ["hi"]}, "must be text"),
+        ({"query": ["hi"]}, "needs a role"),
         ({"query": "hi", "history": "earlier"}, "list of .query, response. pairs"),
         ({"query": "hi", "history": [("a", "b", "c")]}, "list of .query, response. pairs"),
         ({"query": "hi", "history": ["hello"]}, "list of .query, response. pairs"),
-        ({"query": "hi", "history": [("a", None)]}, "two texts"),
+        ({"query": "hi", "history": [("a", 5)]}, "two texts"),
         ({"query": "hi", "system": None}, "system message must be text"),
         ({"query": "hi", "stream": True}, "chat_stream"),
         ({"query": "a" * 9000}, "shorten the query"),

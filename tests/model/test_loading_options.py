@@ -1,18 +1,20 @@
 """Arguments of from_pretrained, and both formats of config.json."""
 
 import json
+import os
 import shutil
 
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors.torch import load_file
 from torch.utils import cpp_extension
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
 
 from qwen import QWenConfig, QWenLMHeadModel
 from qwen.model import loading_options_qwen
 from qwen.model.gptq_qwen import choose_kernel
-from qwen.model.loading_options_qwen import choose_attention, choose_dtype, target_device
+from qwen.model.loading_options_qwen import check_devices, choose_attention, choose_dtype, target_device
 
 CPU = torch.device("cpu")
 
@@ -213,6 +215,7 @@ def test_chosen_kernel_is_passed_to_transformers(checkpoint, load, monkeypatch):
     assert seen["dtype"] == torch.float16
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
     monkeypatch.setattr(cpp_extension, "CUDA_HOME", "/usr/local/cuda")
     for device_map in ("auto", {"": 0}):
         load(checkpoint, device_map=device_map)
@@ -347,3 +350,76 @@ def test_code_next_to_the_weights_is_not_used(checkpoint):
     (checkpoint / "modeling_qwen.py").write_text("raise RuntimeError('the published code was run')\n")
     model = AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=True)
     assert type(model) is QWenLMHeadModel
+
+
+@pytest.mark.parametrize("load", LOADERS)
+@pytest.mark.parametrize(
+    "device_map", ["cuda", "cuda:1", "mps", "xpu", 0, {"": 0}, {"transformer": "cpu", "lm_head": "cuda"}]
+)
+def test_a_missing_device_is_explained(golden, load, device_map, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=r'device_map=.* names .* no GPU .*Pass device_map="auto"'):
+        load(golden, device_map=device_map)
+
+
+def test_devices_are_counted(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    for present in (None, "auto", "cpu", "cuda", "cuda:1", 1, GPU, {"": 0, "lm_head": "disk"}):
+        check_devices(present)
+    for missing in ("cuda:2", 2, "mps", {"": "cuda:2"}):
+        with pytest.raises(ValueError, match="this machine has 2 of type 'cuda'"):
+            check_devices(missing)
+
+
+def test_a_config_of_another_model_is_explained(golden, checkpoint):
+    with pytest.raises(ValueError, match=r"LlamaConfig.*'llama'.*QWenConfig.*'qwen'"):
+        QWenLMHeadModel.from_pretrained(golden, config=LlamaConfig())
+    edit_config(checkpoint, model_type="llama")
+    for arguments in ({"config": checkpoint}, {}):
+        with pytest.raises(ValueError, match=r"config.json .*'llama'.*QWenConfig"):
+            QWenLMHeadModel.from_pretrained(checkpoint, **arguments)
+
+
+def test_a_config_of_the_published_code_is_taken(golden):
+    class Published(PreTrainedConfig):
+        model_type = "qwen"
+
+    config = Published.from_pretrained(golden)
+    assert type(QWenLMHeadModel.from_pretrained(golden, config=config).config) is QWenConfig
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_saved_weights_are_as_readable_as_other_files(golden, tmp_path, mask):
+    model = QWenLMHeadModel.from_pretrained(golden)
+    before = os.umask(mask)
+    try:
+        model.save_pretrained(tmp_path, max_shard_size="300KB")
+        model.add_adapter(LoraConfig(target_modules=["c_attn"]))
+        model.save_pretrained(tmp_path / "adapter")
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*.*") if path.suffix != ".py"}
+    assert {"model.safetensors.index.json", "adapter_model.safetensors"} <= modes.keys()
+    assert set(modes.values()) == {0o666 & ~mask}
+
+
+def test_configs_have_an_auto_map_to_read(checkpoint):
+    """TRL reads it, in the reference model of DPO too."""
+    edit_config(checkpoint, auto_map="absent")
+    config = AutoConfig.from_pretrained(checkpoint)
+    assert config.auto_map == {}
+    assert type(AutoModelForCausalLM.from_pretrained(checkpoint)) is QWenLMHeadModel
+    config.save_pretrained(checkpoint)
+    assert json.loads((checkpoint / "config.json").read_text())["auto_map"] == {
+        "AutoConfig": "configuration_qwen.QWenConfig"
+    }
+    assert QWenConfig.from_dict({"auto_map": {"AutoConfig": "a.B"}}).auto_map == {"AutoConfig": "a.B"}
+
+
+def test_names_that_published_code_imports_from_the_model():
+    from qwen.modeling_qwen import dequantize_cache_torch, quantize_cache_v
+
+    values = torch.randn(1, 2, 3, 8)
+    torch.testing.assert_close(dequantize_cache_torch(*quantize_cache_v(values)), values, atol=0.02, rtol=0)

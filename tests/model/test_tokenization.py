@@ -14,8 +14,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizer
+from jinja2 import TemplateError
+from transformers import AutoTokenizer, PreTrainedTokenizer, PreTrainedTokenizerFast
 
+from qwen.checkpoint.loading import load_tokenizer
+from qwen.export.tokenizer_json import fast_tokenizer
 from qwen.model import tokenization_qwen
 from qwen.model.tokenization_qwen import CONTROL_TOKENS, QWenTokenizer
 from tests.support import GOLDEN_FOLDER
@@ -197,17 +200,58 @@ def test_skipping_drops_only_control_tokens(tmp_path):
     assert tokenizer.get_special_tokens_mask(ids, already_has_special_tokens=True) == [0, 1]
 
 
-def test_special_tokens_are_unset_until_set(small):
-    assert small.special_tokens_map == {}
-    assert small.bos_token is small.eos_token is small.pad_token is small.pad_token_id is small.eos_token_id is None
+ENDS = {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
+
+
+def test_special_tokens_can_be_set(small):
+    assert small.special_tokens_map == ENDS
+    assert small.bos_token is small.bos_token_id is small.unk_token is None
     small.pad_token = "<|extra_0|>"
-    small.eos_token_id = small.eod_id
+    small.eos_token_id = small.im_end_id
     assert small.pad_token_id == small.special_tokens["<|extra_0|>"]
-    assert small.eos_token == "<|endoftext|>"
+    assert small.eos_token == "<|im_end|>"
     assert small.add_special_tokens({"unk_token": "<|extra_1|>", "extra_special_tokens": ["<|extra_2|>"]}) == 0
     assert small.unk_token == "<|extra_1|>"
     assert small.extra_special_tokens == ["<|extra_2|>"]
     assert small.encode("a") == [97]  # no tokens are added around a text
+
+
+@pytest.mark.parametrize(
+    ("generation_config", "eos"),
+    [
+        ('{"chat_format": "chatml", "eos_token_id": 0}', "<|im_end|>"),
+        ('{"chat_format": "raw"}', "<|endoftext|>"),
+        ("{}", "<|endoftext|>"),
+        ("[]", "<|endoftext|>"),
+        ('{"chat_format": "chatml"', "<|endoftext|>"),
+        ("[" * 100_000, "<|endoftext|>"),
+        (None, "<|endoftext|>"),
+    ],
+    ids=["chat", "raw", "no format", "a list", "cut off", "nested", "missing"],
+)
+def test_eos_follows_the_generation_config(small_file, tmp_path, generation_config, eos):
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    (folder / "qwen.tiktoken").write_bytes(small_file.read_bytes())
+    if generation_config is not None:
+        (folder / "generation_config.json").write_text(generation_config)
+    tokenizer = QWenTokenizer.from_pretrained(folder)
+    assert (tokenizer.eos_token, tokenizer.pad_token) == (eos, "<|endoftext|>")
+    assert tokenizer.encode("ab") == [256]
+    tokenizer.save_pretrained(tmp_path / "saved")
+    assert "generation_config" not in (tmp_path / "saved" / "tokenizer_config.json").read_text()
+    assert QWenTokenizer.from_pretrained(tmp_path / "saved").eos_token == eos
+    for chosen in (None, "<|extra_0|>"):
+        tokenizer = QWenTokenizer.from_pretrained(folder, eos_token=chosen, pad_token=chosen)
+        tokenizer.save_pretrained(tmp_path / "saved")
+        again = QWenTokenizer.from_pretrained(tmp_path / "saved")
+        assert tokenizer.eos_token == tokenizer.pad_token == again.eos_token == again.pad_token == chosen
+
+
+def test_repr_is_short(small):
+    assert len(repr(small).splitlines()) <= 20
+    assert "'eos_token': '<|endoftext|>'" in repr(small)
+    assert f"<|extra_204|> ({len(small) - 1})" in repr(small)
 
 
 @pytest.mark.parametrize("name", ["bos_token", "eos_token", "pad_token", "image_token"])
@@ -222,7 +266,7 @@ def test_only_control_tokens_serve_as_special_tokens(small_file, name):
         tokenizer.add_special_tokens({"extra_special_tokens": ["[PAD]"]})
     with pytest.raises(ValueError, match=message):
         tokenizer.extra_special_tokens = ["[PAD]"]
-    assert tokenizer.special_tokens_map == {}
+    assert tokenizer.special_tokens_map.keys() <= {*ENDS}
     assert tokenizer.extra_special_tokens == []
 
 
@@ -254,16 +298,29 @@ def test_conversions_of_one_and_of_several(small):
     assert small.convert_tokens_to_string([b"\xe4", b"\xb8", b"\xad", "<|im_end|>", b"a"]) == "中<|im_end|>a"
 
 
-def test_unknown_tokens_and_ids_raise(small):
-    with pytest.raises(ValueError, match="b'zz' is not in the vocabulary"):
-        small.convert_tokens_to_ids([b"ab", b"zz"])
-    with pytest.raises(ValueError, match=r"'ab' is not in the vocabulary.*regular tokens are bytes"):
-        small.convert_tokens_to_ids("ab")
-    for index in (len(small), -100, 2**40):
-        for call in (small.convert_ids_to_tokens, small.decode):
-            with pytest.raises(ValueError, match=rf"id {index} is not in the vocabulary"):
+def test_unknown_tokens_have_no_id(small):
+    assert small.convert_tokens_to_ids("ab") is None  # a regular token is bytes
+    assert small.convert_tokens_to_ids([b"ab", b"zz", "<|x|>"]) == [256, None, None]
+    small.unk_token = "<|extra_1|>"
+    assert small.convert_tokens_to_ids([b"zz"]) == [small.special_tokens["<|extra_1|>"]]
+
+
+def test_ids_without_a_token_have_no_text(tmp_path):
+    ranks = small_ranks()
+    gap = len(ranks) + 208
+    tokenizer = QWenTokenizer(write_ranks(tmp_path / "v.tiktoken", ranks | {b"abab": gap + 1}))
+    for index in (gap, len(tokenizer), len(tokenizer) + 100, 2**40):
+        assert tokenizer.convert_ids_to_tokens(index) is None
+        assert tokenizer.convert_ids_to_tokens([97, index]) == [b"a", None]
+        assert tokenizer.convert_ids_to_tokens([index, tokenizer.eod_id], skip_special_tokens=True) == [None]
+        assert tokenizer.convert_tokens_to_string([b"a", None]) == "a"
+        assert tokenizer.decode(index) == tokenizer.decode([index], skip_special_tokens=True) == ""
+        assert tokenizer.batch_decode(torch.tensor([[97, index], [index, gap + 1]])) == ["a", "abab"]
+    for index in (-1, -100):
+        for call in (tokenizer.convert_ids_to_tokens, tokenizer.decode):
+            with pytest.raises(ValueError, match=f"id {index} is negative"):
                 call([97, index])
-            with pytest.raises(ValueError, match=rf"id {index} is not in the vocabulary"):
+            with pytest.raises(ValueError, match=f"id {index} is negative"):
                 call(index)
 
 
@@ -315,8 +372,10 @@ def test_padding_and_tensors(small_file):
 
 
 def test_padding_without_a_pad_token_says_what_to_set(small):
+    assert small(["a", "bb"], padding=True)["input_ids"] == [[97, small.eod_id], [98, 98]]
+    small.pad_token = None
     for call in (lambda: small(["a", "bb"], padding=True), lambda: small.pad({"input_ids": [[1], [2, 3]]})):
-        with pytest.raises(ValueError, match=r"pad_token='<\|extra_0\|>'"):
+        with pytest.raises(ValueError, match=r"pad_token = '<\|endoftext\|>'"):
             call()
 
 
@@ -326,6 +385,14 @@ def test_truncation_pairs_and_words(small):
     overflow = small("bbbcc", truncation=True, max_length=3, return_overflowing_tokens=True)
     assert overflow["overflowing_tokens"] == [99, 99]
     assert overflow["num_truncated_tokens"] == 2
+    batch = small(["bbbcc", "b"], truncation=True, max_length=3, stride=1, return_overflowing_tokens=True)
+    assert batch["overflowing_tokens"] == [[98, 99, 99], []]
+    assert batch["num_truncated_tokens"] == [2, 0]
+    with pytest.raises(ValueError, match="leave out return_tensors"):
+        small(["bbbcc", "b"], truncation=True, max_length=3, return_overflowing_tokens=True, return_tensors="pt")
+    assert small(["bb", "b"], return_length=True)["length"] == [2, 1]
+    assert small("b<|im_end|>", return_special_tokens_mask=True)["special_tokens_mask"] == [0, 0]
+    assert small("a", text_target="b")["labels"] == [98]
     assert small("a", "b")["input_ids"] == [97, 98] == small([("a", "b")])["input_ids"][0]
     assert small(["a", "b"], ["c", "d"])["input_ids"] == [[97, 99], [98, 100]]
     assert small(["a", "b"], is_split_into_words=True)["input_ids"] == [97, 98]
@@ -339,9 +406,96 @@ def test_encoding_other_types_raises_value_error(small, text):
         small(text)
 
 
+def test_a_list_beside_a_text_raises(small):
+    with pytest.raises(ValueError, match="text_pair is a list"):
+        small("a", ["b", "c"])
+
+
 def test_tokenizing_bytes_raises(small):
     with pytest.raises(ValueError, match="must be a str, not bytes"):
         small.tokenize(b"a")
+
+
+# ---- offsets ----
+
+
+def test_offsets_are_characters_of_the_text_passed(small):
+    def offsets(text):
+        encoding = small(text, return_offsets_mapping=True)
+        assert len(encoding["offset_mapping"]) == len(encoding["input_ids"]) == len(small.encode(text))
+        return encoding["offset_mapping"]
+
+    assert offsets("abcd ab<|im_end|>") == [(0, 4), (4, 5), (5, 7), (7, 17)]
+    assert offsets("中a😀") == [(0, 1), (1, 2)] + [(2, 3)] * 4  # each part of a character covers it
+    assert offsets("ae\u0301ab") == [(0, 1), (1, 3), (1, 3), (3, 5)]  # NFC makes one character of two
+    assert offsets("b\u0344b") == [(0, 2)] * 5 + [(2, 3)]  # and three of two
+    assert offsets("\u1100\u1161\u11a8b") == [(0, 3)] * 3 + [(3, 4)]
+    assert offsets("a\ud83d\ude00\ud800b") == [(0, 1)] + [(1, 3)] * 4 + [(3, 4)] * 3 + [(4, 5)]
+    assert offsets("") == []
+
+
+def test_offsets_follow_truncation_and_padding(small):
+    text = "abcd b中"
+    small.truncation_side = "left"
+    assert small(text, truncation=True, max_length=2, return_offsets_mapping=True)["offset_mapping"] == [(5, 6), (6, 7)]
+    small.truncation_side = "right"
+    one = small(text, padding="max_length", max_length=5, pad_to_multiple_of=3, return_offsets_mapping=True)
+    assert one["offset_mapping"] == [(0, 4), (4, 5), (5, 6), (6, 7), (0, 0), (0, 0)]
+    assert one["attention_mask"] == [1, 1, 1, 1, 0, 0]
+    assert small(text, truncation=True, max_length=1, return_offsets_mapping=True)["offset_mapping"] == [(0, 4)]
+    batch = small([text, "b"], padding=True, padding_side="left", return_tensors="pt", return_offsets_mapping=True)
+    assert batch["offset_mapping"].tolist() == [[[0, 4], [4, 5], [5, 6], [6, 7]], [[0, 0]] * 3 + [[0, 1]]]
+    assert [batch.char_to_token(0, index) for index in (0, 3, 4, 6, 7)] == [0, 0, 1, 3, None]
+    assert [batch.char_to_token(1, index) for index in (0, 1)] == [3, None]
+    assert batch.token_to_chars(1, 3) == (0, 1)
+    assert batch.token_to_chars(1, 0) is None
+    padded = small.pad([small("ab", return_offsets_mapping=True), small("bb", return_offsets_mapping=True)])
+    assert padded["offset_mapping"] == [[(0, 2), (0, 0)], [(0, 1), (1, 2)]]
+    lengths = small("ab", return_length=True, padding="max_length", max_length=3, return_offsets_mapping=True)
+    assert lengths["length"] == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"text": "a", "text_pair": "b"}, "no pairs"),
+        ({"text": [("a", "b")]}, "no pairs"),
+        ({"text": ["a", "b"], "is_split_into_words": True}, "no words"),
+        ({"text": [97, 98]}, "pass the text"),
+        ({"text": [[97, 98]]}, "pass the text"),
+    ],
+)
+def test_offsets_of_other_inputs_raise(small, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        small(**arguments, return_offsets_mapping=True)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_offsets_equal_those_of_the_exported_tokenizer(small, seed):
+    fast = PreTrainedTokenizerFast(tokenizer_object=fast_tokenizer(small), **ENDS)
+    rng = random.Random(seed)
+    settings = [{}, {"truncation": True, "max_length": 5}, {"padding": "max_length", "max_length": 99}]
+    for _ in range(100):
+        # Normalised already: in a text that is not, the exported one gives only the first character of several.
+        text = unicodedata.normalize("NFC", random_text(rng, rng.randrange(1, 20)))
+        for arguments in settings:
+            ours, theirs = (t(text, return_offsets_mapping=True, **arguments) for t in (small, fast))
+            assert ours["input_ids"] == theirs["input_ids"]
+            assert ours["offset_mapping"] == theirs["offset_mapping"]
+            found = [[encoding.char_to_token(i) for i in range(len(text) + 1)] for encoding in (ours, theirs)]
+            assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_pieces_are_normalised_apart(seed):
+    rng = random.Random(seed)
+    characters = [chr(code) for code in range(0x20, 0x20000) if unicodedata.decomposition(chr(code))]
+    characters += [*"a\u0301\u0327\u3099か\u0f73\u0344\u1100\u1161\u11a8\ud83d\ude00"] * 200
+    for _ in range(1000):
+        text = "".join(rng.choices(characters, k=rng.randrange(9)))
+        pieces = [*tokenization_qwen._normalized_apart(text)]
+        assert "".join(pieces) == text
+        assert "".join(map(tokenization_qwen._normalize, pieces)) == tokenization_qwen._normalize(text)
 
 
 # ---- hostile texts ----
@@ -367,6 +521,7 @@ def test_surrogates_become_their_character_or_a_replacement(real):
     ids=["letters", "blanks", "blanks before others", "wide blanks", "almost control", "marks", "surrogate"],
 )
 def test_long_runs_take_seconds_and_do_not_crash(real, text):
+    original = text
     start = time.process_time()
     ids = real.encode(text)
     assert time.process_time() - start < 10  # about half a second; process time, because the machine may be shared
@@ -374,6 +529,10 @@ def test_long_runs_take_seconds_and_do_not_crash(real, text):
         marks = sorted(text[1:], key=unicodedata.combining)
         text = unicodedata.normalize("NFC", "a" + "".join(marks))
     assert real.decode(ids) == text.replace("\ud800", "\ufffd")
+    start = time.process_time()
+    offsets = real(original, return_offsets_mapping=True)["offset_mapping"]
+    assert time.process_time() - start < 30  # a few seconds
+    assert (offsets[0][0], offsets[-1][1]) == (0, len(original))
 
 
 @pytest.mark.slow
@@ -564,6 +723,17 @@ def test_saved_tokenizer_contains_its_code(small_file, tmp_path, monkeypatch, is
     assert printed == [f"[258, {len(SMALL_LINES) + 2}] <|extra_0|>"] * 2
 
 
+def test_folder_without_tokenizer_config_loads(small_file, tmp_path):
+    (tmp_path / "qwen.tiktoken").write_bytes(small_file.read_bytes())
+    for load in (QWenTokenizer.from_pretrained, load_tokenizer):
+        assert load(tmp_path).encode("abcd") == [258]
+    (tmp_path / "config.json").write_text('{"model_type": "qwen"}')
+    for load in (AutoTokenizer.from_pretrained, QWenTokenizer.from_pretrained, load_tokenizer):
+        tokenizer = load(tmp_path)
+        assert type(tokenizer) is QWenTokenizer
+        assert tokenizer.encode("abcd") == [258]
+
+
 def test_package_replaces_the_code_next_to_published_weights(small_file, tmp_path):
     folder = tmp_path / "published"
     folder.mkdir()
@@ -599,6 +769,85 @@ def test_chat_template_is_chatml(real):
     own = [("system", "Be brief."), ("user", "1+1?"), ("assistant", "2"), ("user", " and\n2+2? ")]
     messages = [{"role": role, "content": content} for role, content in own]
     assert real.apply_chat_template(messages, tokenize=False) == chatml(*own)
+
+
+def test_chat_template_takes_parts_developers_and_nothing(small):
+    def render(*messages, **arguments):
+        conversation = [{"role": role, "content": content} for role, content in messages]
+        return small.apply_chat_template(conversation, tokenize=False, **arguments)
+
+    system = ("system", "You are a helpful assistant.")
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b "}]
+    assert render(("user", parts)) == chatml(system, ("user", "a\nb "))
+    assert render(("user", None), ("assistant", None)) == chatml(system, ("user", ""), ("assistant", ""))
+    assert small.apply_chat_template([{"role": "user"}], tokenize=False) == chatml(system, ("user", ""))
+    assert render(("developer", "D"), ("user", [])) == chatml(("system", "D"), ("user", ""))
+    turns = [("user", "a"), ("user", "b"), ("system", "c"), ("assistant", "d"), ("developer", "e"), ("assistant", "f")]
+    for count in range(1, len(turns) + 1):  # a later message changes nothing before it
+        written = [("system" if role == "developer" else role, text) for role, text in turns[:count]]
+        assert render(*turns[:count]) == chatml(system, *written)
+    for content in ("Sure, ", [{"type": "text", "text": "Sure, "}]):
+        continued = render(("user", "a"), ("assistant", content), continue_final_message=True)
+        assert continued == chatml(system, ("user", "a")) + "<|im_start|>assistant\nSure, "
+
+
+@pytest.mark.parametrize(
+    ("message", "error"),
+    [
+        ({"role": "tool", "content": "x"}, r"messages\[1\] is a tool call or its result.*qwen\.tools"),
+        ({"role": "function", "content": "x"}, r"messages\[1\] is a tool call or its result"),
+        ({"role": "assistant", "tool_calls": [{"id": "1"}]}, r"messages\[1\] is a tool call or its result"),
+        ({"role": "assistant", "function_call": {"name": "f"}}, r"messages\[1\] is a tool call or its result"),
+        ({"role": "robot", "content": "x"}, r"messages\[1\] needs a role: .*user or assistant, not robot\."),
+        ({"content": "x"}, r"messages\[1\] needs a role: system, developer, user or assistant\."),
+        (
+            {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image", "image": "x"}]},
+            r"\[1\] is not",
+        ),
+        ({"role": "user", "content": ["a"]}, r"messages\[1\]\.content\[0\] is not a text part.*replace it by"),
+        ({"role": "user", "content": [{"type": "text"}]}, r"messages\[1\]\.content\[0\] is not a text part"),
+        ({"role": "user", "content": 5}, r"messages\[1\]\.content is neither a string nor a list of text parts"),
+        ({"role": "user", "content": False}, r"messages\[1\]\.content is neither"),
+    ],
+)
+def test_chat_template_names_what_it_cannot_write(small, message, error):
+    with pytest.raises(TemplateError, match=error):
+        small.apply_chat_template([{"role": "user", "content": "a"}, message], tokenize=False)
+
+
+def test_empty_conversations_raise(small):
+    with pytest.raises((ValueError, TemplateError), match="empty"):
+        small.apply_chat_template([], tokenize=False)
+
+
+def test_assistant_mask_marks_replies_and_their_ends(small):
+    conversations = [
+        [("user", "ab"), ("assistant", "é中<"), ("user", "assistant"), ("assistant", "e\u0301 abcd"), ("user", "q")],
+        [("system", "s"), ("assistant", "")],
+    ]
+    messages = [[{"role": role, "content": text} for role, text in turns] for turns in conversations]
+    arguments = {"return_assistant_tokens_mask": True, "return_dict": True}
+
+    def marked(ids, mask):
+        assert len(ids) == len(mask)
+        return small.decode([index for index, flag in zip(ids, mask, strict=True) if flag])
+
+    expected = ["é中<<|im_end|>é abcd<|im_end|>", "<|im_end|>"]
+    for one, text in zip(messages, expected, strict=True):
+        encoding = small.apply_chat_template(one, **arguments)
+        assert [*encoding] == ["input_ids", "attention_mask", "assistant_masks"]
+        assert marked(encoding["input_ids"], encoding["assistant_masks"]) == text
+    length = len(small.encode(small.apply_chat_template(messages[0], tokenize=False).partition("<<|im_end|>")[0]))
+    cut = small.apply_chat_template(messages[0], truncation=True, max_length=length, **arguments)
+    assert marked(cut["input_ids"], cut["assistant_masks"]) == "é中"
+    for side in ("left", "right"):
+        small.padding_side = side
+        batch = small.apply_chat_template(messages, padding=True, return_tensors="pt", **arguments)
+        assert batch["input_ids"].shape == batch["assistant_masks"].shape
+        rows = zip(batch["input_ids"].tolist(), batch["assistant_masks"].tolist(), strict=True)
+        assert [marked(ids, mask) for ids, mask in rows] == expected
+    kept = small.apply_chat_template(messages[0], tokenizer_kwargs={"return_offsets_mapping": True}, **arguments)
+    assert "offset_mapping" in kept
 
 
 SANITIZES = "sanitize_control_tokens" in inspect.signature(PreTrainedTokenizer.apply_chat_template).parameters

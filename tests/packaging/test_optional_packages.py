@@ -122,3 +122,24 @@ def test_training_without_a_required_package(tmp_path: Path, without: Callable) 
     assert "`pip install peft`" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+# Quantized weights
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("missing", [("gptqmodel",), ("optimum",), ("gptqmodel", "optimum")])
+def test_quantized_weights_without_their_packages(missing: tuple[str, ...], tmp_path: Path, without: Callable) -> None:
+    """The published snippet, which has auto-gptq and optimum installed, ended in a NameError of optimum."""
+    script = (
+        "from transformers import AutoModelForCausalLM\n"
+        f"AutoModelForCausalLM.from_pretrained({str(ROOT / 'checkpoints/qwen-tiny-chat-int4')!r}, device_map='auto', "
+        "trust_remote_code=True)"
+    )
+    variables = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), **without(*missing)}
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=120
+    )
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("ImportError"), done.stderr
+    assert "`pip install gptqmodel optimum`" in last

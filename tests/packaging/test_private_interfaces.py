@@ -107,6 +107,9 @@ INTERFACES = [
     Interface("transformers.GenerationMixin._prepare_cache_for_generation", MODELING,
               "overridden: creates the 8-bit cache with the prompt lengths",
               "(self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)"),
+    Interface("transformers.GenerationMixin._get_stopping_criteria", MODELING,
+              "overridden: compares stop strings as bytes",
+              "(self, generation_config, stopping_criteria, tokenizer)"),
     Interface("transformers.GenerationMixin.init_continuous_batching", MODELING,
               "overridden: rejects options that the paged cache would ignore",
               "(self, generation_config, continuous_batching_config, workload_hints)"),
@@ -127,6 +130,11 @@ INTERFACES = [
     # ---- transformers: tokenizers ----
     Interface("transformers.PreTrainedTokenizer._encode_plus", TOKENIZATION,
               "overridden: encodes text into ids without a list of tokens", ENCODE_PLUS),
+    Interface("transformers.PreTrainedTokenizerBase._pad", TOKENIZATION, "overridden: pads offsets too",
+              "(self, encoded_inputs, max_length, padding_strategy, pad_to_multiple_of, padding_side, "
+              "return_attention_mask)"),
+    Interface("transformers.PreTrainedTokenizer._convert_id_to_token", TOKENIZATION,
+              "overridden: transformers' StopStringCriteria calls it", "(self, index)"),
     Interface("transformers.PreTrainedTokenizer._decode", TOKENIZATION, "overridden: decodes with tiktoken",
               "(self, token_ids, skip_special_tokens, clean_up_tokenization_spaces, **kwargs)"),
     Interface("transformers.PreTrainedTokenizer._add_tokens", TOKENIZATION,

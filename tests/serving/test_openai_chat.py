@@ -98,6 +98,41 @@ def finish_reason(chunks: list, index: int = 0) -> str:
 # Conversations
 
 
+def user(content: object) -> dict:
+    return {"role": "user", "content": content}
+
+
+def system(content: str) -> dict:
+    return {"role": "system", "content": content}
+
+
+TEXT_PART = {"type": "text", "text": "Hello"}
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [user("Hello"), *SUM],
+        [*SUM, system("Be brief.")],
+        [system("Be brief."), system("Be polite."), *SUM],
+        [system("Be brief."), user("Hello"), {"role": "developer", "content": "Be polite."}, *SUM],
+        [user("Hello"), {"role": "assistant", "content": None}, *SUM],
+        [user([TEXT_PART]), user([TEXT_PART | {"text": "What is"}, TEXT_PART | {"text": "47 + 38?"}])],
+    ],
+)
+def test_messages_in_any_order_are_answered(client: openai.OpenAI, messages: list) -> None:
+    assert "85" in say(client, messages)
+
+
+def test_messages_before_the_first_question_are_in_the_prompt(client: openai.OpenAI, model_and_tokenizer) -> None:
+    _, tokenizer = model_and_tokenizer
+    greeting = "Hello! I am a pirate. What can I do for you?"
+    conversations = [SUM, [{"role": "assistant", "content": greeting}, *SUM], [system("Be brief.")]]
+    for messages in conversations:
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+        assert ask(client, messages, max_tokens=1).usage.prompt_tokens == len(ids)
+
+
 def test_greedy_answer_equals_model_chat(client: openai.OpenAI, model_and_tokenizer) -> None:
     model, tokenizer = model_and_tokenizer
     anna = [("My name is Anna.", "Nice to meet you, Anna!")]

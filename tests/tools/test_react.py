@@ -15,6 +15,7 @@ from qwen.tools import (
     observation_text,
     parse_messages,
     parse_response,
+    parse_turns,
     tool_call_text,
     tool_prompt,
 )
@@ -225,23 +226,21 @@ def test_first_line_keeps_its_indentation():
 @pytest.mark.parametrize(
     ("messages", "error"),
     [
-        ([], "no user message"),
+        ([], "list of messages is empty"),
         ([{"role": "system", "content": "s"}], "no user message"),
         ([user("q"), {"role": "system", "content": "s"}], r"messages\[1\].*only the first"),
         ([assistant("a"), user("q")], r"messages\[0\].*no user message before"),
         ([result("r")], r"messages\[0\].*no assistant message before"),
         ([user("q"), assistant("a"), user("q"), user("q")], r"messages\[3\].*in a row"),
-        ([user("q"), assistant(None)], r"messages\[1\]\.content must be a string"),
-        ([user(None)], r"messages\[0\]\.content must be a string"),
         ([user({"text": "q"})], r"messages\[0\]\.content must be a string"),
-        ([{"role": "user"}], r"messages\[0\]\.content must be a string"),
+        ([user(5)], r"messages\[0\]\.content must be a string"),
         ([user([text_part("q"), IMAGE])], r"messages\[0\]\.content\[1\] has type 'image_url': .*text only"),
         ([user(["q"])], r"messages\[0\]\.content\[0\] has type None: .*text only"),
         ([user([{"type": "text"}])], r"messages\[0\]\.content\[0\]\.text must be a string"),
         ([{"role": "critic", "content": "x"}], r"messages\[0\] needs a role.*'critic'"),
         ([{"role": ["user"], "content": "x"}], r"messages\[0\] needs a role"),
         (["hi"], r"messages\[0\] needs a role"),
-        ([user("q"), {"role": "developer", "content": "s"}], r"messages\[1\] has role 'developer': only the first"),
+        ([user("q"), {"role": "developer", "content": "s"}], r"messages\[1\] has role 'system': only the first"),
         ([user("q"), assistant("t", {"name": "f"}), result("r")], r"messages\[1\]\.function_call must be"),
         ([user("q"), assistant("t", "f"), result("r")], r"messages\[1\]\.function_call must be"),
         ([user("q"), assistant("t", CALL)], r"messages\[1\]\.function_call has no result"),
@@ -274,7 +273,7 @@ def test_first_line_keeps_its_indentation():
             r"messages\[1\]\.tool_calls\[0\]\.function must be .*JSON string",
         ),
         ([user("q"), calls(tool_call("a", "x")) | {"function_call": CALL}], r"messages\[1\]\..*keep tool_calls"),
-        ([user("q"), calls(tool_call("a", "x")), tool(None, "a")], r"messages\[2\]\.content must be a string"),
+        ([user("q"), calls(tool_call("a", "x")), tool(["r"], "a")], r"messages\[2\]\.content\[0\] has type None"),
     ],
 )
 def test_malformed_conversations(messages, error):
@@ -426,3 +425,63 @@ def test_adversarial_text_takes_linear_time(line):
 def test_adversarial_text_is_unchanged():
     text = "Action: f\n" * 20_000
     assert parse_response(text).content == text
+
+
+SYSTEM = ("system", "You are a helpful assistant.")
+
+
+def system(text):
+    return {"role": "system", "content": text}
+
+
+@pytest.mark.parametrize(
+    ("messages", "turns", "reply_start"),
+    [
+        ([user("a"), user("b")], [SYSTEM, ("user", "a"), ("user", "b")], ""),
+        ([assistant("hi"), user("a")], [SYSTEM, ("assistant", "hi"), ("user", "a")], ""),
+        ([user("a"), system("s")], [SYSTEM, ("user", "a"), ("system", "s")], ""),
+        ([system("s"), system("t"), user("a")], [("system", "s"), ("system", "t"), ("user", "a")], ""),
+        ([{"role": "developer", "content": "s"}], [("system", "s")], ""),
+        ([user("a"), assistant("b"), assistant("c")], [SYSTEM, ("user", "a"), ("assistant", "b")], "c"),
+        ([assistant("hi")], [SYSTEM], "hi"),
+        ([user(None), assistant(None), user([text_part("a"), text_part("b")])],
+         [SYSTEM, ("user", ""), ("assistant", ""), ("user", "a\nb")], ""),
+    ],
+)  # fmt: skip
+def test_messages_in_any_order(messages, turns, reply_start):
+    assert parse_turns(messages, None) == (turns, reply_start)
+
+
+def test_a_later_message_does_not_change_the_turns_before_it():
+    messages = [assistant("hi"), user("a"), user("b"), system("s"), assistant("c"), user("d"), system("t"), user("e")]
+    turns, _ = parse_turns(messages, None)
+    for count in range(1, len(messages)):
+        earlier, reply_start = parse_turns(messages[:count], None)
+        earlier += [("assistant", reply_start)] if reply_start else []
+        assert turns[: len(earlier)] == earlier
+
+
+@pytest.mark.parametrize(
+    ("messages", "carrier"),
+    [
+        ([user("a"), user("b")], 2),
+        ([user("a"), user("b"), assistant("c")], 2),
+        ([user("a"), user("b"), assistant("c"), user("d")], 2),
+        ([assistant("hi"), user("a")], 2),
+        ([system("s")], 1),
+        ([assistant("hi"), system("s")], 1),
+    ],
+)
+def test_tools_come_before_the_last_answered_user_message(messages, carrier):
+    turns, _ = parse_turns(messages, [WEATHER])
+    described = [index for index, (_, text) in enumerate(turns) if text.startswith("Answer the following questions")]
+    assert described == [carrier]
+    assert turns[carrier][0] == "user"
+
+
+def test_the_answer_after_a_tool_result_belongs_to_the_turn_of_the_call():
+    messages = [user("q"), calls(tool_call("a", "x")), tool("r", "a"), assistant("done"), assistant("more"), user("b")]
+    turns, _ = parse_turns(messages, None)
+    assert [role for role, _ in turns] == ["system", "user", "assistant", "assistant", "user"]
+    assert turns[2][1].endswith("Observation: r\nThought: I now know the final answer.\nFinal Answer: done")
+    assert turns[3] == ("assistant", "more")

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 
 from pydantic_core import from_json
 
-from ...model.qwen_generation_utils import make_context
+from ...model.qwen_generation_utils import content_text, encode_turns, strips_reply
 from ...model.tokenization_qwen import QWenTokenizer
 from ...tools import (
     ACTION,
@@ -23,7 +23,7 @@ from ...tools import (
     Delta,
     MalformedConversation,
     ReplyReader,
-    parse_messages,
+    parse_turns,
 )
 from ..engine import Engine
 from ..engine.detokenizer import Piece, TokenLogprob
@@ -84,9 +84,8 @@ def build_plan(request: ChatCompletionRequest, engine: Engine, constraints: Cons
     top_logprobs = (request.top_logprobs or 0) if request.logprobs else None
     max_tokens = request.max_completion_tokens or request.max_tokens
     (settings,) = sampling_params(engine, request, [len(prompt_ids)], max_tokens=max_tokens, top_logprobs=top_logprobs)
-    # A reply that continues a message keeps its leading space, unless the message ends in one.
-    reply_start = _content_text(messages[-1]) if messages[-1]["role"] == "assistant" else ""
-    lstrip = not reply_start or reply_start[-1].isspace()
+    continues_message = messages[-1]["role"] == "assistant"
+    lstrip = not continues_message or strips_reply(content_text(messages[-1].get("content"), "messages"))
     constraint = _build_constraint(request, tool_choice, continues, constraints)
     choices = []
     for index, params in enumerate(settings):
@@ -95,11 +94,6 @@ def build_plan(request: ChatCompletionRequest, engine: Engine, constraints: Cons
         choice_constraint = None if constraint is None else constraint.copy()
         choices.append(Choice(prompt_ids, params, writer, stop, lstrip, True, choice_constraint))
     return Plan(choices, len(prompt_ids), "messages")
-
-
-def _content_text(message: JSONObject) -> str:
-    content = message.get("content") or ""
-    return content if isinstance(content, str) else "\n".join(part["text"] for part in content)
 
 
 def _check_request(request: ChatCompletionRequest, engine: Engine) -> None:
@@ -149,14 +143,12 @@ def _read_tool_choice(request: ChatCompletionRequest) -> ToolChoice:
 def _encode_prompt(messages: list[JSONObject], functions: list[JSONObject], engine: Engine) -> tuple[list[int], bool]:
     """Return the token ids, and whether they end in "Thought:" after a tool result, for the model to continue."""
     try:
-        query, history, system = parse_messages(messages, functions)
+        turns, reply_start = parse_turns(messages, functions)
     except MalformedConversation as error:
         raise invalid_request(str(error), _error_param(str(error))) from error
     window = getattr(engine.model.generation_config, "max_window_size", None)
-    arguments = {} if window is None else {"max_window_size": window}
-    if query is None:
-        query, arguments["reply_start"] = history.pop()
-    _, ids = make_context(engine.tokenizer, query, history, system, **arguments)
+    window = {} if window is None else {"max_window_size": window}
+    _, ids = encode_turns(engine.tokenizer, turns, reply_start=reply_start, **window)
     return ids, messages[-1]["role"] in ("tool", "function")
 
 

@@ -18,10 +18,8 @@ MIN_LOGPROB = -9999.0  # replaces minus infinity, which JSON does not have
 
 def token_bytes(tokenizer: QWenTokenizer, token_id: int) -> bytes:
     """Return the bytes of a token; empty for a row of the output matrix without a token."""
-    if token_id >= len(tokenizer):
-        return b""
     token = tokenizer.convert_ids_to_tokens(token_id)
-    return token if isinstance(token, bytes) else token.encode()
+    return token.encode() if isinstance(token, str) else token or b""
 
 
 def token_text(content: bytes) -> str:

@@ -72,9 +72,9 @@ class IncrementalText:
         return Piece(piece.text, [*piece.tokens, *(token for _, token in self.tokens)])
 
     def _decode(self, token_id: int) -> str:
-        if token_id >= len(self.tokenizer):  # the output matrix may have more rows than there are tokens
-            return ""
         token = self.tokenizer.convert_ids_to_tokens(token_id)
+        if token is None:  # the output matrix may have more rows than there are tokens
+            return ""
         if isinstance(token, bytes):
             return self.decoder.decode(token)
         return self.decoder.decode(b"", final=True) + token  # a control token ends an unfinished character

@@ -15,7 +15,7 @@ from typing import Any, TypedDict, cast
 import gradio as gr
 from gradio.i18n import I18nData
 
-from ...model.qwen_generation_utils import DEFAULT_SYSTEM, History, make_context
+from ...model.qwen_generation_utils import DEFAULT_SYSTEM, encode_turns
 from ..engine import Engine, PromptTooLong, QueueFull, SchedulerClosed, TextStream
 from .texts import TEXTS
 
@@ -84,18 +84,6 @@ def build_message(role: str, text: str) -> Message:
 def message_text(message: Message) -> str:
     """Return the text of a message of the chat component."""
     return "".join(part["text"] for part in message["content"] if part["type"] == "text")
-
-
-def split_last_question(messages: Sequence[Message]) -> tuple[str, History]:
-    """Split messages that end in a question into its text and the answered questions before it."""
-    history, question = [], ""
-    for message in messages[:-1]:
-        if message["role"] == "user":
-            question = message_text(message)
-        elif question and (answer := message_text(message)):
-            history.append((question, answer))
-            question = ""
-    return message_text(messages[-1]), history
 
 
 async def accumulate_text(stream: TextStream) -> AsyncGenerator[str, None]:
@@ -335,11 +323,11 @@ class Page:
         values = dict(zip(self.settings, settings, strict=True))
         system = cast("str", values.pop("system"))
         params = engine.params(**values)
-        question, history = split_last_question(conversation)
+        turns = [("system", system), *((message["role"], message_text(message)) for message in conversation)]
         window = getattr(engine.model.generation_config, "max_window_size", None)
         window = {} if window is None else {"max_window_size": window}
         # In a thread: a pasted book takes seconds to encode, which must not block other replies.
-        _, ids = await asyncio.to_thread(make_context, engine.tokenizer, question, history, system, **window)
+        _, ids = await asyncio.to_thread(encode_turns, engine.tokenizer, turns, **window)
         return engine.start(ids, params, lstrip=True, rstrip=True)
 
     async def stop(self, request: gr.Request) -> None:
