@@ -9,6 +9,7 @@
 #     make check       style, types, import contracts and the quick tests, in three minutes
 #     make test        all tests; make test ARGS="-k loading"
 #     make test-oldest the quick tests on the oldest versions that work
+#     make test-clients calls the server with the newest clients; make test-clients ARGS="openai litellm"
 # The first call creates the environment in .venv, which takes a minute or two.
 
 VENV ?= .venv
@@ -24,7 +25,7 @@ CONSTRAINTS ?= constraints.txt
 INSTALL := $(BIN)/python -m pip install --quiet $(addprefix --constraint ,$(CONSTRAINTS))
 
 .DEFAULT_GOAL := help
-.PHONY: help chat web serve finetune quantize evaluate export check test test-nightly test-oldest coverage lint format clean
+.PHONY: help chat web serve finetune quantize evaluate export check test test-nightly test-oldest test-clients coverage lint format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -86,6 +87,10 @@ OLD := $(addprefix model/test_,modeling.py self_contained.py chat.py kv_cache.py
 test-oldest: $(OLDEST)/.ready  ## run the quick tests on the oldest versions that work (installs torch with CUDA)
 	$(OLDEST)/bin/python -m pytest -rs $(or $(ARGS),$(addprefix tests/,$(OLD)))
 
+# Each client in its own environment in .venv-clients, because their pins contradict each other.
+test-clients: $(VENV)/.ready-serve  ## call the server with the newest versions of its clients (ARGS="openai litellm")
+	$(BIN)/python -m tests.clients.run $(ARGS)
+
 lint: $(VENV)/.ready-test  ## check style, spelling, types, and which package imports which
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -99,7 +104,7 @@ format: $(VENV)/.ready-test  ## fix style
 	$(BIN)/ruff format .
 
 clean:  ## remove the environments
-	rm -rf $(VENV) $(OLDEST)
+	rm -rf $(VENV) $(OLDEST) .venv-clients
 
 # Editable install: code changes need no reinstall. The stamp is written last, so the next make repeats an install that
 # failed or was interrupted.

@@ -13,9 +13,11 @@ import argparse
 import ast
 import json
 import operator
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
+from urllib.parse import urlsplit
 
 try:
     import openai
@@ -242,6 +244,8 @@ def main() -> int:
         if name not in EXAMPLES:
             parser.error(f"unknown example {name!r}, choose from {', '.join(EXAMPLES)}")
 
+    if urlsplit(arguments.base_url).hostname in ("localhost", "127.0.0.1", "::1"):
+        os.environ["no_proxy"] = "*"  # the clients would send requests to a server on this machine through a proxy
     client = openai.OpenAI(base_url=arguments.base_url, api_key=arguments.api_key)
     try:
         model = client.with_options(max_retries=0).models.list().data[0].id

@@ -17,7 +17,13 @@ __all__ = [
     "is_memory_full",
     "is_nan_in_gptq",
     "is_shape_mismatch",
+    "is_unusable_proxy",
 ]
+
+UNUSABLE_PROXY_ADVICE = (
+    "The proxy of the environment (all_proxy, https_proxy or http_proxy) cannot be used. For a SOCKS proxy, write its "
+    'address as socks5://HOST:PORT and run: pip install "httpx[socks]" "requests[socks]"'
+)
 
 
 def is_main_memory_full(error: BaseException) -> bool:
@@ -73,3 +79,17 @@ def is_deepspeed_mismatch(error: BaseException) -> bool:
     to 5.24), a ValueError.
     """
     return isinstance(error, ValueError) and "DeepSpeed config values" in str(error)
+
+
+def is_unusable_proxy(error: BaseException) -> bool:
+    """Whether the HTTP client cannot use the proxy that the environment sets.
+
+    "Using SOCKS proxy, but the 'socksio' package is not installed. …", an ImportError, and "Unknown scheme for proxy
+    URL …", a ValueError (httpx 0.28); "Missing dependencies for SOCKS support." and "Unable to determine SOCKS version
+    from …", both a ValueError (requests 2.34).
+    """
+    text = str(error)
+    return (isinstance(error, ImportError) and "SOCKS proxy" in text) or (
+        isinstance(error, ValueError)
+        and any(part in text for part in ("scheme for proxy", "for SOCKS support", "determine SOCKS version"))
+    )

@@ -61,6 +61,24 @@ def check_address(host: str, port: int) -> None:
         ) from error
 
 
+def check_proxy() -> None:
+    """Check that the tunnel of --share can use the proxy of the environment, before loading the model.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    import httpx
+
+    from qwen.library_errors import UNUSABLE_PROXY_ADVICE, is_unusable_proxy
+
+    try:
+        httpx.Client().close()
+    except (ImportError, ValueError) as error:
+        if not is_unusable_proxy(error):
+            raise
+        raise ValueError(f"Cannot open the tunnel of --share. {UNUSABLE_PROXY_ADVICE}") from error
+
+
 def serve(model: "QWenLMHeadModel", tokenizer: "QWenTokenizer", arguments: argparse.Namespace) -> None:
     """Serve the page until Ctrl-C or SIGTERM."""
     from qwen.serving.engine import Engine
@@ -105,7 +123,9 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         install_hint=how_to_install("web", "web"), interrupt_message="Stopped while loading.", prog=prog
     ) as result:
         check_address(arguments.server_name, arguments.server_port)
-        importlib.import_module("gradio")  # report a missing library before loading gigabytes
+        importlib.import_module("qwen.serving.web")  # report a missing library before loading gigabytes
+        if arguments.share:
+            check_proxy()
 
         model, tokenizer = load_from_arguments(arguments, chat=True)
         try:

@@ -20,7 +20,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # Tests download nothing; without this, a hub id left in a test waits for the network instead of failing.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Ignore the settings of the user who runs the tests.
-for name in [name for name in os.environ if name.startswith(("QWEN_", "MODELSCOPE_"))]:
+PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
+for name in [name for name in os.environ if name.startswith(("QWEN_", "MODELSCOPE_")) or name.lower() in PROXIES]:
     del os.environ[name]
 # The models are too small to benefit from several threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

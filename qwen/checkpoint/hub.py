@@ -1,13 +1,16 @@
 """Hub options, ids of published models, and the `Files` interface that each hub implements."""
 
+import contextlib
 import difflib
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol, TypedDict, cast
 
 from .._renamed import old_names
+from ..library_errors import UNUSABLE_PROXY_ADVICE, is_unusable_proxy
 from .files import CheckpointError
 
 HUBS = ("huggingface", "modelscope")
@@ -144,6 +147,17 @@ def hub_unreachable_message(name: str, hub: str, advice: str) -> str:
         f"There is no local folder {name!r}, and {hub} cannot be reached to find a model with that name. Check the "
         f"connection and proxy ({advice}), or download the model elsewhere and name its folder."
     )
+
+
+@contextlib.contextmanager
+def explain_unusable_proxy(name: str) -> Iterator[None]:
+    """Turn errors of HTTP clients about a proxy that they cannot use into a CheckpointError about the model `name`."""
+    try:
+        yield
+    except (ImportError, ValueError) as error:
+        if not is_unusable_proxy(error):
+            raise
+        raise CheckpointError(f"Cannot download {name}. {UNUSABLE_PROXY_ADVICE}") from error
 
 
 __getattr__ = old_names(__name__, {"VARIABLE": "HUB_ENV_VAR", "published_spelling": "canonical_hub_id"})

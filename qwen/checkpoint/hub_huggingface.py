@@ -6,7 +6,13 @@ from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 from transformers.utils.hub import get_checkpoint_shard_files
 
 from .files import BIN, BIN_INDEX, SAFETENSORS, SAFETENSORS_INDEX, CheckpointError, first_line
-from .hub import DownloadOptions, HubOptions, hub_unreachable_message, model_not_found_message
+from .hub import (
+    DownloadOptions,
+    HubOptions,
+    explain_unusable_proxy,
+    hub_unreachable_message,
+    model_not_found_message,
+)
 
 
 class HuggingFaceFiles:
@@ -20,7 +26,8 @@ class HuggingFaceFiles:
         from huggingface_hub.errors import EntryNotFoundError
 
         try:
-            return Path(hf_hub_download(self._name, name, **self._download_kwargs))
+            with explain_unusable_proxy(self._name):
+                return Path(hf_hub_download(self._name, name, **self._download_kwargs))
         except EntryNotFoundError:  # also raised if the hub cannot be reached and the file is not cached
             return None
 
@@ -41,7 +48,10 @@ class HuggingFaceFiles:
         )
         # Order matters: some of the later classes are base classes of earlier ones.
         try:
-            return Path(hf_hub_download(name, CONFIG_NAME, **self._download_kwargs))
+            with explain_unusable_proxy(name):
+                return Path(hf_hub_download(name, CONFIG_NAME, **self._download_kwargs))
+        except CheckpointError:  # also an OSError, see below
+            raise
         except LocalEntryNotFoundError as error:
             raise CheckpointError(unreachable) from error
         except GatedRepoError as error:

@@ -13,7 +13,13 @@ from transformers.utils import CONFIG_NAME
 from transformers.utils.logging import is_progress_bar_enabled
 
 from .files import CheckpointError, first_line
-from .hub import DownloadOptions, HubOptions, hub_unreachable_message, model_not_found_message
+from .hub import (
+    DownloadOptions,
+    HubOptions,
+    explain_unusable_proxy,
+    hub_unreachable_message,
+    model_not_found_message,
+)
 
 if TYPE_CHECKING:
     from modelscope_hub import FileInfo
@@ -138,7 +144,8 @@ class ModelScopeFiles:
         if self._local_only:
             return None
         try:
-            listed = self._api.list_repo_files(self._name, "model", revision=self._revision)
+            with explain_unusable_proxy(self._name):
+                listed = self._api.list_repo_files(self._name, "model", revision=self._revision)
             return [file for file in listed if not file.is_dir]
         except NotExistError as error:
             raise CheckpointError(self._not_found_message()) from error

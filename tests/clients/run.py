@@ -14,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import venv
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -73,7 +72,9 @@ def try_client(name: str, url: str) -> Result:
     folder, package = ENVIRONMENTS / name, CLIENTS[name]
     python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     if not python.exists():
-        venv.create(folder, with_pip=True, clear=True)
+        created = run_command(sys.executable, "-m", "venv", "--clear", folder, seconds=INSTALL_SECONDS)
+        if created.returncode:
+            return Result("-", f"The environment {folder} could not be created:\n{created.stdout}")
     pip = (python, "-m", "pip", "install", "--quiet", "--upgrade", "--upgrade-strategy", "eager")
     installed = run_command(*pip, "--disable-pip-version-check", package, seconds=INSTALL_SECONDS)
     if installed.returncode:

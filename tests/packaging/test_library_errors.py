@@ -9,7 +9,9 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import httpx
 import pytest
+import requests
 import torch
 from transformers import TrainingArguments
 
@@ -22,6 +24,7 @@ from qwen.library_errors import (
     is_memory_full,
     is_nan_in_gptq,
     is_shape_mismatch,
+    is_unusable_proxy,
 )
 from qwen_cli.chat.session import describe_error
 
@@ -33,7 +36,7 @@ def recognised_by(error: BaseException) -> set[Predicate]:
     return {predicate for predicate in PREDICATES if predicate(error)}
 
 
-def raised(action: Callable[[], object], kind: type[Exception]) -> Exception:
+def raised(action: Callable[[], object], kind: type[Exception] | tuple[type[Exception], ...]) -> Exception:
     with pytest.raises(kind) as caught:
         action()
     return caught.value
@@ -117,6 +120,20 @@ def test_shape_mismatch_in_torch() -> None:
     small, large = torch.nn.Linear(2, 2), torch.nn.Linear(3, 3)
     error = raised(lambda: small.load_state_dict(large.state_dict()), RuntimeError)
     assert recognised_by(error) == {is_shape_mismatch}
+
+
+# ---- proxies ----
+
+
+@pytest.mark.parametrize("address", ["socks5://127.0.0.1:9", "socks://127.0.0.1:9"])
+def test_an_unusable_proxy(address: str) -> None:
+    """Neither httpx nor requests is installed with its extra for SOCKS, as for most users."""
+    errors = (
+        raised(lambda: httpx.Client(proxy=address), (ImportError, ValueError)),
+        raised(lambda: requests.get("http://127.0.0.1", proxies={"http": address}), ValueError),
+    )
+    for error in errors:
+        assert recognised_by(error) == {is_unusable_proxy}
 
 
 # ---- training and quantizing ----

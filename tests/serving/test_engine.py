@@ -54,7 +54,7 @@ def prompts() -> list[list[int]]:
 
 def generated(model, prompt: list[int], tokens: int, **settings) -> list[int]:
     """Return the token ids that `generate` gives for one prompt."""
-    ids = torch.tensor([prompt])
+    ids = torch.tensor([prompt], device=model.device)
     defaults = {"do_sample": False, "top_p": None, "top_k": None}
     output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, **(defaults | settings))
     return output[0, len(prompt) :].tolist()

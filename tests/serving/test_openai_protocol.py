@@ -1,7 +1,9 @@
 """Responses to invalid requests; no request makes the server fail."""
 
 import json
+import logging
 import re
+import socket
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +20,7 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
+from qwen.serving.api.log_once import MAX_KEYS, LogOnce
 from qwen.serving.api.requests import ChatCompletionRequest, CompletionRequest
 from tests.support import ROOT
 from tests.support.server_process import ServerProcess
@@ -56,12 +59,12 @@ def error_of(response: httpx.Response) -> dict:
         ({"frequency_penalty": -3}, "frequency_penalty", "-2"),
         ({"n": 0}, "n", "1"),
         ({"n": 17}, "n", "16"),
-        ({"max_tokens": 0}, "max_tokens", "1"),
+        ({"max_tokens": 0}, "max_tokens", "1, not 0. Omit it"),
         ({"max_completion_tokens": -1}, "max_completion_tokens", "1"),
         ({"max_length": 5}, "max_length", "prompt"),
         ({"seed": "x"}, "seed", "integer"),
-        ({"stop": ""}, "stop", "at least 1 character"),
-        ({"stop": ["a", ""]}, "stop.1", "at least 1 character"),
+        ({"stop": True}, "stop", "valid string"),
+        ({"stop": ["a", 5]}, "stop.1", "valid string"),
         ({"stop": ["a"] * 17}, "stop", "16"),
         ({"stream": "yes"}, "stream", "boolean"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "stream"),
@@ -77,11 +80,9 @@ def error_of(response: httpx.Response) -> dict:
         ({"messages": [{"content": "hi"}]}, "messages.0.role", "required"),
         ({"messages": [{"role": "robot", "content": "hi"}]}, "messages.0.role", "'assistant'"),
         ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content", "string"),
-        ({"messages": [{"role": "user"}]}, "messages.0.content", "string"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content.0.type", "'text'"),
-        ({"messages": [*HI, *HI]}, "messages.1", "second user message"),
+        ({"messages": [{"role": "user", "content": [{"text": "hi"}]}]}, "messages.0.content.0.type", "required"),
+        ({"messages": [{"role": "user", "content": [{"type": 5}]}]}, "messages.0.content.0.type", "'text'"),
         ({"messages": [{"role": "tool", "content": "x", "tool_call_id": "1"}]}, "messages.0", "tool result"),
-        ({"messages": [{"role": "system", "content": "x"}]}, "messages", "no user message"),
         ({"messages": [{"role": "user", "content": "a b " * 9000}]}, "messages", "8192"),
         ({"tools": [{"type": "custom", "custom": {"name": "x"}}]}, "tools.0.type", "'function'"),
         ({"tools": [{"type": "function", "function": {"name": "a\nb"}}]}, "tools.0.function.name", "match"),
@@ -112,6 +113,124 @@ def test_wrong_fields_are_named(server: ServerProcess, fields: dict, param: str,
     assert error["type"] == "invalid_request_error"
     assert error["param"] == param
     assert message in error["message"]
+
+
+@pytest.mark.parametrize("kind", ["image_url", "input_audio", "file", "refusal", "input_text", "x" * 500])
+def test_parts_other_than_text_are_named(server: ServerProcess, kind: str) -> None:
+    parts = [{"type": "text", "text": "What is this?"}, {"type": kind, kind: {"url": "data:,"}}]
+    response = post(server, {"messages": [{"role": "user", "content": parts}]})
+    assert response.status_code == 400
+    error = error_of(response)
+    assert error["param"] == "messages.0.content.1"
+    assert error["message"] == (
+        f"messages.0.content.1: parts of type {kind[:50]!r} are not supported, the model takes text only: "
+        'send {"type": "text", "text": …} or a string.'
+    )
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"stop": ""},
+        {"stop": False},
+        {"stop": [""]},
+        {"stop": [None, ""]},
+        {"stop": []},
+        {"top_p": 1, "temperature": 0, "presence_penalty": 0},
+        {"logit_bias": {}, "model": None, "top_logprobs": 0},
+        {"tools": [], "tool_choice": "auto", "parallel_tool_calls": True},
+        {"tools": [], "functions": [], "tool_choice": "none", "function_call": "none"},
+        {"modalities": ["text"], "response_format": {"type": "text"}},
+    ],
+)
+def test_harmless_values_are_accepted(server: ServerProcess, fields: dict) -> None:
+    response = post(server, {"messages": HI, "temperature": 0, **fields})
+    assert response.status_code == 200
+    assert response.json()["choices"][0]["message"]["content"].startswith("Hello")
+
+
+def test_empty_stop_strings_beside_others(server: ServerProcess) -> None:
+    response = post(server, {"messages": HI, "temperature": 0, "stop": ["", "!", None]})
+    assert response.json()["choices"][0]["message"]["content"] == "Hello"
+
+
+def test_ignored_fields_are_logged_once(server: ServerProcess) -> None:
+    hostile = "evil\nINFO: \x1b[31m" + "x" * 10_000
+    for _ in range(2):
+        fields = {"messages": HI, "max_tokens": 1, "history": [["a", "b"]], hostile: 1, "reasoning_effort": None}
+        assert post(server, fields).status_code == 200
+    lines = [line for line in server.output().splitlines() if "ignored" in line]
+    (history,) = [line for line in lines if "history" in line]
+    assert history.endswith("the field 'history' is not supported and ignored. Send earlier turns in messages.")
+    (evil,) = [line for line in lines if "evil" in line]
+    assert f"{hostile[:50]!r}" in evil
+    assert not any("reasoning_effort" in line for line in lines)
+
+
+def test_number_of_logged_fields_is_limited(caplog: pytest.LogCaptureFixture) -> None:
+    log_once = LogOnce(logging.getLogger("test"), "fields")
+    for number in range(1000):
+        log_once.warning(str(number), f"field {number}")
+    assert len(caplog.messages) == MAX_KEYS + 1
+    assert caplog.messages[-1] == f"More than {MAX_KEYS} fields: further ones are not logged."
+
+
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [
+        ("//v1/chat/completions", 200),
+        ("/v1//chat/completions", 200),
+        ("/v1/chat/completions/", 200),
+        ("///v1//chat///completions//", 200),
+        ("/chat/completions", 404),
+        ("/v1/v1/chat/completions", 404),
+    ],
+)
+def test_paths_that_clients_make(server: ServerProcess, path: str, status: int) -> None:
+    response = post(server, {"messages": HI, "max_tokens": 1}, path)
+    assert response.status_code == status
+    if status == 404:
+        assert f"Did you mean /v1/chat/completions? The base URL of this API is {server.url}/v1." in response.text
+
+
+def test_normalized_paths_are_counted(server: ServerProcess) -> None:
+    name = 'qwen_requests_total{endpoint="/v1/models",status="200"}'
+    for path in ("/v1/models", "//v1/models/"):
+        assert httpx.get(server.url + path).status_code == 200
+        assert httpx.head(server.url + path).status_code == 200
+    counted = re.search(rf"^{re.escape(name)} (\S+)$", httpx.get(f"{server.url}/metrics/").text, re.MULTILINE)
+    assert float(counted[1]) >= 4
+
+
+@pytest.mark.parametrize(
+    ("headers", "status", "message"),
+    [
+        ({"Content-Type": "application/json; charset=utf-8"}, 200, ""),
+        ({"Content-Type": "application/json", "Authorization": "Basic x", "OpenAI-Beta": "assistants=v2"}, 200, ""),
+        ({"Content-Type": "application/json", "Expect": "100-continue"}, 200, ""),
+        ({"Content-Type": "application/json", "Content-Encoding": "identity"}, 200, ""),
+        ({"Content-Type": "application/json", "Content-Encoding": "gzip"}, 415, "uncompressed"),
+        ({"Content-Type": "text/plain"}, 415, "Invalid Content-Type 'text/plain'"),
+        ({}, 415, "The Content-Type is missing"),
+    ],
+)
+def test_headers_that_clients_send(server: ServerProcess, headers: dict, status: int, message: str) -> None:
+    body = json.dumps({"messages": HI, "max_tokens": 1}).encode()
+    response = httpx.post(f"{server.url}/v1/chat/completions", content=body, headers=headers, timeout=60)
+    assert response.status_code == status
+    assert status == 200 or message in error_of(response)["message"]
+
+
+def test_http_1_0(server: ServerProcess) -> None:
+    host, port = server.url.removeprefix("http://").split(":")
+    body = json.dumps({"messages": HI, "max_tokens": 1}).encode()
+    head = (
+        f"POST /v1/chat/completions HTTP/1.0\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    with socket.create_connection((host, int(port)), timeout=60) as connection:
+        connection.sendall(head.encode() + body)
+        answer = connection.makefile("rb").read()
+    assert answer.startswith(b"HTTP/1.1 200 ")
 
 
 def test_too_long_prompt_has_an_error_code(server: ServerProcess) -> None:

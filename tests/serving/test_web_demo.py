@@ -6,6 +6,7 @@ that has memorized three replies, for the rendering of their content. No page ma
 
 import asyncio
 import contextlib
+import http.server
 import os
 import re
 import shutil
@@ -13,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,9 +28,10 @@ from playwright.sync_api import Browser, Locator, Page, Request, expect, sync_pl
 
 from qwen.checkpoint.loading import load_model
 from qwen.data.samples import encode_conversation, pad_samples
+from qwen.model.qwen_generation_utils import DEFAULT_SYSTEM
 from qwen.serving.engine import Engine
 from qwen.serving.web.page import Page as WebPage
-from qwen.serving.web.page import build_message
+from qwen.serving.web.page import build_message, message_text
 from qwen.serving.web.texts import TEXTS
 from tests.support import ROOT
 from tests.support.processes import Script, run_script
@@ -516,6 +519,76 @@ def test_html_in_a_reply_is_not_executed(visit: Callable, memorized: Server) -> 
     assert chat.page.evaluate("window.hacked") is None
 
 
+class OtherOrigin:
+    """A server at another port, whose page embeds the demo at `demo`; `paths` has the requested paths."""
+
+    def __init__(self, demo: str):
+        self.paths: list[str] = []
+        paths = self.paths
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def answer(self) -> None:
+                paths.append(self.path)
+                self.send_response(200)
+                self.send_header("Content-Type", "text/html")
+                self.send_header("Access-Control-Allow-Origin", "*")
+                self.end_headers()
+                self.wfile.write(f"<iframe src='{demo}'></iframe>".encode())
+
+            do_GET = do_POST = answer
+
+            def log_message(self, *arguments: object) -> None:
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+
+@pytest.fixture
+def other_origin(bundled: Server) -> Iterator[OtherOrigin]:
+    other = OtherOrigin(bundled.url)
+    yield other
+    other.server.shutdown()
+    other.server.server_close()
+
+
+# Each kind of request that content of a reply could make, and the directive that must refuse it.
+REQUESTS = {
+    "connect-src": "fetch(url).catch(() => {})",
+    "frame-src": "document.body.append(Object.assign(document.createElement('iframe'), {src: url}))",
+    "form-action": """const form = Object.assign(document.createElement("form"), {action: url, method: "POST"});
+        document.body.append(form); form.submit()""",
+    "img-src": "new Image().src = url",
+    "media-src": "new Audio(url).load()",
+    "script-src-elem": "document.head.append(Object.assign(document.createElement('script'), {src: url}))",
+    "style-src-elem": """document.head.append(
+        Object.assign(document.createElement("link"), {rel: "stylesheet", href: url}))""",
+    "font-src": "new FontFace('other', `url(${url})`).load().catch(() => {})",
+    "object-src": "document.body.append(Object.assign(document.createElement('object'), {data: url}))",
+    "base-uri": "document.head.prepend(Object.assign(document.createElement('base'), {href: url}))",
+}
+WATCH = """([action, url]) => new Promise((resolve) => {
+    document.addEventListener("securitypolicyviolation", (event) => resolve(event.effectiveDirective), {once: true});
+    setTimeout(() => resolve("nothing was refused"), 10000);
+    new Function("url", action)(url);
+})"""
+
+
+def test_page_cannot_contact_other_origins(visit: Callable, bundled: Server, other_origin: OtherOrigin) -> None:
+    page = visit(bundled).page
+    refused = {name: page.evaluate(WATCH, [code, f"{other_origin.url}/{name}"]) for name, code in REQUESTS.items()}
+    assert refused == {name: name for name in REQUESTS}
+    assert not other_origin.paths
+
+
+def test_other_pages_cannot_embed_the_page(visit: Callable, bundled: Server, other_origin: OtherOrigin) -> None:
+    page = visit(bundled).page
+    page.goto(other_origin.url)
+    expect(page.locator("iframe")).to_be_attached()
+    assert [frame.url for frame in page.frames if frame.parent_frame] == ["chrome-error://chromewebdata/"]
+
+
 def test_code_in_a_question_keeps_its_whitespace(visit: Callable, endless: Server) -> None:
     chat = visit(endless)
     code = "def f():\n    if x < 1:\n        return [1, 2]"
@@ -599,6 +672,26 @@ def test_question_without_a_reply_returns_to_the_box(web_page: WebPage) -> None:
     messages = [build_message("user", "hello"), build_message("assistant", "world"), build_message("user", "more")]
     draft, restored, *settings = web_page.restore({"messages": messages, "seed": 3})
     assert (draft, restored, settings[-1]) == ("more", messages[:2], 3)
+
+
+def test_messages_in_any_order_are_answered(bundled_chat: Path) -> None:
+    """As a conversation has them whose reply was removed, or which begins with a greeting."""
+    model, tokenizer = load_model(bundled_chat, cpu_only=True)
+    engine = Engine(model, tokenizer)
+    page = WebPage(engine, "toy")
+    settings = [
+        {"system": DEFAULT_SYSTEM, "temperature": 0, "max_tokens": 20}.get(name, component.value)
+        for name, component in page.settings.items()
+    ]
+    request = gr.Request(session_hash="page", headers={})
+    try:
+        for earlier in ([("user", "Hello")], [("assistant", "Hello! How can I help?")]):
+            messages = [build_message(*message) for message in earlier]
+            _, chat = run(last_update(page.send(request, "What is 47 + 38?", messages, *settings)))
+            sent = [{"role": message["role"], "content": message_text(message)} for message in chat[:-1]]
+            assert message_text(chat[-1]) == model.chat(tokenizer, sent, do_sample=False, max_new_tokens=20)[0]
+    finally:
+        engine.close()
 
 
 @pytest.fixture(scope="module")

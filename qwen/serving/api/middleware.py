@@ -58,9 +58,8 @@ class OriginMiddleware:
         self.log_once = LogOnce(logger, "origins")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = Headers(scope=scope) if scope["type"] == "http" and scope["method"] == "OPTIONS" else {}
-        origin = headers.get("origin")
-        if origin is None or "access-control-request-method" not in headers or not {"*", origin}.isdisjoint(self.origins):
+        origin = self._preflight_origin(scope)
+        if origin is None or not {"*", origin}.isdisjoint(self.origins):
             await self.app(scope, receive, send)
             return
         if ORIGIN.fullmatch(origin):
@@ -71,6 +70,13 @@ class OriginMiddleware:
         self.log_once.warning(origin, message)
         error = ApiError(403, message, code="origin_not_allowed")
         await error.response()(scope, receive, send)
+
+    def _preflight_origin(self, scope: Scope) -> str | None:
+        """Return the origin of the page that sends a CORS preflight; None for other requests."""
+        if scope["type"] != "http" or scope["method"] != "OPTIONS":
+            return None
+        headers = Headers(scope=scope)
+        return headers.get("origin") if "access-control-request-method" in headers else None
 
 
 class AuthenticationMiddleware:

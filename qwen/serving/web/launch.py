@@ -6,6 +6,8 @@ switched off, and the policy keeps the browser from fetching other hosts' conten
 
 import logging
 import time
+import webbrowser
+from collections.abc import Sequence
 from typing import TypedDict, Unpack
 
 import gradio as gr
@@ -14,6 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..engine import Engine
 from .page import I18N, Page
+from .proxies import LOCAL_HOSTS, bypass_proxies
 
 EXTRA_THREADS = 8  # so that the engine, not Gradio, rejects requests beyond its queue
 CLOSE_DELAY = 0.5  # seconds, for replies that were just cut off to reach their pages
@@ -36,12 +39,12 @@ CSS = """
 .sidebar .toggle-button .chevron { display: none; }
 """
 
-# Content of a reply, for example an image in its Markdown, must not make the browser contact other hosts. Gradio's own
-# page needs inline scripts and styles.
+# Content of a reply, for example an image in its Markdown, must not make the browser contact other hosts, and pages of
+# other hosts must not embed this one. Gradio's own page needs inline scripts and styles.
 CONTENT_SECURITY_POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; media-src 'self' data: blob:; font-src 'self' data:; worker-src 'self' blob:; "
-    "object-src 'none'; base-uri 'self'"
+    "object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'self'"
 )
 
 
@@ -67,39 +70,46 @@ class LaunchOptions(TypedDict, total=False):
     server_port: int | None
     share: bool
     auth: tuple[str, str] | None
-    inbrowser: bool
 
 
-def launch(engine: Engine, name: str, **options: Unpack[LaunchOptions]) -> gr.Blocks:
+def launch(engine: Engine, name: str, *, inbrowser: bool = False, **options: Unpack[LaunchOptions]) -> gr.Blocks:
     """Serve the page from a background thread until `close` is called with the returned blocks.
+
+    Gradio checks with requests to itself that the page is reachable; they do not go through the user's proxy.
 
     Args:
         engine: generates the replies.
         name: model name.
-        options: options of `gradio.Blocks.launch`: server_name, server_port, share, auth, inbrowser.
+        inbrowser: open the page in the browser of this machine.
+        options: options of `gradio.Blocks.launch`: server_name, server_port, share, auth.
 
     Raises:
         OSError: the port is in use, or the address is not this machine's.
     """
     blocks = Page(engine, name).blocks
-    blocks.launch(
-        **options,
-        prevent_thread_lock=True,
-        quiet=True,
-        i18n=I18N,
-        theme=gr.themes.Default(primary_hue="indigo", font=FONTS, font_mono=MONOSPACE),
-        css=CSS,
-        footer_links=[],
-        run_history=False,  # Gradio would store every question and reply again, in the browser or on a hub
-        ssr_mode=False,
-        pwa=False,
-        mcp_server=False,
-        enable_monitoring=False,
-        max_file_size=1,  # in bytes: the page has no uploads
-        # A reply holds a Gradio worker even while it waits in the engine's queue.
-        max_threads=engine.max_batch_size + engine.max_queue + EXTRA_THREADS,
-        app_kwargs={"middleware": [Middleware(ContentSecurityPolicy)]},
-    )
+    # A tunnel (share) needs the proxy.
+    hosts: Sequence[str] = (*LOCAL_HOSTS, options.get("server_name") or "") if options.get("share") else ("*",)
+    with bypass_proxies(hosts):
+        blocks.launch(
+            **options,
+            prevent_thread_lock=True,
+            quiet=True,
+            i18n=I18N,
+            theme=gr.themes.Default(primary_hue="indigo", font=FONTS, font_mono=MONOSPACE),
+            css=CSS,
+            footer_links=[],
+            run_history=False,  # Gradio would store every question and reply again, in the browser or on a hub
+            ssr_mode=False,
+            pwa=False,
+            mcp_server=False,
+            enable_monitoring=False,
+            max_file_size=1,  # in bytes: the page has no uploads
+            # A reply holds a Gradio worker even while it waits in the engine's queue.
+            max_threads=engine.max_batch_size + engine.max_queue + EXTRA_THREADS,
+            app_kwargs={"middleware": [Middleware(ContentSecurityPolicy)]},
+        )
+    if inbrowser:  # outside the context, since a browser inherits the environment
+        webbrowser.open(blocks.share_url or blocks.local_url)
     return blocks
 
 
