@@ -23,6 +23,11 @@ def check_arguments(kwargs: Mapping[str, object]) -> None:
     """
     if kwargs.get("dtype") is not None and kwargs.get("torch_dtype", kwargs["dtype"]) != kwargs["dtype"]:
         raise ValueError(f"dtype={kwargs['dtype']} and torch_dtype={kwargs['torch_dtype']} contradict each other.")
+    for name in ("load_in_8bit", "load_in_4bit"):
+        if kwargs.get(name):
+            raise ValueError(
+                f"transformers 5 has no argument {name}: pass quantization_config=BitsAndBytesConfig({name}=True)."
+            )
     flags = [name for name in PRECISIONS if kwargs.get(name)]
     if len(flags) > 1:
         raise ValueError(

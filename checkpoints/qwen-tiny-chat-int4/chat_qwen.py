@@ -351,6 +351,8 @@ class ChatMixin(MixinBase):
             pad_token_id=tokenizer.eod_id if pad is None else pad,
         )
         longer = [words for words in stop_words_ids if len(words) != 1]
+        if config.stop_strings:
+            generate_kwargs["tokenizer"] = tokenizer
         return generate_kwargs | {"generation_config": config, "stop_words_ids": longer}
 
     def _chat_prompt(

@@ -46,7 +46,8 @@ CONTROL_PREFIX = "<|"  # of every control token; a text without it contains none
 # `generation` mark what the assistant says, for return_assistant_tokens_mask.
 CHAT_TEMPLATE = """\
 {%- if tools %}
-{{- raise_exception('These models call tools in a text format, ReAct, which this template does not write.') }}
+{{- raise_exception('These models call tools in a text format, ReAct, which this template does not write: send the '
+    ~ 'tools to the server, openai_api.py, or build the prompt with qwen.tools.parse_turns.') }}
 {%- endif %}
 {%- if not messages %}
 {{- raise_exception('The conversation is empty: pass at least one message.') }}

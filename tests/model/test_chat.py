@@ -306,6 +306,15 @@ def test_stop_words_end_chat_and_stream(chat):
             model.generate(torch.ones(1, 3, dtype=torch.long), stop_words_ids=wrong, eos_token_id=1)
 
 
+def test_stop_strings_end_chat_and_stream(chat):
+    model, tokenizer = chat
+    reply, _ = model.chat(tokenizer, "hello", **GREEDY)
+    stop = reply[3:5]
+    expected = reply[: reply.index(stop) + len(stop)]
+    assert model.chat(tokenizer, "hello", stop_strings=[stop], **GREEDY)[0] == expected
+    assert list(model.chat_stream(tokenizer, "hello", stop_strings=stop, **GREEDY))[-1] == expected
+
+
 def test_chat_uses_stop_words_of_the_generation_config(chat, tiny_chat_checkpoint):
     model, tokenizer = chat
     full = model.chat(tokenizer, "hello", **GREEDY)[0]

@@ -60,6 +60,8 @@ def test_precision_flags(checkpoint, load):
         ({"bf16": True, "dtype": torch.float16}, "only one of the two"),
         ({"fp32": True, "dtype": "bfloat16"}, "only one of the two"),
         ({"dtype": torch.float16, "torch_dtype": torch.float32}, "contradict"),
+        ({"load_in_8bit": True}, r"quantization_config=BitsAndBytesConfig\(load_in_8bit=True\)"),
+        ({"load_in_4bit": True}, r"quantization_config=BitsAndBytesConfig\(load_in_4bit=True\)"),
         ({"dtype": torch.float32, "use_flash_attn": True}, "half precision"),
         ({"fp32": True, "attn_implementation": "flash_attention_2"}, "half precision"),
         ({"use_cache_kernel": True}, "use_cache_quantization=True"),

@@ -45,6 +45,15 @@ def error_of(response: httpx.Response) -> dict:
     return error
 
 
+def test_whole_floats_are_integers(server: ServerProcess) -> None:
+    """As in JSON, which has one type of number."""
+    fields = {"max_tokens": 2.0, "top_k": 5.0, "n": 1.0, "seed": 1e3}
+    assert post(server, {"messages": HI, **fields}).json()["usage"]["completion_tokens"] == 2
+    response = post(server, {"messages": HI, "max_tokens": 2.5})
+    assert response.status_code == 400
+    assert error_of(response)["param"] == "max_tokens"
+
+
 @pytest.mark.parametrize(
     ("fields", "param", "message"),
     [

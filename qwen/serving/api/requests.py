@@ -37,6 +37,12 @@ class RequestModel(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
 
 
+def _as_integer(value: object) -> object:
+    """Return 20 for 20.0, which is an integer in JSON; some languages write it so."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Integer = Annotated[int, BeforeValidator(_as_integer)]
 StopString = Annotated[str, Field(max_length=1000)]
 TokenId = Annotated[str, Field(pattern="^[0-9]{1,9}$")]
 
@@ -71,21 +77,21 @@ class GenerationRequest(RequestModel):
     model: str | None = Field(None, description="any name is accepted; the server has one model")
     stream: bool | None = Field(None, description="respond with server-sent events")
     stream_options: StreamOptions | None = None
-    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = Field(None, description="number of choices")
-    max_tokens: Annotated[int, Field(ge=1)] | None = Field(None, description="maximum number of new tokens")
-    max_length: Annotated[int, Field(ge=1)] | None = Field(None, description="maximum tokens of prompt plus reply")
+    n: Annotated[Integer, Field(ge=1, le=MAX_CHOICES)] | None = Field(None, description="number of choices")
+    max_tokens: Annotated[Integer, Field(ge=1)] | None = Field(None, description="maximum number of new tokens")
+    max_length: Annotated[Integer, Field(ge=1)] | None = Field(None, description="maximum tokens of prompt plus reply")
     stop: Annotated[
         StopString | Annotated[Array[StopString | None], Field(max_length=MAX_STOP)] | None,
         BeforeValidator(lambda stop: None if stop is False else stop),
     ] = Field(None, description="strings that end a reply; not included in it; empty ones are ignored")
     temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(None, description="below 0.01 is greedy")
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1, le=MAX_TOP_K)] | None = Field(None, description="0 and -1 disable it")
+    top_k: Annotated[Integer, Field(ge=-1, le=MAX_TOP_K)] | None = Field(None, description="0 and -1 disable it")
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     logit_bias: LogitBias | None = Field(None, description="token id → value added to its logit")
-    seed: int | None = Field(None, description="the same seed and request give the same reply")
+    seed: Integer | None = Field(None, description="the same seed and request give the same reply")
 
     @property
     def num_choices(self) -> int:
@@ -199,7 +205,7 @@ class JsonSchemaFormat(RequestModel):
 
 class ChatCompletionRequest(GenerationRequest):
     messages: Annotated[Array[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = Field(None, description="overrides max_tokens")
+    max_completion_tokens: Annotated[Integer, Field(ge=1)] | None = Field(None, description="overrides max_tokens")
     tools: Annotated[Array[Tool], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = Field(None, description="accepted; the model calls one tool per turn")
@@ -209,7 +215,7 @@ class ChatCompletionRequest(GenerationRequest):
         None
     )
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = Field(None, description="requires logprobs")
+    top_logprobs: Annotated[Integer, Field(ge=0, le=20)] | None = Field(None, description="requires logprobs")
     modalities: Array[Literal["text"]] | None = None
 
 
@@ -228,6 +234,6 @@ class CompletionRequest(GenerationRequest):
         | None
     ) = Field(None, description="text, token ids, or a list of either; if empty, the start of a document")
     echo: bool | None = Field(None, description="put the prompt before the reply")
-    best_of: Annotated[int, Field(ge=1)] | None = Field(None, description="must equal n")
+    best_of: Annotated[Integer, Field(ge=1)] | None = Field(None, description="must equal n")
     suffix: Literal[""] | None = Field(None, description="not supported: these models only continue text")
-    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+    logprobs: Annotated[Integer, Field(ge=0, le=5)] | None = None
