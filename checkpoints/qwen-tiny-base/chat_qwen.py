@@ -380,7 +380,7 @@ class ChatMixin(MixinBase):
 
 
 def explain_format(chat_format: object) -> str:
-    """Say why a checkpoint with this `chat_format` is no chat model, and what to do."""
+    """Return why a checkpoint with this `chat_format` is not a chat model, and what to do."""
     if chat_format is None:
         return (
             "generation_config.json is missing or has no chat_format. If this is a chat model, put the file of its "
@@ -394,7 +394,7 @@ def explain_format(chat_format: object) -> str:
     )
 
 
-def set_chat_format(settings: dict[str, Any]) -> None:
+def set_chat_format(settings: dict[str, object]) -> None:
     """Turn the fields of a base model's generation config into a chat model's, in place."""
     if settings.get("chat_format") != "chatml":
         settings["chat_format"] = "chatml"

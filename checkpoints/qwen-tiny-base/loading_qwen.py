@@ -17,10 +17,12 @@ from .configuration_qwen import QWenConfig, check_model_type
 from .gptq_qwen import configure_kernel, explain_missing_packages, is_gptq, missing_packages
 from .loading_options_qwen import (
     PRECISIONS,
+    attention_devices,
     check_arguments,
     check_devices,
     choose_attention,
     choose_dtype,
+    prefer_one_gpu,
     target_device,
 )
 
@@ -44,11 +46,12 @@ class LoadingMixin(MixinBase):
         """transformers' `from_pretrained`, which also accepts the fields of `QWenConfig` as keyword arguments.
 
         Without a dtype, the precision depends on the flags (`bf16=True` …) and the device, not on the stored weights;
-        see `choose_dtype`.
+        see `choose_dtype`. With `device_map="auto"`, a model that fits on one GPU is not spread over several, unless
+        `max_memory` is given; "balanced" spreads it.
 
         Raises:
-            ValueError: two arguments contradict each other, `config` is of another model, or `device_map` names a
-                device that this machine does not have.
+            ValueError: two arguments contradict each other, `config` is of another model, `device_map` names a device
+                that this machine does not have, or the driver of the GPU is too old for torch.
             ImportError: the weights are quantized and packages for them are missing.
             OSError: files are missing or damaged.
         """
@@ -84,8 +87,13 @@ class LoadingMixin(MixinBase):
         model_config, quantization_config = configure_kernel(model_config, quantization_config, dtype, device)
         if quantization_config is not None:
             kwargs["quantization_config"] = quantization_config
+        if device_map == "auto" and kwargs.get("max_memory") is None:
+            kwargs["device_map"] = device_map = prefer_one_gpu(model_config, dtype)
         requested = kwargs.get("attn_implementation", model_config._attn_implementation)
-        kwargs["attn_implementation"] = choose_attention(model_config, dtype, device, requested)
+        # A caller that asks for flash attention without a device_map moves the model to the GPU.
+        moves_later = device_map is None and model_config.use_flash_attn is True
+        devices = attention_devices("auto" if moves_later else device_map)
+        kwargs["attn_implementation"] = choose_attention(model_config, dtype, devices, requested)
         try:
             return super().from_pretrained(
                 pretrained_model_name_or_path, *model_args, config=model_config, dtype=dtype, **kwargs

@@ -13,7 +13,8 @@ import copy
 import functools
 import inspect
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from itertools import islice
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
@@ -26,11 +27,12 @@ from transformers import (
     PreTrainedTokenizerBase,
     StoppingCriteriaList,
 )
+from transformers.generation.utils import GenerationMode
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils import can_return_tuple
+from transformers.utils import can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -44,10 +46,13 @@ from .loading_qwen import LoadingMixin
 from .rope_qwen import MAX_DOUBLINGS as MAX_DOUBLINGS  # re-exported for old imports
 from .rope_qwen import apply_rotary_emb, logn_scale, ntk_alpha, rotary_tables
 from .stop_strings_qwen import ByteStopStringCriteria
-from .window_attention_qwen import AttentionFunction, Window, create_windows, window_attention
+from .window_attention_qwen import AttentionFunction, Window, create_windows, move_windows, window_attention
 
 if TYPE_CHECKING:
     from transformers.generation.continuous_batching import ContinuousBatchingManager
+
+logger = logging.get_logger(__name__)
+Movable = TypeVar("Movable")  # a tensor, something else with `to`, or something without
 
 # Name of the cache argument in transformers: `cache` from 5.24 on.
 CACHE_ARG = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
@@ -132,7 +137,7 @@ class QWenAttention(nn.Module):
         else:
             attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         if window is not None:
-            attention = functools.partial(window_attention, attention, window)
+            attention = functools.partial(window_attention, attention, window.to(hidden_states.device))
         output, weights = attention(
             self,
             query,
@@ -210,6 +215,12 @@ class QWenPreTrainedModel(LoadingMixin, GPTQMixin, PreTrainedModel):
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": QWenBlock, "attentions": QWenAttention}
 
+    @property
+    def device(self) -> torch.device:
+        """The device of the inputs. Offloaded weights are on "meta": then the one that they are copied to."""
+        device = super().device
+        return (execution_device(self) or device) if device.type == "meta" else device
+
 
 class QWenModel(QWenPreTrainedModel):
     """The network without its output layer."""
@@ -262,7 +273,14 @@ class QWenModel(QWenPreTrainedModel):
             past_key_values = self.new_cache()
 
         past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
-        alpha = self.dynamic_ntk_alpha(past_key_values, past_length, inputs_embeds, attention_mask, position_ids)
+        # With a device_map, these may be on other devices: a static cache's length is on that of the first layer.
+        past_length = to_device(past_length, inputs_embeds.device)
+        attention_mask = to_device(attention_mask, inputs_embeds.device)
+        position_ids = to_device(position_ids, inputs_embeds.device)
+        if "cache" in kwargs:  # a row holds several prompts, none longer than seq_length: check_prompt_length
+            alpha = None
+        else:
+            alpha = self.dynamic_ntk_alpha(past_key_values, past_length, inputs_embeds, attention_mask, position_ids)
         if position_ids is None:
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + past_length
 
@@ -280,7 +298,12 @@ class QWenModel(QWenPreTrainedModel):
 
         hidden_states = self.drop(inputs_embeds)
         # `generate` may draft with only the first layers.
-        for block, window in zip(self.h[: self.config.num_hidden_layers], windows, strict=False):
+        for index, block in enumerate(islice(self.h, self.config.num_hidden_layers)):
+            device = execution_device(block)
+            if device is not None and device != position_ids.device:  # accelerate would copy them for each layer
+                mask, position_ids = to_device(mask, device), to_device(position_ids, device)
+                cos, sin, query_scale = cos.to(device), sin.to(device), to_device(query_scale, device)
+                windows = move_windows(windows, device)
             hidden_states = block(
                 hidden_states,
                 attention_mask=mask,
@@ -288,7 +311,7 @@ class QWenModel(QWenPreTrainedModel):
                 past_key_values=past_key_values,
                 use_cache=use_cache,
                 position_embeddings=(cos, sin, query_scale),
-                window=window,
+                window=windows[index],
                 **kwargs,
             )
         return BaseModelOutputWithPast(
@@ -339,9 +362,9 @@ class QWenModel(QWenPreTrainedModel):
             past_length: tokens in the cache; a tensor for a static cache.
 
         Returns:
-            (B), or None if dynamic NTK is off or attention is paged, where a row holds several prompts.
+            (B), or None if dynamic NTK is off.
         """
-        if not self.config.use_dynamic_ntk or self.training or self.config._attn_implementation.startswith("paged|"):
+        if not self.config.use_dynamic_ntk or self.training:
             return None
         if cache is None:
             return ntk_alpha(count_prompt_tokens(inputs_embeds, attention_mask, position_ids), self.config.seq_length)
@@ -353,7 +376,8 @@ class QWenModel(QWenPreTrainedModel):
             return state.alpha
 
         if state.prompt_lens is not None:
-            lengths, state.prompt_lens = state.prompt_lens.expand(len(inputs_embeds)), None
+            lengths = state.prompt_lens.to(inputs_embeds.device).expand(len(inputs_embeds))
+            state.prompt_lens = None
         else:
             lengths = count_prompt_tokens(inputs_embeds, attention_mask, position_ids)
         alpha = ntk_alpha(lengths, self.config.seq_length)
@@ -364,6 +388,17 @@ class QWenModel(QWenPreTrainedModel):
             torch._dynamo.mark_static_address(alpha)  # the compiled step writes to it; CUDA graphs need to know
         state.alpha = alpha
         return alpha
+
+
+def execution_device(module: nn.Module) -> torch.device | None:
+    """Return the device that accelerate runs a module on, if it spread the model over several."""
+    device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    return None if device is None else torch.device(device)
+
+
+def to_device(x: Movable, device: torch.device) -> Movable:
+    """Return a copy on a device, or x itself if it is there already, None or a number."""
+    return x.to(device) if hasattr(x, "to") else x
 
 
 def cache_kwargs(cache: Cache | None) -> dict[str, Any]:
@@ -381,6 +416,20 @@ def count_prompt_tokens(
     if position_ids is not None:
         return (position_ids.amax(-1) + 1).expand(batch)
     return torch.full((batch,), length, device=inputs_embeds.device)
+
+
+def warn_of_larger_cache(generation_config: GenerationConfig, needed: int) -> None:
+    """Warn if `max_cache_len` is too small: transformers then makes a larger cache, which compiles decoding again.
+
+    Args:
+        needed: tokens of prompt and reply.
+    """
+    given = getattr(generation_config, "max_cache_len", None)
+    if given is not None and given < needed and "static" in (generation_config.cache_implementation or ""):
+        logger.warning(
+            f"max_cache_len={given} is too small for a prompt and max_new_tokens of together {needed} tokens: the "
+            "cache is enlarged, and a compiled model compiled again. Pass a larger max_cache_len."
+        )
 
 
 def select_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
@@ -467,7 +516,42 @@ class QWenLMHeadModel(QWenPreTrainedModel, ChatMixin, GenerationMixin):
                 "with the 8-bit cache."
             )
         generation_config = self.with_end_tokens(generation_config or self.generation_config)
-        return super().init_continuous_batching(generation_config, *args, **kwargs)
+        manager = super().init_continuous_batching(generation_config, *args, **kwargs)
+        if "add_request" not in vars(manager):  # a manager may be used again
+            add_request = manager.add_request
+
+            @functools.wraps(add_request)
+            def checked_add_request(input_ids: list[int], *args: Any, **kwargs: Any) -> str | None:
+                self.check_prompt_length(input_ids)
+                return add_request(input_ids, *args, **kwargs)
+
+            manager.add_request = checked_add_request  # type: ignore[method-assign]  # transformers creates the manager
+        return manager
+
+    def generate_batch(self, inputs: list[list[int]], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As in transformers.
+
+        Raises:
+            ValueError: a prompt is longer than `seq_length`, and dynamic NTK is on.
+        """
+        for input_ids in inputs:  # transformers logs an error of add_request, and returns no outputs
+            self.check_prompt_length(input_ids)
+        return super().generate_batch(inputs, *args, **kwargs)
+
+    def check_prompt_length(self, input_ids: Sequence[int]) -> None:
+        """Check that a prompt needs no dynamic NTK in transformers' continuous batching.
+
+        It computes the tokens of all requests in one row, without the lengths of their prompts.
+
+        Raises:
+            ValueError: the prompt is longer than `seq_length`, and dynamic NTK is on.
+        """
+        if self.config.use_dynamic_ntk and len(input_ids) > self.config.seq_length:
+            raise ValueError(
+                f"A prompt has {len(input_ids)} tokens. transformers' continuous batching (generate_batch) has no "
+                f"dynamic NTK, which these models need beyond seq_length={self.config.seq_length}: shorten the prompt, "
+                "or use generate, chat_batch or openai_api.py."
+            )
 
     def _get_stopping_criteria(
         self,
@@ -489,15 +573,21 @@ class QWenLMHeadModel(QWenPreTrainedModel, ChatMixin, GenerationMixin):
         )
 
     def _prepare_cache_for_generation(
-        self, generation_config: GenerationConfig, model_kwargs: dict, *args: Any, **kwargs: Any
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict,
+        generation_mode: GenerationMode,
+        batch_size: int,
+        max_cache_length: int,
     ) -> bool:
         use_default_cache = generation_config.cache_implementation is None and generation_config.use_cache is not False
         if isinstance(model_kwargs.get(CACHE_ARG), tuple | list):
             model_kwargs[CACHE_ARG] = cache_from_legacy(model_kwargs[CACHE_ARG], self.transformer.use_fused_decode)
         if self.config.use_cache_quantization and use_default_cache and model_kwargs.get(CACHE_ARG) is None:
             model_kwargs[CACHE_ARG] = self.transformer.new_cache()
+        warn_of_larger_cache(generation_config, max_cache_length)
         result = super()._prepare_cache_for_generation(  # type: ignore[misc]  # its `self` has attributes unused here
-            generation_config, model_kwargs, *args, **kwargs
+            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
         # The last call before the first forward. The full prompt is known here; the forward may get only a chunk of it.
         cache, position_ids = model_kwargs.get(CACHE_ARG), model_kwargs.get("position_ids")

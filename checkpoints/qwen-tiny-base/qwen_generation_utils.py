@@ -18,7 +18,7 @@ Turn = tuple[str, str]
 """A role, "system", "user" or "assistant", and the text of a message."""
 PastTurn = tuple[str | None, str | None]
 """A query and its response. None: a message that was not sent, such as the query before a greeting."""
-Message = Mapping[str, Any]
+Message = Mapping[str, object]
 """`{"role": …, "content": …}`, as in `apply_chat_template` and OpenAI's API."""
 History = list[tuple[str, str]]
 DEFAULT_SYSTEM = "You are a helpful assistant."
@@ -213,7 +213,7 @@ def _message_turns(messages: Sequence[Message], name: str = "messages") -> list[
         if role not in ("system", "developer", "user", "assistant"):
             raise ValueError(f"{name}[{index}] needs a role: system, developer, user or assistant, not {role!r:.200}.")
         content = content_text(message.get("content"), f"{name}[{index}].content")
-        turns.append(("system" if role == "developer" else role, content))
+        turns.append(("system" if role == "developer" else str(role), content))
     return turns
 
 
@@ -237,7 +237,8 @@ def content_text(content: object, path: str) -> str:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind != "text":
             raise ValueError(
-                f'{path}[{index}] has type {kind!r:.200}: the model takes text only; send {{"type": "text", "text": …}}.'
+                f"{path}[{index}] has type {kind!r:.200}: the model takes text only; send "
+                '{"type": "text", "text": …}.'
             )
         if not isinstance(part.get("text"), str):
             raise ValueError(f"{path}[{index}].text must be a string, not {type(part.get('text')).__name__}.")
@@ -337,9 +338,11 @@ class StopWordsLogitsProcessor(LogitsProcessor):
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """input_ids: (B, S), scores: (B, vocab_size) → scores."""
         stopped = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        # A copy to a GPU waits for it, so this is one per generation instead of one per token.
+        self.stop_words_ids = [words.to(input_ids.device) for words in self.stop_words_ids]
         for words in self.stop_words_ids:
             if len(words) <= input_ids.shape[1]:
-                stopped |= (input_ids[:, -len(words) :] == words.to(input_ids.device)).all(-1)
+                stopped |= (input_ids[:, -len(words) :] == words).all(-1)
         only_eos = torch.full_like(scores[:1], -float("inf"))
         only_eos[:, self.eos_token_id] = 0
         return cast(torch.FloatTensor, torch.where(stopped[:, None], only_eos, scores))

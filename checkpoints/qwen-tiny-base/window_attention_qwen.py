@@ -7,8 +7,9 @@ functions.
 Shapes: B batch, H heads, S queries, T keys, D head size.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple, Protocol, TypeAlias
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import nn
@@ -28,7 +29,8 @@ class AttentionModule(Protocol):
     def config(self) -> PreTrainedConfig: ...
 
 
-class Window(NamedTuple):
+@dataclass
+class Window:
     """Window of a layer: each query sees the keys of the last `size` tokens, including its own.
 
     Args:
@@ -39,6 +41,11 @@ class Window(NamedTuple):
     size: int
     positions: torch.Tensor
     min_position: int | None
+
+    # Not a NamedTuple: GPTQModel and accelerate each build their own kind of tuples from their items.
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "Window":
+        """Return the window with its positions on a device. accelerate calls it, too."""
+        return Window(self.size, self.positions.to(device, non_blocking=non_blocking), self.min_position)
 
 
 def create_windows(
@@ -62,6 +69,14 @@ def create_windows(
         positions = torch.arange(num_queries, device=device)[None] + past_length
         min_position = past_length if isinstance(past_length, int) else None
     return [Window(size, positions, min_position) for size in sizes]
+
+
+def move_windows(windows: Sequence[Window | None], device: torch.device) -> Sequence[Window | None]:
+    """Copy the windows of `create_windows` to a device. They share their positions, which are copied once."""
+    if not windows or windows[0] is None:
+        return windows
+    positions = windows[0].positions.to(device)
+    return [window and Window(window.size, positions, window.min_position) for window in windows]
 
 
 def window_attention(

@@ -57,10 +57,11 @@ def explain_missing_packages(name: str | os.PathLike) -> str:
 def choose_kernel(quantization: Mapping[str, object], dtype: torch.dtype | str, device: torch.device) -> str:
     """Return GPTQModel's fastest `backend` for these GPTQ weights on this device.
 
-    On accelerators, and on the CPU for layouts that its 4-bit kernel supports, GPTQModel chooses. On NVIDIA GPUs its
-    choice is compiled with nvcc at the first load; without nvcc that fails, so the Triton kernel is used. Other weights
-    on the CPU are computed in 8 bits with one scale per row in bfloat16, which is fast, and unpacked in every forward
-    in other precisions, which is slow but exact.
+    On NVIDIA GPUs the fast kernels are compiled with nvcc at the first load; without nvcc that fails, so the Triton
+    kernel is used. From compute capability 8.0 on, weights like the published ones get Marlin. GPTQModel would choose
+    Machete on Hopper, which downloads CUTLASS and compiles it. On other accelerators, and on the CPU for layouts that
+    its 4-bit kernel supports, GPTQModel chooses. Other weights on the CPU are computed in 8 bits with one scale per row
+    in bfloat16, which is fast, and unpacked in every forward in other precisions, which is slow but exact.
 
     Args:
         quantization: `quantization_config` of config.json.
@@ -72,10 +73,29 @@ def choose_kernel(quantization: Mapping[str, object], dtype: torch.dtype | str, 
             "replies install the CUDA toolkit (or set CUDA_HOME to it); the first load then takes minutes."
         )
         return "gptq_triton"
+    if device.type == "cuda" and _is_for_marlin(quantization):
+        logger.warning_once(
+            "The GPTQ weights are computed by Marlin. GPTQModel compiles it with nvcc at the first load on a machine, "
+            "and in bfloat16 another time at the first token. Each takes minutes; the results are kept."
+        )
+        return "gptq_marlin"
     if device.type != "cpu" or (bits == 4 and group_size in (32, 64, 128)):
         return "auto"
     convertible = bits in (2, 4, 8) and group_size in (-1, 16, 32, 64, 128) and sys.platform in ("linux", "win32")
     return "gptq_torch_int8" if convertible and dtype is torch.bfloat16 else "torch"
+
+
+def _is_for_marlin(quantization: Mapping[str, object]) -> bool:
+    """Return whether GPTQModel's kernel Marlin computes with these weights, on all NVIDIA GPUs of this machine."""
+    capabilities = [torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())]
+    return (
+        torch.version.hip is None
+        and sys.platform == "linux"
+        and min(capabilities, default=(0, 0)) >= (8, 0)
+        and quantization.get("sym", True) is True
+        and quantization.get("bits") in (4, 8)
+        and quantization.get("group_size", 128) in (-1, 32, 64, 128)
+    )
 
 
 def _has_nvcc() -> bool:

@@ -13,7 +13,7 @@ from typing import Any, cast
 from transformers import GenerationConfig
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
-from ..library_errors import is_shape_mismatch
+from ..library_errors import is_gpu_memory_full, is_main_memory_full, is_shape_mismatch
 from ..model.chat_qwen import explain_format, set_chat_format
 from ..model.configuration_qwen import QWenConfig
 from ..model.modeling_qwen import QWenLMHeadModel
@@ -303,7 +303,7 @@ class Checkpoint:
             from_pretrained_kwargs: for `QWenLMHeadModel.from_pretrained`.
 
         Raises:
-            CheckpointError: files are missing, damaged or inconsistent.
+            CheckpointError: files are missing, damaged or inconsistent, or the memory is too small.
         """
         if self.base is not None:
             return self.base.load_without_adapter(**from_pretrained_kwargs)
@@ -326,7 +326,18 @@ class Checkpoint:
             )
         except ImportError as error:  # a quantized checkpoint without its library
             raise CheckpointError(f"{self.name} needs a package that is not installed. {error}") from error
-        except RuntimeError as error:
+        except (MemoryError, RuntimeError) as error:
+            if is_main_memory_full(error):
+                raise CheckpointError(
+                    f"{self.name} does not fit into main memory: end other programs, load 16 bits per weight "
+                    "(bf16=True in Python), or use a smaller model."
+                ) from error
+            if is_gpu_memory_full(error):
+                raise CheckpointError(
+                    f"{self.name} does not fit into the memory of the GPU: end other programs that use it, load an "
+                    "-Int4 checkpoint or a smaller model, or use the CPU (--cpu-only with the commands). "
+                    f"({first_line(error)})"
+                ) from error
             if not is_shape_mismatch(error):
                 raise
             raise CheckpointError(

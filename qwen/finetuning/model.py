@@ -16,6 +16,8 @@ from ..checkpoint.bundled import BUNDLED_CHAT_INT4
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.files import JSONObject, read_json
 from ..model.chat_qwen import chat_generation_config
+from ..model.configuration_qwen import QWenConfig
+from ..model.loading_options_qwen import choose_attention
 from ..model.modeling_qwen import QWenLMHeadModel
 from ..model.tokenization_qwen import IM_END, QWenTokenizer
 from .arguments import LORA_TARGETS, ArgumentError, Arguments, LoraArguments, TrainingArguments, zero_stage
@@ -58,9 +60,8 @@ def load_for_training(arguments: Arguments) -> "tuple[QWenLMHeadModel | PeftMode
             "examples/add_merges.py."
         )
     checkpoint.check()
-    quantization = getattr(checkpoint.config, "quantization_config", None)
     _check_method(name, checkpoint.is_quantized, arguments)
-    if quantization is not None:
+    if checkpoint.is_quantized:
         training.ddp_broadcast_buffers = False  # packed weights are buffers: gigabytes at every step
         if training.device.type == "cpu":
             # The kernel would be compiled, which needs a C++ compiler, without a gain.
@@ -69,7 +70,7 @@ def load_for_training(arguments: Arguments) -> "tuple[QWenLMHeadModel | PeftMode
     if training.use_lora:
         _check_modules(lora, modules_to_save)
 
-    model, tokenizer = checkpoint.load(**_from_pretrained_kwargs(quantization, training))
+    model, tokenizer = checkpoint.load(**_from_pretrained_kwargs(checkpoint.config, training))
     model.generation_config = chat_generation_config(model.generation_config)
     model.config.use_cache = False
     if model_args.extra_vocab_file is not None:
@@ -190,9 +191,10 @@ def _modules_to_save(name: str, is_chat: bool, arguments: Arguments) -> list[str
     return modules
 
 
-def _from_pretrained_kwargs(quantization: JSONObject | None, training: TrainingArguments) -> dict:
+def _from_pretrained_kwargs(config: QWenConfig, training: TrainingArguments) -> dict:
     """Return the arguments of from_pretrained: precision of frozen and trained weights, kernel and device."""
     compute_dtype = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
+    quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
         # The GPTQModel kernel that passes gradients on every device and after any first call. Without a device map
         # the weights would stay on the CPU.
@@ -203,7 +205,9 @@ def _from_pretrained_kwargs(quantization: JSONObject | None, training: TrainingA
     keep_compute_dtype = training.deepspeed or (training.use_lora and not training.fsdp)
     # Load directly to the GPU, to save main memory in every process. Sharded weights are moved there in parts.
     load_on_device = training.device.type != "cpu" and not training.fsdp and zero_stage(training) < 3
-    return {
-        "dtype": compute_dtype if keep_compute_dtype else torch.float32,
-        "device_map": {"": training.device} if load_on_device else None,
-    }
+    dtype = compute_dtype if keep_compute_dtype else torch.float32
+    if load_on_device:
+        return {"dtype": dtype, "device_map": {"": training.device}}
+    # Without a device map, from_pretrained takes the CPU for the device that computes.
+    attention = choose_attention(config, dtype, [training.device])
+    return {"dtype": dtype, "device_map": None, "attn_implementation": attention}

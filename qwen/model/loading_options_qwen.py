@@ -1,6 +1,6 @@
 """Checks the arguments of `from_pretrained` and chooses device, precision and attention from them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 import torch
@@ -73,6 +73,8 @@ def check_devices(device_map: object) -> None:
         ValueError: it does not; the message says what it has.
     """
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if accelerator is None and device_map is not None and not is_on_cpu(device_map):
+        check_driver()
     count = 0 if accelerator is None else torch.accelerator.device_count()
     for place in device_map.values() if isinstance(device_map, dict) else [device_map]:
         named, _, index = str(place).partition(":")
@@ -89,12 +91,76 @@ def check_devices(device_map: object) -> None:
             )
 
 
+def check_driver() -> None:
+    """Check that torch can use the driver of an NVIDIA GPU, if this machine has one. Otherwise torch finds no GPU.
+
+    Raises:
+        ValueError: the driver is too old.
+    """
+    if torch.version.cuda is None:
+        return
+    try:
+        torch.cuda.init()
+    except RuntimeError as error:
+        # "The NVIDIA driver on your system is too old (found version 11040). Please update your GPU driver by …"
+        # (torch 2.13); also raised where there is no driver, with another text.
+        if "too old" not in str(error):
+            return
+        raise ValueError(
+            f"The NVIDIA driver of this machine is too old for this build of torch (CUDA {torch.version.cuda}): update "
+            "the driver, install a build of torch for it (https://pytorch.org/get-started), or use the CPU: "
+            'device_map="cpu" in Python, --cpu-only with the commands.'
+        ) from error
+
+
+def is_on_cpu(device_map: object) -> bool:
+    """Return whether a `device_map` names no device but the CPU."""
+    places = device_map.values() if isinstance(device_map, dict) else [device_map]
+    return all(str(place) in ("cpu", "disk", "meta") for place in places)
+
+
 def target_device(device_map: object) -> torch.device:
     """Return the device `from_pretrained(device_map=…)` computes on: the accelerator if available and not excluded."""
-    devices = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
-    if all(str(place) in ("cpu", "disk", "meta") for place in devices) or not torch.accelerator.is_available():
+    if is_on_cpu(device_map) or not torch.accelerator.is_available():
         return torch.device("cpu")
     return cast(torch.device, torch.accelerator.current_accelerator())  # None only if none is available
+
+
+def attention_devices(device_map: object) -> list[torch.device]:
+    """Return the devices that a model may compute attention on after `from_pretrained(device_map=…)`.
+
+    Without a device_map, the weights are on torch's default device, whatever GPUs there are.
+    """
+    device = torch.get_default_device() if device_map is None else target_device(device_map)
+    if device.type != "cuda" or device_map is None:
+        return [device]
+    places = device_map.values() if isinstance(device_map, dict) else [device_map]
+    names = [f"cuda:{place}" if isinstance(place, int) else str(place) for place in places]
+    named = [torch.device(name) for name in names if name.startswith("cuda")]
+    return named or [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+
+
+def prefer_one_gpu(config: PreTrainedConfig, dtype: torch.dtype | str) -> str:
+    """Return the `device_map` for "auto": the first GPU that has room for everything, otherwise "auto".
+
+    transformers spreads layers over all GPUs, which compute one after another: it makes a small model slower. Room is
+    needed for the weights, a tenth of them for activations, and a key/value cache of the trained length.
+    """
+    if not torch.cuda.is_available() or torch.cuda.device_count() < 2:
+        return "auto"
+    itemsize = as_dtype((None if dtype == "auto" else dtype) or config.dtype or torch.float32).itemsize
+    quantization = getattr(config, "quantization_config", None) or {}
+    bits = quantization.get("bits") if isinstance(quantization, dict) else getattr(quantization, "bits", None)
+    projection = config.num_attention_heads * config.kv_channels
+    matrices = config.num_hidden_layers * config.hidden_size * (4 * projection + 3 * config.intermediate_size // 2)
+    embeddings = (1 if config.tie_word_embeddings else 2) * config.vocab_size * config.hidden_size
+    cache = 2 * config.num_hidden_layers * projection * config.seq_length * itemsize
+    weights = matrices * (bits or 8 * itemsize) // 8 + embeddings * itemsize
+    for index in range(torch.cuda.device_count()):
+        unused = torch.cuda.memory_reserved(index) - torch.cuda.memory_allocated(index)  # torch has it, but it is free
+        if 1.1 * weights + cache <= torch.cuda.mem_get_info(index)[0] + unused:
+            return f"cuda:{index}"
+    return "auto"
 
 
 def choose_dtype(config: PreTrainedConfig, device: torch.device) -> torch.dtype | str:
@@ -117,7 +183,10 @@ def choose_dtype(config: PreTrainedConfig, device: torch.device) -> torch.dtype 
 
 
 def choose_attention(
-    config: PreTrainedConfig, dtype: torch.dtype | str, device: torch.device, requested: str | None = None
+    config: PreTrainedConfig,
+    dtype: torch.dtype | str,
+    devices: Sequence[torch.device],
+    requested: str | None = None,
 ) -> str:
     """Choose the attention implementation of transformers for `use_flash_attn`.
 
@@ -125,6 +194,7 @@ def choose_attention(
     with a warning that gives the reason.
 
     Args:
+        devices: those that compute, see `attention_devices`.
         requested: the caller's `attn_implementation`; kept unless it is flash attention together with the 8-bit cache.
     """
     flash_requested = requested is not None and "flash" in requested
@@ -135,13 +205,13 @@ def choose_attention(
     reason = None
     if config.use_cache_quantization:
         reason = "use_cache_quantization=True keeps the cache in 8 bits"
-    elif device.type != "cuda":
-        reason = f"it does not run on {device.type}"
+    elif others := {device.type for device in devices} - {"cuda"}:
+        reason = f"it does not run on {min(others)}"
     elif dtype is torch.float32:
         reason = "it does not compute in float32; load with bf16=True or fp16=True"
     elif not is_flash_attn_2_available():
         reason = "the flash-attn package is not installed"
-    elif torch.version.cuda and torch.cuda.get_device_capability(device) < (8, 0):
+    elif torch.version.cuda and any(torch.cuda.get_device_capability(device) < (8, 0) for device in devices):
         reason = "it needs a GPU of compute capability 8.0 (A100, RTX 30) or newer"
     if reason is None:
         return "flash_attention_2"

@@ -258,7 +258,7 @@ def test_published_names() -> None:
 
 def test_a_base_model_is_not_a_chat_model(bundled_base, bundled_chat, tmp_path):
     check_chat(bundled_chat)
-    with pytest.raises(CheckpointError, match=r"not a chat model.*'raw'"):
+    with pytest.raises(CheckpointError, match=r"not a chat model.*raw"):
         check_chat(bundled_base)
     bare = tmp_path / "bare"
     shutil.copytree(bundled_chat, bare)
@@ -276,3 +276,25 @@ def test_a_mistyped_folder_is_not_looked_up_on_the_hub(bundled_chat, tmp_path, m
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CheckpointError, match="Hugging Face hub"):  # tests cannot reach it
         load_model("Qwen/Qwen-7B-Chat")
+
+
+@pytest.mark.parametrize(
+    ("cause", "message"),
+    [
+        (MemoryError(), "does not fit into main memory: .*bf16=True"),
+        ("DefaultCPUAllocator", "does not fit into main memory"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8.00 GiB."),
+            "of the GPU: .*-Int4.*--cpu-only.*8.00",
+        ),
+    ],
+    ids=["Python", "torch", "CUDA"],
+)
+def test_too_little_memory_is_explained(checkpoint: Path, cause: object, message: str, monkeypatch) -> None:
+    def from_pretrained(*args: object, **kwargs: object) -> None:
+        if isinstance(cause, BaseException):
+            raise cause
+        torch.empty(1 << 46)
+
+    monkeypatch.setattr(opened.QWenLMHeadModel, "from_pretrained", from_pretrained)
+    assert re.search(message, error_message(checkpoint))

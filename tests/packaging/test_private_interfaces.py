@@ -173,6 +173,8 @@ INTERFACES = [
     Interface("triton.backends.driver.DriverBase.get_current_target", "qwen/model/kv_cache_triton_qwen.py",
               "builds the launcher before the first kernel", "(self)"),
     # ---- accelerate, DeepSpeed ----
+    Interface("accelerate.hooks._hf_hook", MODELING, "names the device that a layer runs on with device_map",
+              "name in the module"),
     Interface("accelerate.PartialState._shared_state", "qwen/finetuning/distributed.py",
               "enables FSDP without a GPU", "attribute"),
     Interface("accelerate.utils.FullyShardedDataParallelPlugin.set_state_dict_type", TRAINER,
@@ -285,6 +287,9 @@ def version_of(library: str) -> str:
 def imported(name: str, kind: str) -> str:
     """Describe an imported name in the terms of `Interface.expected`."""
     place, _, last = name.rpartition(".")
+    if kind == "name in the module":
+        source = inspect.getsource(importlib.import_module(place))
+        return kind if re.search(rf"\b{last}\b", source) else "missing"
     if kind in ("instance attribute", "field"):
         owners = inspect.getmro(pkgutil.resolve_name(place))
         if kind == "field":

@@ -395,6 +395,20 @@ def test_model_beyond_float16_is_rejected(bundled_chat: Path, samples: list[list
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
+def test_models_with_windows_are_quantized(bundled_chat: Path, samples: list[list[int]], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    source = tmp_path / "source"
+    model = QWenLMHeadModel(small_config(bundled_chat, use_window_attn=True, window_sizes=[16, 64]))
+    model.save_pretrained(source)
+    for name in ("qwen.tiktoken", "tokenizer_config.json", "generation_config.json"):
+        shutil.copyfile(bundled_chat / name, source / name)
+    assert json.loads((source / "config.json").read_text(encoding="utf-8"))["use_window_attn"]
+    assert max(map(len, samples)) > 64
+    outcome = quantize(source, tmp_path / "out", samples[:2], bits=4, group_size=64, cpu_only=True)
+    assert set(outcome.losses) == set(LINEARS)
+
+
 def test_base_models_are_quantized_too(samples: list[list[int]], tmp_path: Path) -> None:
     checked = qwen.quantization.check(BUNDLED_BASE, tmp_path / "out")
     assert checked.num_hidden_layers == 6

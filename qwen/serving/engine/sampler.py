@@ -1,6 +1,7 @@
 """Samples the next token of each row of a batch, with its own settings.
 
-The result of `sample` for a row depends on that row alone, and each row has its own random number generator.
+The result of `sample` for a row depends on the logits of that row alone, and each row has its own random number
+generator.
 """
 
 import random

@@ -1,8 +1,10 @@
 """Continuous batching: sequences of token ids in, tokens out.
 
 One thread owns the model and repeats a step (Yu et al. 2022, Orca, section 3.2): admit waiting sequences, prefill a
-chunk of their prompts, decode one token of every running sequence. Sequences are added and removed between steps. The
-output of a sequence does not depend on the others: each has its own sampling settings, random numbers and NTK base.
+chunk of their prompts, decode one token of every running sequence. Sequences are added and removed between steps. Each
+has its own sampling settings, random numbers and NTK base, so that its output does not depend on the others: exactly in
+float32 on the CPU. In 16 bits and on GPUs, kernels are chosen by batch size and round differently, which can change a
+token where two are almost equally likely.
 
 Memory: a sequence is admitted only if there is room for its maximum length, so that running sequences are never
 evicted. Rows of a similar maximum length share a cache, so that a long sequence does not pad short ones.

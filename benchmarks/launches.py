@@ -1,0 +1,173 @@
+"""Counts kernel launches and waits of the host per decoded token on a GPU, for each way to decode. Needs no GPU.
+
+    python -m benchmarks.launches
+    python -m benchmarks.launches --lines "server, 16 rows, greedy"
+
+The model has the layers of a 7B one and a tiny width, in bfloat16: counts depend on neither width nor machine. Tensors
+only pretend to be on a GPU. `tests/support/pretend_cuda.py` says how, and `tests/support/launch_counter.py` what counts
+as a launch and as a wait.
+"""
+
+import argparse
+import contextlib
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+try:
+    from benchmarks.qwen2 import as_qwen2
+    from tests.support.cuda_guard import NoGuard
+    from tests.support.launch_counter import DeviceWork, count_device_work
+    from tests.support.pretend_cuda import pretend_cuda
+except ModuleNotFoundError as error:
+    sys.exit(f"{error}. In the repository folder, run: pip install -e .[test] && python -m benchmarks.launches")
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.utils import logging
+
+from qwen import QWenConfig, QWenLMHeadModel
+from qwen.model import kv_cache_qwen
+from qwen.serving.engine.sampler import SampledToken, SamplingParams
+from qwen.serving.engine.scheduler import EndReason, GenerationSequence, Scheduler
+
+VOCABULARY = 512
+PROMPT = 20  # tokens
+WARM_UP, STEPS = 3, 4  # decoding steps before and while counting
+ROWS = 16  # of the server
+DEFAULT_SAMPLING = {"temperature": 1.0, "top_p": 0.8, "repetition_penalty": 1.1}  # of the published checkpoints
+REACHES = (400, 1500, 3000)  # new tokens, in three classes of row lengths
+
+
+class Step(NamedTuple):
+    """Counts of one decoding step, and the work of several."""
+
+    launches: float
+    waits: float
+    work: DeviceWork
+
+    @classmethod
+    def mean(cls, work: DeviceWork) -> "Step":
+        return cls(sum(work.launches.values()) / STEPS, sum(work.waits.values()) / STEPS, work)
+
+
+def tiny_model(layers: int, **config: Any) -> QWenLMHeadModel:
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "num_attention_heads": 2, "kv_channels": 16, "intermediate_size": 64}
+    lengths = {"seq_length": 2048, "max_position_embeddings": 8192}
+    model = QWenLMHeadModel(QWenConfig(vocab_size=VOCABULARY, num_hidden_layers=layers, **shape, **lengths, **config))
+    return model.to("cuda", torch.bfloat16).eval()
+
+
+def generate_step(model: PreTrainedModel, rows: int = 1, padded: bool = False, **settings: Any) -> Step:
+    """Count by the difference between a shorter and a longer reply of `generate`."""
+    model.generation_config = GenerationConfig()
+    ids = torch.randint(VOCABULARY - 1, (rows, PROMPT), generator=torch.Generator().manual_seed(0)).to("cuda")
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[0, : PROMPT // 2] = 0
+    counts = []
+    for tokens in (WARM_UP, WARM_UP + STEPS):
+        lengths = {"max_new_tokens": tokens, "min_new_tokens": tokens, "eos_token_id": VOCABULARY - 1}
+        with count_device_work() as work:
+            model.generate(ids, attention_mask=mask, do_sample=False, pad_token_id=0, **lengths, **settings)
+        counts.append(work)
+    return Step.mean(counts[1].since(counts[0]))
+
+
+def server_step(model: QWenLMHeadModel, reaches: tuple[int, ...] = REACHES[:1], **params: Any) -> Step:
+    """Count between the tokens of the first row, while `ROWS` rows are running."""
+    scheduler = Scheduler(model, max_batch_size=ROWS, cache_tokens=2**20)
+    counts: list[DeviceWork] = []
+    errors: list[Exception] = []
+
+    def sequence(row: int) -> GenerationSequence:
+        def on_token(token: SampledToken) -> bool:
+            if row == 0:
+                counts.append(work.copy())
+            return len(counts) > WARM_UP + STEPS
+
+        def on_end(reason: EndReason, error: Exception | None) -> None:
+            if error is not None:
+                errors.append(error)
+
+        prompt = [(row + position) % VOCABULARY for position in range(PROMPT + row)]  # each of another length
+        sampling = SamplingParams(max_tokens=reaches[row % len(reaches)], seed=row, **params)
+        return GenerationSequence(prompt, sampling, frozenset(), on_token, on_end)
+
+    with count_device_work() as work:
+        with scheduler.changed:  # so that all start together
+            for row in range(ROWS):
+                scheduler.submit(sequence(row))
+        scheduler.close()
+    if errors:
+        raise errors[0]
+    return Step.mean(counts[-1].since(counts[-1 - STEPS]))
+
+
+def kernel_step(layers: int) -> Step:
+    """`generate` with the Triton kernels of the 8-bit cache, which are compiled, but not run."""
+    from qwen.model import kv_cache_triton_qwen as kernels
+    from tests.support.triton_driver import pretend_triton
+
+    used = kernels.append_kernel, kernels.decode_kernel, kernels.combine_kernel
+    with contextlib.ExitStack() as stack:
+        stack.callback(kv_cache_qwen.triton_kernels.cache_clear)
+        stack.enter_context(pretend_triton("sm_90", *used))
+        kv_cache_qwen.triton_kernels.cache_clear()
+        return generate_step(tiny_model(layers, use_cache_quantization=True, use_cache_kernel=True))
+
+
+PATHS: dict[str, Callable[[int], Step]] = {
+    "generate, 1 row": lambda layers: generate_step(tiny_model(layers)),
+    "generate, 1 row, transformers' Qwen2": lambda layers: generate_step(as_qwen2(tiny_model(layers))),
+    "generate, 2 stop words": lambda layers: generate_step(tiny_model(layers), stop_words_ids=[[3, 4], [7, 8]]),
+    "generate, padded batch": lambda layers: generate_step(tiny_model(layers), rows=2, padded=True),
+    "generate, static cache, not compiled": lambda layers: generate_step(
+        tiny_model(layers), cache_implementation="static", disable_compile=True
+    ),
+    "generate, 8-bit cache": lambda layers: generate_step(tiny_model(layers, use_cache_quantization=True)),
+    "generate, 8-bit cache with kernel": kernel_step,
+    "server, 16 rows, greedy": lambda layers: server_step(tiny_model(layers), temperature=0.0),
+    "server, 16 rows, default sampling": lambda layers: server_step(tiny_model(layers), **DEFAULT_SAMPLING),
+    "server, 16 rows, logprobs 5": lambda layers: server_step(tiny_model(layers), temperature=0.0, top_logprobs=5),
+    "server, 16 rows, three lengths": lambda layers: server_step(tiny_model(layers), REACHES, temperature=0.0),
+}
+"""Name of a way to decode → function that counts its step for a number of layers."""
+
+
+def count(path: str, layers: int) -> Step:
+    """Count one decoding step of a path of `PATHS`.
+
+    Raises:
+        NoGuard: there is a real GPU, or no C++ compiler.
+    """
+    with torch.no_grad(), pretend_cuda():
+        return PATHS[path](layers)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Counts kernel launches and waits per decoded token, without a GPU.")
+    parser.add_argument("--layers", type=int, default=32, help="of the model (default: 32, as Qwen-7B)")
+    parser.add_argument("--lines", choices=PATHS, metavar="PATH", help="print the lines of one row of the table")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    logging.set_verbosity_error()
+    warnings.simplefilter("ignore")
+    try:
+        if arguments.lines is not None:
+            work = count(arguments.lines, arguments.layers).work
+            for kind in ("waits", "launches"):
+                print(f"{kind} per token:\n{work.table(kind, STEPS)}\n")
+            return
+        print("| path | launches | waits |\n|---|---:|---:|")
+        for path in PATHS:
+            step = count(path, arguments.layers)
+            print(f"| {path} | {step.launches:,.0f} | {step.waits:g} |", flush=True)
+    except NoGuard as error:
+        sys.exit(f"launches: {error}")
+
+
+if __name__ == "__main__":
+    main()
