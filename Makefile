@@ -9,6 +9,7 @@
 #     make check       style, types, import contracts and the quick tests, in three minutes
 #     make test        all tests; make test ARGS="-k loading"
 #     make test-oldest the quick tests on the oldest versions that work
+#     make test-gpu    tests and speeds of a GPU, without installing anything; make test-gpu PYTHON=python3 OUT=folder
 #     make test-clients calls the server with the newest clients; make test-clients ARGS="openai litellm"
 # The first call creates the environment in .venv, which takes a minute or two.
 
@@ -25,7 +26,7 @@ CONSTRAINTS ?= constraints.txt
 INSTALL := $(BIN)/python -m pip install --quiet $(addprefix --constraint ,$(CONSTRAINTS))
 
 .DEFAULT_GOAL := help
-.PHONY: help chat web serve finetune quantize evaluate export check test test-nightly test-oldest test-clients coverage lint format clean
+.PHONY: help chat web serve finetune quantize evaluate export check test test-gpu test-nightly test-oldest test-clients coverage lint format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -70,6 +71,15 @@ check: lint  ## check style, types and import contracts, and run the quick tests
 
 test: lint  ## check the same, and run all tests
 	$(PYTEST) $(ARGS)
+
+# Installs nothing: the Python of the command line, else that of the environment. WHEELS is a folder of wheels to use
+# instead of what is installed, for example of a newer transformers.
+GPU_PYTHON = $(if $(filter command environment,$(origin PYTHON)),$(PYTHON),$(BIN)/python)
+OUT ?= gpu_results
+
+test-gpu:  ## run the tests of a GPU, then measure its speed, in 8 minutes (OUT=folder WHEELS=folder)
+	@command -v $(GPU_PYTHON) >/dev/null || { echo "$(GPU_PYTHON) not found: set make test-gpu PYTHON=..." >&2; exit 1; }
+	$(GPU_PYTHON) -m tests.on_gpu --out $(OUT) $(addprefix --wheels ,$(WHEELS)) $(ARGS)
 
 test-nightly: $(VENV)/.ready-test  ## run the slow tests that repeat what other tests cover
 	$(BIN)/python -m pytest -rs -m nightly $(ARGS)

@@ -6,7 +6,8 @@ Starts openai_api.py twice with the bundled or another chat model: with default 
 like the published server. Both receive the same greedy requests from sixteen clients, and each answer is compared with
 the answer to the same request sent alone. There are three kinds of requests: questions that the bundled model answers
 in 4 to 48 tokens, plain and streamed, and streamed replies of 128 tokens (logit_bias bans the end tokens). Reports
-medians of three rounds.
+medians of three rounds. All answers must be the same in float32 on the CPU; in 16 bits, and on a GPU, rounding depends
+on the batch size, so that some may differ.
 """
 
 import argparse

@@ -25,7 +25,8 @@ COMMANDS = {
 
 def recipe(*words: str) -> list[str]:
     """Return the commands that `make WORDS` would run, without those that create the environment."""
-    env = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "ARGS", "EVAL")}
+    own = ("MAKEFLAGS", "MAKELEVEL", "ARGS", "EVAL", "OUT", "WHEELS")
+    env = {name: value for name, value in os.environ.items() if name not in own}
     done = subprocess.run(
         ["make", "-n", "PYTHON=python3", "VENV=.venv", *words],
         cwd=ROOT,
@@ -73,3 +74,11 @@ def test_the_tiers_differ_by_their_markers() -> None:
     assert 'not (process or browser or training or docs or slow or nightly)"' in check
     assert " -m " not in everything.removeprefix("-m pytest")
     assert nightly == "-m pytest -rs -m nightly"
+
+
+def test_the_gpu_target_installs_nothing() -> None:
+    arguments = "-m tests.on_gpu --out gpu_results"
+    assert recipe("test-gpu", "PYTHON=python3")[1:] == [f"python3 {arguments}"]
+    assert recipe("test-gpu", "OUT=there", "WHEELS=wheels", "ARGS=--only speed")[1:] == [
+        "python3 -m tests.on_gpu --out there --wheels wheels --only speed"
+    ]

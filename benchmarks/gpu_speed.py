@@ -1,0 +1,388 @@
+"""Measures the speed of this repository on one GPU: each part, and how much of the memory bandwidth it uses.
+
+    python -m benchmarks.gpu_speed [--sections decode engine ...] [--shape 7B]
+
+Models have a published shape and random weights, which does not change the work. Each section adds rows to a Markdown
+table, most valuable first, and a section that fails does not end the table. A token reads all weights but the
+embedding; "of copy" is that rate relative to a copy of 2 GiB on the device, which reads and writes. `make test-gpu`
+runs this after its tests; see CONTRIBUTING.md.
+
+- bandwidth: a copy, a sum, and a product of matrices, by CUDA events.
+- engine: the engine of the server with 1, 16 and 64 rows: milliseconds per step, of which the GPU works; memory.
+- decode: after a prompt of 128 tokens: `generate`, the eager step captured as a CUDA graph, and the step compiled by
+  torch with CUDA graphs. A captured step has the kernels of the eager one, without Python's time to launch them.
+- kernel: attention of one token over the 8-bit cache, beside sdpa over a float cache, as in kv_cache.py.
+- profile: kernels of one eager step.
+- prefill: a prompt of 2048 tokens.
+- training: steps of LoRA with activation checkpointing.
+
+On the CPU, `--device cpu --quick` tries all sections on tiny shapes.
+"""
+
+import argparse
+import contextlib
+import functools
+import gc
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from pathlib import Path
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+try:
+    from benchmarks.decoding import decode_greedily, token_times
+    from qwen import QWenLMHeadModel
+except ModuleNotFoundError as error:
+    sys.exit(f"{error}. In the repository folder, run: pip install -e ., then python -m benchmarks.gpu_speed")
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import GenerationConfig, StaticCache
+
+from benchmarks.random_models import SHAPES, random_model
+from qwen.checkpoint.loading import load_tokenizer
+from qwen.finetuning.arguments import LoraArguments
+from qwen.finetuning.model import add_lora
+from qwen.model.kv_cache_qwen import QuantizedKVLayer, quantized_attention, triton_kernels
+from qwen.serving.engine import Engine
+from tests.support.device_profile import profile_device
+from tests.support.progress import Progress, Row, last_line, leave_broken_device
+
+Figures = Iterator[tuple[str, str]]
+"""Names and values, each as soon as it is known."""
+
+
+class Bench:
+    """What the sections share.
+
+    Args:
+        device: "cuda" or "cpu".
+        shape: shape of the model, a key of SHAPES.
+        quick: few tokens and small tensors.
+    """
+
+    def __init__(self, device: str, shape: str, quick: bool):
+        self.device, self.shape, self.quick = device, shape, quick
+        self.cuda = device == "cuda"
+        self.dtype = torch.bfloat16 if self.cuda else torch.float32
+        self.prompt = 16 if quick else 128
+        self.tokens = 4 if quick else 64
+        self.room = 64 if quick else 1024
+
+    @functools.cached_property
+    def model(self) -> QWenLMHeadModel:
+        model = random_model(self.shape, self.dtype, self.device)
+        model.generation_config = GenerationConfig()
+        return model
+
+    @functools.cached_property
+    def copy_bandwidth(self) -> float:
+        """Bytes per second, read and written."""
+        source = torch.ones(2**31 if self.cuda else 2**24, dtype=torch.uint8, device=self.device)
+        target = torch.empty_like(source)
+        return 2 * source.nbytes / self.seconds(lambda: target.copy_(source), 20)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights that a token reads."""
+        return sum(weight.nbytes for weight in self.model.parameters()) - self.model.transformer.wte.weight.nbytes
+
+    def decode_figure(self, seconds: float) -> str:
+        """Describe the speed of decoding one row."""
+        rate = self.weight_bytes / seconds
+        share = rate / self.copy_bandwidth
+        return f"{1 / seconds:.1f} tok/s, {1000 * seconds:.2f} ms, {rate / 1e9:.0f} GB/s, {share:.0%} of copy"
+
+    def random_ids(self, length: int, rows: int = 1) -> torch.Tensor:
+        return torch.randint(3000, (rows, length), generator=torch.Generator().manual_seed(0)).to(self.device)
+
+    def synchronize(self) -> None:
+        if self.cuda:
+            torch.cuda.synchronize()
+
+    def wall(self, work: Callable[[], object]) -> float:
+        """Return the seconds until the device has finished."""
+        self.synchronize()
+        start = time.perf_counter()
+        work()
+        self.synchronize()
+        return time.perf_counter() - start
+
+    def seconds(self, work: Callable[[], object], runs: int) -> float:
+        """Return the median seconds on the device. Before each run, a fill empties its cache and hides the launch."""
+        if not self.cuda:
+            return statistics.median(self.wall(work) for _ in range(3))
+        found = []
+        for _ in range(2 + runs):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            self._flushed.zero_()
+            start.record()
+            work()
+            end.record()
+            end.synchronize()
+            found.append(start.elapsed_time(end) / 1000)
+        return statistics.median(found[2:])
+
+    @functools.cached_property
+    def _flushed(self) -> torch.Tensor:
+        return torch.empty(2**30, dtype=torch.uint8, device=self.device)
+
+    def peak_memory(self) -> str:
+        return f", {torch.cuda.max_memory_allocated() / 1e9:.1f} GB at most" if self.cuda else ""
+
+
+def bandwidth(bench: Bench) -> Figures:
+    yield "copy", f"{bench.copy_bandwidth / 1e9:.0f} GB/s read and written"
+    numbers = torch.ones(2**28 if bench.cuda else 2**20, dtype=torch.int64, device=bench.device)
+    yield "sum", f"{numbers.nbytes / bench.seconds(numbers.sum, 10) / 1e9:.0f} GB/s read"
+    size = 8192 if bench.cuda else 256
+    left, right = torch.randn(2, size, size, dtype=bench.dtype, device=bench.device)
+    yield f"product, {size}³", f"{2 * size**3 / bench.seconds(lambda: left @ right, 10) / 1e12:.2f} TFLOP/s"
+
+
+@torch.no_grad()
+def decode(bench: Bench) -> Figures:
+    model = bench.model
+    ids = bench.random_ids(bench.prompt)[0].tolist()
+    times = token_times(functools.partial(decode_greedily, model), ids, 4 + bench.tokens)
+    yield "1 row, eager", bench.decode_figure(statistics.median(b - a for a, b in pairwise(times[4:])))
+
+    for rows in (1, 16):
+        cache = StaticCache(config=model.config, max_cache_len=bench.room)
+        replay, recorded = captured(bench, cache, prefilled(bench, cache, rows))
+        figure = bench.decode_figure(seconds_per_step(bench, replay))
+        yield f"{rows} row{'s' * (rows > 1)}, captured", f"{figure} per row; recorded in {recorded:.1f} s"
+
+    cache = StaticCache(config=model.config, max_cache_len=bench.room)
+    compiler = {"mode": "reduce-overhead"} if bench.cuda else {"backend": "eager"}
+    step = torch.compile(model.forward, fullgraph=True, **compiler)
+    slot = prefilled(bench, cache, 1)
+
+    def compiled_step() -> None:
+        torch.compiler.cudagraph_mark_step_begin()
+        slot.copy_(step(slot, past_key_values=cache).logits[:, -1:].argmax(-1))
+
+    first = bench.wall(lambda: repeat(compiled_step, 3))
+    figure = bench.decode_figure(seconds_per_step(bench, compiled_step))
+    yield "1 row, compiled", f"{figure}; the first three steps took {first:.0f} s"
+    torch._dynamo.reset()
+
+
+def prefilled(bench: Bench, cache: StaticCache, rows: int) -> torch.Tensor:
+    """Encode a prompt, and return its next token (rows, 1)."""
+    ids = bench.random_ids(bench.prompt, rows)
+    return bench.model(ids, past_key_values=cache, logits_to_keep=1).logits[:, -1:].argmax(-1).clone()
+
+
+def captured(bench: Bench, cache: StaticCache, slot: torch.Tensor) -> tuple[Callable[[], object], float]:
+    """Record the eager step as a CUDA graph; return its replay and the seconds that this took."""
+
+    def step() -> None:
+        slot.copy_(bench.model(slot, past_key_values=cache).logits[:, -1:].argmax(-1))
+
+    if not bench.cuda:
+        return step, bench.wall(step)
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    start = time.perf_counter()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # warm up, as torch asks for
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay, time.perf_counter() - start
+
+
+def seconds_per_step(bench: Bench, step: Callable[[], object]) -> float:
+    return min(bench.wall(lambda: repeat(step, bench.tokens)) / bench.tokens for _ in range(2))
+
+
+def repeat(work: Callable[[], object], times: int) -> None:
+    for _ in range(times):
+        work()
+
+
+@torch.no_grad()
+def kernel(bench: Bench) -> Figures:
+    name = "torch" if triton_kernels(bench.device) is None else "Triton"
+    for rows, tokens in ((2, 200),) if bench.quick else ((32, 4096), (8, 8192), (1, 32768), (1, 4096)):
+        query = torch.randn(rows, 32, 1, 128, dtype=bench.dtype, device=bench.device)
+        key, value = torch.randn(2, rows, 32, tokens, 128, dtype=bench.dtype, device=bench.device)
+        layer = QuantizedKVLayer()
+        layer.update(key, value)
+        states = layer.states
+        attend = functools.partial(quantized_attention, None, query, states, states, None, 128**-0.5)
+        seconds = bench.seconds(attend, 20)
+        floats = bench.seconds(functools.partial(scaled_dot_product_attention, query, key, value), 20)
+        exact = scaled_dot_product_attention(query, *states.dequantize(bench.dtype)).transpose(1, 2).float()
+        error = ((attend()[0].float() - exact).norm() / exact.norm()).item()
+        rate = sum(tensor.nbytes for tensor in states.segments[0]) / seconds
+        yield (
+            f"{rows} × {tokens}, {name}",
+            f"{1e6 * seconds:.0f} µs, {rate / 1e9:.0f} GB/s, {rate / bench.copy_bandwidth:.0%} of copy; "
+            f"float cache {1e6 * floats:.0f} µs; error {error:.0e}",
+        )
+
+
+def engine(bench: Bench) -> Figures:
+    tokenizer = load_tokenizer()  # ids in, ids out: any will do
+    ban_ends = dict.fromkeys((tokenizer.eod_id, tokenizer.im_start_id, tokenizer.im_end_id), -100.0)
+    for rows in (1, 2) if bench.quick else (1, 16, 64):
+        if bench.cuda:
+            torch.cuda.reset_peak_memory_stats()
+        served = Engine(bench.model, tokenizer, max_batch_size=rows, max_queue=rows, cache_tokens=1024 * rows)
+        try:
+            params = served.params(temperature=0.0, max_tokens=300, logit_bias=ban_ends)
+            prompt = bench.random_ids(bench.prompt)[0].tolist()
+            start = time.perf_counter()
+            streams = [served.start([number, *prompt], params) for number in range(rows)]
+            last = streams[-1]
+
+            def wait_for(count: int, stream=last) -> int:
+                """Wait until a reply has that many more tokens; return how many."""
+                goal = stream.completion_tokens + count
+                begun = stream.completion_tokens
+                while stream.completion_tokens < goal:
+                    if served.failed or stream.finish_reason:  # noqa: B023  the loop ends with the engine
+                        raise RuntimeError(f"the reply ended ({stream.finish_reason}) before its {goal} tokens")
+                    time.sleep(0.0005)
+                return stream.completion_tokens - begun
+
+            wait_for(1)
+            first = time.perf_counter() - start
+            wait_for(4)
+            start = time.perf_counter()
+            steps = wait_for(4 if bench.quick else 32)
+            seconds = (time.perf_counter() - start) / steps
+            counted: list[int] = []
+            profile = profile_device(lambda: counted.append(wait_for(4)))  # noqa: B023  runs here
+            busy, launches = (total / counted[0] for total in (profile.seconds.total(), profile.launches.total()))
+            yield (
+                f"{rows} row{'s' * (rows > 1)}",
+                f"{1000 * seconds:.2f} ms a step, {rows / seconds:.0f} tok/s; the device works {1000 * busy:.2f} ms "
+                f"in {launches:.0f} kernels; first token of the last after {1000 * first:.0f} ms{bench.peak_memory()}",
+            )
+        finally:
+            served.close(timeout=0)
+
+
+@torch.no_grad()
+def profile(bench: Bench) -> Figures:
+    cache = bench.model.transformer.new_cache()
+    ids = bench.random_ids(bench.prompt)
+    token = bench.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1:].argmax(-1)
+    step = functools.partial(bench.model, token, past_key_values=cache, use_cache=True)
+    repeat(step, 3)
+    seconds = bench.wall(lambda: repeat(step, 4)) / 4
+    found = profile_device(step)
+    busy = found.seconds.total()
+    yield (
+        "one eager step",
+        f"{1000 * seconds:.2f} ms, of which the device works {1000 * busy:.2f} ms in {found.launches.total()} kernels",
+    )
+    for name, spent in found.seconds.most_common(12):
+        yield f"{found.launches[name]} × {name[:60]}", f"{1000 * spent:.3f} ms, {spent / busy:.0%}"
+
+
+@torch.no_grad()
+def prefill(bench: Bench) -> Figures:
+    length = 64 if bench.quick else 2048
+    ids = bench.random_ids(length)
+    seconds = bench.seconds(lambda: bench.model(ids, use_cache=True, logits_to_keep=1), 5)
+    work = 2 * bench.weight_bytes / bench.dtype.itemsize * length / seconds
+    yield f"{length} tokens", f"{length / seconds:.0f} tok/s, {1000 * seconds:.1f} ms, {work / 1e12:.2f} TFLOP/s"
+
+
+def training(bench: Bench) -> Figures:
+    """LoRA changes the model, so this section is the last."""
+    model = bench.model.train()
+    model.config.use_cache = False
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    adapted = add_lora(model, LoraArguments(), [])
+    optimizer = torch.optim.AdamW([weight for weight in adapted.parameters() if weight.requires_grad], lr=1e-4)
+    for length in (32,) if bench.quick else (512, 2048):
+        ids = bench.random_ids(length)
+
+        def step(ids: torch.Tensor = ids) -> None:
+            with torch.autocast(bench.device, torch.bfloat16, enabled=bench.cuda):
+                loss = adapted(input_ids=ids, labels=ids).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        step()
+        seconds = min(bench.wall(step) for _ in range(3))
+        yield f"LoRA, {length} tokens", f"{1000 * seconds:.0f} ms, {length / seconds:.0f} tok/s{bench.peak_memory()}"
+
+
+SECTIONS = {  # with the seconds that each takes on an H200, estimated
+    "bandwidth": (bandwidth, 5),
+    "engine": (engine, 30),
+    "decode": (decode, 70),
+    "kernel": (kernel, 15),
+    "profile": (profile, 5),
+    "prefill": (prefill, 5),
+    "training": (training, 15),
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu_speed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    parser.add_argument("--shape", choices=SHAPES, help="shape of the model (default: 7B, with --quick: small)")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--quick", action="store_true", help="few tokens, to try the script")
+    parser.add_argument("--seconds", type=float, default=600, help="leave out sections after this time (%(default)s)")
+    arguments = parser.parse_args()
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("torch finds no GPU. To try the script without one: --device cpu --quick.")
+
+    deadline = time.monotonic() + arguments.seconds
+    file = os.environ.get("PROGRESS_FILE")  # set by `make test-gpu`, which makes the table of it
+    progress = Progress(Path(file)) if file else None
+    bench = Bench(arguments.device, arguments.shape or ("small" if arguments.quick else "7B"), arguments.quick)
+    failed = False
+    if progress is None:
+        print(f"{bench.shape}, torch {torch.__version__}\n\n| case | result | seconds | figure |\n|---|---|---:|---|")
+
+    def report(row: Row) -> None:
+        if progress is None:
+            print(f"| {row.case} | {row.result} | {row.seconds:.1f} | {row.figure} |", flush=True)
+        else:
+            progress.row(row)
+
+    for name in arguments.sections:
+        section, estimate = SECTIONS[name]
+        if progress is not None:
+            if name in progress.begun():
+                continue
+            progress.begin(name)
+        start = time.monotonic()
+        if start + (0 if arguments.quick else estimate) > deadline:
+            report(Row(name, "skipped", 0.0, f"{deadline - start:.0f} s are left, and it takes about {estimate}"))
+        else:
+            try:
+                for case, figure in section(bench):
+                    report(Row(f"{name}: {case}", "ok", time.monotonic() - start, figure))
+            except Exception as error:  # the other sections are worth running
+                failed = True
+                report(Row(name, "FAIL", time.monotonic() - start, last_line(f"{type(error).__name__}: {error}")))
+        if progress is not None:
+            progress.end(name)
+        gc.collect()
+        if failed:
+            leave_broken_device()
+        with contextlib.suppress(RuntimeError):
+            torch.cuda.empty_cache()
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())
