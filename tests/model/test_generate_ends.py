@@ -44,10 +44,9 @@ def greedy(**fields: Any) -> GenerationConfig:
         {"do_sample": False, "prompt_lookup_num_tokens": 3},
         {"generation_config": greedy(max_new_tokens=200)},
         {"generation_config": greedy(max_new_tokens=200, eos_token_id=3376)},  # the model's own
-        {"generation_config": greedy(max_new_tokens=200), "cache_implementation": "paged"},
         {"do_sample": False, "stop_words_ids": [[1, 2, 3, 4]]},
     ],
-    ids=["greedy", "beams", "assisted", "config", "config with the model's eos", "paged", "stop words"],
+    ids=["greedy", "beams", "assisted", "config", "config with the model's eos", "stop words"],
 )
 def test_generate_gives_the_reply_of_chat(chat, prompt, reply, arguments):
     model, tokenizer = chat

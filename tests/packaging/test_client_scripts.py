@@ -17,6 +17,7 @@ def test_unknown_client_is_rejected(capsys: pytest.CaptureFixture) -> None:
     assert "unknown client 'no_client'" in capsys.readouterr().err
 
 
+@pytest.mark.nightly
 @pytest.mark.process
 def test_failing_client_does_not_stop_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture

@@ -144,6 +144,7 @@ def test_without_a_gpu_the_command_says_how_to_try_it(tmp_path: Path) -> None:
     assert not [*tmp_path.iterdir()]
 
 
+@pytest.mark.nightly
 @pytest.mark.process
 def test_the_whole_script_without_a_gpu(tmp_path: Path) -> None:
     """Every test and every section once, on tiny shapes."""
