@@ -24,7 +24,7 @@ def cuda_guard() -> ctypes.CDLL:
     """Register the guard in this process; return the library, with `pretend_current_device` and `pretend_set_device`.
 
     Raises:
-        NoGuard: there is a real GPU, or no C++ compiler.
+        NoGuard: there is a real GPU, no C++ compiler, or no folder to build in.
     """
     return ctypes.CDLL(str(built_guard()))
 
@@ -39,7 +39,10 @@ def built_guard() -> Path:
         raise NoGuard("this machine has a GPU: set CUDA_VISIBLE_DEVICES= to pretend others")
     key = hashlib.sha256(SOURCE.read_bytes() + torch.__version__.encode()).hexdigest()[:16]
     library = CACHE / f"pretend_cuda_guard_{key}.so"
-    CACHE.mkdir(parents=True, exist_ok=True)
+    try:
+        CACHE.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise NoGuard(f"{CACHE} cannot be created ({error.strerror}): set XDG_CACHE_HOME") from error
     with FileLock(f"{library}.lock"):
         if not library.exists():
             _build(library)
