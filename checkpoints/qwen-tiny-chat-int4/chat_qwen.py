@@ -484,9 +484,9 @@ def detokenize_stream(tokens: Iterable[int], tokenizer: PreTrainedTokenizerBase,
     for token in tokens:
         if token in stop_token_ids:
             break
-        if token >= len(tokenizer):  # an embedding row beyond the vocabulary
+        piece = cast("bytes | str | None", tokenizer.convert_ids_to_tokens(token))
+        if piece is None:  # an embedding row without a token
             continue
-        piece = cast("bytes | str", tokenizer.convert_ids_to_tokens(token))
         text += decoder.decode(piece) if isinstance(piece, bytes) else decoder.decode(b"", final=True) + piece
         if strip(text) != yielded:
             yielded = strip(text)

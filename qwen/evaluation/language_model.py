@@ -147,9 +147,7 @@ class LanguageModel:
             **self._greedy_options(stop, max_new_tokens),
             **dict.fromkeys(("temperature", "top_k", "top_p")),  # sampling options, unused in greedy decoding
         )
-        replies = self.tokenizer.batch_decode(
-            _replace_unused_ids(output[:, length:], self.tokenizer), skip_special_tokens=True
-        )
+        replies = self.tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)
         return [truncate_at_stop(reply, stop) for reply in replies]
 
     def chat(
@@ -194,14 +192,9 @@ class StopStringsCriteria(StoppingCriteria):
         if self.prompt_length is None:
             self.prompt_length = input_ids.shape[1] - 1
         start = max(self.prompt_length, input_ids.shape[1] - self.max_stop_tokens)
-        tails = self.tokenizer.batch_decode(_replace_unused_ids(input_ids[:, start:], self.tokenizer))
+        tails = self.tokenizer.batch_decode(input_ids[:, start:])
         found = [any(text in tail for text in self.stop) for tail in tails]
         return torch.tensor(found, device=input_ids.device)
-
-
-def _replace_unused_ids(ids: torch.Tensor, tokenizer: QWenTokenizer) -> torch.Tensor:
-    """Replace ids without a token by the end of text: the output matrix has more rows than there are tokens."""
-    return ids.masked_fill(ids >= len(tokenizer), tokenizer.eod_id)
 
 
 def truncate_at_stop(text: str, stop: Sequence[str]) -> str:

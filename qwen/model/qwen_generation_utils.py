@@ -294,9 +294,7 @@ def decode_tokens(
         if token in stop_token_ids:
             reply, end_reason = reply[:position], f"Gen {tokenizer.decode([token])!r}"
             break
-    # The embedding has more rows than the tokenizer has tokens, and sampling may choose one of them.
-    known = [token for token in reply if token < len(tokenizer)]
-    text = cast(str, tokenizer.decode(known, errors=errors))
+    text = cast(str, tokenizer.decode(reply, errors=errors))
     if verbose:
         print(f"\nRaw reply: {text}\nEnd reason: {end_reason}")
     if chat_format == "raw" and RAW_STOP_WORD in text:
