@@ -1,13 +1,11 @@
 """The demos, the server and its clients where the environment sets a proxy that cannot reach this machine."""
 
 import contextlib
-import http.server
 import os
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from http.client import HTTPConnection
@@ -22,6 +20,7 @@ from qwen.serving.web.proxies import bypass_proxies
 from qwen_cli import web
 from tests.support import ROOT
 from tests.support.processes import run_script
+from tests.support.recording_server import RecordingServer, recording_server
 from tests.support.server_process import ServerProcess
 
 TIMEOUT = 180  # seconds
@@ -29,34 +28,11 @@ DEAD, SOCKS, UNKNOWN = "http://127.0.0.1:9", "socks5://127.0.0.1:9", "socks://12
 VARIABLES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
 
 
-class Proxy:
-    """A proxy on this machine that answers every request with `status`; `requests` has the request lines."""
-
-    def __init__(self, status: int):
-        self.requests: list[str] = []
-        requests = self.requests
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def refuse(self) -> None:
-                requests.append(self.requestline)
-                self.send_error(status)
-
-            do_GET = do_HEAD = do_POST = do_CONNECT = refuse
-
-            def log_message(self, *arguments: object) -> None:
-                pass
-
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-
-
 @pytest.fixture
-def proxy(request: pytest.FixtureRequest) -> Iterator[Proxy]:
-    proxy = Proxy(getattr(request, "param", 502))
-    yield proxy
-    proxy.server.shutdown()
-    proxy.server.server_close()
+def proxy(request: pytest.FixtureRequest) -> Iterator[RecordingServer]:
+    """A proxy that answers every request with an error."""
+    with recording_server(getattr(request, "param", 502)) as proxy:
+        yield proxy
 
 
 def environment(**variables: str) -> dict[str, str]:
@@ -112,7 +88,7 @@ def web_demo(log: Path, host: str, **variables: str) -> Iterator[int]:
         pytest.param("ALL_PROXY", SOCKS, "127.0.0.2", marks=pytest.mark.nightly),
     ],
 )
-def test_web_demo(tmp_path: Path, proxy: Proxy, name: str, address: str | None, host: str) -> None:
+def test_web_demo(tmp_path: Path, proxy: RecordingServer, name: str, address: str | None, host: str) -> None:
     """Address None is a proxy that answers 502."""
     with web_demo(tmp_path / "log", host, **{name: address or proxy.url}) as port:
         connection = HTTPConnection("127.0.0.1" if host == "0.0.0.0" else host, port, timeout=TIMEOUT)
@@ -124,7 +100,7 @@ def test_web_demo(tmp_path: Path, proxy: Proxy, name: str, address: str | None, 
 
 @pytest.mark.process
 @pytest.mark.parametrize("proxy", [404], indirect=True)  # after 502, the client would try again for half a minute
-def test_downloads_of_the_web_demo_use_the_proxy(tmp_path: Path, proxy: Proxy) -> None:
+def test_downloads_of_the_web_demo_use_the_proxy(tmp_path: Path, proxy: RecordingServer) -> None:
     variables = {"http_proxy": proxy.url, "HF_ENDPOINT": "http://hub.invalid", "HF_HOME": str(tmp_path)}
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])

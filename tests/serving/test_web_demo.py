@@ -6,7 +6,6 @@ that has memorized three replies, for the rendering of their content. No page ma
 
 import asyncio
 import contextlib
-import http.server
 import os
 import re
 import shutil
@@ -14,7 +13,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -35,6 +33,7 @@ from qwen.serving.web.page import build_message, message_text
 from qwen.serving.web.texts import TEXTS
 from tests.support import ROOT
 from tests.support.processes import Script, run_script
+from tests.support.recording_server import RecordingServer, recording_server
 
 pytestmark = pytest.mark.browser
 
@@ -519,38 +518,11 @@ def test_html_in_a_reply_is_not_executed(visit: Callable, memorized: Server) -> 
     assert chat.page.evaluate("window.hacked") is None
 
 
-class OtherOrigin:
-    """A server at another port, whose page embeds the demo at `demo`; `paths` has the requested paths."""
-
-    def __init__(self, demo: str):
-        self.paths: list[str] = []
-        paths = self.paths
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def answer(self) -> None:
-                paths.append(self.path)
-                self.send_response(200)
-                self.send_header("Content-Type", "text/html")
-                self.send_header("Access-Control-Allow-Origin", "*")
-                self.end_headers()
-                self.wfile.write(f"<iframe src='{demo}'></iframe>".encode())
-
-            do_GET = do_POST = answer
-
-            def log_message(self, *arguments: object) -> None:
-                pass
-
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-
-
 @pytest.fixture
-def other_origin(bundled: Server) -> Iterator[OtherOrigin]:
-    other = OtherOrigin(bundled.url)
-    yield other
-    other.server.shutdown()
-    other.server.server_close()
+def other_origin(bundled: Server) -> Iterator[RecordingServer]:
+    """A server at another port, whose page embeds the demo."""
+    with recording_server(200, f"<iframe src='{bundled.url}'></iframe>") as server:
+        yield server
 
 
 # Each kind of request that content of a reply could make, and the directive that must refuse it.
@@ -575,14 +547,14 @@ WATCH = """([action, url]) => new Promise((resolve) => {
 })"""
 
 
-def test_page_cannot_contact_other_origins(visit: Callable, bundled: Server, other_origin: OtherOrigin) -> None:
+def test_page_cannot_contact_other_origins(visit: Callable, bundled: Server, other_origin: RecordingServer) -> None:
     page = visit(bundled).page
     refused = {name: page.evaluate(WATCH, [code, f"{other_origin.url}/{name}"]) for name, code in REQUESTS.items()}
     assert refused == {name: name for name in REQUESTS}
-    assert not other_origin.paths
+    assert not other_origin.requests
 
 
-def test_other_pages_cannot_embed_the_page(visit: Callable, bundled: Server, other_origin: OtherOrigin) -> None:
+def test_other_pages_cannot_embed_the_page(visit: Callable, bundled: Server, other_origin: RecordingServer) -> None:
     page = visit(bundled).page
     page.goto(other_origin.url)
     expect(page.locator("iframe")).to_be_attached()
