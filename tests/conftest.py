@@ -38,6 +38,15 @@ FIXTURE_MARKERS = {
 SLOWEST_FIRST = ("training", "browser", "docs", "process", "slow")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Start the process that the workers of this run fork others from."""
+    if hasattr(config, "workerinput") or not hasattr(os, "fork"):
+        return
+    # If it will be needed, let it import while the workers do.
+    everything = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not config.option.keyword
+    processes.start_forking(preload=everything and "process" not in config.option.markexpr)
+
+
 def pytest_itemcollected(item: pytest.Item) -> None:
     """Mark a test according to its fixtures."""
     for fixture, marker in FIXTURE_MARKERS.items():
@@ -47,7 +56,7 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Forbid tests without a marker to start processes."""
-    processes.may_start = any(marker.name in SLOWEST_FIRST for marker in item.iter_markers())
+    processes.may_start = any(marker.name in (*SLOWEST_FIRST, "nightly") for marker in item.iter_markers())
 
 
 @pytest.hookimpl(trylast=True)  # after the order has been randomized

@@ -20,7 +20,7 @@ from qwen.data.datasets import Collator, PackedDataset, SupervisedDataset, best_
 from qwen.data.samples import IGNORE_INDEX, MalformedSample, encode_sample, pack_samples, pad_samples
 from qwen.model.tokenization_qwen import QWenTokenizer
 from tests.support import ROOT
-from tests.support.processes import start_forking
+from tests.support.processes import Child
 
 
 def sample(number, question="q", answer="a", **fields):
@@ -363,26 +363,31 @@ def test_lazy_keeps_no_samples(samples, tokenizer):
     assert len(pickle.dumps(eager)) - len(without) < 40 * 28 + 8 * tokens + 1000
 
 
-@pytest.mark.process
-@pytest.mark.parametrize(
-    ("method", "packed"),
-    [("fork", False), ("fork", True), ("forkserver", True)],
-    ids=["padded", "packed", "packed, pickled"],
-)
-def test_loader_workers(method, packed, samples, tokenizer):
-    if method == "forkserver":  # pickles everything like spawn, but without the time to import
-        start_forking()
+@pytest.fixture(params=[False, True], ids=["padded", "packed"])
+def loader(request, samples, tokenizer) -> dict:
+    """Arguments of a DataLoader."""
     dataset = SupervisedDataset(samples, tokenizer, 64, lazy=True)
-    if packed:
+    if request.param:
         dataset = PackedDataset(dataset, 64)
-    arguments = {"batch_size": 3, "collate_fn": Collator(tokenizer.eod_id)}
-    alone = list(DataLoader(dataset, **arguments))
-    workers = 2 if method == "fork" else 1
-    shared = list(DataLoader(dataset, **arguments, num_workers=workers, multiprocessing_context=method))
-    assert len(shared) == len(alone) == -(-len(dataset) // 3)
-    for one, other in zip(alone, shared, strict=True):
-        assert one.keys() == other.keys()
-        assert all(torch.equal(one[name], other[name]) for name in one)
+    return {"dataset": dataset, "batch_size": 3, "collate_fn": Collator(tokenizer.eod_id)}
+
+
+def batches(loader: dict, **arguments) -> list[dict[str, list]]:
+    """The batches of a DataLoader as lists."""
+    return [{name: tensor.tolist() for name, tensor in batch.items()} for batch in DataLoader(**loader, **arguments)]
+
+
+@pytest.mark.process
+def test_loader_workers(loader):
+    alone = batches(loader)
+    assert len(alone) == -(-len(loader["dataset"]) // 3)
+    assert batches(loader, num_workers=2, multiprocessing_context="fork") == alone
+
+
+@pytest.mark.process
+def test_a_loader_is_pickled(loader, tmp_path):
+    """As for workers that are spawned: everything is sent to a process that has none of it."""
+    assert Child(tmp_path, batches, loader).result() == batches(loader)
 
 
 # ---- packing ----

@@ -1,10 +1,8 @@
 """The documentation: every block runs as written, or gives the reason why it is not run."""
 
 import json
-import os
 import re
-import subprocess
-import sys
+import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,8 +13,9 @@ from qwen._moved import MOVED
 from qwen.checkpoint import loading
 from tests.support import ROOT
 from tests.support.markdown import NOT_RUN, RUN, SEPARATE_CHAPTERS, Block, Document, pages, repository_files
+from tests.support.processes import Child
 from tests.support.reader_machine import PUBLISHED
-from tests.support.run_document import json_file, output_error, split_commands, user_inputs
+from tests.support.run_document import json_file, output_error, run_parts, split_commands, user_inputs
 
 DOCUMENTS = [Document(page) for page in pages()]
 BLOCKS = [block for document in DOCUMENTS for block in document.blocks]
@@ -33,14 +32,7 @@ class Run:
 
     def __init__(self, parts: list[str], folder: Path, fork: bool):
         self._folder = folder
-        self._errors = folder / "errors.txt"
-        with self._errors.open("wb") as errors:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "tests.support.run_document", *parts, *["--fork"] * fork, "--json", str(folder)],
-                cwd=ROOT,
-                env=os.environ | {"PYTHONPATH": str(ROOT)},
-                stderr=errors,
-            )
+        self._process = Child(folder, run_parts, parts, folder, fork)
 
     def outcome(self, part: str, line: int) -> dict:
         """Wait for the result of the block that starts at a line."""
@@ -52,11 +44,11 @@ class Run:
                 if outcome["line"] == line:
                     return outcome
             if ended:
-                pytest.fail(f"The run ended before this block:\n{self._errors.read_text(encoding='utf-8')}")
+                pytest.fail(f"The run ended before this block:\n{self._process.output()}")
             time.sleep(0.05)
 
     def stop(self) -> None:
-        self._process.terminate()
+        self._process.send_signal(signal.SIGTERM)
         self._process.wait(60)
 
 

@@ -3,7 +3,7 @@
 `serve` runs in that process. The command written by `write_command` sends it its arguments, environment, folder and
 standard files, waits for the forked process, and exits with the same status. The forked process joins the process group
 of the command, so that Ctrl-C and a kill of the group reach it; across sessions, the command forwards signals instead.
-Interpreter options, -c, and code from standard input are passed to the real interpreter.
+Interpreter options except -u, -c, and code from standard input are passed to the real interpreter.
 
     python -I -S fork_python.py SOCKET REAL_PYTHON ARGUMENTS     # what the command runs
 """
@@ -28,10 +28,13 @@ def run_in_fork(address: str, real: str, words: list[str]) -> int:
     Returns:
         The exit status, or the negative number of the signal that ended it.
     """
-    if not words or (words[0].startswith("-") and words[0] != "-m"):
+    unbuffered = words[:1] == ["-u"]  # torchrun starts its processes so
+    call = words[unbuffered:]
+    if not call or (call[0].startswith("-") and call[0] != "-m"):
         os.execv(real, [real, *words])
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the forked process handles it
-    request = {"words": words, "folder": os.getcwd(), "environment": dict(os.environ), "group": os.getpgrp()}
+    request = {"words": call, "unbuffered": unbuffered, "folder": os.getcwd(), "environment": dict(os.environ)}
+    request["group"] = os.getpgrp()
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(address)
         lines = connection.makefile("rw", encoding="utf-8")
@@ -53,27 +56,18 @@ def serve_at(address: Path) -> None:
 
 def serve(listener: socket.socket) -> None:
     """Fork a process for each call of the command. Does not return."""
+    from tests.support.fork_server import fork_for
+
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # reap children automatically
     while True:
-        connection, _ = listener.accept()
-        if os.fork() == 0:
-            listener.close()
-            try:
-                _handle(connection)
-            except OSError:  # the command was killed with its whole group
-                pass
-            finally:
-                os._exit(0)
-        connection.close()
+        fork_for(listener, _handle)
 
 
 def _handle(connection: socket.socket) -> None:
     """Fork a process for one call of the command and report its exit status."""
     import multiprocessing.connection
 
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     files = socket.recv_fds(connection, 1, 3)[1]
     with connection.makefile("rw", encoding="utf-8") as lines:
         request = json.loads(lines.readline())
@@ -95,7 +89,9 @@ def _handle(connection: socket.socket) -> None:
         print(process.exitcode, file=lines, flush=True)
 
 
-def _run_python(files: list[int], *, words: list[str], folder: str, environment: dict[str, str]) -> None:
+def _run_python(
+    files: list[int], *, words: list[str], unbuffered: bool, folder: str, environment: dict[str, str]
+) -> None:
     """Do what `python WORDS` does, in this process."""
     import runpy
 
@@ -108,6 +104,7 @@ def _run_python(files: list[int], *, words: list[str], folder: str, environment:
     os.environ.clear()
     set_up_fork(Path(folder), environment)
     open_standard_files()
+    sys.stdout.reconfigure(write_through=unbuffered)
     if words[0] == "-m":
         sys.argv = words[1:]
         sys.path.insert(0, folder)
@@ -122,6 +119,7 @@ def _run_python(files: list[int], *, words: list[str], folder: str, environment:
 if __name__ == "__main__":
     status = run_in_fork(sys.argv[1], sys.argv[2], sys.argv[3:])
     if status < 0:
-        signal.signal(-status, signal.SIG_DFL)
+        if -status != signal.SIGKILL:
+            signal.signal(-status, signal.SIG_DFL)
         os.kill(os.getpid(), -status)
     sys.exit(status)

@@ -8,92 +8,127 @@
 Tests of how a process starts (imports, Ctrl-C meanwhile) or exits start a new interpreter with `subprocess` instead.
 """
 
+import atexit
 import contextlib
-import functools
 import gc
-import importlib
 import json
 import multiprocessing
 import os
 import runpy
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import textwrap
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
-
-import pytest
 
 from tests.support import ROOT
 from tests.support.fork_python import serve_at, write_command
 
 may_start = True
 """Whether the current test may start processes; set by conftest.py."""
-FORKING = multiprocessing.get_context("forkserver")
-# Modules that scripts import. Without gptqmodel, which starts threads that a fork would lose, but with its imports.
-PRELOADED = [
-    *("qwen_cli.finetune", "qwen.finetuning.run", "qwen.serving.api.app", "qwen.serving.api.server"),
-    *("transformers.trainer", "transformers.models.auto.processing_auto", "peft.tuners.lora", "datasets", "requests"),
-    *("deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer", "torch.distributed.fsdp", "torch.distributed.run"),
-    *("torch.utils.cpp_extension", "torch.utils.tensorboard", "matplotlib.figure", "gradio"),
-    *("pytest", "tests.support.processes"),
-]
+ADDRESS = "FORK_SERVER_OF_TESTS"
+"""Environment variable: the socket of the process that others are forked from."""
+SERVER_LOG = "log.txt"  # beside the socket
 
 
-def preload() -> None:
-    """Import what scripts import, in the process that others are forked from."""
-    for name in PRELOADED:
-        importlib.import_module(name)
+def start_forking(preload: bool = True) -> None:
+    """Start the process that others are forked from, unless this process or its parent has done so.
+
+    Args:
+        preload: let it import the libraries now, instead of when it is needed.
+    """
+    if ADDRESS not in os.environ:
+        folder = Path(tempfile.mkdtemp(prefix="qwen-forks-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        address = folder / "socket"
+        with (
+            socket.create_server(str(address), family=socket.AF_UNIX) as listener,
+            address.with_name(SERVER_LOG).open("w") as log,
+        ):
+            process = subprocess.Popen(
+                [sys.executable, "-m", "tests.support.fork_server", str(listener.fileno())],
+                cwd=ROOT,
+                env=os.environ | {"PYTHONPATH": str(ROOT)},
+                stdin=subprocess.PIPE,  # the server ends when this is closed, at the latest with this process
+                stdout=log,
+                stderr=log,
+                pass_fds=[listener.fileno()],
+            )
+        atexit.register(process.communicate)
+        os.environ[ADDRESS] = str(address)
+    if preload:
+        _connect().close()
 
 
-@functools.cache
-def start_forking() -> None:
-    """Start the process that others are forked from, and let it import."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(ROOT))
-        patch.setenv("DS_ACCELERATOR", "cpu")
-        patch.setenv("CUDA_VISIBLE_DEVICES", "")  # results are compared in float32, on the CPU
-        patch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
-        FORKING.set_forkserver_preload(PRELOADED)
-        FORKING.Process(target=int).start()
+def _connect() -> Connection:
+    start_forking(preload=False)
+    connection = socket.socket(socket.AF_UNIX)
+    connection.connect(os.environ[ADDRESS])
+    return Connection(connection.detach())
 
 
 class ForkedProcess:
-    """Runs a function in a forked process; has the methods of subprocess.Popen.
+    """Calls a function in a forked process; has the methods of subprocess.Popen.
 
     Args:
-        function: called in the process with `arguments`; its return value is ignored.
+        function: called in the process with `arguments`.
         folder: working directory of the process.
         environment: variables to set in the process.
     """
 
     def __init__(self, function: Callable, *arguments: Any, folder: Path, environment: dict[str, str]):
         assert may_start, "tests that start a process need @pytest.mark.process"
-        start_forking()
-        self._process = FORKING.Process(target=_in_fork, args=(folder, environment, function, arguments))
-        self._process.start()
-        self.pid = self._process.pid
+        self._received: dict[str, Any] = {}
+        self._connection = _connect()
+        # Tensors are sent through shared memory, whose other end asks for the key.
+        self._connection.send((sys.path, bytes(multiprocessing.current_process().authkey)))
+        self._connection.send((_in_fork, (folder, environment, function, arguments)))
+        while "pid" not in self._received:
+            self._receive(None)
+        self.pid = self._received["pid"]
+
+    def _receive(self, timeout: float | None) -> bool:
+        """Receive the next message of the process: its id, result or exit status. Returns whether there was one."""
+        if not self._connection.poll(timeout):
+            return False
+        try:
+            name, value = self._connection.recv()
+        except (EOFError, ConnectionResetError):
+            log = Path(os.environ[ADDRESS]).with_name(SERVER_LOG)
+            raise AssertionError(f"The fork server has ended:\n{log.read_text(encoding='utf-8')}") from None
+        self._received[name] = value
+        return True
 
     def poll(self) -> int | None:
-        return self._process.exitcode
+        while "status" not in self._received and self._receive(0):
+            pass
+        return self._received.get("status")
 
     def wait(self, timeout: float | None = None) -> int:
-        self._process.join(timeout)
-        if (status := self.poll()) is None:
-            raise subprocess.TimeoutExpired(str(self), timeout)
-        return status
+        self._wait_for({"status"}, timeout)
+        return self._received["status"]
+
+    def _wait_for(self, names: set[str], timeout: float | None) -> None:
+        """Wait for one of these messages."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while names.isdisjoint(self._received):
+            if not self._receive(None if deadline is None else max(0, deadline - time.monotonic())):
+                raise subprocess.TimeoutExpired(str(self), timeout)
 
     def send_signal(self, number: int) -> None:
         if self.poll() is None:
             os.kill(self.pid, number)
 
     def kill(self) -> None:
-        self._process.kill()
-        self._process.join()
+        self.send_signal(signal.SIGKILL)
+        self.wait()
 
 
 class Child(ForkedProcess):
@@ -104,13 +139,10 @@ class Child(ForkedProcess):
     """
 
     def __init__(self, folder: Path, function: Callable, *arguments: Any, log: Path | None = None, **environment: str):
-        start_forking()
         self.log = log or folder / "output.txt"
         if log is None:
             self.log.write_text("")
-        self._connection, sender = FORKING.Pipe(duplex=False)
-        super().__init__(_call, self.log, sender, function, arguments, folder=folder, environment=environment)
-        sender.close()
+        super().__init__(_call, self.log, function, arguments, folder=folder, environment=environment)
 
     def result(self, seconds: float = 180) -> Any:
         """Return the result of the function.
@@ -119,12 +151,14 @@ class Child(ForkedProcess):
             AssertionError: it raised an exception or took longer than `seconds`.
         """
         try:
-            assert self._connection.poll(seconds), f"Not done after {seconds} seconds:\n{self.output()}"
-            return self._connection.recv()
-        except EOFError:
-            raise AssertionError(f"The process ended without a result:\n{self.output()}") from None
+            self._wait_for({"result", "status"}, seconds)
+            assert "result" in self._received, f"The process ended without a result:\n{self.output()}"
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.wait(10)
+            return self._received["result"]
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"Not done after {seconds} seconds:\n{self.output()}") from None
         finally:
-            self._process.join(10)
             self.kill()
 
     def output(self) -> str:
@@ -212,9 +246,9 @@ def run_finetune(*arguments: str | Path) -> int:
     return main([*map(str, arguments)])
 
 
-def _in_fork(folder: Path, environment: dict[str, str], function: Callable, arguments: tuple) -> None:
+def _in_fork(folder: Path, environment: dict[str, str], function: Callable, arguments: tuple) -> Any:
     set_up_fork(folder, environment)
-    function(*arguments)
+    return function(*arguments)
 
 
 def set_up_fork(folder: Path, environment: dict[str, str]) -> None:
@@ -231,14 +265,11 @@ def open_standard_files() -> None:
     sys.stderr.reconfigure(line_buffering=True)
 
 
-def _call(log: Path, connection: Any, function: Callable, arguments: tuple) -> None:
+def _call(log: Path, function: Callable, arguments: tuple) -> Any:
     with log.open("a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    result = function(*arguments)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    connection.send(result)
+    return function(*arguments)
 
 
 def _run(files: list[str], words: list[str]) -> None:

@@ -18,7 +18,6 @@ import contextlib
 import dataclasses
 import fcntl
 import functools
-import gc
 import json
 import os
 import re
@@ -37,8 +36,7 @@ from pathlib import Path
 from tests.support import ROOT
 from tests.support.fork_python import serve
 from tests.support.markdown import Block, Document
-from tests.support.processes import preload
-from tests.support.reader_machine import Machine, fill_hub, import_time_variables, isolate_network
+from tests.support.reader_machine import Machine, fill_hub, isolate_network
 
 PORT = 8000
 BLOCK_SECONDS = 600
@@ -384,36 +382,41 @@ def fork_server(address: Path) -> Iterator[Path]:
         os.waitpid(pid, 0)
 
 
+def run_parts(parts: list[str], folder: Path | None = None, fork: bool = False) -> bool:
+    """Run pages, or parts of pages, in parallel.
+
+    Args:
+        parts: README.md, or a part of it (see markdown.py) like README.md:1.
+        folder: folder for a file of results for each part; None prints them.
+        fork: fork each `python` from this process, which is forked from one that has imported the libraries.
+
+    Returns:
+        Whether all blocks succeeded.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore Ctrl-C by default
+    with tempfile.TemporaryDirectory(prefix="qwen-documents-") as name:
+        if fork:
+            hub = Path(os.environ["HF_HUB_CACHE"])  # the one that was set when the libraries were imported
+        else:
+            fill_hub(hub := Path(name) / "hub", ROOT / "checkpoints")
+        pids = []
+        for number, part in enumerate(parts):
+            machine = Path(name) / str(number)
+            machine.mkdir()
+            report = functools.partial(write_outcome, json_file(folder, part) if folder else None, part)
+            pids.append(start_fork(functools.partial(run_part, part, machine, hub, fork, report)))
+        signal.signal(signal.SIGTERM, lambda *_: [terminate(pid) for pid in pids])
+        statuses = [os.waitpid(pid, 0)[1] for pid in pids]
+        return not any(statuses)
+
+
 def main() -> int:
     """Run pages. Returns the exit status: 0, or 1 if a block failed."""
     parser = argparse.ArgumentParser(description="Run the blocks of documentation pages in parallel.")
     parser.add_argument(
         "parts", nargs="+", metavar="PAGE", help="README.md, or a part of it (see markdown.py) like README.md:1"
     )
-    parser.add_argument(
-        "--json", type=Path, metavar="FOLDER", help="write one line per block to FOLDER/PAGE.jsonl instead"
-    )
-    parser.add_argument(
-        "--fork", action="store_true", help="fork each `python` from a process that has imported the libraries"
-    )
-    arguments = parser.parse_args()
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore Ctrl-C by default
-    with tempfile.TemporaryDirectory(prefix="qwen-documents-") as name:
-        hub = Path(name) / "hub"
-        fill_hub(hub, ROOT / "checkpoints")
-        os.environ.update(import_time_variables(hub))
-        if arguments.fork:
-            preload()
-            gc.freeze()
-        pids = []
-        for number, part in enumerate(arguments.parts):
-            folder = Path(name) / str(number)
-            folder.mkdir()
-            report = functools.partial(write_outcome, json_file(arguments.json, part) if arguments.json else None, part)
-            pids.append(start_fork(functools.partial(run_part, part, folder, hub, arguments.fork, report)))
-        signal.signal(signal.SIGTERM, lambda *_: [terminate(pid) for pid in pids])
-        statuses = [os.waitpid(pid, 0)[1] for pid in pids]
-        return int(any(statuses))
+    return int(not run_parts(parser.parse_args().parts))
 
 
 if __name__ == "__main__":
