@@ -348,17 +348,21 @@ def test_zero_3_lora(runs: Runs, lora_alone: Run):
     assert bytes_of(shards, "*optim_states.pt") == pytest.approx([3 * 4 * parameters(run) / 2] * 2, rel=0.1)
 
 
-def test_zero_2_lora_can_be_stopped_and_resumed(runs: Runs, lora_alone: Run):
+@pytest.mark.parametrize("new", [False, pytest.param(True, marks=pytest.mark.nightly)], ids=["forked", "started anew"])
+def test_zero_2_lora_can_be_stopped_and_resumed(runs: Runs, lora_alone: Run, new: bool):
+    """Ctrl-C ends the launcher and its processes, forked ones or, which takes longer, new interpreters."""
     script = "finetune_lora_ds.sh"
     arguments = [*COMMON, *LORA, "--per_device_train_batch_size", "1"]
-    run = runs.forked(*arguments, output="zero2_lora", script=script)
+    name = f"zero2_lora_{'new' if new else 'forked'}"
+    run = runs.forked(*arguments, output=name, script=script)
     assert_same_training(run, lora_alone)
     assert_quiet(run)
     shards = run.folder / f"checkpoint-{SAVED}" / f"global_step{SAVED}"
     assert bytes_of(shards, "*optim_states.pt") == pytest.approx([3 * 4 * parameters(run) / 2] * 2, rel=0.1)
 
-    output = "zero2_lora_stopped"
-    process = runs.start(["bash", SCRIPTS / script], *arguments, output=output, PYTHON=sys.executable)
+    output = f"{name}_stopped"
+    pythons = dict.fromkeys(("PYTHON", "PYTHON_EXEC"), sys.executable if new else runs.forking)
+    process = runs.start(["bash", SCRIPTS / script], *arguments, output=output, **pythons)
     wait_until(lambda: ": loss " in runs.console_output(output), process)
     os.killpg(process.pid, signal.SIGINT)
     stopped = runs.wait(process, output)
