@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 from tests.support import ROOT
+from tests.support.processes import IsolatedPython
 from tests.support.server_process import ServerProcess
 
 HI = [{"role": "user", "content": "hi"}]
@@ -127,19 +128,20 @@ def test_training_without_a_required_package(tmp_path: Path, without: Callable) 
 # Quantized weights
 
 
-@pytest.mark.process
+LOAD_WITHOUT = """
+    import sys
+    from transformers import AutoModelForCausalLM
+    folder, *missing = sys.argv[1:]
+    sys.modules.update(dict.fromkeys(missing))
+    try:
+        AutoModelForCausalLM.from_pretrained(folder, device_map="auto", trust_remote_code=True)
+    except ImportError as error:
+        print(" ".join(str(error).splitlines()))
+"""
+
+
 @pytest.mark.parametrize("missing", [("gptqmodel",), ("optimum",), ("gptqmodel", "optimum")])
-def test_quantized_weights_without_their_packages(missing: tuple[str, ...], tmp_path: Path, without: Callable) -> None:
+def test_quantized_weights_without_their_packages(missing: tuple[str, ...], isolated_python: IsolatedPython) -> None:
     """The published snippet, which has auto-gptq and optimum installed, ended in a NameError of optimum."""
-    script = (
-        "from transformers import AutoModelForCausalLM\n"
-        f"AutoModelForCausalLM.from_pretrained({str(ROOT / 'checkpoints/qwen-tiny-chat-int4')!r}, device_map='auto', "
-        "trust_remote_code=True)"
-    )
-    variables = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), **without(*missing)}
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=120
-    )
-    last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("ImportError"), done.stderr
-    assert "`pip install gptqmodel optimum`" in last
+    printed = isolated_python(LOAD_WITHOUT, ROOT / "checkpoints" / "qwen-tiny-chat-int4", *missing)
+    assert "`pip install gptqmodel optimum`" in printed[-1]

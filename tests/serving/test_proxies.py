@@ -80,17 +80,18 @@ def web_demo(log: Path, host: str, **variables: str) -> Iterator[int]:
 
 @pytest.mark.process
 @pytest.mark.parametrize(
-    ("name", "address", "host"),
+    ("variables", "host"),
     [
-        ("HTTP_PROXY", None, "0.0.0.0"),
-        ("all_proxy", UNKNOWN, "localhost"),
-        pytest.param("http_proxy", DEAD, "127.0.0.1", marks=pytest.mark.nightly),
-        pytest.param("ALL_PROXY", SOCKS, "127.0.0.2", marks=pytest.mark.nightly),
+        ({"HTTP_PROXY": None, "all_proxy": UNKNOWN}, "0.0.0.0"),
+        pytest.param({"all_proxy": UNKNOWN}, "localhost", marks=pytest.mark.nightly),
+        pytest.param({"http_proxy": DEAD}, "127.0.0.1", marks=pytest.mark.nightly),
+        pytest.param({"ALL_PROXY": SOCKS}, "127.0.0.2", marks=pytest.mark.nightly),
     ],
 )
-def test_web_demo(tmp_path: Path, proxy: RecordingServer, name: str, address: str | None, host: str) -> None:
+def test_web_demo(tmp_path: Path, proxy: RecordingServer, variables: dict[str, str | None], host: str) -> None:
     """Address None is a proxy that answers 502."""
-    with web_demo(tmp_path / "log", host, **{name: address or proxy.url}) as port:
+    addresses = {name: address or proxy.url for name, address in variables.items()}
+    with web_demo(tmp_path / "log", host, **addresses) as port:
         connection = HTTPConnection("127.0.0.1" if host == "0.0.0.0" else host, port, timeout=TIMEOUT)
         connection.request("GET", "/")
         assert connection.getresponse().status == 200
