@@ -1,7 +1,7 @@
 """Chat methods of the language model: `chat`, `chat_batch` and `chat_stream`; where a chat model's `generate` ends.
 
 `ChatMixin` builds prompts with `qwen_generation_utils` and runs them through the model's `generate`. A streamed reply
-is generated in a background thread, which passes its tokens through a queue.
+is generated in a background thread, which passes its tokens through a queue and is kept for later replies.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import copy
 import queue
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias, cast, overload
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, cast, overload
 
 import torch
 from transformers import (
@@ -298,14 +298,16 @@ class ChatMixin(MixinBase):
             finally:
                 tokens.queue.put(None)
 
-        worker = threading.Thread(target=run_generate, name="chat_stream", daemon=True)
+        worker = StreamWorker.take()
+        finished = worker.run_soon(run_generate)
 
         def stop() -> None:
             tokens.cancelled.set()
-            worker.join()
+            # The garbage collector may close a dropped stream in the worker; a forked process does not have the worker.
+            if worker.is_alive() and worker is not threading.current_thread():
+                finished.wait()
 
-        worker.start()
-        atexit.register(stop)  # an interpreter that exits while the thread runs aborts
+        atexit.register(stop)  # an interpreter that exits while the thread computes aborts
         try:
             yield from detokenize_stream(tokens, tokenizer, lstrip)
         finally:
@@ -433,6 +435,48 @@ def left_padding_mask(ids: torch.Tensor, pad_token_ids: Collection[int]) -> torc
     """Attention mask of left-padded rows: 0 for leading pad tokens, 1 elsewhere. ids: (B, S) → (B, S)."""
     is_token = ~torch.isin(ids, torch.tensor(sorted(pad_token_ids), dtype=ids.dtype, device=ids.device))
     return is_token.long().cummax(dim=-1).values
+
+
+class StreamWorker(threading.Thread):
+    """A thread that generates streamed replies, one at a time.
+
+    It is kept for the next one: PyTorch gives each thread that computes a team of its own, and captures the CUDA graphs
+    of compiled models for each thread.
+    """
+
+    idle: ClassVar[list[StreamWorker]] = []
+
+    def __init__(self):
+        super().__init__(name="chat_stream", daemon=True)
+        self._tasks: queue.SimpleQueue[tuple[Callable[[], None], threading.Event]] = queue.SimpleQueue()
+        self.start()
+
+    @classmethod
+    def take(cls) -> StreamWorker:
+        """Return an idle worker, or a new one, so that concurrent streams do not wait for each other."""
+        while True:
+            try:
+                worker = cls.idle.pop()  # atomic
+            except IndexError:
+                return cls()
+            if worker.is_alive():  # not so in a process that was forked since
+                return worker
+
+    def run_soon(self, task: Callable[[], None]) -> threading.Event:
+        """Run a function in this thread; return an event that is set when it has ended and the thread is idle again."""
+        finished = threading.Event()
+        self._tasks.put((task, finished))
+        return finished
+
+    def run(self) -> None:
+        """Called by `start`."""
+        while True:
+            task, finished = self._tasks.get()
+            task()
+            del task  # it holds the model
+            self.idle.append(self)
+            finished.set()
+            del finished
 
 
 class TokenQueue(BaseStreamer):

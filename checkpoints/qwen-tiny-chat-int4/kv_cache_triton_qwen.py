@@ -33,9 +33,9 @@ LOG2_E = tl.constexpr(math.log2(math.e))
 @triton.jit
 def _quantize_rows(
     x_ptr, stride_xb, stride_xh, stride_xs, q_ptr, scale_ptr, zero_ptr, stride_slot_b, stride_slot_h, stride_slot_s,
-    off_b, off_h, offs_s, start, mask_s, tiny, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    off_b, off_h, offs_s, mask_s, tiny, D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """`quantize_tokens` of kv_cache_qwen for tokens s (BLOCK_S) of row b and head h, written at offset `start`."""
+    """`quantize_tokens` of kv_cache_qwen for tokens s (BLOCK_S) of row b and head h."""
     offs_d = tl.arange(0, BLOCK_D)
     mask = mask_s[:, None] & (offs_d < D)[None, :]
     x_ptrs = x_ptr + off_b * stride_xb + off_h * stride_xh + offs_s[:, None] * stride_xs + offs_d[None, :]
@@ -46,7 +46,7 @@ def _quantize_rows(
     zero = (-low / step).to(zero_ptr.dtype.element_ty)
     q = x / step[:, None] + zero.to(tl.float32)[:, None]
     q = tl.minimum(tl.maximum(tl.floor(q + 0.5), 0.0), 255.0)
-    offs_vector = off_b * stride_slot_b + off_h * stride_slot_h + (start + offs_s) * stride_slot_s
+    offs_vector = off_b * stride_slot_b + off_h * stride_slot_h + offs_s * stride_slot_s
     tl.store(q_ptr + offs_vector[:, None] * D + offs_d[None, :], q.to(tl.uint8), mask=mask)
     tl.store(scale_ptr + offs_vector, scale, mask=mask_s)
     tl.store(zero_ptr + offs_vector, zero, mask=mask_s)
@@ -56,24 +56,21 @@ def _quantize_rows(
 def append_kernel(
     key_ptr, stride_kb, stride_kh, stride_ks, value_ptr, stride_vb, stride_vh, stride_vs,
     key_q_ptr, key_scale_ptr, key_zero_ptr, value_q_ptr, value_scale_ptr, value_zero_ptr,
-    stride_slot_b, stride_slot_h, stride_slot_s, starts_ptr, num_heads, num_tokens, tiny,
-    RAGGED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
+    stride_slot_b, stride_slot_h, stride_slot_s, num_heads, num_tokens, tiny,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """Quantize keys and values into a slot. Grid: (B · H, blocks of tokens, 2 for keys and values)."""
     off_b, off_h = (tl.program_id(0) // num_heads).to(tl.int64), tl.program_id(0) % num_heads
     offs_s = tl.program_id(1).to(tl.int64) * BLOCK_S + tl.arange(0, BLOCK_S)
     mask_s = offs_s < num_tokens
-    start = off_b * 0
-    if RAGGED:
-        start += tl.load(starts_ptr + off_b)
     if tl.program_id(2) == 0:
         _quantize_rows(key_ptr, stride_kb, stride_kh, stride_ks, key_q_ptr, key_scale_ptr, key_zero_ptr,
                        stride_slot_b, stride_slot_h, stride_slot_s,
-                       off_b, off_h, offs_s, start, mask_s, tiny, D, BLOCK_D)  # fmt: skip
+                       off_b, off_h, offs_s, mask_s, tiny, D, BLOCK_D)  # fmt: skip
     else:
         _quantize_rows(value_ptr, stride_vb, stride_vh, stride_vs, value_q_ptr, value_scale_ptr, value_zero_ptr,
                        stride_slot_b, stride_slot_h, stride_slot_s,
-                       off_b, off_h, offs_s, start, mask_s, tiny, D, BLOCK_D)  # fmt: skip
+                       off_b, off_h, offs_s, mask_s, tiny, D, BLOCK_D)  # fmt: skip
 
 
 @triton.jit
@@ -189,14 +186,11 @@ def check_driver() -> None:
     _ = triton.runtime.driver.active.get_current_target
 
 
-def append_tokens(
-    key: torch.Tensor, value: torch.Tensor, slot: Sequence[torch.Tensor], starts: torch.Tensor | None = None
-) -> None:
+def append_tokens(key: torch.Tensor, value: torch.Tensor, slot: Sequence[torch.Tensor]) -> None:
     """Quantize (B, H, S, D) keys and values into the slot, as `quantize_tokens` does.
 
     Args:
         slot: bytes, scale and zero point of keys, then of values: six tensors (B, H, n, D or 1), n at least S.
-        starts: (B), index in the slot where each row starts; None for 0.
     """
     batch, heads, num_tokens, channels = key.shape
     block = min(16, triton.next_power_of_2(num_tokens))
@@ -204,8 +198,8 @@ def append_tokens(
     with torch.cuda.device_of(key):
         append_kernel[grid](
             key, *key.stride()[:3], value, *value.stride()[:3], *slot, *slot[1].stride()[:3],
-            starts, heads, num_tokens, torch.finfo(slot[1].dtype).tiny,
-            RAGGED=starts is not None, D=channels, BLOCK_D=triton.next_power_of_2(channels), BLOCK_S=block,
+            heads, num_tokens, torch.finfo(slot[1].dtype).tiny,
+            D=channels, BLOCK_D=triton.next_power_of_2(channels), BLOCK_S=block,
         )  # fmt: skip
 
 

@@ -51,7 +51,6 @@ class Window:
 def create_windows(
     sizes: list[int],
     past_length: int | torch.Tensor,
-    seq_lens: list[int] | None,
     num_queries: int,
     device: torch.device,
 ) -> list[Window]:
@@ -60,14 +59,9 @@ def create_windows(
     Args:
         sizes: one per layer, in tokens.
         past_length: tokens in the cache; a tensor for a static cache.
-        seq_lens: length of each row, if the rows differ in length and all start at index 0; then there is one query.
     """
-    min_position: int | None
-    if seq_lens is not None:
-        positions, min_position = torch.tensor(seq_lens, device=device)[:, None], min(seq_lens)
-    else:
-        positions = torch.arange(num_queries, device=device)[None] + past_length
-        min_position = past_length if isinstance(past_length, int) else None
+    positions = torch.arange(num_queries, device=device)[None] + past_length
+    min_position = past_length if isinstance(past_length, int) else None
     return [Window(size, positions, min_position) for size in sizes]
 
 

@@ -39,7 +39,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .chat_qwen import ChatMixin
 from .configuration_qwen import QWenConfig
 from .gptq_qwen import GPTQMixin
-from .kv_cache_qwen import QuantizedKVCache, QuantizedStates, cache_from_legacy, prompt_state, quantized_attention
+from .kv_cache_qwen import CacheStates, QuantizedKVCache, cache_from_legacy, prompt_state
 from .kv_cache_qwen import dequantize_cache_torch as dequantize_cache_torch  # published code imports these from here
 from .kv_cache_qwen import quantize_cache_v as quantize_cache_v
 from .loading_qwen import LoadingMixin
@@ -132,8 +132,8 @@ class QWenAttention(nn.Module):
             key, value = kwargs.pop("cache").update(key, value, self.layer_idx, kwargs=kwargs)
 
         attention: AttentionFunction
-        if isinstance(key, QuantizedStates):
-            attention = quantized_attention
+        if isinstance(key, CacheStates):
+            attention = key.attention
         else:
             attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         if window is not None:
@@ -284,7 +284,7 @@ class QWenModel(QWenPreTrainedModel):
         if position_ids is None:
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + past_length
 
-        windows = self.layer_windows(past_key_values, past_length, inputs_embeds)
+        windows = self.layer_windows(past_length, inputs_embeds)
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
@@ -332,18 +332,13 @@ class QWenModel(QWenPreTrainedModel):
         weights, and "flex_attention" uses its own masks."""
         return self.config.use_cache_kernel and self.config._attn_implementation == "sdpa"
 
-    def layer_windows(
-        self, cache: Cache | None, past_length: int | torch.Tensor, inputs_embeds: torch.Tensor
-    ) -> Sequence[Window | None]:
+    def layer_windows(self, past_length: int | torch.Tensor, inputs_embeds: torch.Tensor) -> Sequence[Window | None]:
         """Return the window of each layer, None for no limit. Raises ValueError for flex attention (no tensor mask)."""
         if not self.config.use_window_attn or self.training:
             return [None] * len(self.h)
         if self.config._attn_implementation == "flex_attention":
             raise ValueError('use_window_attn=True works with attn_implementation "sdpa", "eager" and flash attention.')
-        rows = None if cache is None else prompt_state(cache).seq_lens
-        return create_windows(
-            self.config.layer_window_sizes, past_length, rows, inputs_embeds.shape[1], inputs_embeds.device
-        )
+        return create_windows(self.config.layer_window_sizes, past_length, inputs_embeds.shape[1], inputs_embeds.device)
 
     def dynamic_ntk_alpha(
         self,

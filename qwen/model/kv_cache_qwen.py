@@ -14,7 +14,7 @@ import os
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
@@ -38,12 +38,10 @@ class PromptState:
         alpha: (B), the α of dynamic NTK that the keys of each row were rotated with; None for an empty cache.
         prompt_lens: (B), full prompt lengths for a first forward whose input is not the exact prompts, but a chunk of
             them, padded rows, or prompts followed by draft tokens. That forward resets it to None.
-        seq_lens: length of each row, if the rows differ in length and all start at index 0.
     """
 
     alpha: torch.Tensor | None = None
     prompt_lens: torch.Tensor | None = None
-    seq_lens: list[int] | None = None
 
 
 def prompt_state(cache: Cache) -> PromptState:
@@ -141,7 +139,24 @@ def triton_kernels(device_type: str) -> Kernels | None:
     return Kernels(append_tokens, decode_attention)
 
 
-class QuantizedStates:
+class CacheStates:
+    """Keys and values of a layer in a form that only its own attention reads. A cache's `update` returns it twice."""
+
+    def attention(
+        self,
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: CacheStates,
+        value: CacheStates,
+        attention_mask: torch.Tensor | None,
+        scaling: float,
+        **kwargs: object,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attend to these keys and values, with the signature of transformers' attention functions."""
+        raise NotImplementedError
+
+
+class QuantizedStates(CacheStates):
     """Quantized keys and values of a layer, for attention that reads bytes.
 
     Args:
@@ -164,6 +179,9 @@ class QuantizedStates:
     def segments(self, segments: Sequence[Segment]) -> None:
         self._segments = tuple(segments)
         self._tile_table: torch.Tensor | None = None  # built on first use
+
+    def attention(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+        return quantized_attention(*args, **kwargs)
 
     @property
     def scale_dtype(self) -> torch.dtype:
@@ -299,13 +317,14 @@ class QuantizedKVLayer(DynamicLayer):
     def update(  # type: ignore[override]  # may return bytes, for attention in this package
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor] | tuple[QuantizedStates, QuantizedStates]:
-        """Append (B, H, S, D) keys and values; return all of them, (B, H, T, D), dequantized unless all are new."""
+        """Append (B, H, S, D) keys and values; return all of them, (B, H, T, D), dequantized.
+
+        The new ones, too: what a token attends to does not depend on how a prompt is divided into chunks, or on which
+        part of it was in the cache before.
+        """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        empty = self.states.length == 0
         self._append(key_states, value_states)
-        if empty:  # the prompt attends to itself in full precision
-            return key_states, value_states
         if self.fused and key_states.shape[2] == 1:
             return self.states, self.states
         return self.states.dequantize(self.dtype)

@@ -11,13 +11,11 @@ import torch
 from qwen import QWenLMHeadModel
 from qwen.model.kv_cache_qwen import (
     QuantizedKVLayer,
-    QuantizedStates,
     decode_attention_torch,
     dequantize_cache_torch,
     quantize_tokens,
     triton_kernels,
 )
-from qwen.serving.engine.batched_kv_cache import RaggedCache
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 5e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -128,30 +126,6 @@ def test_tiles_are_updated_when_tensors_move(kernels):
     before = kernels.decode(query, layer.states, None, 0.2)
     layer.reorder_cache(torch.tensor([1, 0], device=DEVICE))
     assert torch.equal(kernels.decode(query.flip(0), layer.states, None, 0.2), before.flip(0))
-
-
-def test_rows_of_different_lengths(kernels):
-    """The cache of the server: tokens before heads, each row written at its own length."""
-    lengths = [3, 70, 20]
-    prompts = [random_states(2, 1, 2, length, 32, seed=length) for length in lengths]
-    caches = [RaggedCache(1, 96, torch.device(DEVICE), quantized=True, fused=fused) for fused in (False, True)]
-    query, new = random_states(3, 2, 1, 32, seed=9), random_states(2, 3, 2, 1, 32, seed=10)
-    outputs = []
-    for cache in caches:
-        for row, (length, prompt) in enumerate(zip(lengths, prompts, strict=True)):
-            cache.layers[0].write(row, *prompt)
-            cache.lengths.tokens.append(length)
-        cache.lengths.refresh()
-        states = cache.layers[0].update(*new)[0]
-        mask = cache.attention_mask()[:, None, None].bool()
-        if isinstance(states, QuantizedStates):
-            outputs.append(kernels.decode(query, states, mask, 0.2))
-        else:
-            held = cache.layers[0].states
-            outputs.append(decode_attention_torch(query, held, mask, 0.2))
-    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4)
-    for plain, fused in zip(caches[0].layers[0].store, caches[1].layers[0].store, strict=True):
-        torch.testing.assert_close(fused[:3], plain[:3], rtol=1e-5, atol=1)
 
 
 @torch.no_grad()

@@ -1,17 +1,21 @@
 """chat, chat_stream and chat_batch, and the functions they use."""
 
+import gc
 import itertools
 import json
 import subprocess
 import sys
 import threading
 import time
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from qwen import QWenLMHeadModel, decode_tokens, get_stop_words_ids, make_context
+from qwen.model.chat_qwen import StreamWorker
 from qwen.model.qwen_generation_utils import chat_turns, encode_turns
 from tests.support import GOLDEN_FOLDER, ROOT
 
@@ -346,6 +350,99 @@ def test_streaming_rejects_beams_and_streamers(chat):
             model.chat_stream(tokenizer, "hi", **arguments)
 
 
+def assert_workers_are_idle():
+    assert {thread for thread in threading.enumerate() if thread.name == "chat_stream"} == {*StreamWorker.idle}
+
+
+def test_streams_one_after_another_keep_one_thread(chat):
+    model, tokenizer = chat
+    threads = []
+    hook = model.transformer.register_forward_hook(lambda *_: threads.append(threading.current_thread()))
+    try:
+        for query in QUERIES:
+            list(model.chat_stream(tokenizer, query, **GREEDY))
+    finally:
+        hook.remove()
+    assert len(set(threads)) == 1
+    assert StreamWorker.idle[-1] is threads[0]
+
+
+def test_a_stream_can_begin_while_another_is_read(chat):
+    model, tokenizer = chat
+    replies = [model.chat(tokenizer, query, **GREEDY)[0] for query in QUERIES]
+    first, second, third = (model.chat_stream(tokenizer, query, **GREEDY) for query in QUERIES)
+    next(first), next(second)
+    assert list(third)[-1] == replies[2]
+    assert [list(first)[-1], list(second)[-1]] == replies[:2]
+    assert_workers_are_idle()
+
+
+def test_threads_stream_at_the_same_time(chat):
+    model, tokenizer = chat
+    replies = [model.chat(tokenizer, query, **GREEDY)[0] for query in QUERIES]
+    together = threading.Barrier(len(QUERIES))
+
+    def read(query):
+        stream = model.chat_stream(tokenizer, query, **GREEDY)
+        found = [next(stream)]
+        together.wait(timeout=60)  # all have begun
+        return [*found, *stream][-1]
+
+    with ThreadPoolExecutor(len(QUERIES)) as readers:
+        for _ in range(3):
+            assert list(readers.map(read, QUERIES)) == replies
+    assert_workers_are_idle()
+
+
+def test_the_thread_of_a_stream_does_not_keep_the_model(chat, tiny_chat_checkpoint):
+    model = AutoModelForCausalLM.from_pretrained(tiny_chat_checkpoint).eval()
+    list(model.chat_stream(chat[1], "hello", max_new_tokens=2))
+    kept = weakref.ref(model)
+    del model
+    gc.collect()
+    assert kept() is None
+
+
+@pytest.mark.process
+def test_a_forked_process_streams(tiny_chat_checkpoint):
+    """It has no threads but the one that forked, whether they were idle or generated."""
+    script = """if True:
+        import os, sys, threading
+        from qwen.checkpoint.loading import load_model
+        model, tokenizer = load_model(sys.argv[1])
+        tokens, resume = list(range(model.config.vocab_size)), threading.Event()
+
+        def pause(batch_id, ids, lengths=[]):
+            lengths.append(len(ids))
+            if len(lengths) == 3:
+                resume.wait()
+            return tokens
+
+        def stream():
+            return model.chat_stream(tokenizer, "hello", do_sample=False)
+
+        paused = model.chat_stream(tokenizer, "hello", do_sample=False, prefix_allowed_tokens_fn=pause)
+        next(paused)
+        replies = [*stream()]
+        child = os.fork()
+        same = [*stream()] == replies
+        if child:
+            resume.set()
+            same = same and os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        paused.close()
+        sys.exit(not same)
+    """
+    result = subprocess.run(
+        [sys.executable, "-c", script, str(tiny_chat_checkpoint)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+
+
 def test_a_closed_stream_stops_computing(chat):
     model, tokenizer = chat
     steps = []
@@ -357,7 +454,7 @@ def test_a_closed_stream_stops_computing(chat):
         closed = len(steps)
         time.sleep(0.3)
         assert len(steps) == closed < 3000
-        assert not any(thread.name == "chat_stream" for thread in threading.enumerate())
+        assert_workers_are_idle()
     finally:
         hook.remove()
 
@@ -366,7 +463,8 @@ def test_a_closed_stream_stops_computing(chat):
 def test_interpreter_exits_cleanly_during_a_stream(tiny_chat_checkpoint):
     script = (
         "import sys; from qwen.checkpoint.loading import load_model; model, tokenizer = load_model(sys.argv[1]); "
-        "stream = model.chat_stream(tokenizer, 'hello', max_new_tokens=3000); print(next(stream))"
+        "stream = model.chat_stream(tokenizer, 'hello', max_new_tokens=3000); print(next(stream)); "
+        "list(model.chat_stream(tokenizer, 'hello'))"  # its thread is idle at the end
     )
     result = subprocess.run(
         [sys.executable, "-c", script, str(tiny_chat_checkpoint)],
@@ -387,7 +485,7 @@ def test_an_error_while_streaming_reaches_the_reader(chat):
 
     with pytest.raises(RuntimeError, match="broken"):
         list(model.chat_stream(tokenizer, "hello", prefix_allowed_tokens_fn=broken))
-    assert not any(thread.name == "chat_stream" for thread in threading.enumerate())
+    assert_workers_are_idle()
 
 
 @pytest.mark.parametrize(

@@ -77,8 +77,8 @@ def test_decoding_compiles(target, mask):
 @pytest.mark.parametrize("target", TARGETS)
 def test_appending_and_combining_compile(target):
     shape = {"D": 128, "BLOCK_D": 128}
-    for constants in ({"RAGGED": False, "starts_ptr": None}, {"RAGGED": True, "num_tokens": 1}):
-        types = {**STATES, **STORE, "starts_ptr": "*i64", "tiny": "fp32"}
+    for constants in ({}, {"num_tokens": 1}):
+        types = {**STATES, **STORE, "tiny": "fp32"}
         compiled(kv_cache_triton_qwen.append_kernel, target, types, BLOCK_S=16, **shape, **constants)
     types = {"out_ptr": "*bf16", **dict.fromkeys(("partial_ptr", "max_ptr", "sum_ptr"), "*fp32")}
     compiled(kv_cache_triton_qwen.combine_kernel, target, types, BLOCK_SPLITS=16, **shape)
