@@ -1,6 +1,6 @@
 """Old names of renamed functions and classes. Using one warns; the next release removes them."""
 
-import sys
+import importlib
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,7 +11,7 @@ def old_names(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
 
     Args:
         module: `__name__` of the module.
-        names: old name to new name.
+        names: old name to new name, with its module if that is another one.
     """
 
     def resolve(name: str) -> Any:
@@ -21,6 +21,7 @@ def old_names(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
         warnings.warn(
             f"{module}.{name} is now {new}. The next release removes the old name.", DeprecationWarning, stacklevel=2
         )
-        return getattr(sys.modules[module], new)
+        place, _, attribute = new.rpartition(".")
+        return getattr(importlib.import_module(place or module), attribute)
 
     return resolve

@@ -114,7 +114,7 @@ def add_batch_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-batch-size",
         type=int_in_range(1),
-        default=16,
+        default=256,
         metavar="N",
         help="maximum number of replies that are generated concurrently; others wait (default: %(default)s)",
     )

@@ -41,7 +41,7 @@ MOVED: dict[str, str] = {
     "qwen.serving.logprobs": "qwen.serving.api.logprobs",
     "qwen.serving.metrics": "qwen.serving.api.metrics",
     "qwen.serving.protocol": "qwen.serving.api.requests",
-    "qwen.serving.ragged_cache": "qwen.serving.engine.batched_kv_cache",
+    "qwen.serving.ragged_cache": "qwen.serving.engine.paged_kv_cache",
     "qwen.serving.responses": "qwen.serving.api.responses",
     "qwen.serving.sampler": "qwen.serving.engine.sampler",
     "qwen.serving.scheduler": "qwen.serving.engine.scheduler",

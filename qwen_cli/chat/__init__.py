@@ -1,14 +1,20 @@
 """Chat with a first-generation Qwen model in the terminal."""
 
 import argparse
+import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from ..arguments import BUNDLED_NOTE, add_model_arguments, add_seed_argument, make_parser
 from ..console import explain_errors, how_to_install, load_from_arguments
 from .session import Session
 from .terminal import Terminal
+
+if TYPE_CHECKING:  # takes seconds to import
+    from qwen.serving.engine import Engine
 
 
 def parse_arguments(argv: Sequence[str] | None, prog: str | None) -> argparse.Namespace:
@@ -37,10 +43,25 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         print_note=terminal.print_note,
         prog=prog,
     ) as result:
+        from qwen.serving.engine import Engine
+
+        # The session reports errors. Without a handler, Python prints what the engine logs about them: tracebacks.
+        logging.getLogger("qwen.serving").addHandler(logging.NullHandler())
         model, tokenizer = load_from_arguments(arguments, chat=True)
+        # One reply at a time: the cache then has room for two full contexts at most, or for what fits into the memory.
+        engine = Engine(model, tokenizer, max_batch_size=1)
     if result.status:
         return result.status
-    return converse(Session(model, tokenizer, terminal, arguments.system, arguments.seed))
+    return converse(Session(engine, terminal, arguments.system, arguments.seed))
+
+
+def close(engine: "Engine") -> None:
+    """Stop an engine, and ignore Ctrl-C until it has finished its last step."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        engine.close(timeout=0)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def converse(session: Session) -> int:
@@ -56,4 +77,5 @@ def converse(session: Session) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     finally:
         session.terminal.save_history()
+        close(session.engine)
     return 0

@@ -15,12 +15,11 @@ from types import FrameType
 from typing import TYPE_CHECKING, cast
 
 from ..arguments import random_seed
-from .settings import parse_settings, updated_config
+from .settings import parse_settings, settings_beyond_engine, updated_config
 from .terminal import Terminal
 
 if TYPE_CHECKING:  # takes seconds to import
-    from qwen.model.modeling_qwen import QWenLMHeadModel
-    from qwen.model.tokenization_qwen import QWenTokenizer
+    from qwen.serving.engine import Engine
 
 HELP = '''\
 Type a question and press Enter. A pasted text of several lines is one question; to type one, put """ before and after.
@@ -57,16 +56,16 @@ def interrupt_once() -> Iterator[None]:
 class Session:
     """A conversation with one model."""
 
-    def __init__(
-        self, model: "QWenLMHeadModel", tokenizer: "QWenTokenizer", terminal: Terminal, system: str, seed: int
-    ) -> None:
-        self.model = model
-        self.tokenizer = tokenizer
+    def __init__(self, engine: "Engine", terminal: Terminal, system: str, seed: int) -> None:
+        self.engine = engine
+        self.model = engine.model
+        self.tokenizer = engine.tokenizer
         self.terminal = terminal
         self.system = system
         self.seed = seed
         self.history: list[tuple[str, str]] = []
-        self.checkpoint_config = copy.deepcopy(model.generation_config)
+        self.checkpoint_config = copy.deepcopy(self.model.generation_config)
+        self._explained: set[str] = set()  # settings that the user knows the engine lacks
 
     def run(self) -> None:
         """Read and answer until the user leaves."""
@@ -85,19 +84,15 @@ class Session:
 
     def answer(self, query: str) -> None:
         """Stream the reply and add the turn to the history, also if Ctrl-C stops the reply."""
-        import torch
-
-        reply, shown, stopped = "", 0, False
+        reply, stopped = "", False
         with interrupt_once():
             try:
-                torch.manual_seed(self.seed)
-                if self.terminal.interactive:
-                    print(self.terminal.paint("Qwen> ", "1;36"), end="", flush=True)
-                replies = self.model.chat_stream(self.tokenizer, query, history=self.history, system=self.system)
-                with contextlib.closing(cast("Generator[str]", replies)):  # closing it stops the computation
-                    for reply in replies:
-                        print(reply[shown:], end="", flush=True)
-                        shown = len(reply)
+                with contextlib.closing(self._pieces(query)) as pieces:  # closing it stops the computation
+                    if self.terminal.interactive:
+                        print(self.terminal.paint("Qwen> ", "1;36"), end="", flush=True)
+                    for piece in pieces:
+                        reply += piece
+                        print(piece, end="", flush=True)
             except KeyboardInterrupt:
                 stopped = True
             except BrokenPipeError:
@@ -109,14 +104,44 @@ class Session:
                 if not reply:
                     return
                 stopped = True
-            # After a stop, text beyond `shown` may already be on the screen.
-            print("" if stopped else reply[shown:], flush=True)
+            print(flush=True)
             if reply or not stopped:
                 self.history = [*self.history, (query, reply)]
         if stopped and reply:
             self.terminal.print_note("[stopped; the partial reply stays in the conversation]")
         elif stopped:
             self.terminal.print_note("[stopped before the first word; the conversation is unchanged]")
+
+    def _pieces(self, query: str) -> Generator[str]:
+        """Return the reply piece by piece: from the engine, which encodes only what is new in the conversation."""
+        beyond = settings_beyond_engine(self.model.generation_config, self.checkpoint_config)
+        if new := [name for name in beyond if name not in self._explained]:
+            self._explained.update(new)
+            self.terminal.print_note(
+                f"[{', '.join(new)}: only transformers' generate has this setting; with it every turn encodes the "
+                "whole conversation again]"
+            )
+        return self._pieces_from_generate(query) if beyond else self._pieces_from_engine(query)
+
+    def _pieces_from_engine(self, query: str) -> Generator[str]:
+        from qwen.model.qwen_generation_utils import chat_turns, encode_turns
+
+        turns, _ = chat_turns(query, self.history, self.system)
+        window = getattr(self.model.generation_config, "max_window_size", None)
+        _, ids = encode_turns(self.tokenizer, turns, **({} if window is None else {"max_window_size": window}))
+        for piece in self.engine.start(ids, self.engine.params(seed=self.seed), lstrip=True, rstrip=True):
+            yield piece.text
+
+    def _pieces_from_generate(self, query: str) -> Generator[str]:
+        import torch
+
+        torch.manual_seed(self.seed)
+        shown = 0
+        replies = self.model.chat_stream(self.tokenizer, query, history=self.history, system=self.system)
+        with contextlib.closing(cast("Generator[str]", replies)):
+            for reply in replies:
+                yield reply[shown:]
+                shown = len(reply)
 
     def command(self, line: str) -> bool:
         """Run a command line that starts with a colon. Returns False if the session should end."""
@@ -197,11 +222,16 @@ class Session:
 def describe_error(error: Exception) -> str:
     """Describe an error for the user; unexpected errors are reported with their type."""
     from qwen.library_errors import is_memory_full
+    from qwen.serving.engine import EngineClosed, EngineError
 
+    if isinstance(error, EngineError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__
     if isinstance(error, (ValueError, OSError)) and str(error):
         return str(error)
     if is_memory_full(error):
         return (
             "Out of memory. Shorten the conversation (:clear-his), or lower max_new_tokens (:conf max_new_tokens=256)."
         )
+    if isinstance(error, EngineClosed):
+        return "The model cannot continue after an earlier error. Leave with :exit and start again."
     return f"The model failed ({type(error).__name__}: {error}). If a setting caused this, undo it with :reset-conf."

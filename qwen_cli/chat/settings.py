@@ -54,6 +54,33 @@ CONSTRAINTS: dict[str, Constraint] = {
     "chat_format": ("chatml", lambda v: v == "chatml"),
 }
 QWEN_KEYS = {"chat_format", "max_window_size", "stop_words_ids"}
+# Settings that the engine of qwen.serving has, or does not need: it pads nothing, and ends where the checkpoint says.
+ENGINE_KEYS = {
+    "do_sample",
+    "temperature",
+    "top_k",
+    "top_p",
+    "repetition_penalty",
+    "max_new_tokens",
+    "max_window_size",
+    "chat_format",
+    "eos_token_id",
+    "bos_token_id",
+    "pad_token_id",
+    "transformers_version",
+}
+# Values of other settings that change nothing.
+NEUTRAL: dict[str, object] = {
+    "use_cache": True,
+    "typical_p": 1,
+    "min_p": 0,
+    "no_repeat_ngram_size": 0,
+    "min_new_tokens": 0,
+    "min_length": 0,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "stop_words_ids": [],
+}
 # Fields of GenerationConfig that hold objects or change what generate() returns. They cannot be set by text.
 NOT_SETTABLE = {"compile_config", "watermarking_config", "transformers_version", "return_dict_in_generate"}
 
@@ -111,3 +138,19 @@ def updated_config(config: "GenerationConfig", settings: dict[str, object]) -> "
     except (ValueError, TypeError, AttributeError) as error:  # the last two: comparing a number with a string
         raise ValueError(f"transformers rejects this setting: {error}") from error
     return config
+
+
+def settings_beyond_engine(config: "GenerationConfig", checkpoint_config: "GenerationConfig") -> list[str]:
+    """Return the names of settings that the engine of `qwen.serving` lacks and only `generate` follows.
+
+    Args:
+        config: the settings of the next reply.
+        checkpoint_config: those that the engine was started with.
+    """
+    known = type(config)().to_dict().keys() | QWEN_KEYS  # files may have fields that nothing reads
+    beyond = [
+        name
+        for name, value in config.to_diff_dict().items()
+        if name in known - ENGINE_KEYS and value is not None and value != NEUTRAL.get(name)
+    ]
+    return sorted([*beyond, *(["eos_token_id"] if config.eos_token_id != checkpoint_config.eos_token_id else [])])

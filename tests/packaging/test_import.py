@@ -126,13 +126,25 @@ def test_all_public_names_of_the_last_release_exist(module: str) -> None:
         ("qwen.checkpoint.hub", "published_spelling", "canonical_hub_id"),
         ("qwen.checkpoint.staging", "filled_at_the_end", "staged_directory"),
         ("qwen.quantization", "Loss", "LayerError"),
+        ("qwen.serving.api.metrics", "available", "is_available"),
+        ("qwen.serving.engine", "SchedulerClosed", "EngineClosed"),
+        ("qwen.serving.engine.grammar", "available", "is_available"),
+        ("qwen.serving.engine.sampler", "Constraint", "qwen.serving.engine.sequence.Constraint"),
+        ("qwen.serving.engine.sampler", "ConstraintError", "qwen.serving.engine.sequence.ConstraintError"),
+        ("qwen.serving.engine.sampler", "SamplingParams", "qwen.serving.engine.sampling_params.SamplingParams"),
+        ("qwen.serving.engine.scheduler", "EndReason", "qwen.serving.engine.sequence.FinishReason"),
+        ("qwen.serving.engine.scheduler", "GenerationSequence", "qwen.serving.engine.sequence.Sequence"),
+        ("qwen.serving.engine.scheduler", "Load", "qwen.serving.engine.engine.Load"),
+        ("qwen.serving.engine.scheduler", "QueueFull", "qwen.serving.engine.engine.QueueFull"),
+        ("qwen.serving.engine.scheduler", "SchedulerClosed", "qwen.serving.engine.engine.EngineClosed"),
         ("qwen.tools.code_interpreter", "solve", "run_conversation"),
     ],
 )
 def test_old_names_are_aliases_with_a_warning(module: str, old: str, new: str) -> None:
     found = importlib.import_module(module)
+    place, _, name = new.rpartition(".")
     with pytest.warns(DeprecationWarning, match=f"{module}.{old} is now {new}"):
-        assert getattr(found, old) is getattr(found, new)
+        assert getattr(found, old) is getattr(importlib.import_module(place or module), name)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = found.nothing
 

@@ -167,6 +167,8 @@ INTERFACES = [
     # ---- torch, Triton ----
     Interface("torch._dynamo.mark_static_address", MODELING,
               "marks a tensor that the compiled step writes to, for CUDA graphs", "(t, guard)"),
+    Interface("torch.ops.aten._scaled_dot_product_flash_attention_for_cpu", "qwen/serving/engine/paged_attention.py",
+              "attention with its log-sum-exp, which scaled_dot_product_attention does not return", "attribute"),
     Interface("torch.utils.cpp_extension.CUDA_HOME", GPTQ, "whether nvcc is installed", "attribute"),
     Interface("triton.runtime.driver.DriverConfig.active", "qwen/model/kv_cache_triton_qwen.py",
               "checks for a GPU before the first kernel", "property"),

@@ -8,14 +8,15 @@ from accelerate import dispatch_model
 
 from qwen.checkpoint.loading import load_tokenizer
 from qwen.model.modeling_qwen import QWenLMHeadModel
-from qwen.serving.engine.sampler import SamplingParams
-from qwen.serving.engine.scheduler import EndReason, GenerationSequence, Scheduler
+from qwen.model.tokenization_qwen import QWenTokenizer
+from qwen.serving.engine import Engine
+from qwen.serving.engine.sampling_params import SamplingParams
 from tests.pretend_gpu.models import SPREAD, placed, tiny_model
 from tests.pretend_gpu.test_generation import EIGHT_BIT, KERNEL, WINDOWS
 
 pytestmark = [pytest.mark.usefixtures("gpus"), pytest.mark.slow]
 QUESTIONS = ["Hello!", "What is 47 + 38?"]
-GREEDY = {"temperature": 0.0}
+GREEDY = {"temperature": 0.0, "top_logprobs": 0}  # tokens are reported with log-probabilities only
 ADJUSTED = {
     "temperature": 0.8,
     "top_p": 0.9,
@@ -51,25 +52,18 @@ def test_replies_equal_the_cpus(bundled_chat, devices):
     assert replies[0][1][-1] == replies[0][0]
 
 
-def served(model: QWenLMHeadModel, params: dict, prompts: list[list[int]]) -> list:
-    """Tokens and end of each sequence, from a scheduler that gets all at once."""
-    scheduler = Scheduler(model)
-    results: list[list] = [[] for _ in prompts]
-    with scheduler.changed:
-        for result, prompt in zip(results, prompts, strict=True):
-
-            def on_token(token, result=result):
-                result.append(token.token_id)
-                return False
-
-            def on_end(reason: EndReason, error: Exception | None, result=result):
-                result.append((reason, error))
-
+def served(model: QWenLMHeadModel, tokenizer: QWenTokenizer, params: dict, prompts: list[list[int]]) -> list:
+    """Tokens and end of each sequence, from an engine that gets all at once."""
+    engine = Engine(model, tokenizer, max_batch_size=4, cache_tokens=2**12)
+    try:
+        streams = []
+        for prompt in prompts:
             sampling = SamplingParams(max_tokens=4 + len(prompt) // 8, seed=len(prompt), **params)
-            scheduler.submit(GenerationSequence(prompt, sampling, frozenset([511]), on_token, on_end))
-    scheduler.close()
-    assert not any(result[-1][1] for result in results), results
-    return results
+            streams.append(engine.start(prompt, sampling))
+        results: list[list] = [[token.token_id for piece in stream for token in piece.tokens] for stream in streams]
+        return [[*result, stream.finish_reason] for result, stream in zip(results, streams, strict=True)]
+    finally:
+        engine.close(timeout=0)
 
 
 @pytest.mark.parametrize(
@@ -83,8 +77,9 @@ def served(model: QWenLMHeadModel, params: dict, prompts: list[list[int]]) -> li
     ],
     ids=["float", "float, sampling", "8 bits", "8 bits, kernel", "windows, sampling"],
 )
-def test_served_tokens_equal_the_cpus(config, params, where):
+def test_served_tokens_equal_the_cpus(config, params, where, bundled_chat):
+    tokenizer = load_tokenizer(bundled_chat)
     rng = random.Random(0)
     prompts = [[rng.randrange(500) for _ in range(length)] for length in (5, 20, 33, 40)]
-    on_gpu = served(placed(tiny_model(**config), where), params, prompts)
-    assert on_gpu == served(tiny_model(**config), params, prompts)
+    on_gpu = served(placed(tiny_model(**config), where), tokenizer, params, prompts)
+    assert on_gpu == served(tiny_model(**config), tokenizer, params, prompts)

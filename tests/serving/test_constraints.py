@@ -14,7 +14,7 @@ from qwen.model.modeling_qwen import QWenLMHeadModel
 from qwen.model.qwen_generation_utils import make_context
 from qwen.model.tokenization_qwen import QWenTokenizer
 from qwen.serving.engine.grammar import ConstraintFactory
-from qwen.serving.engine.sampler import ConstraintError
+from qwen.serving.engine.sequence import ConstraintError
 from qwen.tools import (
     FINAL_ANSWER,
     STOP_WORD,

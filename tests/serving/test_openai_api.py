@@ -67,13 +67,15 @@ def test_health_and_documentation(server: ServerProcess) -> None:
 
 
 def test_metrics(server: ServerProcess) -> None:
-    names = ["qwen_prompt_tokens_total", "qwen_completion_tokens_total", "qwen_time_to_first_token_seconds_count"]
+    names = ["qwen_prompt_tokens_total", "qwen_cached_prompt_tokens_total", "qwen_completion_tokens_total"]
+    names.append("qwen_time_to_first_token_seconds_count")
     before = [server.metric(name) for name in names]
     body = {"messages": HI, "temperature": 0, "n": 2}
     usage = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60).json()["usage"]
     after = [server.metric(name) for name in names]
     grown = [new - old for new, old in zip(after, before, strict=True)]
-    assert grown == [usage["prompt_tokens"], usage["completion_tokens"], 2]
+    cached = usage["prompt_tokens_details"]["cached_tokens"]
+    assert grown == [usage["prompt_tokens"], cached, usage["completion_tokens"], 2]
     for path in ("/no/such/1", "/no/such/2"):
         httpx.get(server.url + path)
     text = httpx.get(f"{server.url}/metrics").text

@@ -20,6 +20,7 @@ from qwen.serving.engine.detokenizer import Piece
 from qwen.tools import ReplyReader
 from tests.support.server_process import ServerProcess
 
+BLOCK = 16  # tokens in a block of the cache
 SUM = [{"role": "user", "content": "What is 47 + 38?"}]
 HI = [{"role": "user", "content": "hi"}]
 CHINESE = [{"role": "user", "content": "你好"}]
@@ -62,7 +63,7 @@ def model_and_tokenizer(bundled_chat):
 def ask(client: openai.OpenAI, messages: list, **fields: Any):
     """Return a response, greedy by default, checked against the documented type."""
     fields = {"temperature": 0} | fields
-    own = {key: fields.pop(key) for key in ("top_k", "max_length", "repetition_penalty") if key in fields}
+    own = {key: fields.pop(key) for key in ("top_k", "max_length", "repetition_penalty", "cache_salt") if key in fields}
     answer = client.chat.completions.create(model="Qwen", messages=messages, extra_body=own, **fields)
     TypeAdapter(ChatCompletion).validate_python(answer.model_dump(exclude_unset=True), strict=True)
     return answer
@@ -219,8 +220,10 @@ def test_stream_on_the_wire(server: ServerProcess) -> None:
 def test_usage(client: openai.OpenAI, model_and_tokenizer) -> None:
     _, tokenizer = model_and_tokenizer
     _, prompt = make_context(tokenizer, "What is 47 + 38?", [], "You are a helpful assistant.")
+    ask(client, SUM)  # the following requests find its prompt in the cache
     answer = ask(client, SUM, n=2, logprobs=True)
     assert answer.usage.prompt_tokens == len(prompt)
+    assert answer.usage.prompt_tokens_details.cached_tokens == (len(prompt) - 1) // BLOCK * BLOCK
     assert answer.usage.completion_tokens == sum(len(choice.logprobs.content) for choice in answer.choices)
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
 
@@ -229,6 +232,21 @@ def test_usage(client: openai.OpenAI, model_and_tokenizer) -> None:
     assert chunks[-1].usage == answer.usage
     assert all(chunk.usage is None and "usage" in chunk.model_fields_set for chunk in chunks[:-1])
     assert all("usage" not in chunk.model_fields_set for chunk in stream(client, SUM))
+
+
+def test_cached_tokens_of_a_conversation(client: openai.OpenAI) -> None:
+    first = ask(client, SUM, cache_salt="conversation")
+    assert first.usage.prompt_tokens_details.cached_tokens == 0
+    messages = [*SUM, {"role": "assistant", "content": first.choices[0].message.content}, *HI]
+    second = ask(client, messages, cache_salt="conversation")
+    assert second.usage.prompt_tokens_details.cached_tokens > first.usage.total_tokens - BLOCK
+
+
+def test_salts_separate_prefixes(client: openai.OpenAI) -> None:
+    answers = [ask(client, SUM, cache_salt=salt) for salt in ("a", "a", "b")]
+    cached = [answer.usage.prompt_tokens_details.cached_tokens for answer in answers]
+    assert cached[0] == cached[2] == 0 < cached[1]
+    assert len({answer.choices[0].message.content for answer in answers}) == 1
 
 
 # What ends a reply

@@ -201,9 +201,9 @@ def test_failed_engine_is_distinguished_from_a_closed_one(bundled_chat, monkeypa
     with contextlib.closing(Engine(*load_model(bundled_chat, cpu_only=True))) as engine:
         app = create_app(engine)
         assert send(app, "GET", "/health").json() == {"status": "ready"}
-        monkeypatch.setattr(engine.scheduler, "_step", fail)
+        monkeypatch.setattr(engine, "_step", fail)
         assert send(app, "POST", "/v1/completions", json={"prompt": "The"}).status_code == 500
-        engine.scheduler.thread.join(60)
+        engine.thread.join(60)
         health = send(app, "GET", "/health")
         assert (health.status_code, health.json()) == (503, {"status": "failed"})
         response = send(app, "POST", "/v1/completions", json={"prompt": "The"})

@@ -50,6 +50,11 @@ class DeviceWork:
             self.launches - earlier.launches, self.waits - earlier.waits, self.transfers - earlier.transfers
         )
 
+    def add(self, other: "DeviceWork") -> None:
+        """Add the counts of other work."""
+        for kind in ("launches", "waits", "transfers"):
+            getattr(self, kind).update(getattr(other, kind))
+
     def table(self, kind: str, steps: int = 1, limit: int = 40) -> str:
         """Return the lines of "launches", "waits" or "transfers", most frequent first, as counts per step."""
         counts: Counter[tuple[str, str]] = getattr(self, kind)

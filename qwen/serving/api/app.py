@@ -86,7 +86,7 @@ class Service:
 
     def __init__(self, engine: Engine, settings: Settings):
         self.engine, self.settings = engine, settings
-        self.metrics = Metrics(engine) if metrics.available() else None
+        self.metrics = Metrics(engine) if metrics.is_available() else None
         self.constraints = ConstraintFactory(engine.tokenizer, engine.model.config.vocab_size)
         self.ignored_fields = LogOnce(logger, "ignored fields")
         self.draining = False
@@ -189,7 +189,7 @@ def create_app(engine: Engine, settings: Settings | None = None) -> FastAPI:
     service = Service(engine, settings)
     if service.metrics is None:
         logger.warning("/metrics is disabled: prometheus-client is not installed (`pip install prometheus-client`).")
-    if not grammar.available():
+    if not grammar.is_available():
         logger.warning(
             "Constrained replies (response_format, tool_choice, strict) are disabled: llguidance is not installed "
             "(`pip install llguidance`)."

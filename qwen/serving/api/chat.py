@@ -93,7 +93,7 @@ def build_plan(request: ChatCompletionRequest, engine: Engine, constraints: Cons
         writer = ChatWriter(index, engine.tokenizer, reader, tool_choice, bool(request.stop_strings))
         choice_constraint = None if constraint is None else constraint.copy()
         choices.append(Choice(prompt_ids, params, writer, stop, lstrip, True, choice_constraint))
-    return Plan(choices, len(prompt_ids), "messages")
+    return Plan(choices, len(prompt_ids), "messages", request.cache_salt)
 
 
 def _check_request(request: ChatCompletionRequest, engine: Engine) -> None:

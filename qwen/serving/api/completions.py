@@ -38,7 +38,7 @@ def build_plan(request: CompletionRequest, engine: Engine) -> Plan:
         for params in prompt_params:
             writer = TextWriter(len(choices), engine.tokenizer, echo)
             choices.append(Choice(ids, params, writer, request.stop_strings))
-    return Plan(choices, sum(lengths), "prompt")
+    return Plan(choices, sum(lengths), "prompt", request.cache_salt)
 
 
 def _prompt_inputs(request: CompletionRequest) -> list[str] | list[list[int]]:

@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ..engine import EngineError, PromptTooLong, QueueFull, SchedulerClosed
+from ..engine import EngineClosed, EngineError, PromptTooLong, QueueFull
 
 MAX_VALIDATION_ERRORS = 100  # validation errors examined per request; the first one is reported, with its alternatives
 API_ENDPOINTS = ("/chat/completions", "/completions", "/models")  # under /v1; clients add them to a base URL
@@ -74,7 +74,7 @@ def from_engine_error(error: Exception, param: str | None = None) -> ApiError | 
             code="rate_limit_exceeded",
             headers={"Retry-After": str(RETRY_AFTER_SECONDS)},
         )
-    if isinstance(error, SchedulerClosed):
+    if isinstance(error, EngineClosed):
         return shutting_down()
     if isinstance(error, EngineError):
         return server_error()

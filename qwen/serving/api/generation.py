@@ -22,7 +22,8 @@ from starlette.types import Receive, Scope, Send
 
 from ..engine import Engine, TextStream
 from ..engine.detokenizer import Piece
-from ..engine.sampler import Constraint, SamplingParams
+from ..engine.sampling_params import SamplingParams
+from ..engine.sequence import Constraint
 from .errors import ApiError, engine_failed, from_engine_error, interrupted_by_shutdown, invalid_request, server_error
 from .metrics import CLIENT_CLOSED_REQUEST, Metrics
 from .requests import GenerationRequest
@@ -65,11 +66,13 @@ class Plan:
         choices: all choices, in the order of their index.
         prompt_tokens: tokens of the prompts, counted once for all choices.
         prompt_param: request field that holds the prompt.
+        cache_salt: the prompts share the key/value cache only with requests of the same salt.
     """
 
     choices: list[Choice]
     prompt_tokens: int
     prompt_param: str
+    cache_salt: str | None = None
 
 
 class Head(TypedDict):
@@ -203,7 +206,16 @@ class Generation:
             for choice in plan.choices:
                 ids, params, _, stop, lstrip, rstrip, constraint = choice
                 self.streams.append(
-                    engine.start(ids, params, stop=stop, lstrip=lstrip, rstrip=rstrip, constraint=constraint)
+                    engine.start(
+                        ids,
+                        params,
+                        stop=stop,
+                        lstrip=lstrip,
+                        rstrip=rstrip,
+                        constraint=constraint,
+                        group=self,
+                        cache_salt=plan.cache_salt,
+                    )
                 )
         except Exception as error:
             for stream in self.streams:
@@ -221,7 +233,16 @@ class Generation:
             "prompt_tokens": self.plan.prompt_tokens,
             "completion_tokens": completion,
             "total_tokens": self.plan.prompt_tokens + completion,
+            "prompt_tokens_details": {"cached_tokens": self._cached_tokens},
         }
+
+    @property
+    def _cached_tokens(self) -> int:
+        """Tokens of the prompts that were in the cache; of choices with the same prompt, the first one's."""
+        first: dict[int, int] = {}
+        for choice, stream in zip(self.plan.choices, self.streams, strict=True):
+            first.setdefault(id(choice.prompt_ids), stream.cached_tokens)
+        return sum(first.values())
 
     async def chunks(self) -> AsyncGenerator[Chunk, None]:
         """Yield the chunks of all choices as they arrive.
@@ -274,7 +295,9 @@ class Generation:
                 return
             seconds = [stream.first_token_seconds for stream in self.streams]
             usage = self.usage
-            self.metrics.record_generation(usage["prompt_tokens"], usage["completion_tokens"], seconds)
+            self.metrics.record_generation(
+                usage["prompt_tokens"], self._cached_tokens, usage["completion_tokens"], seconds
+            )
 
 
 class ChunkResponse(EventSourceResponse):

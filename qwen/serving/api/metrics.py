@@ -11,6 +11,7 @@ from collections.abc import Iterable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ..._renamed import old_names
 from ..engine import Engine
 
 try:
@@ -25,7 +26,7 @@ DURATION_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 12
 CLIENT_CLOSED_REQUEST = 499  # nginx's status for a client that disconnected before the response
 
 
-def available() -> bool:
+def is_available() -> bool:
     """Return whether prometheus-client is installed, which `Metrics` needs."""
     return _INSTALLED
 
@@ -52,6 +53,9 @@ class Metrics:
             registry=self.registry,
         )
         self.prompt_tokens = Counter("qwen_prompt_tokens", "Prompt tokens", registry=self.registry)
+        self.cached_tokens = Counter(
+            "qwen_cached_prompt_tokens", "Prompt tokens found in the cache", registry=self.registry
+        )
         self.completion_tokens = Counter("qwen_completion_tokens", "Generated tokens", registry=self.registry)
         running = Gauge("qwen_running_sequences", "Replies being generated", registry=self.registry)
         running.set_function(lambda: engine.load().running)
@@ -59,10 +63,15 @@ class Metrics:
         queued.set_function(lambda: engine.load().queued)
 
     def record_generation(
-        self, prompt_tokens: int, completion_tokens: int, first_token_seconds: Iterable[float | None]
+        self,
+        prompt_tokens: int,
+        cached_tokens: int,
+        completion_tokens: int,
+        first_token_seconds: Iterable[float | None],
     ) -> None:
         """Record the totals of one request; None stands for a reply without tokens."""
         self.prompt_tokens.inc(prompt_tokens)
+        self.cached_tokens.inc(cached_tokens)
         self.completion_tokens.inc(completion_tokens)
         for seconds in first_token_seconds:
             if seconds is not None:
@@ -101,3 +110,6 @@ class MetricsMiddleware:
             endpoint = getattr(scope.get("route"), "path", "other")
             self.metrics.requests.labels(endpoint, status).inc()
             self.metrics.durations.labels(endpoint).observe(time.perf_counter() - started)
+
+
+__getattr__ = old_names(__name__, {"available": "is_available"})

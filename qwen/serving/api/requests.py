@@ -21,6 +21,7 @@ MAX_PROMPTS = 128
 MAX_LOGIT_BIASES = 1024
 MAX_MESSAGES = 16384  # bounds validation; the server's own limit is lower and checked later
 MAX_TOP_K = 2**31 - 1
+MAX_CACHE_SALT = 256
 MAX_PART_TYPE = 50  # characters of an unsupported type in the error message
 
 JSONObject = dict[str, Any]
@@ -92,6 +93,9 @@ class GenerationRequest(RequestModel):
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     logit_bias: LogitBias | None = Field(None, description="token id → value added to its logit")
     seed: Integer | None = Field(None, description="the same seed and request give the same reply")
+    cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_CACHE_SALT)] | None = Field(
+        None, description="reuse the cache only of requests with the same salt, so that timing tells others nothing"
+    )
 
     @property
     def num_choices(self) -> int:

@@ -24,10 +24,15 @@ class ErrorResponse(TypedDict):
     error: Error
 
 
+class PromptTokensDetails(TypedDict):
+    cached_tokens: int
+
+
 class Usage(TypedDict):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
 
 
 class TokenProbability(TypedDict):

@@ -1,6 +1,9 @@
 """The engine: continuous batching of requests, token ids in and out."""
 
-from .engine import GREEDY_BELOW, Engine, EngineError, PromptTooLong, TextStream
-from .scheduler import QueueFull, SchedulerClosed
+from ..._renamed import old_names
+from .engine import GREEDY_BELOW, Engine, EngineClosed, PromptTooLong, QueueFull
+from .stream import EngineError, TextStream
 
-__all__ = ["GREEDY_BELOW", "Engine", "EngineError", "PromptTooLong", "QueueFull", "SchedulerClosed", "TextStream"]
+__all__ = ["GREEDY_BELOW", "Engine", "EngineClosed", "EngineError", "PromptTooLong", "QueueFull", "TextStream"]
+
+__getattr__ = old_names(__name__, {"SchedulerClosed": "EngineClosed"})

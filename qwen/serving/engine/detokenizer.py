@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from ...model.tokenization_qwen import QWenTokenizer
-from .sampler import SampledToken
+from .sequence import SampledToken
 
 
 class TokenLogprob(NamedTuple):

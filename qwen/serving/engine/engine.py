@@ -1,121 +1,63 @@
-"""Serves concurrent requests from one model: prompts in, streams of text out."""
+"""Serves concurrent requests from one model: prompts in, streams of text out.
 
-import asyncio
+One thread owns the model and repeats a step: drop what was cancelled, choose the tokens to compute, launch, and hand on
+the tokens of the step before. Each sequence has its own sampling settings, random numbers, α of dynamic NTK and
+grammar, so that its reply does not depend on the others: exactly in float32 on the CPU. In 16 bits and on GPUs, kernels
+are chosen by batch size and round differently, which can change a token where two are almost equally likely.
+"""
+
 import dataclasses
+import logging
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Hashable
+from collections.abc import Sequence as Ids
+from typing import Any, NamedTuple
+
+import psutil
+import torch
 
 from ...model.modeling_qwen import QWenLMHeadModel
 from ...model.tokenization_qwen import QWenTokenizer
-from .detokenizer import IncrementalText, Piece
-from .sampler import Constraint, ConstraintError, SampledToken, SamplingParams
-from .scheduler import EndReason, GenerationSequence, Load, QueueFull, Scheduler, SchedulerClosed
+from .block_manager import BlockManager
+from .detokenizer import IncrementalText
+from .model_runner import ModelRunner, PendingStep, alpha_index, block_size_for
+from .paged_kv_cache import bytes_per_token
+from .sampling_params import SamplingParams
+from .scheduler import Chunk, Scheduler
+from .sequence import Constraint, FinishReason, SampledToken, Sequence
+from .stream import TextStream, Wakeups
+
+logger = logging.getLogger(__name__)
 
 # Like the published server, decode greedily below this temperature: some clients send 0.001 for 0.
 GREEDY_BELOW = 0.01
+PREFILL_TOKENS = 2048  # per step, while nothing else runs
+# Minimum number of parameters to use several CPU cores. In smaller models they would mostly wait for each other.
+SHARED_FROM = 50_000_000
+TOKENS_PER_REQUEST = 512  # of the cache at most, for each of max_batch_size, unless two contexts are more
+# Of the memory that is free after loading the model. On a CPU others need it, too.
+MEMORY_SHARE = {"cuda": 0.9, "cpu": 0.5}
 
 
 class PromptTooLong(ValueError):
     """The prompt leaves no room for a reply."""
 
 
-class EngineError(RuntimeError):
-    """The model failed while generating a reply."""
+class QueueFull(Exception):
+    """The queue of waiting sequences is full."""
 
 
-class TextStream:
-    """A reply that is being generated. Iterate over its pieces once, with `for` in a thread or with `async for`.
+class EngineClosed(Exception):
+    """The engine accepts no more requests."""
 
-    Attributes:
-        prompt_tokens: length of the prompt.
-        completion_tokens: tokens of the reply so far, without the end token.
-        finish_reason: None while it runs, then "stop", "length" or "cancelled".
-        first_token_seconds: time from the request to its first token; None before that.
-    """
 
-    def __init__(self, prompt_tokens: int, text: IncrementalText):
-        self.prompt_tokens, self.completion_tokens = prompt_tokens, 0
-        self.finish_reason: str | None = None
-        self.first_token_seconds: float | None = None
-        self._text = text
-        self._started = time.perf_counter()
-        self._items: deque[Piece | BaseException | None] = deque()  # None marks the end
-        self._wake: Callable[[], object] = lambda: None
-        self.on_cancel: Callable[[], None] = lambda: None  # set by the engine
+class Load(NamedTuple):
+    """Numbers of running and of waiting sequences."""
 
-    def cancel(self) -> None:
-        """End the reply before its next token. May be called from any thread, at any time."""
-        self.on_cancel()
-
-    def __iter__(self) -> Iterator[Piece]:
-        arrived = threading.Event()
-        self._wake = arrived.set
-        try:
-            while True:
-                while self._items:
-                    if (piece := self._next()) is None:
-                        return
-                    yield piece
-                arrived.wait()
-                arrived.clear()
-        finally:
-            self.cancel()  # the reader may have stopped early
-
-    async def __aiter__(self) -> AsyncIterator[Piece]:
-        arrived, loop = asyncio.Event(), asyncio.get_running_loop()
-        self._wake = lambda: loop.call_soon_threadsafe(arrived.set)
-        try:
-            while True:
-                while self._items:
-                    if (piece := self._next()) is None:
-                        return
-                    yield piece
-                await arrived.wait()
-                arrived.clear()
-        finally:
-            self.cancel()
-
-    def _next(self) -> Piece | None:
-        item = self._items.popleft()
-        if isinstance(item, BaseException):
-            raise item
-        return item
-
-    # Called by the scheduler.
-
-    def on_token(self, token: SampledToken) -> bool:
-        """Add a token; return whether the reply is complete."""
-        if self.first_token_seconds is None:
-            self.first_token_seconds = time.perf_counter() - self._started
-        self.completion_tokens += 1
-        self._put(self._text.feed(token))
-        return self._text.stopped
-
-    def on_end(self, reason: EndReason, error: Exception | None) -> None:
-        """Send the rest of the text, or the error, to the reader."""
-        if isinstance(error, ConstraintError):  # caused by the request, not by the model
-            self._put(error)
-            return
-        if reason is EndReason.ERROR:
-            failure = EngineError(f"The model failed ({type(error).__name__}: {error}).")
-            failure.__cause__ = error
-            self._put(failure)
-            return
-        self.finish_reason = reason.value
-        self._put(self._text.finish())
-        self._put(None)
-
-    def _put(self, item: Piece | BaseException | None) -> None:
-        if isinstance(item, Piece) and not item.text and not item.tokens:
-            return
-        self._items.append(item)
-        try:
-            self._wake()
-        except RuntimeError:  # the reader's event loop is closed
-            self.cancel()
+    running: int
+    queued: int
 
 
 class Engine:
@@ -127,6 +69,7 @@ class Engine:
         max_batch_size: maximum number of concurrent requests.
         max_queue: maximum number of waiting requests.
         cache_tokens: size of the key/value cache in tokens; None to use the free memory.
+        prefix_reuse: do not encode the beginning of a prompt again that is still in the cache.
 
     Attributes:
         context_length: maximum number of tokens of prompt and reply together.
@@ -137,21 +80,46 @@ class Engine:
         model: QWenLMHeadModel,
         tokenizer: QWenTokenizer,
         *,
-        max_batch_size: int = 16,
+        max_batch_size: int = 256,
         max_queue: int = 128,
         cache_tokens: int | None = None,
+        prefix_reuse: bool = True,
     ):
         self.model, self.tokenizer = model, tokenizer
-        self.scheduler = Scheduler(model, max_batch_size=max_batch_size, max_queue=max_queue, cache_tokens=cache_tokens)
         self.max_batch_size, self.max_queue = max_batch_size, max_queue
-        limit = model.config.max_context_length
-        self.context_length = min(limit, self.scheduler.cache_tokens)
+        config, block_size = model.config, block_size_for(model)
+        if cache_tokens is None:
+            # No more than replies can use: what prefixes would fill beyond that, others may need.
+            most = max(2 * config.max_context_length, TOKENS_PER_REQUEST * max_batch_size)
+            cache_tokens = min(affordable_tokens(model), most)
+        blocks = BlockManager(max(1, cache_tokens // block_size), block_size, prefix_reuse)
+        self.context_length = min(config.max_context_length, blocks.num_blocks * block_size)
+        is_small = self.context_length < config.max_context_length
+        self._limit_reason = ", since the key/value cache has room for no more" if is_small else ""
+        self.scheduler = Scheduler(
+            blocks,
+            max_num_seqs=max_batch_size,
+            max_num_batched_tokens=PREFILL_TOKENS,
+            copy_prefixes=model.device.type == "cpu",
+        )
+        with torch.inference_mode():  # like the steps, which write to its tensors
+            self.runner = ModelRunner(model, blocks, max_batch_size, self.context_length)
         eos = model.generation_config.eos_token_id
         eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
         stop_words = getattr(model.generation_config, "stop_words_ids", None) or []
         ends = [words[0] for words in stop_words if len(words) == 1]
         self.end_token_ids = frozenset([*eos, *ends, tokenizer.eod_id, tokenizer.im_start_id, tokenizer.im_end_id])
         self.stop = [tokenizer.decode(words) for words in stop_words if len(words) > 1]
+
+        self._changed = threading.Condition()  # guards what follows
+        self._arrived: deque[Sequence] = deque()
+        self._unfinished = 0
+        self._closing = self._cancelling = self._failed = False
+        self._wakeups = Wakeups()  # this and the following are the thread's own
+        self._in_flight: deque[PendingStep] = deque()
+        self._last_ready = 0.0
+        self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self.thread.start()
 
     def params(self, **overrides: Any) -> SamplingParams:
         """Return the checkpoint's sampling settings with the given overrides.
@@ -172,13 +140,15 @@ class Engine:
 
     def start(
         self,
-        prompt_ids: Sequence[int],
+        prompt_ids: Ids[int],
         params: SamplingParams,
         *,
-        stop: Sequence[str] = (),
+        stop: Ids[str] = (),
         lstrip: bool = False,
         rstrip: bool = False,
         constraint: Constraint | None = None,
+        group: Hashable | None = None,
+        cache_salt: str | None = None,
     ) -> TextStream:
         """Queue a prompt and return immediately. Iterate over the result for the text of the reply.
 
@@ -188,49 +158,202 @@ class Engine:
             stop: the reply ends before the first occurrence of any of these strings.
             lstrip, rstrip: strip whitespace at the start or end of the reply.
             constraint: grammar that the reply must follow.
+            group: prompts of one request have the same group, and take turns with others as one.
+            cache_salt: prompts share the cache only with those of the same salt.
 
         Raises:
-            PromptTooLong: the prompt alone fills the model's context.
+            PromptTooLong: the prompt alone fills the model's context, or the cache.
             QueueFull: too many requests are waiting.
-            SchedulerClosed: the engine is closed or has failed.
+            EngineClosed: the engine is closed or has failed.
             ValueError: an empty prompt, or token ids out of range.
         """
+        if not prompt_ids:
+            raise ValueError("The prompt is empty. Give at least one token.")
         room = self.context_length - len(prompt_ids)
         if room < 1:
             raise PromptTooLong(
                 f"The prompt is too long: it has {len(prompt_ids)} tokens, and prompt and reply together may have at "
-                f"most {self.context_length}. Shorten the prompt."
+                f"most {self.context_length}{self._limit_reason}. Shorten the prompt."
             )
-        known = range(self.model.config.vocab_size)
+        valid = range(self.model.config.vocab_size)
         for name, ids in (("The prompt", prompt_ids), ("logit_bias", params.logit_bias)):
-            if any(token not in known for token in ids):
-                raise ValueError(f"{name} has invalid token ids: valid ids are 0 to {known[-1]}.")
+            if any(token not in valid for token in ids):
+                raise ValueError(f"{name} has invalid token ids: valid ids are 0 to {valid[-1]}.")
+        config = self.model.config
         text = IncrementalText(self.tokenizer, [*stop, *self.stop], lstrip, rstrip)
-        stream = TextStream(len(prompt_ids), text)
-        sequence = GenerationSequence(
+        stream = TextStream(len(prompt_ids), text, self._wakeups)
+        sequence = Sequence(
             prompt_ids,
             dataclasses.replace(params, max_tokens=min(params.max_tokens, room)),
             self.end_token_ids,
             stream.on_token,
             stream.on_end,
             constraint,
+            group,
+            alpha_index(len(prompt_ids), config.seq_length) if config.use_dynamic_ntk else 0,
+            (*_active_adapters(self.model), f"salt {cache_salt!r}"),
         )
-        stream.on_cancel = lambda: self.scheduler.cancel(sequence)
-        self.scheduler.submit(sequence)
+        stream.on_cancel = lambda: self._cancel(sequence)
+        stream.on_begin = lambda: sequence.cached_tokens
+        with self._changed:
+            if self._closing:
+                raise EngineClosed("The engine accepts no more requests.")
+            if self._unfinished >= self.max_batch_size + self.max_queue:
+                raise QueueFull(f"The queue is full: {self.load().queued} requests are waiting.")
+            self._unfinished += 1
+            self._arrived.append(sequence)
+            self._changed.notify()
         return stream
 
     def load(self) -> Load:
-        """Return the number of running and of waiting requests."""
-        return self.scheduler.load()
+        """Return the numbers of running and of waiting sequences."""
+        running = len(self.scheduler.running)
+        return Load(running, max(0, self._unfinished - running))
 
     @property
     def failed(self) -> bool:
         """Whether the engine has stopped because of an error and rejects all requests."""
-        return self.scheduler.failed
+        return self._failed
 
     def close(self, timeout: float | None = None) -> None:
         """Reject new requests, finish the others (for at most `timeout` seconds), and end the thread."""
-        self.scheduler.close(timeout)
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        self.thread.join(timeout)
+        self._cancelling = True
+        self.thread.join()
+
+    def _cancel(self, sequence: Sequence) -> None:
+        with self._changed:
+            sequence.cancelled = True
+            self._changed.notify()
+
+    # The following methods run in the engine's thread.
+
+    @torch.inference_mode()
+    def _run(self) -> None:
+        if self.model.device.type == "cpu" and self.model.num_parameters() < SHARED_FROM:
+            torch.set_num_threads(1)
+        error: Exception | None = None
+        try:
+            self.runner.warm_up()
+            while self._wait_for_work():
+                self._step()
+        except Exception as unexpected:  # callers must not wait for a thread that has ended
+            logger.exception("The engine stopped")
+            error = unexpected
+        with self._changed:
+            self._closing, self._failed = True, error is not None
+        for sequence in [*self.scheduler.sequences(), *self._arrived]:
+            self._end(sequence, FinishReason.ERROR, error)
+        self._wakeups.flush()
+
+    def _wait_for_work(self) -> bool:
+        """Block until there is work; return False if there is none left and the engine is closing."""
+        with self._changed:
+            while not (self._unfinished or self._closing):
+                self._changed.wait()
+            while self._arrived:
+                self.scheduler.add(self._arrived.popleft())
+            return self._unfinished > 0
+
+    def _step(self) -> None:
+        for sequence in self.scheduler.sequences():
+            if sequence.cancelled or self._cancelling:
+                self._end(sequence, FinishReason.CANCELLED)
+        if any(sequence.constraint is not None for sequence in self.scheduler.running):
+            self._finish_steps()  # a grammar needs the last token before the next one is chosen
+        chunks = self.scheduler.schedule()
+        if chunks:
+            started = time.perf_counter()
+            try:
+                self._in_flight.append(self.runner.launch(chunks, self.scheduler.copies))
+            except Exception as error:
+                self._fail(chunks, error)
+            if not self._in_flight or len(self._in_flight) == 1:
+                self._last_ready = started
+        self._finish_steps(keep=1 if chunks and self.runner.is_asynchronous else 0)
+        self._wakeups.flush()
+
+    def _finish_steps(self, keep: int = 0) -> None:
+        """Wait for the steps that were launched, but the last `keep`, and hand on their tokens."""
+        while len(self._in_flight) > keep:
+            step = self._in_flight.popleft()
+            tokens = step.wait()
+            self._observe(step.chunks)
+            for sequence, token in zip(step.sequences, tokens, strict=True):
+                sequence.num_pending -= 1
+                if not sequence.ended:
+                    self._hand_on(sequence, token)
+
+    def _observe(self, chunks: list[Chunk]) -> None:
+        now = time.perf_counter()
+        lengths = [chunk.end - chunk.start for chunk in chunks]
+        decoding = sum(chunk.start >= chunk.sequence.num_prompt_tokens for chunk in chunks)
+        self.scheduler.budget.observe(now - self._last_ready, decoding, sum(lengths) - decoding)
+        self._last_ready = now
+
+    def _fail(self, chunks: list[Chunk], error: Exception) -> None:
+        """End the sequences that a failed step was encoding, or if there are none, all of it: its memory is most likely
+        taken by the prompts."""
+        logger.exception("A step of %d sequences failed", len(chunks))
+        self.scheduler.roll_back(chunks)
+        self._finish_steps()
+        prompts = [chunk for chunk in chunks if chunk.end - chunk.start > 1]
+        for chunk in prompts or chunks:
+            self._end(chunk.sequence, FinishReason.ERROR, error)
+
+    def _hand_on(self, sequence: Sequence, token: SampledToken | Exception) -> None:
+        """Pass a token to its sequence, which may end with it."""
+        if isinstance(token, Exception):
+            manager, blocks = self.scheduler.block_manager, sequence.blocks
+            manager.forget(blocks)  # NaN must not reach those who would share them, or take them next
+            self._end(sequence, FinishReason.ERROR, token)
+            self.runner.cache.zero([block for block in blocks if manager.is_free(block)])
+            return
+        try:
+            if sequence.constraint is not None:
+                sequence.constraint.accept(token.token_id)
+            if token.token_id in sequence.end_token_ids:
+                self._end(sequence, FinishReason.STOP)
+                return
+            sequence.token_ids.append(token.token_id)
+            enough = sequence.on_token(token)
+        except Exception as error:  # raised by the callback or the grammar of one request
+            self._end(sequence, FinishReason.ERROR, error)
+            return
+        if enough:
+            self._end(sequence, FinishReason.STOP)
+        elif len(sequence.token_ids) - sequence.num_prompt_tokens >= sequence.params.max_tokens:
+            self._end(sequence, FinishReason.LENGTH)
+
+    def _end(self, sequence: Sequence, reason: FinishReason, error: Exception | None = None) -> None:
+        if sequence.ended:
+            return
+        sequence.ended = True
+        if sequence.slot >= 0:
+            self.scheduler.name_blocks(sequence)
+        self.scheduler.remove(sequence)
+        self.runner.drop(sequence)
+        with self._changed:
+            self._unfinished -= 1
+        sequence.on_end(reason, error)
 
 
-__all__ = ["Engine", "EngineError", "Load", "PromptTooLong", "QueueFull", "SchedulerClosed", "TextStream"]
+def affordable_tokens(model: QWenLMHeadModel) -> int:
+    """Return the number of tokens of the key/value cache that fit into the free memory."""
+    gpus = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
+    if gpus:
+        # Layers are distributed evenly, so the device with the least free memory limits all.
+        free = len(gpus) * min(torch.cuda.mem_get_info(device)[0] for device in gpus)
+    else:
+        free = psutil.virtual_memory().available
+    return int(MEMORY_SHARE["cuda" if gpus else "cpu"] * free / bytes_per_token(model))
+
+
+def _active_adapters(model: QWenLMHeadModel) -> list[str]:
+    try:
+        return model.active_adapters()
+    except (ValueError, ImportError):  # none are loaded
+        return []

@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
+from ..._renamed import old_names
 from ...model.tokenization_qwen import QWenTokenizer
 from ...tools import ACTION, ACTION_INPUT, FINAL_ANSWER, MARKERS, STOP_WORD, THOUGHT, Tool, read_tools
-from .sampler import ConstraintError
+from .sequence import ConstraintError
 
 try:
     from llguidance import LLMatcher, LLParserLimits, LLTokenizer
@@ -38,7 +39,7 @@ _HOLDS_NAMED = {"properties", "patternProperties", "$defs", "definitions"}
 _MORE_PROPERTIES = {"additionalProperties", "patternProperties", "minProperties", "$ref", "anyOf", "oneOf"}
 
 
-def available() -> bool:
+def is_available() -> bool:
     """Return whether llguidance is installed, which constraints need."""
     return _INSTALLED
 
@@ -88,7 +89,7 @@ class ConstraintFactory:
         self.vocab_size = vocab_size
         self._tokenizer = tokenizer
         self._lock = threading.Lock()
-        self._built: LLTokenizer | None = None
+        self._cached_lltokenizer: LLTokenizer | None = None
 
     def json_object(self) -> GrammarConstraint:
         """Any JSON object."""
@@ -105,7 +106,7 @@ class ConstraintFactory:
                 message says which), or llguidance is not installed.
         """
         _require_llguidance()
-        return self._enforced(schema, "The schema")[1]
+        return self._compile_schema(schema, "The schema")[1]
 
     def tool_call(
         self,
@@ -140,7 +141,9 @@ class ConstraintFactory:
             raise ValueError("There is no tool to call. Offer at least one.")
         rules, steps, size = [], [], 0
         for index, tool in enumerate(tools):
-            schema, _ = self._enforced(_arguments_schema(tool), f"The schema of the parameters of tool {tool.name!r}")
+            schema, _ = self._compile_schema(
+                _arguments_schema(tool), f"The schema of the parameters of tool {tool.name!r}"
+            )
             size += len(schema)
             if size > _MAX_SCHEMA:
                 raise ValueError(
@@ -151,7 +154,11 @@ class ConstraintFactory:
             steps.append(f"{_literal(before)} arguments_{index} {_literal(after)}")
         if not call_required:
             before = f"\n{FINAL_ANSWER} "
-            answer = "/(?s:.*)/" if answer_schema is None else f"%json {self._enforced(answer_schema, 'The schema')[0]}"
+            answer = (
+                "/(?s:.*)/"
+                if answer_schema is None
+                else f"%json {self._compile_schema(answer_schema, 'The schema')[0]}"
+            )
             rules.append(f"answer: {answer}")
             steps.append(f"{_literal(before)} answer")
         # The parser treats what follows a given "Thought:" as the start of a line.
@@ -163,7 +170,7 @@ class ConstraintFactory:
         except ValueError as error:
             raise ValueError(f"The tools cannot be used together: {error}") from None
 
-    def _enforced(self, schema: dict, what: str) -> tuple[str, GrammarConstraint]:
+    def _compile_schema(self, schema: dict, what: str) -> tuple[str, GrammarConstraint]:
         """Convert an untrusted schema to JSON text for llguidance, in the style of the models; return the text and its
         constraint."""
         if not isinstance(schema, dict):
@@ -175,7 +182,7 @@ class ConstraintFactory:
             failures = []
             # An object described by several schemas could have no properties if each of them were closed.
             for close in [False] if '"allOf"' in text else [True, False]:
-                text = json.dumps({**_prepared(schema, close), "x-guidance": _STYLE})
+                text = json.dumps({**_normalize_schema(schema, close), "x-guidance": _STYLE})
                 try:
                     grammar = LLMatcher.grammar_from_json_schema(text)
                     return text, GrammarConstraint(self._lltokenizer(), grammar)
@@ -189,24 +196,24 @@ class ConstraintFactory:
 
     def _lltokenizer(self) -> LLTokenizer:
         with self._lock:
-            if self._built is None:
-                self._built = lltokenizer_from_encoding(
+            if self._cached_lltokenizer is None:
+                self._cached_lltokenizer = lltokenizer_from_encoding(
                     self._tokenizer.tokenizer,
                     n_vocab=self.vocab_size,
                     eos_token=[self._tokenizer.im_end_id, self._tokenizer.eod_id],
                 )
-            return self._built
+            return self._cached_lltokenizer
 
 
 def _require_llguidance() -> None:
-    if not available():
+    if not is_available():
         raise ValueError(
             "Constrained replies (response_format, a required tool call, strict) need a package that is not installed "
             "on the server: `pip install llguidance`, or the extra `serve`. Or send the request without a constraint."
         )
 
 
-def _prepared(schema: Any, close: bool) -> Any:
+def _normalize_schema(schema: Any, close: bool) -> Any:
     """Copy a schema without unsupported formats; if `close`, objects allow only their listed properties."""
     if not isinstance(schema, dict):
         return schema
@@ -215,11 +222,11 @@ def _prepared(schema: Any, close: bool) -> Any:
         # Alternatives next to properties describe the same object.
         inner = close and not (key in _HOLDS_LIST and "properties" in schema)
         if key in _HOLDS_NAMED and isinstance(value, dict):
-            value = {name: _prepared(part, close) for name, part in value.items()}
+            value = {name: _normalize_schema(part, close) for name, part in value.items()}
         elif key in _HOLDS_LIST and isinstance(value, list):
-            value = [_prepared(part, inner) for part in value]
+            value = [_normalize_schema(part, inner) for part in value]
         elif key in _HOLDS_ONE:
-            value = _prepared(value, close)
+            value = _normalize_schema(value, close)
         elif key == "format" and not _known_format(value):
             continue
         prepared[key] = value
@@ -264,3 +271,6 @@ def _literal(text: str) -> str:
 def _error(matcher: LLMatcher) -> str:
     text = matcher.get_error().removesuffix("<non-verbose/>").strip()
     return f"llguidance: {text if len(text) <= 500 else text[:500] + '…'}"
+
+
+__getattr__ = old_names(__name__, {"available": "is_available"})

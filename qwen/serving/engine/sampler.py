@@ -1,226 +1,221 @@
-"""Samples the next token of each row of a batch, with its own settings.
+"""Samples the next token of each row of a batch, with its own settings, for all rows at once.
 
-The result of `sample` for a row depends on the logits of that row alone, and each row has its own random number
-generator.
+The result for a row depends on its logits, its settings and its random number alone. The host decides which operations
+a step needs by the settings of its rows; nothing depends on values on the device, which the host waits for once, when
+it reads the result.
+
+Shapes: R rows, V vocabulary.
 """
 
-import random
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from collections.abc import Sequence as Rows
+from typing import NamedTuple
 
 import torch
 
+from ..._renamed import old_names
+from .paged_kv_cache import lazy_zeros
+from .sequence import SampledToken, Sequence
 
-class ConstraintError(ValueError):
-    """The constraint of a reply failed."""
-
-
-class Constraint(Protocol):
-    """Restricts the tokens of one sequence."""
-
-    def allowed(self) -> torch.Tensor:
-        """Return the allowed next tokens: (vocab_size), bool, on the CPU. May raise ConstraintError."""
-
-    def accept(self, token_id: int) -> None:
-        """Advance by the chosen token."""
+# Top-p needs the most likely tokens in order. On a CPU so many are sorted first, and all where they do not suffice.
+RANKED_FIRST = 1024
+SETTINGS = ("temperature", "top_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "top_k")
+LARGEST = torch.finfo(torch.float32).max
 
 
-@dataclass(frozen=True, kw_only=True)
-class SamplingParams:
-    """Sampling settings of one sequence.
+class SampleRequest(NamedTuple):
+    """What the host decides about the sampling of a step.
 
     Args:
-        max_tokens: maximum number of new tokens.
-        temperature: divisor of the logits; 0 for greedy decoding.
-        top_k: number of most likely tokens to choose among; 0 for all.
-        top_p: choose among the most likely tokens that together have this probability (Holtzman et al. 2019,
-            https://arxiv.org/abs/1904.09751, section 3.1).
-        repetition_penalty: divides positive and multiplies negative logits of tokens in the prompt or the reply
-            (Keskar et al. 2019, https://arxiv.org/abs/1909.05858, section 4.1).
-        presence_penalty: subtracted from the logits of tokens in the reply.
-        frequency_penalty: subtracted once for each occurrence of a token in the reply.
-        logit_bias: token id → value added to its logit.
-        seed: seed of the random numbers; None for a random one.
-        top_logprobs: report log-probabilities of the chosen token and of this many most likely ones; None for none.
-
-    Raises:
-        ValueError: a value out of range; the message begins with the field's name.
+        settings: for each row the values of `SETTINGS`, within float32, and the random number.
     """
 
-    max_tokens: int
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
-    seed: int | None = None
-    top_logprobs: int | None = None
+    sequences: Rows[Sequence]
+    settings: list[list[float]]
 
-    def __post_init__(self):
-        largest = float("inf")
-        ranges = {
-            "max_tokens": (self.max_tokens >= 1, "an integer >= 1"),
-            "temperature": (0 <= self.temperature < largest, "a finite number >= 0"),
-            "top_k": (self.top_k >= 0, "an integer >= 0"),
-            "top_p": (0 < self.top_p <= 1, "a number > 0 and <= 1"),
-            "repetition_penalty": (0 < self.repetition_penalty < largest, "a finite number > 0"),
-            "presence_penalty": (abs(self.presence_penalty) < largest, "a finite number"),
-            "frequency_penalty": (abs(self.frequency_penalty) < largest, "a finite number"),
-            "top_logprobs": (self.top_logprobs is None or self.top_logprobs >= 0, "an integer >= 0"),
-        }
-        for name, (holds, meaning) in ranges.items():
-            if not holds:
-                raise ValueError(f"{name} must be {meaning}, not {getattr(self, name)!r}.")
+    @classmethod
+    def of(cls, sequences: Rows[Sequence]) -> "SampleRequest":
+        """Draw the random numbers of some sequences."""
+        settings = []
+        for sequence in sequences:
+            values = (getattr(sequence.params, name) for name in SETTINGS)
+            settings.append([*(min(max(value, -LARGEST), LARGEST) for value in values), sequence.next_uniform()])
+        return cls(sequences, settings)
 
 
-class SampledToken(NamedTuple):
-    """A token and, if requested, its log-probability and the most likely tokens with theirs (natural logarithm, of the
-    model's distribution before any settings are applied)."""
+class Sampler:
+    """The state of all rows on the device, and the operations on it.
 
-    token_id: int
-    logprob: float | None = None
-    top: list[tuple[int, float]] | None = None
+    Args:
+        vocab_size: number of logits.
+        num_slots: rows of the state; each running sequence has one.
 
+    Attributes:
+        last_tokens: (num_slots), the last token of each sequence: the next step reads it there.
+    """
 
-class SamplingState:
-    """Sampler state of one sequence."""
+    def __init__(self, vocab_size: int, num_slots: int, device: torch.device):
+        self.vocab_size, self.num_slots, self.device = vocab_size, num_slots, device
+        self.last_tokens = torch.zeros(num_slots, dtype=torch.long, device=device)
+        # Allocated when the first request needs them.
+        self._in_text: torch.Tensor | None = None  # tokens of prompt and reply: (num_slots, V), bool
+        self._counts: torch.Tensor | None = None  # of tokens in the reply: (num_slots, V), int32
+        self._bias: torch.Tensor | None = None  # (num_slots, V), float32
 
-    def __init__(
-        self,
-        prompt_ids: Sequence[int],
-        params: SamplingParams,
-        vocab_size: int,
-        device: torch.device,
-        constraint: Constraint | None = None,
-    ):
-        self.params, self.constraint = params, constraint
-        # As a string: random.Random treats -1 and 1 as the same seed.
-        self.random = random.Random(None if params.seed is None else str(params.seed))
-        self.seen = self.counts = self.bias = None
-        if params.repetition_penalty != 1:
-            self.seen = torch.zeros(vocab_size, dtype=torch.bool, device=device)
-            self.seen[torch.tensor(prompt_ids, device=device)] = True
-        if params.presence_penalty or params.frequency_penalty:
-            self.counts = torch.zeros(vocab_size, device=device)
+    def add(self, sequence: Sequence) -> None:
+        """Set the state of a sequence that has a slot from now on."""
+        params, slot = sequence.params, sequence.slot
+        self.last_tokens[slot] = sequence.token_ids[-1]
+        if params.penalizes:
+            if self._in_text is None or self._counts is None:
+                shape = (self.num_slots, self.vocab_size)
+                self._in_text = lazy_zeros(shape, torch.bool, self.device)
+                self._counts = lazy_zeros(shape, torch.int32, self.device)
+            self._in_text[slot].zero_()
+            self._in_text[slot].index_fill_(0, self._ids(sequence.token_ids), True)
+            self._counts[slot].zero_()
+            reply = self._ids(sequence.reply_ids)
+            self._counts[slot].index_add_(0, reply, torch.ones_like(reply, dtype=torch.int32))
+        if self._bias is not None:
+            self._bias[slot].zero_()
         if params.logit_bias:
-            self.bias = torch.zeros(vocab_size, device=device)
-            self.bias[list(params.logit_bias)] = torch.tensor(list(params.logit_bias.values()), device=device).float()
+            if self._bias is None:
+                self._bias = lazy_zeros((self.num_slots, self.vocab_size), torch.float32, self.device)
+            values = torch.tensor(list(params.logit_bias.values()), dtype=torch.float32)
+            self._bias[slot].index_copy_(0, self._ids(list(params.logit_bias)), values.to(self.device))
 
-    @property
-    def adjusts(self) -> bool:
-        """Whether any setting other than temperature, top-k and top-p is used."""
-        return any(part is not None for part in (self.seen, self.counts, self.bias, self.constraint))
+    def _ids(self, token_ids: Rows[int]) -> torch.Tensor:
+        return torch.tensor(token_ids, dtype=torch.long).to(self.device)
 
-    def accept(self, token_id: int) -> None:
-        """Update the state with the chosen token."""
-        if self.seen is not None:
-            self.seen[token_id] = True
-        if self.counts is not None:
-            self.counts[token_id] += 1
-        if self.constraint is not None:
-            self.constraint.accept(token_id)
+    def sample(
+        self,
+        logits: torch.Tensor,
+        request: SampleRequest,
+        slots: torch.Tensor,
+        settings: torch.Tensor,
+        allowed: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Choose a token for every row and update its state.
 
+        The order is that of transformers: penalties and bias, constraint, temperature, top-k, top-p.
 
-def sample(logits: torch.Tensor, states: Sequence[SamplingState]) -> list[SampledToken | Exception]:
-    """Choose a token for every row and update its state.
+        Args:
+            logits: (R, V).
+            slots: (R), the slot of each row.
+            settings: (R, 7), `request.settings` on the device.
+            allowed: (R, V), bool, the tokens that constraints allow.
 
-    The order is that of transformers: penalties and bias, constraint, temperature, top-k, top-p.
-
-    Args:
-        logits: (B, vocab_size).
-        states: one per row.
-
-    Returns:
-        One per row. An exception if the logits contain NaN or the constraint failed; other rows are unaffected.
-    """
-    logits = logits.float()
-    adjusted, failures = _adjust(logits, states)
-    chosen = adjusted.argmax(-1)
-    drawing = [row for row, state in enumerate(states) if state.params.temperature > 0]
-    if drawing:
-        drawn = _draw(adjusted[drawing], [states[row] for row in drawing])
-        chosen[torch.tensor(drawing, device=chosen.device)] = drawn
-    broken = logits.isnan().any(-1)
-    token_ids = torch.where(broken, -1, chosen).tolist()
-    return [
-        failures[row] if row in failures else _accept(logits[row], token_id, state)
-        for row, (token_id, state) in enumerate(zip(token_ids, states, strict=True))
-    ]
-
-
-def _adjust(logits: torch.Tensor, states: Sequence[SamplingState]) -> tuple[torch.Tensor, dict[int, Exception]]:
-    """Apply penalties, bias and constraints to the rows that have them. Returns the new logits, and the errors of rows
-    whose constraint failed."""
-    adjusted, failures = logits.clone(), {}
-    for row, state in enumerate(states):
-        if not state.adjusts:
-            continue
-        params, scores = state.params, adjusted[row]
-        if state.seen is not None:
-            penalised = torch.where(scores > 0, scores / params.repetition_penalty, scores * params.repetition_penalty)
-            scores = torch.where(state.seen, penalised, scores)
-        if state.counts is not None:
-            scores = scores - params.presence_penalty * (state.counts > 0) - params.frequency_penalty * state.counts
-        if state.bias is not None:
-            scores = scores + state.bias
-        if state.constraint is not None:
-            try:
-                allowed = state.constraint.allowed().to(scores.device)
-            except Exception as error:
-                failures[row] = error
-                continue
+        Returns:
+            (R, 1 + …), float64, for `unpack`.
+        """
+        logits = logits.float()
+        params = [sequence.params for sequence in request.sequences]
+        temperature, top_p, repetition, presence, frequency, top_k, _ = settings.float()[:, :, None].unbind(1)
+        scores = logits
+        penalizes = any(each.penalizes for each in params)
+        if penalizes:
+            assert self._in_text is not None
+            assert self._counts is not None
+            penalized = torch.where(scores > 0, scores / repetition, scores * repetition)
+            scores = penalized.where(self._in_text[slots] & (repetition != 1), scores)
+            if any(each.presence_penalty or each.frequency_penalty for each in params):
+                counts = self._counts[slots]
+                scores = scores - presence * (counts > 0) - frequency * counts
+        if any(each.logit_bias for each in params):
+            assert self._bias is not None
+            scores = scores + self._bias[slots]
+        if allowed is not None:
             scores = scores.masked_fill(~allowed, -float("inf"))
-        adjusted[row] = scores
-    return adjusted, failures
+        chosen = scores.argmax(-1)
+        if any(each.temperature > 0 for each in params):
+            drawn = self._draw(scores, params, temperature, top_k, top_p, settings[:, -1:])
+            chosen = drawn.where(temperature[:, 0] > 0, chosen)
+        self.last_tokens.index_copy_(0, slots, chosen)
+        if penalizes:
+            assert self._in_text is not None
+            assert self._counts is not None
+            self._in_text.index_put_((slots, chosen), torch.ones_like(chosen, dtype=torch.bool))
+            self._counts.index_put_((slots, chosen), torch.ones_like(chosen, dtype=torch.int32), accumulate=True)
+        tokens = chosen.masked_fill(logits.isnan().any(-1), -1)[:, None]
+        widest = max((each.top_logprobs for each in params if each.top_logprobs is not None), default=None)
+        if widest is None:
+            return tokens.double()
+        logprobs = logits.log_softmax(-1)
+        top = logprobs.topk(min(widest, self.vocab_size))
+        return torch.cat([part.double() for part in (tokens, logprobs.gather(1, chosen[:, None]), *top)], dim=1)
+
+    def _draw(
+        self,
+        scores: torch.Tensor,
+        params: Rows,
+        temperature: torch.Tensor,
+        top_k: torch.Tensor,
+        top_p: torch.Tensor,
+        uniform: torch.Tensor,
+    ) -> torch.Tensor:
+        """Apply temperature, top-k and top-p to each row and draw a token. scores: (R, V); settings: (R, 1) → (R).
+
+        Draws by inverting the cumulative distribution, in the order of the vocabulary, with one random number per row.
+        Top-k and top-p are applied as thresholds on scores and probabilities, so that equally likely tokens, which are
+        common in 16 bits, are kept or dropped together: their order in a sort would depend on the other rows.
+        """
+        temperature = temperature.where(temperature > 0, 1.0)
+        scores = (scores - scores.amax(-1, keepdim=True)) / temperature  # ≤ 0, so that no temperature leads to inf
+        widths = [each.top_k for each in params if 0 < each.top_k < self.vocab_size]
+        if widths:
+            ranked = scores.topk(max(widths)).values
+            last = (top_k.long() - 1).clamp(0, ranked.shape[1] - 1)
+            limited = (top_k > 0) & (top_k < self.vocab_size)
+            scores = scores.masked_fill((scores < ranked.gather(1, last)) & limited, -float("inf"))
+        probabilities = scores.softmax(-1)
+        if any(each.top_p < 1 for each in params):
+            least = _top_p_threshold(probabilities, top_p)
+            probabilities = probabilities.masked_fill(probabilities < least, 0.0)
+        cumulative = probabilities.cumsum(-1, dtype=torch.float64)
+        place = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
+        # Rounding may place the number after the last token with a nonzero probability.
+        last = (cumulative < cumulative[:, -1:]).sum(-1, keepdim=True)
+        return torch.minimum(place, last)[:, 0]
 
 
-def _draw(scores: torch.Tensor, states: Sequence[SamplingState]) -> torch.Tensor:
-    """Apply temperature, top-k and top-p to each row and draw a token. scores: (B, vocab_size) → (B).
+def _top_p_threshold(probabilities: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
+    """Return the probability of the least likely token that is kept: (R, 1). It is the one that reaches top_p."""
 
-    Draws by inverting the cumulative distribution, in the order of the vocabulary, with one random number per row.
-    Top-k and top-p are applied as thresholds on scores and probabilities, so that equally likely tokens, which are
-    common in 16 bits, are kept or dropped together: their order in a sort would depend on the other rows.
-    """
-    vocab_size, params = scores.shape[-1], [state.params for state in states]
+    def threshold(ranked: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
+        mass = ranked.cumsum(-1, dtype=torch.float64)
+        reached = (mass - ranked < top_p).sum(-1, keepdim=True)
+        return ranked.gather(-1, (reached - 1).clamp(min=0)).where(top_p < 1, 0.0)
 
-    def column(values: list[float]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.float64, device=scores.device)[:, None]
-
-    scores = scores.double() - scores.amax(-1, keepdim=True)  # so that a small temperature cannot lead to inf
-    scores /= column([each.temperature for each in params])
-    widths = [min(each.top_k or vocab_size, vocab_size) for each in params]
-    limited = [row for row, width in enumerate(widths) if width < vocab_size]
-    if limited:
-        ranked = scores.topk(max(widths[row] for row in limited)).values
-        for row in limited:
-            scores[row].masked_fill_(scores[row] < ranked[row, widths[row] - 1], -float("inf"))
-    probabilities = scores.softmax(-1)
-    top_p = column([each.top_p for each in params])
-    if any(each.top_p < 1 for each in params):
-        ranked = probabilities.sort(-1, descending=True).values
-        reached = (ranked.cumsum(-1) - ranked < top_p).sum(-1, keepdim=True)  # the token that reaches top_p is kept
-        probabilities = probabilities.masked_fill(probabilities < ranked.gather(-1, (reached - 1).clamp(min=0)), 0.0)
-    cumulative = probabilities.cumsum(-1)
-    uniform = column([state.random.random() for state in states])
-    place = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
-    # Rounding may place the number after the last token with a nonzero probability.
-    last = torch.where(probabilities > 0, torch.arange(vocab_size, device=scores.device), 0).amax(-1, keepdim=True)
-    return torch.minimum(place, last)[:, 0]
+    if probabilities.device.type != "cpu" or probabilities.shape[1] <= RANKED_FIRST:
+        return threshold(probabilities.sort(-1, descending=True).values, top_p)
+    ranked = probabilities.topk(RANKED_FIRST).values
+    found = threshold(ranked, top_p)
+    short = ((ranked.sum(-1, keepdim=True) < top_p) & (top_p < 1))[:, 0]
+    if short.any():
+        found[short] = threshold(probabilities[short].sort(-1, descending=True).values, top_p[short])
+    return found
 
 
-def _accept(logits: torch.Tensor, token_id: int, state: SamplingState) -> SampledToken | Exception:
-    """Update the state; return the chosen token, with log-probabilities if requested. logits: (vocab_size)."""
-    if token_id < 0:
-        return FloatingPointError("the logits contain NaN; load the model in bfloat16 or float32")
-    try:
-        state.accept(token_id)
-    except Exception as error:
-        return error
-    if state.params.top_logprobs is None:
-        return SampledToken(token_id)
-    logprobs = logits.log_softmax(-1)
-    values, ids = logprobs.topk(min(state.params.top_logprobs, len(logprobs)))
-    return SampledToken(token_id, logprobs[token_id].item(), list(zip(ids.tolist(), values.tolist(), strict=True)))
+def unpack(values: list[list[float]], sequences: Rows[Sequence]) -> list[SampledToken | Exception]:
+    """Convert the result of `Sampler.sample`, as lists, to tokens; an error for a row whose logits contain NaN."""
+    tokens: list[SampledToken | Exception] = []
+    for row, sequence in zip(values, sequences, strict=True):
+        token_id, width = int(row[0]), (len(row) - 2) // 2
+        number = sequence.params.top_logprobs
+        if token_id < 0:
+            tokens.append(FloatingPointError("the logits contain NaN; load the model in bfloat16 or float32"))
+        elif number is None:
+            tokens.append(SampledToken(token_id))
+        else:
+            ids = map(int, row[2 + width :])
+            tokens.append(SampledToken(token_id, row[1], list(zip(ids, row[2:], strict=False))[:number]))
+    return tokens
+
+
+__getattr__ = old_names(
+    __name__,
+    {
+        "Constraint": "qwen.serving.engine.sequence.Constraint",
+        "ConstraintError": "qwen.serving.engine.sequence.ConstraintError",
+        "SamplingParams": "qwen.serving.engine.sampling_params.SamplingParams",
+    },
+)

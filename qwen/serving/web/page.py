@@ -16,7 +16,7 @@ import gradio as gr
 from gradio.i18n import I18nData
 
 from ...model.qwen_generation_utils import DEFAULT_SYSTEM, encode_turns
-from ..engine import Engine, PromptTooLong, QueueFull, SchedulerClosed, TextStream
+from ..engine import Engine, EngineClosed, PromptTooLong, QueueFull, TextStream
 from .texts import TEXTS
 
 Control = gr.Textbox | gr.Slider | gr.Number
@@ -54,7 +54,7 @@ logger = logging.getLogger(__name__)
 UPDATE_INTERVAL = 0.05  # seconds; each update renders the whole reply; nobody reads faster than this
 
 I18N = gr.I18n(**TEXTS)
-ERROR_NOTICES = {PromptTooLong: "too_long", QueueFull: "queue_full", SchedulerClosed: "closed"}  # else "failed"
+ERROR_NOTICES = {PromptTooLong: "too_long", QueueFull: "queue_full", EngineClosed: "closed"}  # else "failed"
 
 LATEX_DELIMITERS: list[dict[str, str | bool]] = [
     {"left": "$$", "right": "$$", "display": True},
@@ -317,7 +317,7 @@ class Page:
         """Start a reply to the question that the messages end in.
 
         Raises:
-            PromptTooLong, QueueFull, SchedulerClosed: see `Engine.start`.
+            PromptTooLong, QueueFull, EngineClosed: see `Engine.start`.
         """
         engine = self.engine
         values = dict(zip(self.settings, settings, strict=True))

@@ -1,0 +1,159 @@
+"""One sequence: a prompt, how to continue it, and how far that has got."""
+
+import enum
+import hashlib
+import random
+from array import array
+from collections import abc
+from collections.abc import Callable, Hashable
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from .sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    import torch
+
+
+class ConstraintError(ValueError):
+    """The constraint of a reply failed."""
+
+
+class Constraint(Protocol):
+    """Restricts the tokens of one sequence."""
+
+    def allowed(self) -> "torch.Tensor":
+        """Return the allowed next tokens: (vocab_size), bool, on the CPU. May raise ConstraintError."""
+
+    def accept(self, token_id: int) -> None:
+        """Advance by the chosen token."""
+
+
+class SampledToken(NamedTuple):
+    """A token and, if requested, its log-probability and the most likely tokens with theirs (natural logarithm, of the
+    model's distribution before any settings are applied)."""
+
+    token_id: int
+    logprob: float | None = None
+    top: list[tuple[int, float]] | None = None
+
+
+class FinishReason(enum.Enum):
+    """Why a sequence has ended."""
+
+    STOP = "stop"  # an end token, or `on_token` returned True
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+    ERROR = "error"
+
+
+class Sequence:
+    """A prompt to continue, with callbacks for the result, and its state in the scheduler.
+
+    Args:
+        prompt_ids: the prompt, at least one token.
+        params: sampling settings.
+        end_token_ids: tokens that end the sequence; not passed to `on_token`.
+        on_token: called with each token, in the engine's thread; True ends the sequence.
+        on_end: called once, in the engine's thread, with the reason and the error, if any.
+        constraint: grammar that the reply must follow.
+        group: sequences of one request, which take turns as one; None for a group of its own.
+        alpha_index: doublings of the trained length that hold the prompt: the α of its keys is 2^(alpha_index + 1) − 1.
+        cache_key: what else the keys and values depend on, or must not be shared across: adapter and cache salt.
+
+    Attributes:
+        token_ids: prompt and reply, as far as the host has them.
+        num_pending: tokens that the device has been asked for and the host has not seen.
+        num_computed: tokens whose keys and values are in the cache, or will be after the steps launched so far.
+        blocks: blocks of the cache that hold them.
+        slot: row of the sampler's state; −1 if it is not running.
+        num_named_blocks: of these, how many others can find.
+        cached_tokens: tokens of the prompt that were found in the cache.
+        num_lost: tokens that were computed when the sequence was last preempted; 0 if it was not.
+    """
+
+    def __init__(
+        self,
+        prompt_ids: abc.Sequence[int],
+        params: SamplingParams,
+        end_token_ids: frozenset[int],
+        on_token: Callable[[SampledToken], bool],
+        on_end: Callable[[FinishReason, Exception | None], None],
+        constraint: Constraint | None = None,
+        group: Hashable | None = None,
+        alpha_index: int = 0,
+        cache_key: tuple[str, ...] = (),
+    ):
+        self.params, self.end_token_ids, self.constraint = params, end_token_ids, constraint
+        self.on_token, self.on_end = on_token, on_end
+        self.group: Hashable = self if group is None else group
+        self.alpha_index = alpha_index
+        self.num_prompt_tokens = len(prompt_ids)
+        self.token_ids = list(prompt_ids)
+        self.num_pending = self.num_computed = 0
+        self.blocks: list[int] = []
+        self.slot = -1
+        self.num_named_blocks = self.cached_tokens = self.num_lost = 0
+        self.cancelled = self.ended = False
+        # As a string: random.Random treats -1 and 1 as the same seed.
+        self._random = random.Random(None if params.seed is None else str(params.seed))
+        self._uniforms: list[float] = []  # of the tokens of the reply
+        self._runs: list[tuple[int, int]] = []  # of blocks: first, last + 1
+        self._num_run_blocks = 0
+        self._block_names = [hashlib.sha256(repr((alpha_index, cache_key)).encode()).digest()]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of prompt and reply, including those the host has not seen."""
+        return len(self.token_ids) + self.num_pending
+
+    @property
+    def num_uncomputed(self) -> int:
+        """Tokens to encode before the next one can be sampled; 0 if no more are wanted."""
+        if self.num_tokens - self.num_prompt_tokens >= self.params.max_tokens:
+            return 0
+        return self.num_tokens - self.num_computed
+
+    @property
+    def reply_ids(self) -> list[int]:
+        """Tokens of the reply."""
+        return self.token_ids[self.num_prompt_tokens :]
+
+    def block_name(self, index: int, block_size: int) -> bytes:
+        """Return the name of a full block: a SHA-256 over all tokens up to its end, α and the cache key.
+
+        A collision would give a request the text of another one, so that a hash of 64 bits is too short.
+        """
+        while len(self._block_names) <= index + 1:
+            start = (len(self._block_names) - 1) * block_size
+            tokens = array("q", self.token_ids[start : start + block_size])
+            self._block_names.append(hashlib.sha256(self._block_names[-1] + tokens.tobytes()).digest())
+        return self._block_names[index + 1]
+
+    def runs(self, block_size: int, length: int) -> list[tuple[int, int]]:
+        """Return the slots of the first `length` tokens as runs of adjacent ones: (first slot, last slot + 1)."""
+        for block in self.blocks[self._num_run_blocks :]:
+            if self._runs and self._runs[-1][1] == block:
+                self._runs[-1] = self._runs[-1][0], block + 1
+            else:
+                self._runs.append((block, block + 1))
+        self._num_run_blocks = len(self.blocks)
+        runs = [(first * block_size, last * block_size) for first, last in self._runs]
+        excess = len(self.blocks) * block_size - length
+        while excess > 0:
+            first, last = runs.pop()
+            if last - first > excess:
+                runs.append((first, last - excess))
+            excess -= last - first
+        return runs
+
+    def forget_blocks(self) -> None:
+        """Begin anew without blocks."""
+        self.blocks, self._runs = [], []
+        self.num_computed = self.num_named_blocks = self._num_run_blocks = 0
+
+    def next_uniform(self) -> float:
+        """Return the random number of the next token, in [0, 1): the same one again after a step that failed."""
+        index = self.num_tokens - self.num_prompt_tokens
+        while len(self._uniforms) <= index:
+            self._uniforms.append(self._random.random())
+        return self._uniforms[index]
