@@ -9,9 +9,7 @@ largest weight file. Then both networks read the same 64 tokens in float32. Prin
 """
 
 import argparse
-import json
 import multiprocessing
-import shutil
 import sys
 import tempfile
 import time
@@ -26,43 +24,12 @@ except ModuleNotFoundError as error:
 
 import torch
 from memory import resident_bytes
-from random_models import SHAPES, config, fill
-from safetensors.torch import save_file
+from random_models import SHAPES, write_checkpoint
 from transformers import Qwen2ForCausalLM
 
 from qwen import QWenLMHeadModel
-from qwen.checkpoint.files import weight_files
-from qwen.checkpoint.loading import BUNDLED_CHAT
 from qwen.export import export_gguf, export_qwen2
 from qwen.quiet import quiet_loading
-
-
-def write_checkpoint(shape: str, layers: int, folder: Path) -> int:
-    """Write a checkpoint in files of about the size of its embedding, and return the size of the largest one."""
-    settings = config(shape)
-    settings.num_hidden_layers = layers
-    with torch.device("meta"):
-        empty = QWenLMHeadModel(settings).state_dict()
-    largest = max(tensor.numel() for tensor in empty.values())
-    files, room = [], 0
-    for name, tensor in empty.items():
-        if tensor.numel() > room:
-            files.append([])
-            room = largest
-        files[-1].append(name)
-        room -= tensor.numel()
-    weight_map = {}
-    for number, names in enumerate(files, start=1):
-        file = f"model-{number:05}-of-{len(files):05}.safetensors"
-        tensors = {name: fill(name, torch.empty(empty[name].shape, dtype=torch.bfloat16)) for name in names}
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(names, file)
-    index = {"metadata": {}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
-    (folder / "config.json").write_text(json.dumps({**settings.to_dict(), "dtype": "bfloat16"}), encoding="utf-8")
-    for name in ("qwen.tiktoken", "generation_config.json"):
-        shutil.copy(BUNDLED_CHAT / name, folder)
-    return max((folder / file).stat().st_size for file in weight_files(folder))
 
 
 def export(kind: str, source: Path, target: Path, results: multiprocessing.Queue) -> None:
@@ -96,7 +63,7 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as work:
             source = Path(work) / "source"
             source.mkdir()
-            largest = write_checkpoint(size, arguments.layers, source)
+            largest = write_checkpoint(size, source, arguments.layers)
             for kind, target in (("Qwen2", Path(work) / "out"), ("GGUF f16", Path(work) / "out.gguf")):
                 results = context.Queue()
                 process = context.Process(target=export, args=(kind, source, target, results))

@@ -9,6 +9,7 @@ runs this after its tests; see CONTRIBUTING.md.
 
 - bandwidth: a copy, a sum, and a product of matrices, by CUDA events.
 - engine: the engine of the server with 1, 16 and 64 rows: milliseconds per step, of which the GPU works; memory.
+  One row, with its steps captured in CUDA graphs and not. A prompt of 2048 tokens, and again, with it in the cache.
 - decode: after a prompt of 128 tokens: `generate`, the eager step captured as a CUDA graph, and the step compiled by
   torch with CUDA graphs. A captured step has the kernels of the eager one, without Python's time to launch them.
 - kernel: attention of one token over the 8-bit cache, beside sdpa over a float cache, as in kv_cache.py.
@@ -44,12 +45,13 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import GenerationConfig, StaticCache
 
+from benchmarks.engine_steps import EngineSteps
 from benchmarks.random_models import SHAPES, random_model
 from qwen.checkpoint.loading import load_tokenizer
 from qwen.finetuning.arguments import LoraArguments
 from qwen.finetuning.model import add_lora
 from qwen.model.kv_cache_qwen import QuantizedKVLayer, quantized_attention, triton_kernels
-from qwen.serving.engine import Engine
+from qwen.serving.engine import Engine, TextStream
 from tests.support.device_profile import profile_device
 from tests.support.progress import Progress, Row, last_line, leave_broken_device
 
@@ -232,13 +234,17 @@ def kernel(bench: Bench) -> Figures:
 def engine(bench: Bench) -> Figures:
     tokenizer = load_tokenizer()  # ids in, ids out: any will do
     ban_ends = dict.fromkeys((tokenizer.eod_id, tokenizer.im_start_id, tokenizer.im_end_id), -100.0)
+    alone = 0.0  # tokens per second of one row
     for rows in (1, 2) if bench.quick else (1, 16, 64):
         if bench.cuda:
             torch.cuda.reset_peak_memory_stats()
+        start = time.perf_counter()
         served = Engine(bench.model, tokenizer, max_batch_size=rows, max_queue=rows, cache_tokens=1024 * rows)
         try:
             params = served.params(temperature=0.0, max_tokens=300, logit_bias=ban_ends)
             prompt = bench.random_ids(bench.prompt)[0].tolist()
+            first_reply_of(served, prompt)
+            ready = time.perf_counter() - start
             start = time.perf_counter()
             streams = [served.start([number, *prompt], params) for number in range(rows)]
             last = streams[-1]
@@ -261,14 +267,57 @@ def engine(bench: Bench) -> Figures:
             seconds = (time.perf_counter() - start) / steps
             counted: list[int] = []
             profile = profile_device(lambda: counted.append(wait_for(4)))  # noqa: B023  runs here
-            busy, launches = (total / counted[0] for total in (profile.seconds.total(), profile.launches.total()))
+            totals = profile.seconds.total(), profile.launches.total(), profile.host_launches, profile.waits
+            busy, kernels, launches, waits = (total / counted[0] for total in totals)
+            alone = alone or 1 / seconds
             yield (
                 f"{rows} row{'s' * (rows > 1)}",
-                f"{1000 * seconds:.2f} ms a step, {rows / seconds:.0f} tok/s; the device works {1000 * busy:.2f} ms "
-                f"in {launches:.0f} kernels; first token of the last after {1000 * first:.0f} ms{bench.peak_memory()}",
+                f"{1000 * seconds:.2f} ms a step, {rows / seconds:.0f} tok/s, {rows / seconds / alone:.1f} × one row; "
+                f"the device works {1000 * busy:.2f} ms in {kernels:.0f} kernels; the host launches {launches:.0f} "
+                f"times and waits {waits:.1f} times; ready after {ready:.1f} s, first token of the last after "
+                f"{1000 * first:.0f} ms{bench.peak_memory()}",
             )
         finally:
             served.close(timeout=0)
+    yield from engine_captured(bench)
+
+    length = 64 if bench.quick else 2048
+    served = Engine(bench.model, tokenizer, max_batch_size=1, cache_tokens=4 * length)
+    try:
+        first_reply_of(served, bench.random_ids(length)[0].tolist())  # warms up
+        prompt = bench.random_ids(length)[0].flip(0).tolist()
+        first, again = first_reply_of(served, prompt), first_reply_of(served, prompt)
+        assert first.first_token_seconds is not None
+        assert again.first_token_seconds is not None
+        yield (
+            f"prompt of {length} tokens, twice",
+            f"first token after {1000 * first.first_token_seconds:.1f} ms, then after "
+            f"{1000 * again.first_token_seconds:.1f} ms with {again.cached_tokens} tokens from the cache",
+        )
+    finally:
+        served.close(timeout=0)
+
+
+def first_reply_of(served: Engine, prompt: list[int]) -> TextStream:
+    """Wait for a reply of one token."""
+    stream = served.start(prompt, served.params(temperature=0.0, max_tokens=1))
+    for _ in stream:
+        pass
+    return stream
+
+
+def engine_captured(bench: Bench) -> Figures:
+    """One row of the engine, without its thread and its detokenizer."""
+    found = {}
+    for captured in (True, False):
+        steps = EngineSteps(bench.model, rows=1, cache_tokens=bench.room, max_length=bench.room, captured=captured)
+        ids = bench.random_ids(bench.prompt)[0].tolist()
+        steps.add(ids, max_tokens=bench.room - bench.prompt, temperature=0.0)
+        steps.decode_all()
+        repeat(steps.take, 4)
+        found[captured] = seconds_per_step(bench, steps.take)
+        ratio = "" if captured else f"; captured is {found[False] / found[True]:.1f} times as fast"
+        yield f"1 row, {'captured' if captured else 'eager'}", bench.decode_figure(found[captured]) + ratio
 
 
 @torch.no_grad()
@@ -322,7 +371,7 @@ def training(bench: Bench) -> Figures:
 
 SECTIONS = {  # with the seconds that each takes on an H200, estimated
     "bandwidth": (bandwidth, 5),
-    "engine": (engine, 30),
+    "engine": (engine, 60),
     "decode": (decode, 70),
     "kernel": (kernel, 15),
     "profile": (profile, 5),

@@ -48,6 +48,7 @@ from decoding import Decoder, decode_greedily, token_times
 from memory import available_bytes, resident_bytes
 from qwen2 import as_qwen2
 from random_models import SHAPES, config, fill, random_model, write_quantized
+from status_line import show_status
 
 from qwen import Checkpoint, QWenConfig, QWenLMHeadModel
 from qwen.checkpoint.loading import load_config, load_model_quietly
@@ -361,12 +362,6 @@ def run(task: str, folder: str | None, cell: Cell | None, cpu_only: bool, step: 
         process.kill()
         process.wait()
         process.stdout.close()
-
-
-def show_status(text: str) -> None:
-    """Show a status line on a terminal, replacing the previous one."""
-    if sys.stderr.isatty():
-        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
 
 def run_task(task: str, folder: Path, cell: Cell | None) -> int:

@@ -14,12 +14,15 @@ import sys
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
+from unittest import mock
 
 try:
+    from benchmarks.engine_steps import EngineSteps
     from benchmarks.qwen2 import as_qwen2
     from tests.support.cuda_guard import NoGuard
     from tests.support.launch_counter import DeviceWork, count_device_work
     from tests.support.pretend_cuda import pretend_cuda
+    from tests.support.varlen_attention import varlen_on_cpu
 except ModuleNotFoundError as error:
     sys.exit(f"{error}. In the repository folder, run: pip install -e .[test] && python -m benchmarks.launches")
 
@@ -29,27 +32,31 @@ from transformers.utils import logging
 
 from qwen import QWenConfig, QWenLMHeadModel
 from qwen.model import kv_cache_qwen
-from qwen.serving.engine.sampler import SampledToken, SamplingParams
-from qwen.serving.engine.scheduler import EndReason, GenerationSequence, Scheduler
+from qwen.serving.engine.decode_step import DecodeStep
 
 VOCABULARY = 512
 PROMPT = 20  # tokens
 WARM_UP, STEPS = 3, 4  # decoding steps before and while counting
 ROWS = 16  # of the server
 DEFAULT_SAMPLING = {"temperature": 1.0, "top_p": 0.8, "repetition_penalty": 1.1}  # of the published checkpoints
-REACHES = (400, 1500, 3000)  # new tokens, in three classes of row lengths
 
 
 class Step(NamedTuple):
-    """Counts of one decoding step, and the work of several."""
+    """Counts of one decoding step, and the work of several.
+
+    Args:
+        captured: of the launches, those that a CUDA graph holds: the host launches them at once.
+    """
 
     launches: float
     waits: float
     work: DeviceWork
+    captured: float = 0
 
     @classmethod
-    def mean(cls, work: DeviceWork) -> "Step":
-        return cls(sum(work.launches.values()) / STEPS, sum(work.waits.values()) / STEPS, work)
+    def mean(cls, work: DeviceWork, captured: DeviceWork | None = None) -> "Step":
+        held = 0 if captured is None else sum(captured.launches.values())
+        return cls(sum(work.launches.values()) / STEPS, sum(work.waits.values()) / STEPS, work, held / STEPS)
 
 
 def tiny_model(layers: int, **config: Any) -> QWenLMHeadModel:
@@ -76,34 +83,30 @@ def generate_step(model: PreTrainedModel, rows: int = 1, padded: bool = False, *
     return Step.mean(counts[1].since(counts[0]))
 
 
-def server_step(model: QWenLMHeadModel, reaches: tuple[int, ...] = REACHES[:1], **params: Any) -> Step:
-    """Count between the tokens of the first row, while `ROWS` rows are running."""
-    scheduler = Scheduler(model, max_batch_size=ROWS, cache_tokens=2**20)
-    counts: list[DeviceWork] = []
-    errors: list[Exception] = []
-
-    def sequence(row: int) -> GenerationSequence:
-        def on_token(token: SampledToken) -> bool:
-            if row == 0:
-                counts.append(work.copy())
-            return len(counts) > WARM_UP + STEPS
-
-        def on_end(reason: EndReason, error: Exception | None) -> None:
-            if error is not None:
-                errors.append(error)
-
+def server_step(model: QWenLMHeadModel, **params: Any) -> Step:
+    """Count the steps of the engine while `ROWS` rows are running, the host one step behind the device."""
+    # A graph would hold what DecodeStep.run launches; here is none to record it.
+    length = model.config.max_context_length
+    steps = EngineSteps(model, rows=ROWS, cache_tokens=2**16, max_length=length, captured=False)
+    for row in range(ROWS):
         prompt = [(row + position) % VOCABULARY for position in range(PROMPT + row)]  # each of another length
-        sampling = SamplingParams(max_tokens=reaches[row % len(reaches)], seed=row, **params)
-        return GenerationSequence(prompt, sampling, frozenset(), on_token, on_end)
+        steps.add(prompt, max_tokens=100, seed=row, **params)
+    captured, run = DeviceWork(), DecodeStep.run
 
-    with count_device_work() as work:
-        with scheduler.changed:  # so that all start together
-            for row in range(ROWS):
-                scheduler.submit(sequence(row))
-        scheduler.close()
-    if errors:
-        raise errors[0]
-    return Step.mean(counts[-1].since(counts[-1 - STEPS]))
+    def counted_run(step: DecodeStep) -> torch.Tensor:
+        before = work.copy()
+        logits = run(step)
+        captured.add(work.since(before))
+        return logits
+
+    with count_device_work() as work, mock.patch.object(DecodeStep, "run", counted_run):
+        for _ in range(WARM_UP):
+            steps.take()
+        before, before_captured = work.copy(), captured.copy()
+        for _ in range(STEPS):
+            steps.take()
+        counted = work.since(before)
+    return Step.mean(counted, captured.since(before_captured))
 
 
 def kernel_step(layers: int) -> Step:
@@ -132,7 +135,9 @@ PATHS: dict[str, Callable[[int], Step]] = {
     "server, 16 rows, greedy": lambda layers: server_step(tiny_model(layers), temperature=0.0),
     "server, 16 rows, default sampling": lambda layers: server_step(tiny_model(layers), **DEFAULT_SAMPLING),
     "server, 16 rows, logprobs 5": lambda layers: server_step(tiny_model(layers), temperature=0.0, top_logprobs=5),
-    "server, 16 rows, three lengths": lambda layers: server_step(tiny_model(layers), REACHES, temperature=0.0),
+    "server, 16 rows, 8-bit cache": lambda layers: server_step(
+        tiny_model(layers, use_cache_quantization=True), temperature=0.0
+    ),
 }
 """Name of a way to decode → function that counts its step for a number of layers."""
 
@@ -143,7 +148,7 @@ def count(path: str, layers: int) -> Step:
     Raises:
         NoGuard: there is a real GPU, or no C++ compiler.
     """
-    with torch.no_grad(), pretend_cuda():
+    with torch.no_grad(), pretend_cuda(), varlen_on_cpu():
         return PATHS[path](layers)
 
 
@@ -161,10 +166,10 @@ def main() -> None:
             for kind in ("waits", "launches"):
                 print(f"{kind} per token:\n{work.table(kind, STEPS)}\n")
             return
-        print("| path | launches | waits |\n|---|---:|---:|")
+        print("| path | launches | of these captured | waits |\n|---|---:|---:|---:|")
         for path in PATHS:
             step = count(path, arguments.layers)
-            print(f"| {path} | {step.launches:,.0f} | {step.waits:g} |", flush=True)
+            print(f"| {path} | {step.launches:,.0f} | {step.captured:,.0f} | {step.waits:g} |", flush=True)
     except NoGuard as error:
         sys.exit(f"launches: {error}")
 

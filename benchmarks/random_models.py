@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
 from qwen import QWenConfig, QWenLMHeadModel
-from qwen.checkpoint.loading import BUNDLED_CHAT_INT4
+from qwen.checkpoint.files import weight_files
+from qwen.checkpoint.loading import BUNDLED_CHAT, BUNDLED_CHAT_INT4
 
 # hidden_size, layers, heads, width of the MLP, rows of the embedding
 SHAPES = {
@@ -59,6 +60,41 @@ def fill(name: str, tensor: torch.Tensor) -> torch.Tensor:
 @functools.cache
 def _numbers(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     return torch.randn(PERIOD, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(device, dtype)
+
+
+def write_checkpoint(shape: str, folder: Path, layers: int | None = None) -> int:
+    """Write a complete checkpoint in bfloat16, with the bundled tokenizer, in files of about the embedding's size.
+
+    Args:
+        layers: number of layers; None for that of the shape.
+
+    Returns:
+        The size of the largest weight file in bytes.
+    """
+    settings = config(shape)
+    settings.num_hidden_layers = layers or settings.num_hidden_layers
+    with torch.device("meta"):
+        empty = QWenLMHeadModel(settings).state_dict()
+    largest = max(tensor.numel() for tensor in empty.values())
+    files, room = [], 0
+    for name, tensor in empty.items():
+        if tensor.numel() > room:
+            files.append([])
+            room = largest
+        files[-1].append(name)
+        room -= tensor.numel()
+    weight_map = {}
+    for number, names in enumerate(files, start=1):
+        file = f"model-{number:05}-of-{len(files):05}.safetensors"
+        tensors = {name: fill(name, torch.empty(empty[name].shape, dtype=torch.bfloat16)) for name in names}
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(names, file)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps({**settings.to_dict(), "dtype": "bfloat16"}), encoding="utf-8")
+    for name in ("qwen.tiktoken", "generation_config.json"):
+        shutil.copy(BUNDLED_CHAT / name, folder)
+    return max((folder / file).stat().st_size for file in weight_files(folder))
 
 
 def write_quantized(shape: str, folder: Path, bits: int = 4) -> None:
