@@ -21,11 +21,15 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
+try:
+    from qwen import QWenConfig
+except ModuleNotFoundError as error:
+    sys.exit(f"{error}. In the repository folder, run: pip install -e .[test]")
+
 import torch
 from random_models import write_checkpoint
 from tokenization import published_vocabulary
 
-from qwen import QWenConfig
 from qwen.checkpoint.loading import load_config, load_tokenizer
 from qwen.export import export_gguf, export_qwen2
 from qwen.model.loading_options_qwen import as_dtype, choose_dtype

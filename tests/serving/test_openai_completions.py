@@ -179,7 +179,7 @@ def test_wrong_fields(client: openai.OpenAI, fields: dict, param: str) -> None:
 
 
 def test_too_many_choices(client: openai.OpenAI) -> None:
-    with pytest.raises(openai.BadRequestError, match="144"):
+    with pytest.raises(openai.BadRequestError, match="384"):
         complete(client, ["a"] * 100, n=16)
 
 

@@ -93,5 +93,6 @@ def test_disconnected_clients_leak_nothing(start_server, tiny_chat_checkpoint):
     # The event loop's pool may grow to 40 threads; a leaked thread per request would make 150.
     assert threads_after <= max(threads, 50)
     assert files_after <= files + 16  # the last connections may not be closed yet
-    assert memory_after - memory < 32 * 2**20  # a cache row takes 8 MiB
+    # The cache keeps what later requests may find, 1 KiB a token. 150 leaked contexts of 8,192 tokens would be 1.2 GiB.
+    assert memory_after - memory < 128 * 2**20
     assert ask(server.url, request("still there?", max_tokens=5))
