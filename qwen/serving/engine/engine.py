@@ -289,9 +289,10 @@ class Engine:
 
     def _observe(self, chunks: list[Chunk]) -> None:
         now = time.perf_counter()
-        lengths = [chunk.end - chunk.start for chunk in chunks]
-        decoding = sum(chunk.start >= chunk.sequence.num_prompt_tokens for chunk in chunks)
-        self.scheduler.budget.observe(now - self._last_ready, decoding, sum(lengths) - decoding)
+        prompts = [chunk for chunk in chunks if chunk.start < chunk.sequence.num_prompt_tokens]
+        prefilled = sum(chunk.end - chunk.start for chunk in prompts)
+        requests = len({chunk.sequence.group for chunk in prompts})
+        self.scheduler.budget.observe(now - self._last_ready, len(chunks) - len(prompts), prefilled, requests)
         self._last_ready = now
 
     def _fail(self, chunks: list[Chunk], error: Exception) -> None:

@@ -9,7 +9,8 @@ class PrefillBudget:
     """How many tokens of prompts a step computes.
 
     Beside decoding sequences, prompts get about as much time as the decoding, as measured: they slow running replies
-    down to half their speed, and are encoded in little more than twice the time. Chunks are not smaller than efficient,
+    down to half their speed, and are encoded in little more than twice the time. More requests that wait for their
+    first token than are decoding get more. Chunks are not smaller than efficient,
     since each reads the whole past of its prompt: after one, steps only decode until its time is made up for.
     """
 
@@ -36,8 +37,12 @@ class PrefillBudget:
         decode_seconds = self._decode_seconds or 0.0
         return max(decode_seconds, min(12 * decode_seconds, MAX_STALL))
 
-    def observe(self, seconds: float, decoding: int, prefilled: int) -> None:
-        """Adapt to the duration of a step that decoded and prefilled so many tokens."""
+    def observe(self, seconds: float, decoding: int, prefilled: int, requests: int = 1) -> None:
+        """Adapt to the duration of a step that decoded and prefilled so many tokens.
+
+        Args:
+            requests: how many the prompts belong to. If they are more than the decoding sequences, they get more time.
+        """
         if not decoding:
             self._debt = 0.0
         elif not prefilled:
@@ -48,7 +53,7 @@ class PrefillBudget:
             self._debt = seconds
         else:
             spent = max(0.0, seconds - self._decode_seconds)
-            self._debt += DECODE_SHARE * spent - self._decode_seconds
+            self._debt += DECODE_SHARE * min(1.0, decoding / max(requests, 1)) * spent - self._decode_seconds
             if 2 * prefilled > self._tokens:
                 change = min(max(self._stall_seconds / max(spent, 1e-9), 0.5), 2.0)
                 self._tokens = min(max(round(self._tokens * change), MIN_CHUNK), self.maximum)
