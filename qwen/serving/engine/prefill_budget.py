@@ -20,11 +20,11 @@ class PrefillBudget:
         self._debt = 0.0  # seconds that decoding has yet to get
         self._decode_seconds: float | None = None  # of a step without prompts
 
-    def tokens(self, decoding: int) -> int:
-        """Return the budget of a step that decodes so many sequences."""
+    def tokens(self, decoding: int, requests: int = 1) -> int:
+        """Return the budget of a step that decodes so many sequences, while so many requests wait for a first token."""
         if not decoding:
             return self.maximum
-        return 0 if self._debt > 0 else self._tokens
+        return 0 if self._debt > 0 else min(self._tokens * max(1, requests // decoding), self.maximum)
 
     @property
     def short_tokens(self) -> int:
@@ -55,5 +55,6 @@ class PrefillBudget:
             spent = max(0.0, seconds - self._decode_seconds)
             self._debt += DECODE_SHARE * min(1.0, decoding / max(requests, 1)) * spent - self._decode_seconds
             if 2 * prefilled > self._tokens:
-                change = min(max(self._stall_seconds / max(spent, 1e-9), 0.5), 2.0)
+                seconds_for_tokens = spent * self._tokens / prefilled
+                change = min(max(self._stall_seconds / max(seconds_for_tokens, 1e-9), 0.5), 2.0)
                 self._tokens = min(max(round(self._tokens * change), MIN_CHUNK), self.maximum)

@@ -159,13 +159,14 @@ class Scheduler:
     def _schedule_prompts(self, chunks: list[Chunk]) -> None:
         """Append chunks of prompts. Groups share the budget, so that a short prompt overtakes a long one; what a group
         does not need of its share is left to the others."""
-        budget, limit = self.budget.tokens(len(chunks)), None
+        waiting = [sequence for sequence in self.running if sequence.num_uncomputed]
+        budget = self.budget.tokens(len(chunks), len({sequence.group for sequence in waiting}))
         if budget == 0:
-            budget = limit = self.budget.short_tokens
+            budget = self.budget.short_tokens
+            waiting = [sequence for sequence in waiting if sequence.num_uncomputed <= budget]
         groups: dict[Hashable, list[Sequence]] = {}
-        for sequence in self.running:
-            if sequence.num_uncomputed and (limit is None or sequence.num_uncomputed <= limit):
-                groups.setdefault(sequence.group, []).append(sequence)
+        for sequence in waiting:
+            groups.setdefault(sequence.group, []).append(sequence)
         ordered = sorted(groups.values(), key=lambda group: sum(each.num_uncomputed for each in group))
         for index, group in enumerate(ordered):
             share = max(1, budget // (len(ordered) - index))
