@@ -29,7 +29,7 @@ class PrefillBudget:
     @property
     def short_tokens(self) -> int:
         """Tokens of prompts that fit into a step as a whole, which need not wait until decoding has caught up."""
-        return self._tokens // 2 if self._debt < 2 * self._stall_seconds else 0
+        return self._tokens // 2 if self._debt < 6 * self._stall_seconds else 0
 
     @property
     def _stall_seconds(self) -> float:
@@ -48,7 +48,7 @@ class PrefillBudget:
         elif not prefilled:
             before = self._decode_seconds
             self._decode_seconds = seconds if before is None else 0.7 * before + 0.3 * min(seconds, 4 * before)
-            self._debt = max(-seconds, min(self._debt, 4 * self._stall_seconds) - seconds)
+            self._debt = max(-seconds, min(self._debt, 8 * self._stall_seconds) - seconds)
         elif self._decode_seconds is None:
             self._debt = seconds
         else:

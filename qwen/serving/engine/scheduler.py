@@ -15,6 +15,7 @@ from .block_manager import BlockManager
 from .prefill_budget import PrefillBudget
 from .sequence import Sequence
 
+MAX_PASSED_OVER = 8  # steps; then a long prompt has its turn before further short ones
 MAX_COPIED = 32  # blocks of a prefix that is copied
 WATERMARK = 0.02  # of all blocks, which admission leaves free
 # Expected tokens of a reply before any have ended, and the weight of each that does.
@@ -70,6 +71,7 @@ class Scheduler:
     ):
         self.block_manager, self.max_num_seqs, self.copy_prefixes = block_manager, max_num_seqs, copy_prefixes
         self.copies: list[tuple[int, int]] = []
+        self._passed_over = 0  # steps that only short prompts were in while a longer one was waiting
         self._filling: set[int] = set()  # blocks that the next step fills
         self.budget = PrefillBudget(max_num_batched_tokens)
         self.running: list[Sequence] = []
@@ -161,9 +163,13 @@ class Scheduler:
         does not need of its share is left to the others."""
         waiting = [sequence for sequence in self.running if sequence.num_uncomputed]
         budget = self.budget.tokens(len(chunks), len({sequence.group for sequence in waiting}))
-        if budget == 0:
+        if budget > 0:
+            self._passed_over = 0
+        else:
             budget = self.budget.short_tokens
-            waiting = [sequence for sequence in waiting if sequence.num_uncomputed <= budget]
+            short = [sequence for sequence in waiting if sequence.num_uncomputed <= budget]
+            self._passed_over += 0 < len(short) < len(waiting)
+            waiting = short if self._passed_over <= MAX_PASSED_OVER else []
         groups: dict[Hashable, list[Sequence]] = {}
         for sequence in waiting:
             groups.setdefault(sequence.group, []).append(sequence)

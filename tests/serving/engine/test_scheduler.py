@@ -325,6 +325,22 @@ def test_a_short_prompt_starts_within_ten_steps(speed, steps_before):
 
 
 @pytest.mark.parametrize("speed", SPEEDS)
+def test_short_prompts_do_not_starve_a_long_one(speed):
+    """A short prompt comes with every step, while a reply is running."""
+    machine = Machine(4000, seconds=SPEEDS[speed], checks=False)
+    machine.add(100, 10**6)
+    for _ in range(20):
+        machine.step()
+    long = machine.add(3000)
+    for step in itertools.count(1):
+        machine.add(20, 1)
+        machine.step()
+        if long.reply_ids:
+            break
+        assert step < 3000
+
+
+@pytest.mark.parametrize("speed", SPEEDS)
 def test_prompts_and_running_replies_share_the_time(speed):
     """Running replies keep almost half their speed while 6,000 tokens are encoded, which take little more than twice
     their time alone."""
