@@ -369,9 +369,8 @@ class ChatMixin(MixinBase):
         if isinstance(query, str) and not query.strip():
             raise ValueError(f"The query must be text and not empty, not {query!r}.")
         window = self._generation_setting("max_window_size", generation_config)
-        window = {} if window is None else {"max_window_size": window}
         turns, reply_start = chat_turns(query, history, system)
-        _, ids = encode_turns(tokenizer, turns, reply_start=reply_start, **window)
+        _, ids = encode_turns(tokenizer, turns, window, reply_start)
         limit = self.config.max_context_length
         if len(ids) >= limit:
             raise ValueError(

@@ -22,6 +22,7 @@ Message = Mapping[str, object]
 """`{"role": …, "content": …}`, as in `apply_chat_template` and OpenAI's API."""
 History = list[tuple[str, str]]
 DEFAULT_SYSTEM = "You are a helpful assistant."
+MAX_WINDOW_SIZE = 6144  # tokens, where the checkpoint sets none
 RAW_STOP_WORD = "Human:"
 MOVED = {
     "Abandoned": "CancellationCriteria",
@@ -53,7 +54,7 @@ def make_context(
     query: str | Sequence[Message],
     history: Sequence[PastTurn] | Sequence[Message] | None = None,
     system: str = "",
-    max_window_size: int = 6144,
+    max_window_size: int | None = MAX_WINDOW_SIZE,
     chat_format: str = "chatml",
     reply_start: str = "",
 ) -> tuple[str, list[int]]:
@@ -81,7 +82,10 @@ def make_context(
 
 
 def encode_turns(
-    tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], max_window_size: int = 6144, reply_start: str = ""
+    tokenizer: PreTrainedTokenizerBase,
+    turns: Sequence[Turn],
+    max_window_size: int | None = MAX_WINDOW_SIZE,
+    reply_start: str = "",
 ) -> tuple[str, list[int]]:
     """Encode a conversation in ChatML, up to the start of the assistant's reply.
 
@@ -94,11 +98,15 @@ def encode_turns(
 
     Args:
         turns: (role, text) pairs; the roles are "system", "user" and "assistant".
+        max_window_size: tokens; None, as in a checkpoint without this setting, for the default.
         reply_start: beginning of the reply.
 
     Returns:
         The prompt as text and as token ids.
     """
+
+    if max_window_size is None:
+        max_window_size = MAX_WINDOW_SIZE
 
     def plain_ids(text: str) -> list[int]:
         return tokenizer.encode(text, allowed_special=set(), disallowed_special=())

@@ -128,7 +128,7 @@ class Session:
 
         turns, _ = chat_turns(query, self.history, self.system)
         window = getattr(self.model.generation_config, "max_window_size", None)
-        _, ids = encode_turns(self.tokenizer, turns, **({} if window is None else {"max_window_size": window}))
+        _, ids = encode_turns(self.tokenizer, turns, window)
         for piece in self.engine.start(ids, self.engine.params(seed=self.seed), lstrip=True, rstrip=True):
             yield piece.text
 

@@ -147,8 +147,7 @@ def _encode_prompt(messages: list[JSONObject], functions: list[JSONObject], engi
     except MalformedConversation as error:
         raise invalid_request(str(error), _error_param(str(error))) from error
     window = getattr(engine.model.generation_config, "max_window_size", None)
-    window = {} if window is None else {"max_window_size": window}
-    _, ids = encode_turns(engine.tokenizer, turns, reply_start=reply_start, **window)
+    _, ids = encode_turns(engine.tokenizer, turns, window, reply_start)
     return ids, messages[-1]["role"] in ("tool", "function")
 
 

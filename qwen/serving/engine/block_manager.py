@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from itertools import islice
 
+BLOCK_SIZE = 16  # tokens, where attention does not demand more
 # New runs of blocks begin at untouched regions of this many blocks, so that a sequence that grows finds the next block
 # free: attention on a CPU reads a run in place.
 REGION_SIZE = 32

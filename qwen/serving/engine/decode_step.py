@@ -22,10 +22,10 @@ logger = logging.getLogger(__name__)
 BUCKETS = (1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, 1025, 32))
 
 
-def bucket_for(number: int, buckets: Sequence[int] = BUCKETS) -> int:
-    """Return the smallest bucket that holds a number; beyond the last, the next multiple of it."""
-    last = buckets[-1]
-    return next((bucket for bucket in buckets if bucket >= number), -(-number // last) * last)
+def bucket_for(rows: int) -> int:
+    """Return the smallest bucket that holds so many rows; beyond the last, the next multiple of it."""
+    last = BUCKETS[-1]
+    return next((bucket for bucket in BUCKETS if bucket >= rows), -(-rows // last) * last)
 
 
 def to_pinned(array: np.ndarray) -> torch.Tensor:
@@ -43,7 +43,7 @@ class DecodeStep:
         block_size: tokens per block.
         spare_block: block for the rows that are not used.
         spare_slot: row of the sampler's state for them.
-        max_length: most tokens of a sequence in the cache.
+        max_length: most tokens of a sequence in the cache, and positions in the tables of rotary angles for each α.
         compute: runs the model: (rope indices (R), sampler slots (R), layout) → logits (R, V).
         device: device of the inputs.
     """
@@ -61,7 +61,7 @@ class DecodeStep:
         device: torch.device,
     ):
         self.rows, self.width, self.block_size = rows, width + width % 2, block_size
-        self.spare_block, self.spare_slot = spare_block, spare_slot
+        self.spare_block, self.spare_slot, self.max_length = spare_block, spare_slot, max_length
         self._compute = compute
         self._graph: torch.cuda.CUDAGraph | None = None
         size = 3 * rows + (rows * self.width + rows + rows % 2) // 2
@@ -74,19 +74,15 @@ class DecodeStep:
         self._layout = StepLayout(slots, lengths, tables, starts, [], rows, 1, max_length)
         self.logits: torch.Tensor
 
-    def load(self, chunks: Sequence[Chunk], max_length: int) -> None:
-        """Copy the inputs of a step to the device.
-
-        Args:
-            max_length: positions in the tables of rotary angles, for each α.
-        """
+    def load(self, chunks: Sequence[Chunk]) -> None:
+        """Copy the inputs of a step to the device."""
         rows, size, host = self.rows, self.block_size, self._host
         numbers, packed = host[: 3 * rows].reshape(3, rows), host[3 * rows :].view(np.int32)
         tables, lengths = packed[: rows * self.width].reshape(rows, self.width), packed[rows * self.width :]
         numbers[:] = np.array([[0], [self.spare_block * size], [self.spare_slot]])
         tables[:], lengths[:] = self.spare_block, 1
         for row, (sequence, start, end, _) in enumerate(chunks):
-            numbers[0, row] = sequence.alpha_index * max_length + start
+            numbers[0, row] = sequence.alpha_index * self.max_length + start
             numbers[1, row] = sequence.blocks[start // size] * size + start % size
             numbers[2, row] = sequence.slot
             tables[row, : len(sequence.blocks)] = sequence.blocks
@@ -146,25 +142,28 @@ class DecodeSteps:
         self._steps: dict[tuple[int, int], DecodeStep] = {}
         self._pool: Any = None
 
-    def warm_up(self, load: Callable[[DecodeStep], None]) -> None:
+    def warm_up(self) -> None:
         """Capture the steps of all numbers of rows, the largest first, whose memory serves the others."""
         if self.capturable and self._fixed_width:
             for rows in reversed([bucket for bucket in BUCKETS if bucket <= bucket_for(self._max_rows)]):
-                self.get(rows, self._max_width, load)
+                self._load([], rows, self._max_width)
 
-    def get(self, rows: int, width: int, load: Callable[[DecodeStep], None]) -> DecodeStep:
-        """Return the step for so many rows and blocks, with its inputs loaded.
+    def load(self, chunks: Sequence[Chunk], width: int) -> DecodeStep:
+        """Return the step for some chunks of one token, with its inputs loaded.
 
         Args:
-            load: loads the inputs.
+            width: blocks of the longest sequence.
         """
         width = self._max_width if self._fixed_width else min(1 << max(2, (width - 1).bit_length()), self._max_width)
-        key = bucket_for(rows), width
+        return self._load(chunks, bucket_for(len(chunks)), width)
+
+    def _load(self, chunks: Sequence[Chunk], rows: int, width: int) -> DecodeStep:
+        key = rows, width
         is_new = key not in self._steps
         if is_new:
             self._steps[key] = self._create(*key)
         step = self._steps[key]
-        load(step)
+        step.load(chunks)
         if is_new and self.capturable:
             try:
                 self._pool = step.capture(self._pool)

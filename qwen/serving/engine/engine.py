@@ -289,7 +289,7 @@ class Engine:
 
     def _observe(self, chunks: list[Chunk]) -> None:
         now = time.perf_counter()
-        prompts = [chunk for chunk in chunks if chunk.start < chunk.sequence.num_prompt_tokens]
+        prompts = [chunk for chunk in chunks if not chunk.is_single]
         prefilled = sum(chunk.end - chunk.start for chunk in prompts)
         requests = len({chunk.sequence.group for chunk in prompts})
         self.scheduler.budget.observe(now - self._last_ready, len(chunks) - len(prompts), prefilled, requests)
@@ -301,7 +301,7 @@ class Engine:
         logger.exception("A step of %d sequences failed", len(chunks))
         self.scheduler.roll_back(chunks)
         self._finish_steps()
-        prompts = [chunk for chunk in chunks if chunk.end - chunk.start > 1]
+        prompts = [chunk for chunk in chunks if not chunk.is_single]
         for chunk in prompts or chunks:
             self._end(chunk.sequence, FinishReason.ERROR, error)
 

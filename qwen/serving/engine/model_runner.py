@@ -17,8 +17,8 @@ import numpy as np
 import torch
 
 from ...model.modeling_qwen import QWenLMHeadModel, execution_device
-from ...model.rope_qwen import MAX_DOUBLINGS, logn_scale, rotary_tables
-from .block_manager import BlockManager
+from ...model.rope_qwen import MAX_DOUBLINGS, logn_scale, ntk_alpha, rotary_tables
+from .block_manager import BLOCK_SIZE, BlockManager
 from .decode_step import DecodeStep, DecodeSteps, to_pinned
 from .paged_attention import FLASH_BLOCK_SIZE, uses_varlen
 from .paged_kv_cache import PagedKVCache
@@ -28,8 +28,6 @@ from .sequence import SampledToken, Sequence
 from .step_layout import Row, StepLayout
 
 logger = logging.getLogger(__name__)
-
-BLOCK_SIZE = 16  # tokens
 
 
 @dataclass
@@ -89,7 +87,7 @@ class ModelRunner:
 
     def warm_up(self) -> None:
         """Capture the steps that decode, so that no request waits for it."""
-        self.decode_steps.warm_up(lambda step: step.load([], self.max_length))
+        self.decode_steps.warm_up()
 
     def launch(self, chunks: list[Chunk], copies: abc.Sequence[tuple[int, int]] = ()) -> PendingStep:
         """Start a step. Its tokens are counted as pending.
@@ -99,15 +97,15 @@ class ModelRunner:
         """
         if copies:
             self.cache.copy_blocks(copies)
-        chunks = sorted(chunks, key=lambda chunk: chunk.end - chunk.start > 1)  # attention needs single tokens first
+        chunks = sorted(chunks, key=lambda chunk: not chunk.is_single)  # attention needs single tokens first
         sequences = [chunk.sequence for chunk in chunks if chunk.samples]
         request = SampleRequest.of(sequences)
         failures: dict[int, Exception] = {}
         self._update_slots(sequences)
         values = torch.empty(0, 1, dtype=torch.float64, device=self.device)
-        if self.device.type != "cpu" and all(chunk.samples and chunk.end - chunk.start == 1 for chunk in chunks):
+        if self.device.type != "cpu" and all(chunk.samples and chunk.is_single for chunk in chunks):
             width = max(len(sequence.blocks) for sequence in sequences)
-            step = self.decode_steps.get(len(chunks), width, lambda step: step.load(chunks, self.max_length))
+            step = self.decode_steps.load(chunks, width)
             logits, slots = step.run()[: len(chunks)], step.sampler_slots[: len(chunks)]
             settings = to_device(np.array(request.settings, dtype=np.float64), self.device)
         else:
@@ -268,7 +266,9 @@ class StepNumbers:
 
 
 def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    return to_pinned(array).to(device, non_blocking=True) if device.type == "cuda" else torch.from_numpy(array)
+    """Return an array as a tensor on a device; a GPU copies it while the host goes on."""
+    host = to_pinned(array) if device.type == "cuda" else torch.from_numpy(array)
+    return host.to(device, non_blocking=True)
 
 
 def _position_tables(model: QWenLMHeadModel, max_length: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
@@ -279,7 +279,8 @@ def _position_tables(model: QWenLMHeadModel, max_length: int) -> tuple[torch.Ten
     count = alpha_index(max_length, config.seq_length) + 1 if config.use_dynamic_ntk else 1
     tables = []
     for index in range(count):
-        alpha = torch.tensor([2.0 ** (index + 1) - 1], device=device) if config.use_dynamic_ntk else None
+        longest = torch.tensor([config.seq_length << index], device=device)
+        alpha = ntk_alpha(longest, config.seq_length) if config.use_dynamic_ntk else None
         tables.append(rotary_tables(positions, config.rotary_dim, config.rotary_emb_base, alpha))
     cos, sin = (torch.cat([table[part][0, 0] for table in tables]) for part in (0, 1))
     scale = logn_scale(positions, config.seq_length)[0, 0, :, 0] if config.use_logn_attn else None

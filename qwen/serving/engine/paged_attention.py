@@ -190,9 +190,8 @@ def _flash(
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, 0.0, causal, attn_mask=mask, scale=scaling
         )
+    assert mask is None  # for sequences that are read in place, on a CPU
     scores = (query @ key.mT).float() * scaling
-    if mask is not None:
-        scores = scores + mask
     if causal:
         scores = scores.masked_fill(torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1), -float("inf"))
     return scores.softmax(-1).to(value.dtype) @ value, scores.logsumexp(-1)

@@ -1,4 +1,4 @@
-"""Key/value cache in blocks, and where the tokens of a step are in it.
+"""Key/value cache in blocks.
 
 Every layer has one pool of slots, a slot for each token of each block: block b of size n has the slots from b · n on.
 Pools are allocated once and never moved.
@@ -123,8 +123,10 @@ class PagedKVCache:
 
 
 def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Zeros, since masked slots are read, too, and NaN times a weight of zero is NaN. On a CPU, memory that is never
-    written is not taken: numpy leaves zeroing to the operating system, and torch does not."""
+    """Return zeros: masked slots are read, too, and NaN times a weight of zero is NaN.
+
+    On a CPU, memory that is never written is not taken: numpy leaves zeroing to the operating system, torch does not.
+    """
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     return torch.from_numpy(np.zeros((*shape[:-1], shape[-1] * dtype.itemsize), dtype=np.uint8)).view(dtype)

@@ -35,6 +35,11 @@ class Chunk(NamedTuple):
     end: int
     samples: bool
 
+    @property
+    def is_single(self) -> bool:
+        """Whether the chunk is one token, as in decoding."""
+        return self.end - self.start == 1
+
     @classmethod
     def of(cls, sequence: Sequence, end: int) -> "Chunk":
         """The tokens from the first that is not computed up to `end`."""

@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-REGION_SLOTS = 512  # the block manager begins new runs at multiples of this number of slots
+from .block_manager import BLOCK_SIZE, REGION_SIZE
+
+REGION_SLOTS = REGION_SIZE * BLOCK_SIZE  # new runs begin at multiples of this number of slots
 
 
 class Row(NamedTuple):
@@ -100,7 +102,8 @@ def _group_end(parts: list[tuple[int, int, int]], start: int) -> int:
     if stride == 0:  # the next run has the same beginning, and is longer
         return end
     shortest = longest = last - first
-    # What follows a run in its region belongs to nobody else, so that no other sequence's NaN is read.
+    # A mask does not remove another sequence's NaN. What is masked lies in the region of the run itself, where nobody
+    # else writes unless the run is a shared beginning.
     room = -last % REGION_SLOTS + longest
     while end < len(parts) and parts[end][0] == first + (end - start) * stride:
         length = parts[end][1] - parts[end][0]

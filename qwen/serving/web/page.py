@@ -325,9 +325,8 @@ class Page:
         params = engine.params(**values)
         turns = [("system", system), *((message["role"], message_text(message)) for message in conversation)]
         window = getattr(engine.model.generation_config, "max_window_size", None)
-        window = {} if window is None else {"max_window_size": window}
         # In a thread: a pasted book takes seconds to encode, which must not block other replies.
-        _, ids = await asyncio.to_thread(encode_turns, engine.tokenizer, turns, **window)
+        _, ids = await asyncio.to_thread(encode_turns, engine.tokenizer, turns, window)
         return engine.start(ids, params, lstrip=True, rstrip=True)
 
     async def stop(self, request: gr.Request) -> None:

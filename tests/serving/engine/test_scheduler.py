@@ -8,6 +8,7 @@ import ast
 import itertools
 import random
 from collections.abc import Callable, Hashable
+from pathlib import Path
 
 import pytest
 
@@ -147,7 +148,7 @@ class Machine:
 def test_scheduling_needs_no_torch():
     """A rule of the design: what is decided here can be simulated."""
     for module in (scheduler, block_manager, sequence):
-        tree = ast.parse(open(module.__file__).read())  # noqa: SIM115
+        tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
         imports = {name.name for node in tree.body if isinstance(node, ast.Import) for name in node.names}
         imports |= {str(node.module) for node in tree.body if isinstance(node, ast.ImportFrom)}
         assert not {name for name in imports if name.split(".")[0] in ("torch", "numpy", "transformers")}
