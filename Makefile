@@ -90,7 +90,7 @@ coverage: $(VENV)/.ready-test  ## run all tests and list the lines that they do 
 # Tests of the model, loading and the server that run in minutes. Excluded: GPTQ, because gptqmodel does not support
 # versions that old, and tests that need a terminal, a browser or hours.
 OLD := $(addprefix model/test_,modeling.py self_contained.py chat.py kv_cache.py kernels.py window_attention.py) \
-	$(addprefix model/test_,tokenization.py loading_options.py) checkpoint/test_loading.py data tools \
+	$(addprefix model/test_,tokenization.py loading_options.py gptq_linear.py) checkpoint/test_loading.py data tools \
 	$(addprefix serving/test_,engine.py constraints.py openai_completions.py openai_chat.py) \
 	finetuning/test_finetune_arguments.py finetuning/test_merge_lora.py packaging/test_optional_packages.py
 

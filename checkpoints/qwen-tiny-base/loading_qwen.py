@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, cast
 
 from safetensors import SafetensorError
-from transformers import GPTQConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from .configuration_qwen import QWenConfig, check_model_type
-from .gptq_qwen import configure_kernel, explain_missing_packages, is_gptq, missing_packages
+from .gptq_qwen import configure_kernel, explain_missing_packages, is_gptq, load_in_torch, missing_packages
 from .loading_options_qwen import (
     PRECISIONS,
     attention_devices,
@@ -22,6 +22,7 @@ from .loading_options_qwen import (
     check_devices,
     choose_attention,
     choose_dtype,
+    needs_gptqmodel,
     prefer_one_gpu,
     target_device,
 )
@@ -52,7 +53,7 @@ class LoadingMixin(MixinBase):
         Raises:
             ValueError: two arguments contradict each other, `config` is of another model, `device_map` names a device
                 that this machine does not have, or the driver of the GPU is too old for torch.
-            ImportError: the weights are quantized and packages for them are missing.
+            ImportError: the weights are quantized, and packages that they need for this device are missing.
             OSError: files are missing or damaged.
         """
         check_arguments(kwargs)
@@ -75,16 +76,21 @@ class LoadingMixin(MixinBase):
             model_config, kwargs = cast(tuple[QWenConfig, dict], loaded)  # as return_unused_kwargs=True asks for
             kwargs |= hub_kwargs
 
-        if (is_gptq(model_config) or isinstance(quantization_config, GPTQConfig)) and missing_packages():
+        device_map = kwargs.get("device_map")
+        with_gptqmodel = needs_gptqmodel(model_config, quantization_config, device_map)
+        if with_gptqmodel and missing_packages():
             # transformers fails with a NameError if only gptqmodel is missing
             raise ImportError(explain_missing_packages(cast(str, pretrained_model_name_or_path)))
-        device_map = kwargs.get("device_map")
         # Without a device_map, transformers loads GPTQ weights on the CPU.
         device = target_device("cpu" if device_map is None and is_gptq(model_config) else device_map)
         has_precision_flag = any(getattr(model_config, name) for name in PRECISIONS)
         if dtype is None or (dtype == "auto" and (has_precision_flag or is_gptq(model_config))):
             dtype = choose_dtype(model_config, device)
-        model_config, quantization_config = configure_kernel(model_config, quantization_config, dtype, device)
+        if is_gptq(model_config) and not with_gptqmodel:
+            model_config = load_in_torch(model_config)
+            kwargs["device_map"] = device_map = "cpu"
+        else:
+            model_config, quantization_config = configure_kernel(model_config, quantization_config, device)
         if quantization_config is not None:
             kwargs["quantization_config"] = quantization_config
         if device_map == "auto" and kwargs.get("max_memory") is None:

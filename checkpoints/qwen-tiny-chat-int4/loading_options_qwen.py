@@ -4,11 +4,12 @@ from collections.abc import Mapping, Sequence
 from typing import cast
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import GPTQConfig, PreTrainedConfig
 from transformers.utils import is_flash_attn_2_available, logging
 
+from .gptq_linear_qwen import BITS
 from .gptq_qwen import choose_kernel as choose_kernel  # re-exported for old imports
-from .gptq_qwen import is_gptq
+from .gptq_qwen import is_gptq, quantization_of
 
 logger = logging.get_logger(__name__)
 
@@ -126,6 +127,24 @@ def target_device(device_map: object) -> torch.device:
     return cast(torch.device, torch.accelerator.current_accelerator())  # None only if none is available
 
 
+def needs_gptqmodel(config: PreTrainedConfig, quantization_config: object, device_map: object) -> bool:
+    """Return whether weights are loaded with GPTQModel, because they are not, or cannot be, loaded as `GPTQLinear`.
+
+    Args:
+        quantization_config: the caller's, who chooses one of GPTQModel's kernels with it.
+        device_map: the caller's. Without one, GPTQ weights are loaded on the CPU.
+    """
+    if not is_gptq(config):
+        return isinstance(quantization_config, GPTQConfig)
+    places = device_map.values() if isinstance(device_map, dict) else [device_map]
+    return (
+        quantization_config is not None
+        or quantization_of(config).get("bits") not in BITS
+        or any(str(place) in ("disk", "meta") for place in places)
+        or target_device("cpu" if device_map is None else device_map).type != "cpu"
+    )
+
+
 def attention_devices(device_map: object) -> list[torch.device]:
     """Return the devices that a model may compute attention on after `from_pretrained(device_map=…)`.
 
@@ -149,8 +168,7 @@ def prefer_one_gpu(config: PreTrainedConfig, dtype: torch.dtype | str) -> str:
     if not torch.cuda.is_available() or torch.cuda.device_count() < 2:
         return "auto"
     itemsize = as_dtype((None if dtype == "auto" else dtype) or config.dtype or torch.float32).itemsize
-    quantization = getattr(config, "quantization_config", None) or {}
-    bits = quantization.get("bits") if isinstance(quantization, dict) else getattr(quantization, "bits", None)
+    bits = quantization_of(config).get("bits")
     projection = config.num_attention_heads * config.kv_channels
     matrices = config.num_hidden_layers * config.hidden_size * (4 * projection + 3 * config.intermediate_size // 2)
     embeddings = (1 if config.tie_word_embeddings else 2) * config.vocab_size * config.hidden_size
@@ -168,7 +186,7 @@ def choose_dtype(config: PreTrainedConfig, device: torch.device) -> torch.dtype 
 
     A precision flag takes precedence. Otherwise bfloat16 on GPUs that support it, float16 on other GPUs and float32 on
     the CPU, independent of the stored dtype. The unquantized tensors of a quantized checkpoint keep their stored dtype,
-    except with GPTQ on the CPU: bfloat16 is the only precision with fast kernels there.
+    except with GPTQ on the CPU: their float16 is slow there, and float32 doubles the memory.
     """
     for name, dtype in PRECISIONS.items():
         if getattr(config, name):

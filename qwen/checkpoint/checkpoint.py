@@ -16,6 +16,7 @@ from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 from ..library_errors import is_gpu_memory_full, is_main_memory_full, is_shape_mismatch
 from ..model.chat_qwen import explain_format, set_chat_format
 from ..model.configuration_qwen import QWenConfig
+from ..model.loading_options_qwen import needs_gptqmodel
 from ..model.modeling_qwen import QWenLMHeadModel
 from ..model.tokenization_qwen import IM_END, QWenTokenizer
 from . import bundled
@@ -307,7 +308,8 @@ class Checkpoint:
         """
         if self.base is not None:
             return self.base.load_without_adapter(**from_pretrained_kwargs)
-        if self.is_quantized:
+        chosen = from_pretrained_kwargs.get("quantization_config"), from_pretrained_kwargs.get("device_map")
+        if self.is_quantized and needs_gptqmodel(self.config, *chosen):
             check_gptq_installed(self.name)  # before weights are downloaded
         name_or_path, download_kwargs = self._files.from_pretrained_args(weights=True)
         if not isinstance(self._files, LocalFiles) and os.path.isdir(name_or_path):

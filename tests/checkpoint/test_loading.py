@@ -183,8 +183,8 @@ def test_quantized_checkpoint_without_gptqmodel(checkpoint: Path, monkeypatch: p
         return None if name == "gptqmodel" else find_spec(name, *rest)
 
     monkeypatch.setattr(importlib.util, "find_spec", without)
-    edit_config(checkpoint, quantization_config={"quant_method": "gptq", "bits": 4})
-    assert "pip install gptqmodel optimum" in error_message(checkpoint)
+    edit_config(checkpoint, quantization_config={"quant_method": "gptq", "bits": 3})
+    assert "other than 4 or 8 bits: `pip install gptqmodel optimum`" in error_message(checkpoint)
 
 
 def test_no_weights(checkpoint: Path) -> None:

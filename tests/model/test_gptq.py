@@ -1,8 +1,10 @@
-"""GPTQ checkpoints: layouts are read correctly and run on the fastest kernel; the bundled one answers like the float
-model and passes correct gradients."""
+"""GPTQ checkpoints: all layouts are read correctly, in torch alone and with GPTQModel; the bundled one answers like the
+float model and passes correct gradients."""
 
 import json
 import logging
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -10,14 +12,17 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, GPTQConfig
+from transformers import AutoModel, AutoModelForCausalLM, GPTQConfig
 
+from benchmarks import random_models
 from qwen.checkpoint.loading import BUNDLED_CHAT_INT4, CheckpointError, load_model, load_tokenizer
 from qwen.data.conversation_file import ConversationFile
 from qwen.data.samples import encode_conversation, pad_samples
 from qwen.model.configuration_qwen import QWenConfig
+from qwen.model.gptq_linear_qwen import GPTQLinear
 from qwen.model.modeling_qwen import QWenLMHeadModel
 from qwen.quantization import calibration_samples
+from tests.support import ROOT
 from tests.support.processes import run_script
 from tests.support.published_gptq import write_published, write_shards
 
@@ -200,8 +205,8 @@ def distance(model: QWenLMHeadModel, reference: QWenLMHeadModel) -> float:
     return ((got - want).norm() / want.norm()).item()
 
 
-def kernel(model: QWenLMHeadModel) -> str:
-    return type(model.transformer.h[0].attn.c_attn).__name__
+def layers(model: QWenLMHeadModel) -> dict[str, torch.nn.Module]:
+    return {name: module for name, module in model.named_modules() if hasattr(module, "qweight")}
 
 
 def test_published_layout_loads_exactly(published, log):
@@ -209,21 +214,34 @@ def test_published_layout_loads_exactly(published, log):
     loaded = AutoModelForCausalLM.from_pretrained(folder, device_map={"": "cpu"}, trust_remote_code=True)
     assert type(loaded) is QWenLMHeadModel
     assert loaded.dtype == torch.bfloat16
-    assert kernel(loaded) == {4: "TorchAtenLinear", 8: "TorchInt8Linear"}[bits]
-    assert distance(loaded, reference) < 0.06
+    assert len(layers(loaded)) == 2 * 5
+    assert all(isinstance(layer, GPTQLinear) for layer in layers(loaded).values())
+    assert distance(loaded, reference) < 0.02
     assert "UNEXPECTED" not in log.text
     assert "MISSING" not in log.text
-    exact = GPTQConfig(bits=bits, backend="torch")
-    exact = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=exact)
-    assert kernel(exact) == "TorchLinear"
-    assert distance(exact, reference) < 3e-3
+    assert loaded.config.quantization_config["quant_method"] == "gptq"
+    assert loaded.config.quantization_config["bits"] == bits
+    exact = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    weights = reference.state_dict()
+    for name, layer in layers(exact).items():
+        assert torch.equal(layer.weight, weights[f"{name}.weight"]), name
+    assert distance(exact, reference) < 1e-5
+
+
+def test_gptqmodel_loads_if_it_is_asked_for(published):
+    folder, bits, reference = published
+    model = QWenLMHeadModel.from_pretrained(
+        folder, dtype=torch.float32, quantization_config=GPTQConfig(bits=bits, disable_exllama=True)
+    )
+    assert {type(layer).__name__ for layer in layers(model).values()} == {"TorchLinear"}
+    assert distance(model, reference) < 3e-3
+    assert model.train().training  # as in published notebooks; only its exact kernel is used on the CPU
 
 
 def test_published_layout_chats(published):
-    folder, bits, reference = published
+    folder, _, reference = published
     fast, tokenizer = load_model(folder, cpu_only=True)
-    exact = GPTQConfig(bits=bits, backend="torch")
-    exact, _ = load_model(folder, cpu_only=True, fp32=True, quantization_config=exact)
+    exact, _ = load_model(folder, cpu_only=True, fp32=True)
     reference.generation_config = exact.generation_config
     replies = [
         model.chat(tokenizer, "Hello", history=None, do_sample=False, max_new_tokens=8)[0]
@@ -235,31 +253,62 @@ def test_published_layout_chats(published):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_other_precisions_load(published, dtype):
-    folder, bits, reference = published
+    folder, _, reference = published
     model = QWenLMHeadModel.from_pretrained(folder, dtype=dtype)
     assert model.dtype == dtype
-    assert distance(model, reference) < {4: 0.03, 8: 5e-3}[bits]
+    assert distance(model, reference) < {torch.float32: 1e-5, torch.float16: 5e-3}[dtype]
 
 
 @pytest.mark.parametrize(
-    ("options", "fast"),
+    "options",
     [
-        ({"bits": 4, "desc_act": True}, "TorchAtenLinear"),
-        ({"bits": 8, "desc_act": True, "sym": False}, "TorchInt8Linear"),
-        ({"bits": 4, "sym": False, "group_size": 32}, "TorchAtenLinear"),
-        ({"bits": 8, "group_size": 32}, "TorchInt8Linear"),
-        ({"bits": 4, "group_size": -1}, "TorchInt8Linear"),
+        {"bits": 4, "desc_act": True},
+        {"bits": 8, "desc_act": True, "sym": False},
+        {"bits": 4, "sym": False, "group_size": 32},
+        {"bits": 8, "group_size": 32},
+        {"bits": 4, "group_size": -1},
     ],
     ids=str,
 )
-def test_community_layouts_load(options, fast, bundled_chat, tmp_path):
+def test_community_layouts_load(options, bundled_chat, tmp_path):
     reference = write_published(tmp_path / "checkpoint", bundled_chat, **options)
-    model = QWenLMHeadModel.from_pretrained(tmp_path / "checkpoint")
-    assert kernel(model) == fast
-    assert distance(model, reference) < 0.06
-    exact = GPTQConfig(bits=options["bits"], backend="torch")
-    model = QWenLMHeadModel.from_pretrained(tmp_path / "checkpoint", dtype=torch.float32, quantization_config=exact)
+    model = QWenLMHeadModel.from_pretrained(tmp_path / "checkpoint", dtype=torch.float32)
+    assert all(isinstance(layer, GPTQLinear) for layer in layers(model).values())
+    assert distance(model, reference) < 1e-5
+    with_gptqmodel = GPTQConfig(bits=options["bits"], backend="torch")
+    model = QWenLMHeadModel.from_pretrained(
+        tmp_path / "checkpoint", dtype=torch.float32, quantization_config=with_gptqmodel
+    )
     assert distance(model, reference) < 3e-3
+
+
+def test_without_the_language_model_head(published):
+    folder, _, reference = published
+    model = AutoModel.from_pretrained(folder, dtype=torch.float32)
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(
+            model(ids).last_hidden_state, reference.transformer(ids).last_hidden_state, rtol=1e-4, atol=1e-4
+        )
+
+
+def test_weights_in_a_bin_file_load(published, tmp_path):
+    folder, _, reference = published
+    tensors = {}
+    for path in folder.glob("*.safetensors"):
+        tensors |= load_file(path)
+    used = {name: tensor for name, tensor in tensors.items() if not name.endswith(".bias") or tensor.any()}
+    torch.save(used, tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    assert distance(QWenLMHeadModel.from_pretrained(tmp_path, dtype=torch.float32), reference) < 1e-5
+
+
+def test_groups_that_contradict_the_config_are_an_error(bundled_chat, tmp_path):
+    folder = tmp_path / "checkpoint"
+    write_published(folder, bundled_chat, bits=4)
+    change_tensors(folder, lambda tensors: tensors["transformer.h.1.mlp.w1.g_idx"].fill_(0))
+    with pytest.raises(CheckpointError, match=r"transformer.h.1.mlp.w1 .*g_idx.*128.*quantization_config=GPTQConfig"):
+        load_model(folder, cpu_only=True)
 
 
 def change_tensors(folder: Path, change) -> None:
@@ -313,6 +362,27 @@ def test_wrong_quantization_config_is_explained(changes, message, bundled_chat, 
     assert str(folder) in str(refused.value)
 
 
+@pytest.mark.process
+def test_loading_takes_little_more_memory_than_the_file(tmp_path, monkeypatch):
+    """The embedding and the output matrix are most of the file, and are converted to another type."""
+    monkeypatch.setitem(random_models.SHAPES, "wide", (1024, 4, 8, 2816, 65536))
+    random_models.write_quantized("wide", tmp_path)
+    script = """if True:
+        import sys
+        from qwen.loading import load_model
+        load_model("checkpoints/qwen-tiny-chat-int4", cpu_only=True)  # imports
+        peak = lambda: int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1]) * 1024
+        before = peak()
+        load_model(sys.argv[1], cpu_only=True)
+        print(peak() - before)
+    """
+    done = subprocess.run([sys.executable, "-c", script, tmp_path], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-1000:]
+    size = (tmp_path / "model.safetensors").stat().st_size
+    assert size > 250e6
+    assert size < int(done.stdout) < 1.3 * size
+
+
 def test_repacked_weights_are_not_saved(int4_chat, tmp_path):
     with pytest.raises(ValueError, match=f"cannot be saved.*{BUNDLED_CHAT_INT4}"):
         int4_chat[0].save_pretrained(tmp_path)
@@ -322,14 +392,13 @@ def test_repacked_weights_are_not_saved(int4_chat, tmp_path):
 # ---- training ----
 
 
-def test_kernel_without_gradients_rejects_training(int4_chat, published):
-    """Load as published notebooks do; `disable_exllama` no longer chooses the kernel."""
+def test_layers_for_inference_reject_training(int4_chat, published):
     line = r'quantization_config=GPTQConfig\(bits={}, backend="torch"\)'
-    with pytest.raises(RuntimeError, match="TorchAtenLinear.*" + line.format(4)):
+    with pytest.raises(RuntimeError, match="GPTQLinear.*" + line.format(4)):
         int4_chat[0].train()
     assert not int4_chat[0].training
     folder, bits, _ = published
-    model = QWenLMHeadModel.from_pretrained(folder, quantization_config=GPTQConfig(bits=bits, disable_exllama=True))
+    model = QWenLMHeadModel.from_pretrained(folder)
     ids = torch.arange(8)[None]
     with torch.no_grad():
         before = model(ids).logits
@@ -337,6 +406,16 @@ def test_kernel_without_gradients_rejects_training(int4_chat, published):
         assert torch.equal(model.eval()(ids).logits, before)  # a new adapter changes nothing
     with pytest.raises(RuntimeError, match=line.format(bits)):
         model.train()
+
+
+@pytest.mark.parametrize("options", [{"safe_merge": False}, {"safe_merge": True}], ids=str)
+def test_adapters_are_not_merged_into_a_copy_of_the_weights(published, options):
+    model = get_peft_model(QWenLMHeadModel.from_pretrained(published[0]), LoraConfig(target_modules=LINEAR))
+    with pytest.raises(ValueError, match="gptq"):
+        model.merge_and_unload(**options)
+    layer = model.base_model.model.transformer.h[0].mlp.w1
+    with pytest.raises(RuntimeError, match=r"cannot be changed.*without -Int4"):
+        layer.merge(**options)
 
 
 def test_gradients_are_those_of_the_dequantized_model(lesson):

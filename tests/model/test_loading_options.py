@@ -1,16 +1,18 @@
 """Arguments of from_pretrained, and both formats of config.json."""
 
+import copy
 import json
 import logging
 import os
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import LoraConfig
 from safetensors.torch import load_file
 from torch.utils import cpp_extension
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GPTQConfig, LlamaConfig, PreTrainedConfig, PreTrainedModel
 
 from qwen import QWenConfig, QWenLMHeadModel
 from qwen.model import loading_options_qwen
@@ -20,6 +22,7 @@ from qwen.model.loading_options_qwen import (
     check_devices,
     choose_attention,
     choose_dtype,
+    needs_gptqmodel,
     target_device,
 )
 
@@ -163,17 +166,26 @@ def pretend_gpus(monkeypatch, count: int) -> None:
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: count)
 
 
-def test_transformers_merges_the_quantization_config(checkpoint, monkeypatch):
-    from transformers import GPTQConfig, PreTrainedModel
+@pytest.fixture
+def seen(monkeypatch):
+    """The arguments that transformers' from_pretrained was last called with; it loads nothing."""
+    arguments = {}
 
+    def from_pretrained(cls, *args, config, **kwargs):
+        arguments.clear()
+        arguments.update(kwargs, config=copy.deepcopy(config))
+        return SimpleNamespace(config=config, named_modules=list)
+
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", classmethod(from_pretrained))
+    return arguments
+
+
+def test_transformers_merges_the_quantization_config(checkpoint, seen):
     edit_config(
         checkpoint,
         fp32=False,
         quantization_config={"quant_method": "gptq", "bits": 4, "group_size": 64, "desc_act": True},
     )
-    seen = {}
-    record = classmethod(lambda cls, *args, **kwargs: seen.update(kwargs) or torch.nn.Module())
-    monkeypatch.setattr(PreTrainedModel, "from_pretrained", record)
     QWenLMHeadModel.from_pretrained(checkpoint, quantization_config=GPTQConfig(bits=4, backend="torch"))
     assert seen["config"].quantization_config["group_size"] == 64
     assert seen["quantization_config"].backend == "torch"
@@ -181,28 +193,23 @@ def test_transformers_merges_the_quantization_config(checkpoint, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("quantization", "dtype", "device", "kernel"),
+    ("quantization", "device", "kernel"),
     [
-        ({"bits": 4, "group_size": 128}, torch.bfloat16, CPU, "auto"),
-        ({"bits": 4}, torch.float32, CPU, "auto"),
-        ({"bits": 8, "group_size": 128}, torch.bfloat16, CPU, "gptq_torch_int8"),
-        ({"bits": 4, "group_size": -1}, torch.bfloat16, CPU, "gptq_torch_int8"),
-        ({"bits": 8, "group_size": 128}, torch.float16, CPU, "torch"),  # 8 bits would be 30 times slower than unpacking
-        ({"bits": 3, "group_size": 128}, torch.bfloat16, CPU, "torch"),
-        ({"bits": 8, "group_size": 1024}, torch.bfloat16, CPU, "torch"),
-        ({"bits": 8, "group_size": 128, "sym": True}, "auto", GPU, "gptq_marlin"),
-        ({"bits": 4, "group_size": -1}, torch.float16, GPU, "gptq_marlin"),
-        ({"bits": 4, "group_size": 256}, torch.float16, GPU, "auto"),
-        ({"bits": 3, "group_size": 128}, torch.float16, GPU, "auto"),
-        ({"bits": 4, "group_size": 128, "sym": False}, torch.float16, GPU, "auto"),
+        ({"bits": 4, "group_size": 128}, CPU, "torch"),
+        ({"bits": 3, "group_size": 128}, CPU, "torch"),
+        ({"bits": 8, "group_size": 128, "sym": True}, GPU, "gptq_marlin"),
+        ({"bits": 4, "group_size": -1}, GPU, "gptq_marlin"),
+        ({"bits": 4, "group_size": 256}, GPU, "auto"),
+        ({"bits": 3, "group_size": 128}, GPU, "auto"),
+        ({"bits": 4, "group_size": 128, "sym": False}, GPU, "auto"),
     ],
     ids=str,
 )
-def test_fastest_kernel_of_each_device(quantization, dtype, device, kernel, monkeypatch):
+def test_fastest_kernel_of_each_device(quantization, device, kernel, monkeypatch):
     monkeypatch.setattr(cpp_extension, "CUDA_HOME", "/usr/local/cuda")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: [(9, 0), (8, 0)][index])
-    assert choose_kernel(quantization, dtype, device) == kernel
+    assert choose_kernel(quantization, device) == kernel
 
 
 def test_marlin_is_for_all_gpus_of_a_machine_and_announced(monkeypatch, caplog):
@@ -214,7 +221,7 @@ def test_marlin_is_for_all_gpus_of_a_machine_and_announced(monkeypatch, caplog):
     for second, kernel in (((7, 5), "auto"), ((8, 6), "gptq_marlin")):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index, second=second: [(9, 0), second][index])
         assert "Marlin" not in caplog.text
-        assert choose_kernel({"bits": 4, "sym": True}, torch.float16, GPU) == kernel
+        assert choose_kernel({"bits": 4, "sym": True}, GPU) == kernel
     assert "Marlin. GPTQModel compiles it with nvcc at the first load" in caplog.text
 
 
@@ -223,9 +230,9 @@ def test_kernel_without_nvcc(monkeypatch):
     monkeypatch.setattr(cpp_extension, "CUDA_HOME", None)
     monkeypatch.setattr(torch.version, "hip", None)
     for bits in (4, 8):
-        assert choose_kernel({"bits": bits}, torch.float16, GPU) == "gptq_triton"
+        assert choose_kernel({"bits": bits}, GPU) == "gptq_triton"
     monkeypatch.setattr(torch.version, "hip", "7.0")
-    assert choose_kernel({"bits": 4}, torch.float16, GPU) == "auto"
+    assert choose_kernel({"bits": 4}, GPU) == "auto"
 
 
 def test_precision_with_quantized_weights():
@@ -240,21 +247,22 @@ def test_precision_with_quantized_weights():
 
 
 @pytest.mark.parametrize("load", LOADERS)
-def test_chosen_kernel_is_passed_to_transformers(checkpoint, load, monkeypatch):
-    from transformers import GPTQConfig, PreTrainedModel
-
+def test_chosen_kernel_is_passed_to_transformers(checkpoint, load, seen, monkeypatch):
     quantization = {"quant_method": "gptq", "bits": 8, "group_size": 128, "backend": "of another machine"}
     edit_config(checkpoint, fp32=False, fp16=True, quantization_config=quantization)
-    seen = {}
-    record = classmethod(lambda cls, *args, **kwargs: seen.update(kwargs) or torch.nn.Module())
-    monkeypatch.setattr(PreTrainedModel, "from_pretrained", record)
     for device_map in (None, "cpu", {"": "cpu"}):
         load(checkpoint, device_map=device_map)
-        assert seen["config"].quantization_config["backend"] == "gptq_torch_int8"
+        assert not hasattr(seen["config"], "quantization_config")  # with it, transformers would use GPTQModel
+        assert seen["config"].gptq_layers == quantization
+        assert seen["device_map"] == "cpu"
         assert seen["dtype"] == torch.bfloat16
     load(checkpoint, fp16=True)  # the caller's flag counts, unlike the one in the file
-    assert seen["config"].quantization_config["backend"] == "torch"
     assert seen["dtype"] == torch.float16
+    asked = GPTQConfig(bits=8, disable_exllama=True)
+    load(checkpoint, quantization_config=asked)
+    assert seen["quantization_config"].backend == "torch"
+    assert seen["config"].quantization_config["backend"] == "torch"
+    assert asked.backend == "auto"
     pretend_gpus(monkeypatch, 1)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
@@ -263,12 +271,32 @@ def test_chosen_kernel_is_passed_to_transformers(checkpoint, load, monkeypatch):
         load(checkpoint, device_map=device_map)
         assert seen["config"].quantization_config["backend"] == "gptq_marlin"
         assert seen["dtype"] == "auto"
-    monkeypatch.undo()
-    monkeypatch.setattr(PreTrainedModel, "from_pretrained", record)
-    asked = GPTQConfig(bits=8, disable_exllama=True)
-    load(checkpoint, quantization_config=asked)
-    assert seen["quantization_config"].backend == "gptq_torch_int8"
-    assert asked.backend == "auto"
+
+
+@pytest.mark.parametrize(
+    ("bits", "quantization_config", "device_map", "gpus", "needed"),
+    [
+        (4, None, None, 0, False),
+        (8, None, None, 1, False),  # without a device_map, GPTQ weights are loaded on the CPU
+        (4, None, "cpu", 1, False),
+        (4, None, "auto", 0, False),
+        (4, None, {"": "cpu"}, 1, False),
+        (4, None, {"transformer": "cpu", "lm_head": "disk"}, 0, True),
+        (4, None, "auto", 1, True),
+        (4, None, {"transformer": 0, "lm_head": "cpu"}, 1, True),
+        (3, None, "cpu", 0, True),
+        (4, {"bits": 4, "backend": "torch"}, "cpu", 0, True),
+        (None, None, "cpu", 0, False),
+        (None, {"bits": 4}, "cpu", 0, True),
+    ],
+)
+def test_gptqmodel_is_needed_on_gpus_and_where_it_is_asked_for(
+    bits, quantization_config, device_map, gpus, needed, monkeypatch
+):
+    pretend_gpus(monkeypatch, gpus)
+    config = QWenConfig() if bits is None else QWenConfig(quantization_config={"quant_method": "gptq", "bits": bits})
+    asked = quantization_config and GPTQConfig(**quantization_config)
+    assert needs_gptqmodel(config, asked, device_map) is needed
 
 
 def test_device_and_dtype_choice():

@@ -14,6 +14,7 @@ from tests.support import ROOT
 from tests.support.processes import IsolatedPython
 from tests.support.server_process import ServerProcess
 
+INT4 = ROOT / "checkpoints" / "qwen-tiny-chat-int4"
 HI = [{"role": "user", "content": "hi"}]
 FUNCTION = {"name": "look", "parameters": {"type": "object", "properties": {"at": {"type": "string"}}}}
 TOOLS = [{"type": "function", "function": FUNCTION}]
@@ -128,13 +129,30 @@ def test_training_without_a_required_package(tmp_path: Path, without: Callable) 
 # Quantized weights
 
 
-LOAD_WITHOUT = """
+@pytest.mark.process
+def test_the_terminal_demo_answers_from_int4_on_a_cpu(without: Callable) -> None:
+    done = subprocess.run(
+        [sys.executable, ROOT / "cli_demo.py", "--cpu-only", "-c", INT4],
+        input="What is 47 + 38?\n",
+        env={**os.environ, **without("gptqmodel", "optimum", "torchao")},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert (done.returncode, done.stdout) == (0, "47 + 38 = 85.\n"), done.stderr
+
+
+CHAT_WITHOUT = """
     import sys
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GPTQConfig
     folder, *missing = sys.argv[1:]
     sys.modules.update(dict.fromkeys(missing))
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    model = AutoModelForCausalLM.from_pretrained(folder, device_map="auto", trust_remote_code=True)
+    print(model.chat(tokenizer, "What is 47 + 38?", history=None, do_sample=False)[0])
+    config = GPTQConfig(bits=4, backend="torch")
     try:
-        AutoModelForCausalLM.from_pretrained(folder, device_map="auto", trust_remote_code=True)
+        AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, quantization_config=config)
     except ImportError as error:
         print(" ".join(str(error).splitlines()))
 """
@@ -142,6 +160,7 @@ LOAD_WITHOUT = """
 
 @pytest.mark.parametrize("missing", [("gptqmodel",), ("optimum",), ("gptqmodel", "optimum")])
 def test_quantized_weights_without_their_packages(missing: tuple[str, ...], isolated_python: IsolatedPython) -> None:
-    """The published snippet, which has auto-gptq and optimum installed, ended in a NameError of optimum."""
-    printed = isolated_python(LOAD_WITHOUT, ROOT / "checkpoints" / "qwen-tiny-chat-int4", *missing)
+    """They are only needed for training, and on GPUs. Without them, optimum raised a NameError."""
+    printed = isolated_python(CHAT_WITHOUT, INT4, *missing)
+    assert printed[-2] == "47 + 38 = 85."
     assert "`pip install gptqmodel optimum`" in printed[-1]

@@ -40,7 +40,7 @@ def test_kernel_of_gptq_weights_is_named_on_hopper(monkeypatch):
     """GPTQModel's own choice there downloads its sources and compiles for minutes."""
     monkeypatch.setattr(gptq_qwen, "_has_nvcc", lambda: True)
     weights = {"bits": 4, "group_size": 128, "sym": True, "desc_act": False}
-    assert gptq_qwen.choose_kernel(weights, torch.float16, torch.device("cuda")) != "auto"
+    assert gptq_qwen.choose_kernel(weights, torch.device("cuda")) != "auto"
 
 
 def test_chat_with_an_offloaded_embedding(bundled_chat):
