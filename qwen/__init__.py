@@ -11,8 +11,9 @@ from ._version import __version__
 from .checkpoint.checkpoint import Checkpoint
 from .checkpoint.files import CheckpointError
 from .checkpoint.loading import load_model
+from .kernels.fused_block import prepare
 from .model.configuration_qwen import QWenConfig
-from .model.modeling_qwen import QWenLMHeadModel, QWenModel
+from .model.modeling_qwen import INFERENCE_PREPARERS, QWenLMHeadModel, QWenModel
 from .model.qwen_generation_utils import decode_tokens, get_stop_words_ids, make_context
 from .model.tokenization_qwen import QWenTokenizer
 
@@ -24,6 +25,8 @@ AutoModelForCausalLM.register(QWenConfig, QWenLMHeadModel)
 AutoTokenizer.register(QWenTokenizer, slow_tokenizer_class=QWenTokenizer)
 # The name is also in most published config.json; AutoTokenizer needs it in folders without tokenizer_config.json.
 QWenConfig.tokenizer_class = QWenTokenizer.__name__  # type: ignore[attr-defined]  # an optional field
+
+INFERENCE_PREPARERS.append(prepare)
 
 # Saved checkpoints include the model code, so that they load where this package is not installed.
 QWenConfig.register_for_auto_class()

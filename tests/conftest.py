@@ -23,6 +23,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
 for name in [name for name in os.environ if name.startswith(("QWEN_", "MODELSCOPE_")) or name.lower() in PROXIES]:
     del os.environ[name]
+# The kernels are compiled once a machine, also for tests with another home.
+CACHE_HOME = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+os.environ["QWEN_KERNELS_CACHE"] = str(CACHE_HOME / "qwen" / "kernels")
 # The models are too small to benefit from several threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

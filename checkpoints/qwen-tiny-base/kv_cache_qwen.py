@@ -120,22 +120,40 @@ class Kernels(NamedTuple):
         )
 
 
+class TritonUnavailable(RuntimeError):
+    """Triton does not run here."""
+
+
+def check_triton(device_type: str) -> None:
+    """Check that Triton runs: on CUDA and ROCm, where it must find the GPU and a C compiler.
+
+    Raises:
+        TritonUnavailable: it does not.
+    """
+    try:
+        from .kv_cache_triton_qwen import check_driver
+
+        if device_type == "cuda":
+            check_driver()
+    except (ImportError, AssertionError, OSError, RuntimeError, subprocess.SubprocessError) as error:
+        raise TritonUnavailable(
+            f"Triton does not run here: {error}. It comes with torch on Linux; often a C compiler or Python's headers "
+            "are missing (`apt install gcc python3-dev`)."
+        ) from error
+
+
 @functools.cache
 def triton_kernels(device_type: str) -> Kernels | None:
     """Return the Triton kernels, or None where they do not run: they need CUDA, ROCm or Triton's interpreter."""
     if device_type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return None
     try:
-        from .kv_cache_triton_qwen import append_tokens, check_driver, decode_attention
-
-        if device_type == "cuda":
-            check_driver()
-    except (ImportError, AssertionError, OSError, RuntimeError, subprocess.SubprocessError) as error:
-        logger.warning(
-            f"use_cache_kernel=True falls back to torch because Triton does not run here: {error}. It comes with torch "
-            "on Linux; often a C compiler or Python's headers are missing (`apt install gcc python3-dev`)."
-        )
+        check_triton(device_type)
+    except TritonUnavailable as error:
+        logger.warning(f"use_cache_kernel=True falls back to torch because {error}")
         return None
+    from .kv_cache_triton_qwen import append_tokens, decode_attention
+
     return Kernels(append_tokens, decode_attention)
 
 

@@ -169,8 +169,9 @@ def combine_kernel(
     offs, mask_split = row * num_splits + offs_split, offs_split < num_splits
     m_i = tl.load(max_ptr + offs, mask=mask_split, other=float("-inf"))
     alpha = tl.exp2(m_i - tl.max(m_i, 0))
-    l_i = tl.sum(tl.load(sum_ptr + offs, mask=mask_split, other=0.0) * alpha, 0)
-    mask = mask_split[:, None] & (offs_d < D)[None, :]
+    split_sum = tl.load(sum_ptr + offs, mask=mask_split, other=0.0)
+    l_i = tl.sum(split_sum * alpha, 0)
+    mask = (split_sum > 0)[:, None] & (offs_d < D)[None, :]  # a split without tokens may have stored nothing
     partial = tl.load(partial_ptr + offs[:, None] * D + offs_d[None, :], mask=mask, other=0.0)
     out = tl.sum(partial * alpha[:, None], 0) / tl.maximum(l_i, 1e-30)  # 0 where every token is masked
     tl.store(out_ptr + row * D + offs_d, out.to(out_ptr.dtype.element_ty), mask=offs_d < D)

@@ -12,7 +12,7 @@ Shapes: B batch, S new tokens, T = past + S, H heads, D head size, R rotary chan
 import copy
 import functools
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -53,6 +53,10 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 Movable = TypeVar("Movable")  # a tensor, something else with `to`, or something without
+
+# Functions that prepare a model for inference once, before it generates: this package adds its kernels. Code that was
+# copied beside a checkpoint has none, and computes with torch alone.
+INFERENCE_PREPARERS: "list[Callable[[QWenLMHeadModel], None]]" = []
 
 # Name of the cache argument in transformers: `cache` from 5.24 on.
 CACHE_ARG = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
@@ -490,6 +494,12 @@ class QWenLMHeadModel(QWenPreTrainedModel, ChatMixin, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers."""
+        for prepare in INFERENCE_PREPARERS:
+            prepare(self)
+        return super().generate(*args, **kwargs)
 
     def init_continuous_batching(
         self, generation_config: GenerationConfig | None = None, *args: Any, **kwargs: Any

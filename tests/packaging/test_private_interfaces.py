@@ -44,6 +44,7 @@ class Interface(NamedTuple):
 
 
 MODELING, GPTQ = "qwen/model/modeling_qwen.py", "qwen/model/gptq_qwen.py"
+FUSED_BLOCK = "qwen/kernels/fused_block.py"
 TOKENIZATION, TRAINER = "qwen/model/tokenization_qwen.py", "qwen/finetuning/trainer.py"
 ENCODE_PLUS = (
     "(self, text, text_pair, add_special_tokens, padding_strategy, truncation_strategy, max_length, stride, "
@@ -81,6 +82,8 @@ INTERFACES = [
               "whether save_pretrained writes an adapter instead of the weights", "attribute"),
     Interface("transformers.quantizers.base.HfQuantizer.pre_quantized", GPTQ,
               "whether the weights were read from a quantized checkpoint", "instance attribute"),
+    Interface("transformers.modeling_utils._is_hf_initialized", "qwen/model/gptq_linear_qwen.py",
+              "keeps transformers from initializing a layer at random", "name in the module"),
     Interface("transformers.PreTrainedModel._input_embed_layer", MODELING, "names the embedding", "attribute"),
     Interface("transformers.PreTrainedModel._no_split_modules", MODELING,
               "keeps each layer on one device with device_map", "attribute"),
@@ -169,6 +172,13 @@ INTERFACES = [
               "marks a tensor that the compiled step writes to, for CUDA graphs", "(t, guard)"),
     Interface("torch.ops.aten._scaled_dot_product_flash_attention_for_cpu", "qwen/serving/engine/paged_attention.py",
               "attention with its log-sum-exp, which scaled_dot_product_attention does not return", "attribute"),
+    Interface("torch.nn.Module._apply", "qwen/model/gptq_linear_qwen.py",
+              "overridden: conversions keep scales in float32", "(self, fn, recurse)"),
+    Interface("torch.nn.Module._parameters", FUSED_BLOCK, "whether tensors have moved since the last step", "field"),
+    Interface("torch.nn.Module._buffers", FUSED_BLOCK, "same", "field"),
+    Interface("torch.nn.Module._modules", FUSED_BLOCK, "whether a layer was replaced", "field"),
+    Interface("torch.nn.Module._forward_hooks", FUSED_BLOCK, "whether a layer is observed", "field"),
+    Interface("torch.nn.Module._forward_pre_hooks", FUSED_BLOCK, "same", "field"),
     Interface("torch.utils.cpp_extension.CUDA_HOME", GPTQ, "whether nvcc is installed", "attribute"),
     Interface("triton.runtime.driver.DriverConfig.active", "qwen/model/kv_cache_triton_qwen.py",
               "checks for a GPU before the first kernel", "property"),
@@ -200,8 +210,6 @@ INTERFACES = [
               "method of the progress callback", "name in the module"),
     Interface("gptqmodel.nn_modules.qlinear.BaseQuantLinear.SUPPORTS_TRAINING", GPTQ,
               "identifies a layer with packed weights", "attribute"),
-    Interface("gptqmodel.nn_modules.qlinear.torch_int8.int8_weight_nk", GPTQ,
-              "weights of the kernel without qweight", "name in the module"),
     Interface("gptqmodel.quantization.gptq.999999999", "qwen/quantization/gptqmodel_runner.py",
               "loss value of a matrix that was only rounded", "name in the module"),
     Interface("logbar.LogBar.shared", "qwen/quiet.py", "logger to silence before first use", "(override_logger)"),
