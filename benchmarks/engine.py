@@ -10,7 +10,7 @@ does not fit into the memory is left out, and the others are measured.
   torch's profiler counts kernels, the launches of the host (one is that of a CUDA graph with most of the kernels) and
   its waits. On a CPU nothing is launched, and `python -m benchmarks.launches` counts what a GPU would be asked to do.
   Instead, the table has the bytes of keys and values that a step reads in place and that it copies, computed from their
-  places in the cache: new tokens are copied into it, and from an 8-bit cache what is read is copied as numbers.
+  places in the cache: new tokens are copied into it.
 - conversation: time to the first token of each turn, in the engine itself, with prefix reuse and without, alternating.
   Each turn adds 200 tokens, or fewer so that 8 turns fit into the trained length: 16 of reply, the rest of question.
 """
@@ -63,14 +63,13 @@ class Traffic(NamedTuple):
         """Return that of the last step on a CPU, which only decoded."""
         read = copied = 0
         for layer in runner.cache.layers:
-            groups = layer.layout.decode_plan(layer.window).groups
-            slots = sum(group.length * (group.count if group.stride else 1) for group in groups)
-            heads, _, size = layer.pools[0].shape
+            lengths = [
+                row.length if layer.window is None else min(row.length, layer.window) for row in layer.layout.rows
+            ]
+            heads = len(layer.pools[0])
             stored = sum(heads * pool.shape[2] * pool.itemsize for pool in layer.pools)  # bytes of a token
-            read += slots * stored
-            copied += layer.layout.num_decoding * stored
-            if layer.is_quantized:
-                copied += slots * 2 * heads * size * runner.model.dtype.itemsize
+            read += sum(lengths) * stored
+            copied += len(lengths) * stored
         return cls(read, copied)
 
 

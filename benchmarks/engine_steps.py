@@ -6,9 +6,9 @@ from typing import Any
 import torch
 
 from qwen import QWenLMHeadModel
-from qwen.serving.engine.block_manager import BlockManager
+from qwen.serving.engine.block_manager import BLOCK_SIZE, BlockManager
 from qwen.serving.engine.engine import PREFILL_TOKENS
-from qwen.serving.engine.model_runner import ModelRunner, PendingStep, block_size_for
+from qwen.serving.engine.model_runner import ModelRunner, PendingStep
 from qwen.serving.engine.sampling_params import SamplingParams
 from qwen.serving.engine.scheduler import Scheduler
 from qwen.serving.engine.sequence import Sequence
@@ -27,8 +27,7 @@ class EngineSteps:
 
     @torch.inference_mode()
     def __init__(self, model: QWenLMHeadModel, *, rows: int, cache_tokens: int, max_length: int, captured: bool = True):
-        size = block_size_for(model)
-        blocks = BlockManager(-(-cache_tokens // size), size)
+        blocks = BlockManager(-(-cache_tokens // BLOCK_SIZE), BLOCK_SIZE)
         self.scheduler = Scheduler(blocks, max_num_seqs=rows, max_num_batched_tokens=PREFILL_TOKENS)
         self.runner = ModelRunner(model, blocks, rows, max_length)
         self.runner.decode_steps.capturable &= captured
@@ -54,7 +53,7 @@ class EngineSteps:
     def take(self) -> None:
         """Launch a step, and wait for the one before it, or on a CPU for this one."""
         chunks = self.scheduler.schedule()
-        self._pending.append(self.runner.launch(chunks, self.scheduler.copies))
+        self._pending.append(self.runner.launch(chunks))
         self._wait(keep=1 if self.runner.is_asynchronous else 0)
 
     def decode_all(self) -> None:

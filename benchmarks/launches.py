@@ -83,12 +83,12 @@ def generate_step(model: PreTrainedModel, rows: int = 1, padded: bool = False, *
     return Step.mean(counts[1].since(counts[0]))
 
 
-def server_step(model: QWenLMHeadModel, **params: Any) -> Step:
-    """Count the steps of the engine while `ROWS` rows are running, the host one step behind the device."""
+def server_step(model: QWenLMHeadModel, rows: int = ROWS, **params: Any) -> Step:
+    """Count the steps of the engine while some rows are running, the host one step behind the device."""
     # A graph would hold what DecodeStep.run launches; here is none to record it.
     length = model.config.max_context_length
-    steps = EngineSteps(model, rows=ROWS, cache_tokens=2**16, max_length=length, captured=False)
-    for row in range(ROWS):
+    steps = EngineSteps(model, rows=rows, cache_tokens=2**16, max_length=length, captured=False)
+    for row in range(rows):
         prompt = [(row + position) % VOCABULARY for position in range(PROMPT + row)]  # each of another length
         steps.add(prompt, max_tokens=100, seed=row, **params)
     captured, run = DeviceWork(), DecodeStep.run
@@ -107,6 +107,14 @@ def server_step(model: QWenLMHeadModel, **params: Any) -> Step:
             steps.take()
         counted = work.since(before)
     return Step.mean(counted, captured.since(before_captured))
+
+
+def fused_server_step(layers: int, rows: int = ROWS, quantized: bool = False, **params: Any) -> Step:
+    """`server_step` with the Triton operations, which are compiled, but not run."""
+    from tests.support.pretend_kernels import pretend_kernels
+
+    with pretend_kernels():
+        return server_step(tiny_model(layers, use_cache_quantization=quantized), rows, **params)
 
 
 def kernel_step(layers: int) -> Step:
@@ -132,12 +140,12 @@ PATHS: dict[str, Callable[[int], Step]] = {
     ),
     "generate, 8-bit cache": lambda layers: generate_step(tiny_model(layers, use_cache_quantization=True)),
     "generate, 8-bit cache with kernel": kernel_step,
-    "server, 16 rows, greedy": lambda layers: server_step(tiny_model(layers), temperature=0.0),
-    "server, 16 rows, default sampling": lambda layers: server_step(tiny_model(layers), **DEFAULT_SAMPLING),
-    "server, 16 rows, logprobs 5": lambda layers: server_step(tiny_model(layers), temperature=0.0, top_logprobs=5),
-    "server, 16 rows, 8-bit cache": lambda layers: server_step(
-        tiny_model(layers, use_cache_quantization=True), temperature=0.0
-    ),
+    "server, 1 row, greedy": lambda layers: fused_server_step(layers, rows=1, temperature=0.0),
+    "server, 16 rows, greedy": lambda layers: fused_server_step(layers, temperature=0.0),
+    "server, 16 rows, default sampling": lambda layers: fused_server_step(layers, **DEFAULT_SAMPLING),
+    "server, 16 rows, logprobs 5": lambda layers: fused_server_step(layers, temperature=0.0, top_logprobs=5),
+    "server, 16 rows, 8-bit cache": lambda layers: fused_server_step(layers, quantized=True, temperature=0.0),
+    "server, 16 rows, greedy, without Triton": lambda layers: server_step(tiny_model(layers), temperature=0.0),
 }
 """Name of a way to decode → function that counts its step for a number of layers."""
 

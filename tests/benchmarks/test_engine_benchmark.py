@@ -10,13 +10,11 @@ from benchmarks import engine, random_models
 from benchmarks.engine_steps import EngineSteps
 from qwen.serving.engine.paged_kv_cache import bytes_per_token
 
-HIDDEN, LAYERS = 64, 2
-
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     threads = torch.get_num_threads()
-    monkeypatch.setitem(random_models.SHAPES, "tiny", (HIDDEN, LAYERS, 2, 96, 4096))
+    monkeypatch.setitem(random_models.SHAPES, "tiny", (64, 2, 2, 96, 4096))
     yield "tiny"
     torch.set_num_threads(threads)
 
@@ -60,7 +58,7 @@ def test_wrong_arguments(main, capsys, arguments) -> None:
 
 @pytest.mark.parametrize("quantized", [False, True])
 def test_traffic(tiny, quantized) -> None:
-    """Rows read their own tokens in place and copy one; 8 bits are copied as numbers."""
+    """Rows read their own tokens in place and copy one."""
     model = random_models.random_model(tiny, torch.float32, "cpu")
     model.config.use_cache_quantization = quantized
     steps = EngineSteps(model, rows=2, cache_tokens=4096, max_length=200)
@@ -71,7 +69,5 @@ def test_traffic(tiny, quantized) -> None:
     read, copied = engine.Traffic.of(steps.runner)
     tokens = [sequence.num_computed for sequence in steps.sequences]
     assert tokens == [101, 61]
-    # Rows of similar lengths are read by one call, each as far as the longest.
-    assert read in (sum(tokens) * bytes_per_token(model), 2 * max(tokens) * bytes_per_token(model))
-    numbers = read // bytes_per_token(model) * 2 * LAYERS * HIDDEN * 4
-    assert copied == 2 * bytes_per_token(model) + (numbers if quantized else 0)
+    assert read == sum(tokens) * bytes_per_token(model)
+    assert copied == 2 * bytes_per_token(model)

@@ -30,7 +30,7 @@ from tests.support.progress import Progress, Row, last_line
 
 # Most valuable first: if there are fewer processes than files, the last ones wait.
 FILES = ("device", "logits", "generation", "engine", "compiled", "steps", "training")
-KERNEL_CASES = "tests/model/kernel_cases.py"
+KERNEL_CASES = {"kernels": "tests/model/kernel_cases.py", "operations": "tests/kernels/triton_cases.py"}
 OUT_OF_TIME = "no time left"
 MACHINE = """
 import platform, sys
@@ -154,9 +154,11 @@ def test_groups(device: str, quick: bool, processes: int) -> list[Group]:
         names = FILES[first : first + size]
         files = [f"tests/on_gpu/test_{name}.py" for name in names]
         groups.append(Group("_".join(names), [sys.executable, "-m", "pytest", *options, *files], variables, 90))
-    command = [sys.executable, "-m", "pytest", *options, KERNEL_CASES]
     interpreter = {"TRITON_INTERPRET": "1"} if device == "cpu" else {}
-    return [*groups, Group("kernels", command, {**variables, **interpreter}, 90)]
+    for name, file in KERNEL_CASES.items():
+        command = [sys.executable, "-m", "pytest", *options, file]
+        groups.append(Group(name, command, {**variables, **interpreter}, 90))
+    return groups
 
 
 def run_groups(groups: Iterable[Group], table: Table, folder: Path, processes: int, seconds: float) -> None:

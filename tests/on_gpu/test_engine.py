@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from qwen.kernels.fused_block import has_gpu_kernels
 from qwen.model.qwen_generation_utils import make_context
 from qwen.serving.engine import Engine
 from qwen.serving.engine.decode_step import DecodeStep
@@ -162,9 +163,10 @@ def test_replies_in_16_bits_alone_and_together(start_engine, prompts, record_pro
     same = sum(a == b for a, b in zip(together, alone, strict=True))
     equal = sum(a == b for a, b in zip(alone[len(LENGTHS) :], transformers, strict=True))
     assert equal >= len(texts) / 2
-    flash = "flash attention" if uses_varlen(engine.model.device, engine.model.dtype, False) else "no flash attention"
+    flash = "flash attention" if uses_varlen(engine.model.device, engine.model.dtype) else "no flash attention"
+    attention = "Triton" if has_gpu_kernels(engine.model) else "torch"
     record_property(
         "figure",
         f"{same} of {len(prompts)} greedy replies are the same in bfloat16, {equal} of {len(texts)} equal generate's; "
-        f"{flash} over block tables",
+        f"{attention} decodes, {flash} of prompts",
     )

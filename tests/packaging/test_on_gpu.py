@@ -155,6 +155,7 @@ def test_the_whole_script_without_a_gpu(tmp_path: Path) -> None:
     assert f"the table is {file}" in done.stdout
     files = {*re.findall(r"^\| on_gpu/test_(\w+)\.py::", table, re.MULTILINE)}
     assert files == {*FILES} == {path.stem[5:] for path in (ROOT / "tests" / "on_gpu").glob("test_*.py")}
-    sections = {"bandwidth", "engine", "decode", "kernel", "profile", "prefill", "training"}
+    sections = {"bandwidth", "engine", "decode", "kernel", "kernels", "profile", "prefill", "training"}
     assert sections <= {*re.findall(r"^\| (\w+): .* \| ok \|", table, re.MULTILINE)}
     assert "kernel_cases.py" in table
+    assert "triton_cases.py" in table

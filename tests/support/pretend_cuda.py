@@ -58,14 +58,15 @@ class PretendTensor(torch.Tensor):
         if device is None:  # accelerate makes a parameter by the class of the old one
             return torch.nn.Parameter(value, requires_grad=requires_grad)
         assert value.device.type == "cpu", value.device
-        tensor = torch.Tensor._make_wrapper_subclass(
-            cls,
-            value.size(),
-            strides=value.stride(),
-            storage_offset=value.storage_offset(),
-            dtype=value.dtype,
-            device=device,
-        )
+        with torch.inference_mode(value.is_inference()):  # a view of a parameter is not an inference tensor
+            tensor = torch.Tensor._make_wrapper_subclass(
+                cls,
+                value.size(),
+                strides=value.stride(),
+                storage_offset=value.storage_offset(),
+                dtype=value.dtype,
+                device=device,
+            )
         tensor.value = value
         return tensor
 

@@ -28,26 +28,24 @@ def flash_attention_forward(
     block_table: torch.Tensor | None = None,
     num_splits: int | None = None,
 ) -> tuple[torch.Tensor, ...]:
-    """Attention over block tables. query: (tokens, H, D), key and value: (blocks, block size, H, D)."""
-    if seqused_k is None or block_table is None or window_size_right != 0:
-        raise NotImplementedError("only causal attention over block tables")
-    if key.shape[1] % 256:
-        raise RuntimeError("Paged KV cache block size must be divisible by 256")  # as flash-attn 2
+    """Attention from the last queries of each sequence. query: (tokens, H, D), key and value: (keys, H, D)."""
+    if cum_seq_k is None or seqused_k is not None or block_table is not None or window_size_right != 0:
+        raise NotImplementedError("only causal attention to keys one behind the other")
     output = torch.empty_like(query)
-    starts = cum_seq_q.tolist()
-    for row, (start, end) in enumerate(itertools.pairwise(starts)):
-        length = int(seqused_k[row])
-        if end - start > max_q or length > max_k:
-            raise RuntimeError(f"row {row} has {end - start} queries and {length} keys: more than {max_q} and {max_k}")
-        blocks = block_table[row, : -(-length // key.shape[1])].long()
-        keys, values = (states[blocks].flatten(0, 1)[:length].transpose(0, 1) for states in (key, value))
-        distance = torch.arange(length - (end - start), length)[:, None] - torch.arange(length)
+    rows = zip(itertools.pairwise(cum_seq_q.tolist()), itertools.pairwise(cum_seq_k.tolist()), strict=True)
+    for row, ((start, end), (first, last)) in enumerate(rows):
+        queries, length = end - start, last - first
+        if queries > max_q or length > max_k:
+            raise RuntimeError(f"row {row} has {queries} queries and {length} keys: more than {max_q} and {max_k}")
+        distance = torch.arange(length - queries, length)[:, None] - torch.arange(length)
         visible = distance >= 0
         if window_size_left is not None and window_size_left >= 0:
             visible &= distance <= window_size_left
-        output[start:end] = torch.nn.functional.scaled_dot_product_attention(
-            query[start:end].transpose(0, 1), keys, values, visible, scale=scale
-        ).transpose(0, 1)
+        states = (query[start:end], key[first:last], value[first:last])
+        attended = torch.nn.functional.scaled_dot_product_attention(
+            *(each.transpose(0, 1) for each in states), visible, scale=scale
+        )
+        output[start:end] = attended.transpose(0, 1)
     unused = torch.empty(0)
     return output, query.new_zeros(query.shape[1], len(query), dtype=torch.float32), unused, unused, unused
 

@@ -7,12 +7,8 @@ to be found again by its name, until it is the least recently used one and anoth
 
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
-from itertools import islice
 
 BLOCK_SIZE = 16  # tokens, where attention does not demand more
-# New runs of blocks begin at untouched regions of this many blocks, so that a sequence that grows finds the next block
-# free: attention on a CPU reads a run in place.
-REGION_SIZE = 32
 
 
 class OutOfBlocks(Exception):
@@ -34,9 +30,6 @@ class BlockManager:
         self._holders = [0] * num_blocks
         self._names: list[bytes | None] = [None] * num_blocks
         self._by_name: dict[bytes, int] = {}
-        # Blocks of each region that are held or have a name; the regions where there are none.
-        self._touched = [0] * -(-num_blocks // REGION_SIZE)
-        self._untouched: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks // REGION_SIZE))
 
     @property
     def num_free(self) -> int:
@@ -61,35 +54,23 @@ class BlockManager:
         """Whether nobody holds a block."""
         return self._holders[block] == 0
 
-    def is_extendable(self, block: int) -> bool:
-        """Whether the next block is free, and has no contents to be found."""
-        return block + 1 in self._free and self._names[block + 1] is None
-
     def share(self, block: int) -> None:
         """Hold a block that was found."""
         self._holders[block] += 1
         self._free.pop(block, None)
 
-    def allocate(self, count: int, last: int | None = None) -> list[int]:
-        """Hold `count` blocks, without their old contents; if possible those that follow block `last`.
+    def allocate(self, count: int) -> list[int]:
+        """Hold `count` blocks, without their old contents.
 
         Raises:
             OutOfBlocks: fewer are free. None is held then.
         """
         if count > len(self._free):
             raise OutOfBlocks(f"{count} blocks are needed, and {len(self._free)} of {self.num_blocks} are free")
-        blocks: list[int] = []
-        while len(blocks) < count:
-            if last is not None and self.is_extendable(last):
-                run = [last + 1]
-            elif self._untouched:
-                run = [next(iter(self._untouched)) * REGION_SIZE]
-            else:  # the least recently used ones, whose neighbours may be among them
-                run = sorted(islice(self._free, count - len(blocks)))
-            for block in run:
-                self._take(block)
-            blocks += run
-            last = run[-1]
+        blocks = [self._free.popitem(last=False)[0] for _ in range(count)]
+        for block in blocks:
+            self._holders[block] = 1
+            self._remove_name(block)
         return blocks
 
     def set_name(self, block: int, name: bytes) -> None:
@@ -107,34 +88,18 @@ class BlockManager:
             self._free[block] = None
             if self._names[block] is None:
                 self._free.move_to_end(block, last=False)
-                self._untouch(block)
 
     def forget(self, blocks: Iterable[int] | None = None) -> None:
         """Remove the names of blocks, or of all: their contents are not to be found again."""
         for block in list(self._by_name.values()) if blocks is None else blocks:
-            name = self._names[block]
-            if name is None:
-                continue
-            del self._by_name[name]
-            self._names[block] = None
-            if block in self._free:
+            if self._remove_name(block) and block in self._free:
                 self._free.move_to_end(block, last=False)
-                self._untouch(block)
 
-    def _take(self, block: int) -> None:
-        del self._free[block]
-        self._holders[block] = 1
+    def _remove_name(self, block: int) -> bool:
+        """Remove the name of a block; return whether it had one."""
         name = self._names[block]
         if name is None:
-            region = block // REGION_SIZE
-            self._touched[region] += 1
-            self._untouched.pop(region, None)
-        else:
-            del self._by_name[name]
-            self._names[block] = None
-
-    def _untouch(self, block: int) -> None:
-        region = block // REGION_SIZE
-        self._touched[region] -= 1
-        if self._touched[region] == 0 and (region + 1) * REGION_SIZE <= self.num_blocks:
-            self._untouched[region] = None
+            return False
+        del self._by_name[name]
+        self._names[block] = None
+        return True

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ...kernels.cpu import Places
 from .scheduler import Chunk
 from .step_layout import StepLayout
 
@@ -39,7 +40,7 @@ class DecodeStep:
 
     Args:
         rows: number of rows.
-        width: blocks of each row's table.
+        width: blocks of each row's table; even.
         block_size: tokens per block.
         spare_block: block for the rows that are not used.
         spare_slot: row of the sampler's state for them.
@@ -60,7 +61,7 @@ class DecodeStep:
         compute: Callable[[torch.Tensor, torch.Tensor, StepLayout], torch.Tensor],
         device: torch.device,
     ):
-        self.rows, self.width, self.block_size = rows, width + width % 2, block_size
+        self.rows, self.width, self.block_size = rows, width, block_size
         self.spare_block, self.spare_slot, self.max_length = spare_block, spare_slot, max_length
         self._compute = compute
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -71,7 +72,9 @@ class DecodeStep:
         packed = self._inputs[3 * rows :].view(torch.int32)
         tables, lengths = packed[: rows * self.width].view(rows, self.width), packed[rows * self.width :][:rows]
         starts = torch.arange(rows + 1, dtype=torch.int32, device=device)
-        self._layout = StepLayout(slots, lengths, tables, starts, [], rows, 1, max_length)
+        self._layout = StepLayout(
+            slots, lengths, tables, starts, [], rows, 1, max_length, Places(slots, tables, tables[:0, :4], max_length)
+        )
         self.logits: torch.Tensor
 
     def load(self, chunks: Sequence[Chunk]) -> None:
@@ -126,6 +129,9 @@ class DecodeSteps:
         max_rows: maximum number of rows.
         max_width: blocks of the longest sequence.
         fixed_width: attention does not read unused entries of the tables, so that one width serves all.
+
+    Attributes:
+        table_width: the largest width of a table.
     """
 
     def __init__(
@@ -138,7 +144,8 @@ class DecodeSteps:
         fixed_width: bool,
     ):
         self._create, self.capturable = create, capturable
-        self._max_rows, self._max_width, self._fixed_width = max_rows, max_width, fixed_width
+        self._max_rows, self._fixed_width = max_rows, fixed_width
+        self.table_width = max_width + max_width % 2  # of int32, so that what follows a table is aligned
         self._steps: dict[tuple[int, int], DecodeStep] = {}
         self._pool: Any = None
 
@@ -146,7 +153,7 @@ class DecodeSteps:
         """Capture the steps of all numbers of rows, the largest first, whose memory serves the others."""
         if self.capturable and self._fixed_width:
             for rows in reversed([bucket for bucket in BUCKETS if bucket <= bucket_for(self._max_rows)]):
-                self._load([], rows, self._max_width)
+                self._load([], rows, self.table_width)
 
     def load(self, chunks: Sequence[Chunk], width: int) -> DecodeStep:
         """Return the step for some chunks of one token, with its inputs loaded.
@@ -154,7 +161,7 @@ class DecodeSteps:
         Args:
             width: blocks of the longest sequence.
         """
-        width = self._max_width if self._fixed_width else min(1 << max(2, (width - 1).bit_length()), self._max_width)
+        width = self.table_width if self._fixed_width else min(1 << max(2, (width - 1).bit_length()), self.table_width)
         return self._load(chunks, bucket_for(len(chunks)), width)
 
     def _load(self, chunks: Sequence[Chunk], rows: int, width: int) -> DecodeStep:

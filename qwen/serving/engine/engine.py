@@ -20,9 +20,9 @@ import torch
 
 from ...model.modeling_qwen import QWenLMHeadModel
 from ...model.tokenization_qwen import QWenTokenizer
-from .block_manager import BlockManager
+from .block_manager import BLOCK_SIZE, BlockManager
 from .detokenizer import IncrementalText
-from .model_runner import ModelRunner, PendingStep, alpha_index, block_size_for
+from .model_runner import ModelRunner, PendingStep, alpha_index
 from .paged_kv_cache import bytes_per_token
 from .sampling_params import SamplingParams
 from .scheduler import Chunk, Scheduler
@@ -87,20 +87,19 @@ class Engine:
     ):
         self.model, self.tokenizer = model, tokenizer
         self.max_batch_size, self.max_queue = max_batch_size, max_queue
-        config, block_size = model.config, block_size_for(model)
+        config = model.config
         if cache_tokens is None:
             # No more than replies can use: what prefixes would fill beyond that, others may need.
             most = max(2 * config.max_context_length, TOKENS_PER_REQUEST * max_batch_size)
             cache_tokens = min(affordable_tokens(model), most)
-        blocks = BlockManager(max(1, cache_tokens // block_size), block_size, prefix_reuse)
-        self.context_length = min(config.max_context_length, blocks.num_blocks * block_size)
+        blocks = BlockManager(max(1, cache_tokens // BLOCK_SIZE), BLOCK_SIZE, prefix_reuse)
+        self.context_length = min(config.max_context_length, blocks.num_blocks * BLOCK_SIZE)
         is_small = self.context_length < config.max_context_length
         self._limit_reason = ", since the key/value cache has room for no more" if is_small else ""
         self.scheduler = Scheduler(
             blocks,
             max_num_seqs=max_batch_size,
             max_num_batched_tokens=PREFILL_TOKENS,
-            copy_prefixes=model.device.type == "cpu",
         )
         with torch.inference_mode():  # like the steps, which write to its tensors
             self.runner = ModelRunner(model, blocks, max_batch_size, self.context_length)
@@ -268,7 +267,7 @@ class Engine:
         if chunks:
             started = time.perf_counter()
             try:
-                self._in_flight.append(self.runner.launch(chunks, self.scheduler.copies))
+                self._in_flight.append(self.runner.launch(chunks))
             except Exception as error:
                 self._fail(chunks, error)
             if not self._in_flight or len(self._in_flight) == 1:

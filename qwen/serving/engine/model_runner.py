@@ -12,20 +12,23 @@ from __future__ import annotations
 import logging
 from collections import abc
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
 
+from ...kernels.cpu import Places
+from ...kernels.fused_block import FUSED_LINEAR, FusedBlock, has_gpu_kernels, is_spread, prepare
+from ...kernels.gpu import gpu_kernels
 from ...model.modeling_qwen import QWenLMHeadModel, execution_device
 from ...model.rope_qwen import MAX_DOUBLINGS, logn_scale, ntk_alpha, rotary_tables
-from .block_manager import BLOCK_SIZE, BlockManager
+from .block_manager import BlockManager
 from .decode_step import DecodeStep, DecodeSteps, to_pinned
-from .paged_attention import FLASH_BLOCK_SIZE, uses_varlen
 from .paged_kv_cache import PagedKVCache
 from .sampler import Sampler, SampleRequest, unpack
 from .scheduler import Chunk
 from .sequence import SampledToken, Sequence
-from .step_layout import Row, StepLayout
+from .step_layout import Row, StepLayout, query_tiles
 
 logger = logging.getLogger(__name__)
 
@@ -48,12 +51,6 @@ class PendingStep:
         return [self.failures.get(row, token) for row, token in enumerate(tokens)]
 
 
-def block_size_for(model: QWenLMHeadModel) -> int:
-    """Return the tokens per block that the attention to the model's cache takes."""
-    config = model.config
-    return FLASH_BLOCK_SIZE if uses_varlen(model.device, model.dtype, config.use_cache_quantization) else BLOCK_SIZE
-
-
 class ModelRunner:
     """The model, its cache, and the sampler.
 
@@ -67,17 +64,18 @@ class ModelRunner:
     def __init__(self, model: QWenLMHeadModel, block_manager: BlockManager, max_num_seqs: int, max_length: int):
         self.model, self.block_manager, self.device = model, block_manager, model.device
         self.max_length = max_length
+        prepare(model, devices=("cpu", "cuda"))
+        self._gpu_kernels = gpu_kernels(self.device) if has_gpu_kernels(model) else None
         self.cache = PagedKVCache(model, block_manager.num_blocks, block_manager.block_size)
         self.sampler = Sampler(model.config.vocab_size, max_num_seqs + 1, self.device)  # one for rows that are not used
         self._cos, self._sin, self._query_scale = _position_tables(model, max_length)
         self._slots: dict[int, Sequence] = {}  # whose state the sampler has there
-        fixed_width = uses_varlen(self.device, model.dtype, model.config.use_cache_quantization)
         self.decode_steps = DecodeSteps(
             self._decode_step,
             capturable=self._is_capturable(),
             max_rows=max_num_seqs,
             max_width=block_manager.blocks_for(max_length),
-            fixed_width=fixed_width,
+            fixed_width=self._gpu_kernels is not None,
         )
 
     @property
@@ -86,17 +84,16 @@ class ModelRunner:
         return self.device.type == "cuda"
 
     def warm_up(self) -> None:
-        """Capture the steps that decode, so that no request waits for it."""
+        """Compile the kernels, and capture the steps that decode, so that no request waits for it."""
+        if self._gpu_kernels is not None:
+            layers = *cast("FusedBlock", self.model.transformer.h[0]).linear_layers, self.model.lm_head
+            if all(isinstance(layer, FUSED_LINEAR) for layer in layers):  # else captures compile most of them
+                pages = self.cache.layers[0]
+                self._gpu_kernels.warm_up(self.model, pages.pools, pages.block_size, self.decode_steps.table_width)
         self.decode_steps.warm_up()
 
-    def launch(self, chunks: list[Chunk], copies: abc.Sequence[tuple[int, int]] = ()) -> PendingStep:
-        """Start a step. Its tokens are counted as pending.
-
-        Args:
-            copies: blocks to copy before, as (from, to).
-        """
-        if copies:
-            self.cache.copy_blocks(copies)
+    def launch(self, chunks: list[Chunk]) -> PendingStep:
+        """Start a step. Its tokens are counted as pending."""
         chunks = sorted(chunks, key=lambda chunk: not chunk.is_single)  # attention needs single tokens first
         sequences = [chunk.sequence for chunk in chunks if chunk.samples]
         request = SampleRequest.of(sequences)
@@ -160,7 +157,10 @@ class ModelRunner:
         ids: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
-        ends, rows, widest = [], [], max(len(chunk.sequence.blocks) for chunk in chunks)
+        ends: list[int] = []
+        rows: list[Row] = []
+        # Kernels are compiled for one width.
+        widest = self.decode_steps.table_width if self._gpu_kernels else max(len(c.sequence.blocks) for c in chunks)
         for chunk in chunks:
             sequence, first = chunk.sequence, len(ids)
             known = sequence.token_ids[chunk.start : chunk.end]
@@ -169,7 +169,7 @@ class ModelRunner:
             positions += range(offset + chunk.start, offset + chunk.end)
             places = (divmod(position, size) for position in range(chunk.start, chunk.end))
             slots += [sequence.blocks[block] * size + offset for block, offset in places]
-            rows.append(Row(first, len(ids), chunk.end, sequence.runs(size, chunk.end)))
+            rows.append(Row(len(rows), first, len(ids), chunk.end))
             if chunk.samples:
                 ends.append(len(ids) - 1)
         numbers = StepNumbers.upload(
@@ -178,17 +178,15 @@ class ModelRunner:
         if any(token_id < 0 for token_id in ids):  # sampled on the device, and not seen here yet
             last = self.sampler.last_tokens[(-1 - numbers.ids).clamp(min=0)]
             numbers.ids = numbers.ids.where(numbers.ids >= 0, last)
-        tables, lengths, starts = torch.empty(0), torch.empty(0), torch.empty(0)
-        if self.device.type != "cpu":
-            table = np.full((len(chunks), widest), self.block_manager.num_blocks, dtype=np.int32)  # the spare block
-            for row, chunk in enumerate(chunks):
-                table[row, : len(chunk.sequence.blocks)] = chunk.sequence.blocks
-            packed = np.concatenate(
-                [table.ravel(), [row.length for row in rows], [0], [row.query_end for row in rows]], dtype=np.int32
-            )
-            whole = to_device(packed, self.device)
-            tables = whole[: table.size].view(table.shape)
-            lengths, starts = whole[table.size : table.size + len(rows)], whole[table.size + len(rows) :]
+        table = np.full((len(chunks), widest), self.block_manager.num_blocks, dtype=np.int32)  # the spare block
+        for index, chunk in enumerate(chunks):
+            table[index, : len(chunk.sequence.blocks)] = chunk.sequence.blocks
+        packed = np.concatenate(
+            [table.ravel(), [row.length for row in rows], [0], [row.query_end for row in rows]], dtype=np.int32
+        )
+        whole = to_device(packed, self.device)
+        tables = whole[: table.size].view(table.shape)
+        lengths, starts = whole[table.size : table.size + len(rows)], whole[table.size + len(rows) :]
         layout = StepLayout(
             numbers.slots,
             lengths,
@@ -198,13 +196,14 @@ class ModelRunner:
             sum(row.query_end - row.query_start == 1 for row in rows),
             max(row.query_end - row.query_start for row in rows),
             max(row.length for row in rows),
+            Places(numbers.slots, tables, query_tiles(rows), max(row.length for row in rows)),
         )
         return numbers, layout
 
     def _is_capturable(self) -> bool:
         if self.device.type != "cuda":
             return False
-        if any(execution_device(module) is not None for module in self.model.modules()):
+        if is_spread(self.model):
             logger.warning("Decoding is not captured in CUDA graphs, and slower: the model is spread over devices.")
             return False
         return True

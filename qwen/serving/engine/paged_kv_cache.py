@@ -8,61 +8,86 @@ Shapes: N tokens of a step, R sequences of a step, H heads, D head size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 import torch
 
+from ...kernels.cpu import CPUKernels, pages_handle
+from ...kernels.fused_block import FusedCacheLayer, Kernels
+from ...kernels.gpu import GPUPages
 from ...model.kv_cache_qwen import CacheStates, dequantize_cache_torch, quantize_tokens
-from ...model.modeling_qwen import QWenLMHeadModel, execution_device
-from .paged_attention import attend
-from .step_layout import REGION_SLOTS, RunGroup, StepLayout
+from ...model.modeling_qwen import QWenBlock, QWenLMHeadModel, execution_device
+from .paged_attention import attend, attend_chunk
+from .step_layout import Row, StepLayout
 
 
-class LayerPages(CacheStates):
+class LayerPages(CacheStates, FusedCacheLayer):
     """Keys and values of one layer: tensors of (H, slots, D), or in 8 bits bytes, scales and zero points of each.
 
     Args:
         pools: the tensors of the keys, then those of the values.
         block_size: tokens per block.
         window: how many tokens back the layer attends; None for all.
+        dtype: type of the activations.
+        rotary: rotated channels.
+        scaling: factor of the scores.
     """
 
-    def __init__(self, pools: list[torch.Tensor], block_size: int, window: int | None):
+    def __init__(
+        self,
+        pools: list[torch.Tensor],
+        block_size: int,
+        window: int | None,
+        dtype: torch.dtype,
+        rotary: int,
+        scaling: float,
+    ):
         self.pools, self.block_size, self.window = pools, block_size, window
+        self._scaling = scaling
+        if pools[0].device.type == "cpu":
+            self._handle = pages_handle(pools, dtype, block_size, rotary, scaling, window)
+            self.pages = self._handle.address
+        else:
+            self.pages = GPUPages(pools, block_size, scaling, window)
         self.is_quantized = len(pools) == 6
-        self.new: tuple[torch.Tensor, torch.Tensor]  # keys and values of the step
         self.layout: StepLayout
 
     def append(self, key: torch.Tensor, value: torch.Tensor) -> None:
         """Write the new tokens, (1, H, N, D) each."""
-        self.new = key, value
         stored = (*quantize_tokens(key), *quantize_tokens(value)) if self.is_quantized else (key, value)
         for pool, tensor in zip(self.pools, stored, strict=True):
             pool.index_copy_(1, self.layout.slots, tensor[0])
 
-    def read(self, slots: slice | torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the keys and values in some slots, dequantized: (1, H, T, D) each. A slice of floats is not copied."""
-        return self._dequantize([pool[:, slots][None] for pool in self.pools], dtype)
-
-    def read_group(self, group: RunGroup, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the keys and values of some runs, dequantized: (runs, H, T, D) each. Floats are not copied."""
-        runs = group.count if group.stride else 1
-        parts = []
-        for pool in self.pools:
-            heads, slots, width = pool.shape
-            strides = (group.stride * width, slots * width, width, 1)
-            parts.append(pool.as_strided((runs, heads, group.length, width), strides, group.first * width))
-        return self._dequantize(parts, dtype)
-
-    def read_tables(self, slots: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    def read(self, slots: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Copy the keys and values in (R, T) slots, dequantized: (R, H, T, D) each."""
-        return self._dequantize([pool[:, slots].transpose(0, 1) for pool in self.pools], dtype)
-
-    def _dequantize(self, parts: list[torch.Tensor], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        parts = [pool[:, slots].transpose(0, 1) for pool in self.pools]
         if not self.is_quantized:
             return parts[0], parts[1]
         return dequantize_cache_torch(*parts[:3]).to(dtype), dequantize_cache_torch(*parts[3:]).to(dtype)
+
+    def attend(self, kernels: Kernels, query: torch.Tensor) -> torch.Tensor:
+        """Attention of the new tokens: by the kernels, except that of chunks. query: (N, H, D), returned like that."""
+        layout, places = self.layout, self.layout.places
+        if isinstance(kernels, CPUKernels):
+            output = kernels.attend(query, self.pages, places) if len(places.tiles) else torch.empty_like(query)
+            return self._attend_chunks(query, output, [row for row in layout.rows if row.is_long])
+        count = layout.num_decoding
+        rows, lengths = layout.query_starts[:count], layout.lengths[:count]  # each has one token
+        if count == len(query):
+            return kernels.attend(query, self.pages, layout.block_tables, rows, lengths)
+        output = torch.empty_like(query)
+        if count:
+            output[:count] = kernels.attend(query[:count], self.pages, layout.block_tables, rows, lengths)
+        return self._attend_chunks(query, output, layout.rows[count:])
+
+    def _attend_chunks(self, query: torch.Tensor, output: torch.Tensor, rows: list[Row]) -> torch.Tensor:
+        """Write the attention of some sequences to `output`, and return it."""
+        for row in rows:
+            chunk = query[row.query_start : row.query_end].transpose(0, 1)[None]
+            attended = attend_chunk(chunk, self, self.layout, row, self._scaling)
+            output[row.query_start : row.query_end] = attended[0].transpose(0, 1)
+        return output
 
     def attention(  # type: ignore[override]  # needs fewer arguments
         self, module: torch.nn.Module, query: torch.Tensor, *args: object, scaling: float, **kwargs: object
@@ -81,7 +106,7 @@ class PagedKVCache:
 
     def __init__(self, model: QWenLMHeadModel, num_blocks: int, block_size: int):
         config = model.config
-        blocks = model.transformer.h
+        blocks = cast("list[QWenBlock]", list(model.transformer.h))
         sizes = config.layer_window_sizes if config.use_window_attn else [None] * len(blocks)
         self.layers: list[LayerPages] = []
         heads, size, dtype = config.num_attention_heads, config.kv_channels, model.dtype
@@ -90,15 +115,15 @@ class PagedKVCache:
             kinds = [(size, torch.uint8), (1, dtype), (1, dtype)]
         for window, block in zip(sizes, blocks, strict=True):
             device = execution_device(block) or model.device
-            # One block more, for rows that are not used.
-            slots = -(-(num_blocks + 1) * block_size // REGION_SLOTS) * REGION_SLOTS
+            slots = (num_blocks + 1) * block_size  # one block more, for rows that are not used
             pools = [lazy_zeros((heads, slots, width), kind, device) for width, kind in 2 * kinds]
-            self.layers.append(LayerPages(pools, block_size, window))
+            self.layers.append(LayerPages(pools, block_size, window, dtype, config.rotary_dim, block.attn.scaling))
 
     def begin_step(self, layout: StepLayout) -> None:
         """Set where the tokens of the next forward are."""
         for layer in self.layers:
             layer.layout = layout = layout.to(layer.pools[0].device)
+            layer.places = layout.places
 
     def zero(self, blocks: list[int]) -> None:
         """Overwrite blocks that held NaN: who takes them next reads them whole, and masks what is not written yet."""
@@ -106,14 +131,6 @@ class PagedKVCache:
             for pool in layer.pools:
                 for block in blocks:
                     pool[:, block * layer.block_size : (block + 1) * layer.block_size].zero_()
-
-    def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
-        """Copy the contents of blocks, (from, to) each; all are read before any is written."""
-        sources, targets = torch.tensor(copies).unbind(1)
-        for layer in self.layers:
-            for pool in layer.pools:
-                blocks = pool.unflatten(1, (-1, layer.block_size))
-                blocks[:, targets] = blocks[:, sources]
 
     def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int) -> tuple[LayerPages, LayerPages]:
         """Append (1, H, N, D) keys and values; return the layer twice, for its own attention."""

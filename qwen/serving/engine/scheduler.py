@@ -16,7 +16,6 @@ from .prefill_budget import PrefillBudget
 from .sequence import Sequence
 
 MAX_PASSED_OVER = 8  # steps; then a long prompt has its turn before further short ones
-MAX_COPIED = 32  # blocks of a prefix that is copied
 WATERMARK = 0.02  # of all blocks, which admission leaves free
 # Expected tokens of a reply before any have ended, and the weight of each that does.
 REPLY_TOKENS, REPLY_WEIGHT = 256, 0.02
@@ -55,12 +54,9 @@ class Scheduler:
         block_manager: blocks of the cache.
         max_num_seqs: maximum number of running sequences.
         max_num_batched_tokens: maximum number of tokens of prompts in a step.
-        copy_prefixes: copy short prefixes instead of sharing their blocks, if the blocks behind them are taken: the
-            sequence is then one run, which attention in place reads at once.
 
     Attributes:
         running: admitted sequences, the oldest first.
-        copies: blocks to copy before the step that was scheduled last, as (from, to).
         num_preemptions: sequences that lost their blocks so far.
         recomputed_tokens: tokens that were in the cache before and are encoded again.
         reply_tokens: average length of the replies that ended last.
@@ -72,12 +68,9 @@ class Scheduler:
         *,
         max_num_seqs: int,
         max_num_batched_tokens: int,
-        copy_prefixes: bool = False,
     ):
-        self.block_manager, self.max_num_seqs, self.copy_prefixes = block_manager, max_num_seqs, copy_prefixes
-        self.copies: list[tuple[int, int]] = []
+        self.block_manager, self.max_num_seqs = block_manager, max_num_seqs
         self._passed_over = 0  # steps that only short prompts were in while a longer one was waiting
-        self._filling: set[int] = set()  # blocks that the next step fills
         self.budget = PrefillBudget(max_num_batched_tokens)
         self.running: list[Sequence] = []
         self.num_preemptions = self.recomputed_tokens = 0
@@ -115,8 +108,6 @@ class Scheduler:
 
     def schedule(self) -> list[Chunk]:
         """Choose the chunks of the next step, reserve their blocks, and count their tokens as computed."""
-        self.copies = []
-        self._filling.clear()
         decoding = [sequence for sequence in self.running if sequence.num_uncomputed == 1]
         for sequence in decoding:
             if sequence.slot >= 0:  # not preempted for one before it
@@ -134,7 +125,6 @@ class Scheduler:
         self.block_manager.forget()
         size = self.block_manager.block_size
         written = {block for chunk in chunks for block in chunk.sequence.blocks[chunk.start // size :]}
-        written.update(copy for _, copy in self.copies)
         for sequence in self.running:
             sequence.num_named_blocks = 0
             intact = next((index for index, block in enumerate(sequence.blocks) if block in written), None)
@@ -150,18 +140,11 @@ class Scheduler:
         full = min(sequence.num_computed, len(sequence.token_ids)) // size
         for index in range(sequence.num_named_blocks, full):
             self.block_manager.set_name(sequence.blocks[index], sequence.block_name(index, size))
-            self._filling.add(sequence.blocks[index])
         sequence.num_named_blocks = max(sequence.num_named_blocks, full)
 
     def _advance(self, chunk: Chunk) -> None:
         chunk.sequence.num_computed = chunk.end
         self.name_blocks(chunk.sequence)
-
-    def _copies(self, found: list[int], first: int) -> bool:
-        """Whether to copy blocks that were found for a sequence with `first` others."""
-        if not self.copy_prefixes or first or not 0 < len(found) <= min(MAX_COPIED, self.block_manager.num_free):
-            return False
-        return self._filling.isdisjoint(found) and not self.block_manager.is_extendable(found[-1])
 
     def _schedule_prompts(self, chunks: list[Chunk]) -> None:
         """Append chunks of prompts. Groups share the budget, so that a short prompt overtakes a long one; what a group
@@ -206,7 +189,7 @@ class Scheduler:
             if not may_preempt or self.running[-1] is sequence:
                 return None
             self._preempt(self.running[-1])
-        self._allocate(sequence, missing)
+        sequence.blocks += self.block_manager.allocate(max(missing, 0))
         return Chunk.of(sequence, end)
 
     def _reserve(self, sequence: Sequence) -> None:
@@ -218,12 +201,7 @@ class Scheduler:
             self._preempt(youngest)
             if youngest is sequence:
                 return
-        self._allocate(sequence, missing)
-
-    def _allocate(self, sequence: Sequence, count: int) -> None:
-        if count > 0:
-            last = sequence.blocks[-1] if sequence.blocks else None
-            sequence.blocks += self.block_manager.allocate(count, last)
+        sequence.blocks += self.block_manager.allocate(max(missing, 0))
 
     def _preempt(self, sequence: Sequence) -> None:
         self.num_preemptions += 1
@@ -302,11 +280,6 @@ class Scheduler:
         found = list(self.block_manager.find(self._names(sequence, first)))
         for block in found:
             self.block_manager.share(block)
-        if self._copies(found, first):
-            copied = self.block_manager.allocate(len(found))
-            self.copies += zip(found, copied, strict=True)
-            self.block_manager.release(found)
-            found = copied
         sequence.blocks += found
         sequence.num_computed = len(sequence.blocks) * size
         sequence.num_named_blocks = len(sequence.blocks)

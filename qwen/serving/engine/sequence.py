@@ -97,8 +97,6 @@ class Sequence:
         # As a string: random.Random treats -1 and 1 as the same seed.
         self._random = random.Random(None if params.seed is None else str(params.seed))
         self._uniforms: list[float] = []  # of the tokens of the reply
-        self._runs: list[tuple[int, int]] = []  # of blocks: first, last + 1
-        self._num_run_blocks = 0
         self._block_names = [hashlib.sha256(repr((alpha_index, cache_key)).encode()).digest()]
 
     @property
@@ -129,27 +127,10 @@ class Sequence:
             self._block_names.append(hashlib.sha256(self._block_names[-1] + tokens.tobytes()).digest())
         return self._block_names[index + 1]
 
-    def runs(self, block_size: int, length: int) -> list[tuple[int, int]]:
-        """Return the slots of the first `length` tokens as runs of adjacent ones: (first slot, last slot + 1)."""
-        for block in self.blocks[self._num_run_blocks :]:
-            if self._runs and self._runs[-1][1] == block:
-                self._runs[-1] = self._runs[-1][0], block + 1
-            else:
-                self._runs.append((block, block + 1))
-        self._num_run_blocks = len(self.blocks)
-        runs = [(first * block_size, last * block_size) for first, last in self._runs]
-        excess = len(self.blocks) * block_size - length
-        while excess > 0:
-            first, last = runs.pop()
-            if last - first > excess:
-                runs.append((first, last - excess))
-            excess -= last - first
-        return runs
-
     def forget_blocks(self) -> None:
         """Begin anew without blocks."""
-        self.blocks, self._runs = [], []
-        self.num_computed = self.num_named_blocks = self._num_run_blocks = 0
+        self.blocks = []
+        self.num_computed = self.num_named_blocks = 0
 
     def next_uniform(self) -> float:
         """Return the random number of the next token, in [0, 1): the same one again after a step that failed."""

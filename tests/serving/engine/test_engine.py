@@ -161,21 +161,19 @@ def test_a_failing_callback_does_not_affect_others(tiny, engine, prompts, monkey
 
 def fail_at(engine, monkeypatch, condition) -> None:
     """Let the steps whose chunks fulfil a condition fail, after some of their keys have been written."""
-    launch = engine.runner.launch
-    layer = engine.runner.cache.layers[1]
+    launch, block = engine.runner.launch, engine.model.transformer.h[1]
+    forward = type(block).forward
 
-    def launched(chunks, *args):
+    def launched(chunks):
         with monkeypatch.context() as broken:
             if condition(chunks):
-                broken.setattr(type(layer), "append", append)
-            return launch(chunks, *args)
+                broken.setattr(type(block), "forward", fail)
+            return launch(chunks)
 
-    append_ = type(layer).append
-
-    def append(self, key, value):
-        if self is layer:
+    def fail(self, *args, **kwargs):
+        if self is block:
             raise MemoryError("no room")
-        append_(self, key, value)
+        return forward(self, *args, **kwargs)
 
     monkeypatch.setattr(engine.runner, "launch", launched)
 
@@ -365,7 +363,7 @@ def test_two_thousand_requests_that_come_and_go(start_engine):
     for stream in open_streams:
         leave(stream)
     wait_until(lambda: is_empty(engine))
-    assert engine.scheduler.num_preemptions > 20
+    assert engine.scheduler.num_preemptions > 10
     assert memory[-1] - memory[0] < 8e6
     alone = start_engine()
     assert served(engine, [beginnings[0]], max_tokens=20) == served(alone, [beginnings[0]], max_tokens=20)

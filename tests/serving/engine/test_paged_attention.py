@@ -6,22 +6,16 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from qwen.kernels.cpu import Places, cpu_kernels
 from qwen.model.kv_cache_qwen import dequantize_cache_torch, quantize_tokens
 from qwen.serving.engine import paged_attention
 from qwen.serving.engine.block_manager import BlockManager
 from qwen.serving.engine.paged_attention import attend_padded, attend_rows
 from qwen.serving.engine.paged_kv_cache import LayerPages
-from qwen.serving.engine.step_layout import DecodePlan, Row, StepLayout, take_slots
-from tests.serving.engine.sequences import sequence
+from qwen.serving.engine.step_layout import Row, StepLayout, query_tiles
 
-HEADS, SIZE, BLOCK = 2, 16, 16
+HEADS, SIZE, BLOCK, SCALING = 2, 16, 16, 0.2
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
-
-
-def slot_runs(blocks: list[int], length: int) -> list[tuple[int, int]]:
-    owner = sequence([0] * length)
-    owner.blocks = blocks
-    return owner.runs(BLOCK, length)
 
 
 class Case:
@@ -37,7 +31,7 @@ class Case:
         blocks = BlockManager(256, BLOCK)
         kinds = [(SIZE, torch.uint8), (1, dtype), (1, dtype)] if quantized else [(SIZE, dtype)]
         pools = [torch.zeros(HEADS, 257 * BLOCK, width, dtype=kind) for width, kind in 2 * kinds]
-        self.pages = LayerPages(pools, BLOCK, window)
+        self.pages = LayerPages(pools, BLOCK, window, dtype, SIZE, SCALING)
         self.tables: list[list[int]] = []
         self.lengths = [draw.choice([1, 2, 15, 16, 17, 40, 100, 130, 131, 300]) for _ in range(draw.randrange(1, 9))]
         shared = blocks.allocate(draw.randrange(1, 6))
@@ -46,7 +40,7 @@ class Case:
             while len(table) < blocks.blocks_for(length):
                 if draw.random() < 0.2:
                     blocks.allocate(1)  # of somebody else: a gap
-                table = table + blocks.allocate(1, table[-1] if table and draw.random() < 0.8 else None)
+                table = table + blocks.allocate(1)
             self.tables.append(table)
         self.new = [
             1 if decoding else draw.randrange(1, 1 + length - (len(set(table) & set(shared)) * BLOCK))
@@ -93,12 +87,13 @@ class Case:
     def _layout(self) -> StepLayout:
         rows, slots, start = [], [], 0
         for index, (length, new) in enumerate(zip(self.lengths, self.new, strict=True)):
-            rows.append(Row(start, start + new, length, slot_runs(self.tables[index], length)))
+            rows.append(Row(index, start, start + new, length))
             slots.append(self.slots(index)[length - new :])
             start += new
         tables = torch.zeros(len(rows), max(map(len, self.tables)), dtype=torch.int32)
         for index, table in enumerate(self.tables):
             tables[index, : len(table)] = torch.tensor(table)
+        places = Places(torch.cat(slots), tables, query_tiles(rows), max(self.lengths))
         return StepLayout(
             torch.cat(slots),
             torch.tensor(self.lengths, dtype=torch.int32),
@@ -108,6 +103,7 @@ class Case:
             sum(new == 1 for new in self.new),
             max(self.new),
             max(self.lengths),
+            places,
         )
 
     def append(self) -> torch.Tensor:
@@ -138,15 +134,24 @@ def close(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> No
     torch.testing.assert_close(found.float(), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
+def attend_on_cpu(query: torch.Tensor, pages: LayerPages) -> torch.Tensor:
+    """(1, H, N, D) → (1, N, H, D), by the kernels and for long chunks by torch."""
+    kernels = cpu_kernels()
+    assert kernels is not None
+    return pages.attend(kernels, query[0].transpose(0, 1).contiguous())[None]
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("quantized", [False, True], ids=["floats", "8 bits"])
 @pytest.mark.parametrize("window", [None, 1, 20, 120])
 @pytest.mark.parametrize("decoding", [True, False], ids=["decoding", "mixed"])
-def test_rows_equal_plain_attention(dtype, quantized, window, decoding):
+def test_both_ways_equal_plain_attention(dtype, quantized, window, decoding):
+    """With the kernels, and without, as where there is no compiler."""
     for seed in range(12):
         case = Case(seed, decoding=decoding, quantized=quantized, window=window, dtype=dtype)
         query = case.append()
-        close(attend_rows(query, case.pages, case.layout, 0.2), case.expected(query, 0.2), dtype)
+        close(attend_on_cpu(query, case.pages), case.expected(query, SCALING), dtype)
+        close(attend_rows(query, case.pages, case.layout, SCALING), case.expected(query, SCALING), dtype)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -157,81 +162,33 @@ def test_padded_equals_plain_attention(dtype, quantized, window):
     for seed in range(12):
         case = Case(seed, decoding=True, quantized=quantized, window=window, dtype=dtype)
         query = case.append()
-        found = attend_padded(query, case.pages, case.layout, 0.2).transpose(1, 2)
-        close(found, case.expected(query, 0.2), dtype)
-        close(attend_rows(query, case.pages, case.layout, 0.2), found.float(), dtype)
+        found = attend_padded(query, case.pages, case.layout, SCALING).transpose(1, 2)
+        close(found, case.expected(query, SCALING), dtype)
 
 
-def test_what_nobody_wrote_is_not_read_by_padded_attention():
-    case = Case(3, decoding=True)
+@pytest.mark.parametrize("decoding", [True, False], ids=["decoding", "mixed"])
+def test_what_nobody_wrote_is_not_read(decoding):
+    case = Case(3, decoding=decoding)
     query = case.append()
     written = torch.cat([case.slots(index) for index in range(len(case.lengths))])
     unwritten = torch.ones(case.pages.pools[0].shape[1], dtype=torch.bool)
     unwritten[written] = False
     for pool in case.pages.pools:
         pool[:, unwritten] = float("nan")
-    found = attend_padded(query, case.pages, case.layout, 0.2).transpose(1, 2)
-    close(found, case.expected(query, 0.2), torch.float32)
+    for found in (
+        attend_on_cpu(query, case.pages),
+        attend_rows(query, case.pages, case.layout, SCALING),
+    ):
+        close(found, case.expected(query, SCALING), torch.float32)
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_parts_are_combined(seed):
-    """Attention to two sets of keys, and then to a third, equals that to all."""
+    """Attention to two sets of keys equals that to all."""
     generator = torch.Generator().manual_seed(seed)
     query, key, value = torch.randn(3, 1, HEADS, 40, SIZE, generator=generator)
-    sets = [slice(0, 3), slice(3, 30), slice(30, 40)]
-    parts = [paged_attention._flash(query, key[:, :, each], value[:, :, each], 0.3) for each in sets]
-    merged = paged_attention._merge(paged_attention._merge(parts[0], parts[1]), parts[2])
-    whole = paged_attention._flash(query, key, value, 0.3)
-    for one, other in zip(merged, whole, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("seed", range(30))
-def test_decode_plans_contain_every_run_once(seed):
-    """Whatever is grouped: each run is attended to by its own sequence, with its own length."""
-    draw = random.Random(seed)
-    parts, first = [], 0
-    for index in range(draw.randrange(1, 12)):
-        for _ in range(draw.choice([1, 1, 2, 3])):
-            first += draw.choice([0, 512, 512, 512, 48])
-            parts.append((first, first + draw.choice([1, 16, 100, 130, 512]), index))
-            if draw.random() < 0.3:
-                parts.append((*parts[-1][:2], draw.randrange(12)))
-    count = max(part[2] for part in parts) + 1
-    plan = DecodePlan.of(list(parts), count, torch.device("cpu"))
-    found = []
-    for group in plan.groups:
-        for index in range(group.count):
-            begin = group.first + index * group.stride
-            visible = group.length if group.mask is None else int((group.mask[index].flatten() == 0).sum())
-            found.append((begin, begin + visible))
-            assert visible == group.length or group.mask[index].flatten()[visible:].eq(-float("inf")).all()
-    assert sorted((*run, row) for run, row in zip(found, plan.rows.tolist(), strict=True)) == sorted(parts)
-
-
-def test_sequences_side_by_side_are_one_group():
-    """And so are those that share their only run: one call reads either in place."""
-    device = torch.device("cpu")
-
-    def groups(plan: DecodePlan) -> list[tuple[int, int, int, int]]:
-        return [(group.count, group.first, group.stride, group.length) for group in plan.groups]
-
-    beside = DecodePlan.of([(0, 200, 0), (512, 712, 1), (1024, 1224, 2)], 3, device)
-    assert groups(beside) == [(3, 0, 512, 200)]
-    assert beside.is_ordered
-    same = DecodePlan.of([(0, 200, 0), (0, 200, 1)], 2, device)
-    assert groups(same) == [(2, 0, 0, 200)]
-    similar = DecodePlan.of([(0, 180, 0), (512, 712, 1)], 2, device)
-    assert groups(similar) == [(2, 0, 512, 200)]
-    different = DecodePlan.of([(0, 10, 0), (512, 1000, 1)], 2, device)
-    assert len(different.groups) == 2
-
-
-def test_slots_of_some_tokens():
-    runs = [(100, 110), (0, 5), (40, 48)]
-    assert take_slots(runs, 0, 23) == runs
-    assert take_slots(runs, 3, 12) == [(103, 110), (0, 2)]
-    assert take_slots(runs, 10, 15) == [(0, 5)]
-    assert take_slots(runs, 15, 15) == []
-    assert slot_runs([3, 4, 9, 10, 0], 70) == [(48, 80), (144, 176), (0, 6)]
+    parts = [
+        paged_attention._flash(query, key[:, :, each], value[:, :, each], 0.3) for each in (slice(30), slice(30, 40))
+    ]
+    whole = paged_attention._flash(query, key, value, 0.3)[0]
+    torch.testing.assert_close(paged_attention._merge(*parts), whole, rtol=1e-5, atol=1e-5)
