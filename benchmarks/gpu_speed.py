@@ -13,6 +13,7 @@ runs this after its tests; see CONTRIBUTING.md.
 - decode: after a prompt of 128 tokens: `generate`, the eager step captured as a CUDA graph, and the step compiled by
   torch with CUDA graphs. A captured step has the kernels of the eager one, without Python's time to launch them.
 - kernel: attention of one token over the 8-bit cache, beside sdpa over a float cache, as in kv_cache.py.
+- kernels: each operation of qwen.kernels, captured in a CUDA graph, beside torch's and what was predicted for it.
 - profile: kernels of one eager step.
 - prefill: a prompt of 2048 tokens.
 - training: steps of LoRA with activation checkpointing.
@@ -24,6 +25,7 @@ import argparse
 import contextlib
 import functools
 import gc
+import importlib
 import os
 import statistics
 import sys
@@ -31,6 +33,7 @@ import time
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -50,7 +53,8 @@ from benchmarks.random_models import SHAPES, random_model
 from qwen.checkpoint.loading import load_tokenizer
 from qwen.finetuning.arguments import LoraArguments
 from qwen.finetuning.model import add_lora
-from qwen.model.kv_cache_qwen import QuantizedKVLayer, quantized_attention, triton_kernels
+from qwen.model.gptq_linear_qwen import GPTQLinear
+from qwen.model.kv_cache_qwen import QuantizedKVLayer, quantize_tokens, quantized_attention, triton_kernels
 from qwen.serving.engine import Engine, TextStream
 from tests.support.device_profile import profile_device
 from tests.support.progress import Progress, Row, last_line, leave_broken_device
@@ -187,17 +191,23 @@ def captured(bench: Bench, cache: StaticCache, slot: torch.Tensor) -> tuple[Call
     def step() -> None:
         slot.copy_(bench.model(slot, past_key_values=cache).logits[:, -1:].argmax(-1))
 
-    if not bench.cuda:
-        return step, bench.wall(step)
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
     start = time.perf_counter()
+    replay = recorded(bench, step)
+    return replay, time.perf_counter() - start
+
+
+def recorded(bench: Bench, work: Callable[[], object]) -> Callable[[], object]:
+    """Record work as a CUDA graph, and return its replay."""
+    if not bench.cuda:
+        return work
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # warm up, as torch asks for
-        step()
+        work()
     torch.cuda.current_stream().wait_stream(stream)
     with torch.cuda.graph(graph):
-        step()
-    return graph.replay, time.perf_counter() - start
+        work()
+    return graph.replay
 
 
 def seconds_per_step(bench: Bench, step: Callable[[], object]) -> float:
@@ -229,6 +239,118 @@ def kernel(bench: Bench) -> Figures:
             f"{1e6 * seconds:.0f} µs, {rate / 1e9:.0f} GB/s, {rate / bench.copy_bandwidth:.0%} of copy; "
             f"float cache {1e6 * floats:.0f} µs; error {error:.0e}",
         )
+
+
+@torch.no_grad()
+def kernels(bench: Bench) -> Figures:
+    """On a CPU in Triton's interpreter if TRITON_INTERPRET=1 is set, else the definitions in torch."""
+    ops: Any = importlib.import_module(
+        "qwen.kernels.triton_ops"
+        if bench.cuda or os.environ.get("TRITON_INTERPRET") == "1"
+        else "qwen.kernels.reference"
+    )
+    yield from linear_kernels(bench, ops)
+    yield from cache_kernels(bench, ops)
+
+
+# Share of the copy bandwidth by (bits, rows), estimated from the instructions of the compiled loops for an H200, of
+# which three quarters of the slots are filled: with packed weights, they take longer than reading.
+PREDICTED_LINEAR = {(16, 1): 0.85, (16, 4): 0.85, (8, 1): 0.75, (8, 4): 0.40, (4, 1): 0.55, (4, 4): 0.25}
+PREDICTED_ATTENTION = {False: 0.85, True: 0.75}  # by whether the cache is in 8 bits
+
+
+def linear_kernels(bench: Bench, ops: Any) -> Figures:
+    """The linear layers of a 7B model, each with so many copies that no cache holds them."""
+    width, inner = (64, 96) if bench.quick else (4096, 11008)
+    shapes = {"c_attn": (width, 3 * width), "c_proj": (width, width), "swiglu": (width, inner), "down": (inner, width)}
+    for bits in (16, 8, 4):
+        head = {"lm_head": (width, 256 if bench.quick else 151936)} if bits == 16 else {}  # is not quantized
+        for name, (inputs, outputs) in (shapes | head).items():
+            size = inputs * outputs * bits // 8 * (2 if name == "swiglu" else 1)
+            layers = [
+                random_linear(bench, inputs, outputs, bits)
+                for _ in range(2 * max(1, 2**27 // size if bench.cuda else 1))
+            ]
+            pairs = list(zip(layers[::2], layers[1::2], strict=True))
+            for rows in (1, 4):
+                x = torch.randn(rows, inputs, dtype=bench.dtype, device=bench.device)
+                if name == "swiglu":
+                    calls = [functools.partial(ops.swiglu_linear, x, *pair) for pair in pairs]
+                else:
+                    calls = [functools.partial(ops.linear, x, layer) for layer in layers]
+                figure = kernel_figure(bench, calls, sum(map(weight_bytes, layers)), PREDICTED_LINEAR[bits, rows])
+                if bits == 16:
+                    torch_calls = [functools.partial(torch.nn.functional.linear, x, layer.weight) for layer in layers]
+                    seconds = bench.seconds(recorded(bench, run_all(torch_calls)), 10) / len(calls)
+                    figure += f"; F.linear {1e6 * seconds:.1f} µs"
+                yield f"{name} {inputs} × {outputs}, {bits} bits, {rows} rows", figure
+
+
+def random_linear(bench: Bench, inputs: int, outputs: int, bits: int) -> torch.nn.Linear:
+    with torch.device(bench.device):
+        if bits == 16:
+            return torch.nn.Linear(inputs, outputs, bias=False, dtype=bench.dtype)
+        layer = GPTQLinear(inputs, outputs, bias=False, bits=bits, group_size=32 if bench.quick else 128)
+        layer.qweight.random_(-(2**31), 2**31)
+        layer.scales.fill_(2**-bits / inputs**0.5)
+        layer.qzeros.zero_()
+        layer.g_idx.copy_(torch.arange(inputs) // layer.group_size)
+        layer.finish_loading()
+        return layer.to(bench.dtype)
+
+
+def weight_bytes(layer: torch.nn.Linear) -> int:
+    return sum(tensor.nbytes for tensor in (*layer.parameters(), *layer.buffers()))
+
+
+def cache_kernels(bench: Bench, ops: Any) -> Figures:
+    """Append and attend in each of several layers, over blocks in random order."""
+    heads, size, block_size = (2, 16, 16) if bench.quick else (32, 128, 16)
+    for rows, tokens in ((1, 40), (3, 20)) if bench.quick else ((1, 8192), (64, 2048)):
+        width = -(-tokens // block_size)
+        tables = torch.randperm(rows * width, device=bench.device).view(rows, width).int()
+        row_of = torch.arange(rows, dtype=torch.int32, device=bench.device)
+        lengths = torch.full_like(row_of, tokens)
+        slots = tables[:, -1].long() * block_size + (tokens - 1) % block_size
+        qkv = torch.randn(rows, 3, heads, size, dtype=bench.dtype, device=bench.device)
+        cos = torch.ones(rows, size, device=bench.device)
+        for quantized in (False, True):
+            key = torch.randn(heads, rows * width * block_size, size, dtype=bench.dtype, device=bench.device)
+            pools = [*quantize_tokens(key), *quantize_tokens(key)] if quantized else [key, key.clone()]
+            stored = sum(pool.nbytes for pool in pools)
+            copies = [[pool.clone() for pool in pools] for _ in range(max(1, 2**28 // stored) if bench.cuda else 1)]
+            append = [functools.partial(ops.rope_append, qkv, cos, cos, None, slots, copy) for copy in copies]
+            attend = [
+                functools.partial(ops.attend, qkv[:, 0], copy, tables, row_of, lengths, block_size, size**-0.5)
+                for copy in copies
+            ]
+            kind = f"{rows} × {tokens} tokens, {'8 bits' if quantized else 'float'}"
+            seconds = bench.seconds(recorded(bench, run_all(append)), 10) / len(copies)
+            yield f"rope_append, {kind}", f"{1e6 * seconds:.1f} µs; predicted 3 to 5 µs, the time of a launch"
+            yield f"attend, {kind}", kernel_figure(bench, attend, stored * len(copies), PREDICTED_ATTENTION[quantized])
+            if not quantized:
+                states = [pool.unflatten(1, (rows, -1)).transpose(0, 1) for pool in pools]
+                query = qkv[:, 0, :, None]
+                sdpa = functools.partial(scaled_dot_product_attention, query, *states)
+                yield f"sdpa without blocks, {kind}", f"{1e6 * bench.seconds(recorded(bench, sdpa), 10):.1f} µs"
+
+
+def kernel_figure(bench: Bench, calls: list[Callable[[], object]], total: int, predicted: float) -> str:
+    """Describe the speed of calls that read `total` bytes, beside a predicted share of the copy bandwidth."""
+    seconds = bench.seconds(recorded(bench, run_all(calls)), 10)
+    share, expected = total / seconds / bench.copy_bandwidth, total / bench.copy_bandwidth / predicted / len(calls)
+    return (
+        f"{1e6 * seconds / len(calls):.1f} µs, {total / seconds / 1e9:.0f} GB/s, {share:.0%} of copy; "
+        f"predicted {1e6 * expected:.1f} µs, {predicted:.0%}"
+    )
+
+
+def run_all(calls: list[Callable[[], object]]) -> Callable[[], None]:
+    def run() -> None:
+        for call in calls:
+            call()
+
+    return run
 
 
 def engine(bench: Bench) -> Figures:
@@ -374,6 +496,7 @@ SECTIONS = {  # with the seconds that each takes on an H200, estimated
     "engine": (engine, 60),
     "decode": (decode, 70),
     "kernel": (kernel, 15),
+    "kernels": (kernels, 90),
     "profile": (profile, 5),
     "prefill": (prefill, 5),
     "training": (training, 15),

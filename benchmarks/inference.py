@@ -6,19 +6,28 @@
 Sizes are published shapes with random weights, which does not change work or memory. The prompt is one sequence of
 random tokens; exactly `--generate` tokens are generated greedily. Reports medians after a warm-up. The published tables
 use `--context 1` or 2048 and `--generate` 2048 or 8192; the prompt memory table uses `--context 2048 --generate 1`.
+With `--rounds`, the engines take turns at each precision.
 
-- tok/s: generated tokens per second after the first one; "incl. prompt": tokens of prompt and reply by total time.
+- tok/s: generated tokens per second after the first one; "prompt": tokens of the prompt by the time to the first token;
+  "incl. prompt": tokens of prompt and reply by total time.
 - memory: peak of a separate process. On a GPU, allocated by CUDA; on the CPU, resident size including libraries and
-  mapped files, which peaks while quantized weights are loaded.
+  mapped files.
 - weights: bytes that each token reads, all weights but the embedding; "of bandwidth": the share of the memory bandwidth
   of the device, which is measured first. It exceeds 100% if weights stay in a CPU cache.
 
-Engines: "this"; "Qwen2", the same float weights in transformers' Qwen2ForCausalLM; on the CPU also "llama.cpp", if
-llama-cpp-python and gguf are installed, with the same float weights or its own Q8_0 and Q4_0 for 8 and 4 bits.
+Engines: "this", `generate`; "engine", the same model in the server's engine, without HTTP; "Qwen2", the same float
+weights in transformers' Qwen2ForCausalLM; on the CPU, if gguf is installed, also "llama.cpp" of llama-cpp-python, which
+pip compiles for the machine, and "xllamacpp", a compiled one: with the same float weights, or their own Q8_0 and Q4_0
+for 8 and 4 bits beside an output matrix in bfloat16. To keep llama-cpp-python out of this environment:
+
+    CMAKE_ARGS=-DGGML_NATIVE=ON pip install --target ~/llama.cpp --no-deps llama-cpp-python diskcache
+    PYTHONPATH=~/llama.cpp python benchmarks/inference.py
+
 Cells that do not fit into free memory are skipped. Ctrl-C ends the table. GB are 10^9 bytes.
 """
 
 import argparse
+import contextlib
 import functools
 import importlib.util
 import itertools
@@ -34,6 +43,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from unittest import mock
 
 try:
     from qwen_cli.arguments import add_hub_argument
@@ -44,25 +54,31 @@ except ModuleNotFoundError as error:
     sys.exit(f"{error}. In the repository folder, run: pip install -e .")
 
 import torch
-from decoding import Decoder, decode_greedily, token_times
+from decoding import decode_greedily, token_times
 from memory import available_bytes, resident_bytes
 from qwen2 import as_qwen2
 from random_models import SHAPES, config, fill, random_model, write_quantized
 from status_line import show_status
+from transformers import GenerationConfig, PreTrainedModel
 
 from qwen import Checkpoint, QWenConfig, QWenLMHeadModel
-from qwen.checkpoint.loading import load_config, load_model_quietly
+from qwen.checkpoint.loading import load_config, load_model_quietly, load_tokenizer
 from qwen.library_errors import is_memory_full
 from qwen.model.gptq_qwen import is_gptq
+from qwen.model.tokenization_qwen import QWenTokenizer
 from qwen.quiet import quiet_loading
+from qwen.serving.engine import Engine, TextStream
+from qwen.serving.engine.sampling_params import SamplingParams
+from qwen.serving.engine.sequence import SampledToken
 
 BITS = {"fp32": 32, "bf16": 16, "int8": 8, "int4": 4}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 GGUF_KINDS = {"fp32": "f32", "bf16": "bf16", "int8": "q8_0", "int4": "q4_0"}
-ENGINES = ("this", "Qwen2", "llama.cpp")
+ENGINES = ("this", "engine", "Qwen2", "llama.cpp", "xllamacpp")
+OURS = ENGINES[:2]
+LLAMA_CPP = {"llama.cpp": "llama_cpp", "xllamacpp": "xllamacpp"}  # engine → module
 WARM_UP = 8  # tokens
 LIBRARY_BYTES = 0.6e9  # bytes of a process without a model
-REPACKING_FACTOR = {"int8": 1.6, "int4": 1.1}  # CPU: peak memory relative to the weights, without mapped files
 
 # Published for one A100-80G, by generated tokens, with 1 and with 2048 tokens of context.
 PUBLISHED_SPEEDS = {
@@ -122,7 +138,11 @@ class Cell:
     @property
     def needs_file(self) -> bool:
         """Whether the engine reads a file that must be written first."""
-        return self.engine == "llama.cpp" or (not self.is_checkpoint and BITS[self.precision] <= 8)
+        return self.engine in LLAMA_CPP or (not self.is_checkpoint and BITS[self.precision] <= 8)
+
+    def file_folder(self, parent: Path) -> Path:
+        """Return where that file is, which several engines may read."""
+        return parent / ("gguf" if self.engine in LLAMA_CPP else "gptq")
 
 
 class MeasurementError(Exception):
@@ -141,7 +161,7 @@ def main() -> int:
         if hasattr(signal, name):  # Windows has no SIGHUP
             signal.signal(getattr(signal, name), signal.default_int_handler)
     try:
-        print_table(make_cells(arguments), arguments.cpu_only)
+        print_table(make_cells(arguments), arguments.cpu_only, arguments.rounds)
     except (OSError, ValueError, MeasurementError) as error:  # CheckpointError is among them
         print(error, file=sys.stderr)
         return 1
@@ -168,13 +188,16 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--context", type=int, default=1, metavar="N", help="prompt tokens (1)")
     parser.add_argument("--generate", type=int, metavar="N", help="generated tokens (2048 on a GPU, else 32)")
     parser.add_argument("--repeat", type=int, default=3, metavar="N", help="repetitions; the median is reported (3)")
+    parser.add_argument(
+        "--rounds", type=int, default=1, metavar="N", help="turns of each engine, in new processes; also medians (1)"
+    )
     parser.add_argument("--cpu-only", action="store_true", help="do not use a GPU")
     parser.add_argument("--task", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     arguments.cpu_only = arguments.cpu_only or not torch.cuda.is_available()
     if arguments.generate is None:
         arguments.generate = 32 if arguments.cpu_only else 2048
-    for name in ("context", "generate", "repeat"):
+    for name in ("context", "generate", "repeat", "rounds"):
         if getattr(arguments, name) < 1:
             parser.error(f"--{name} is {getattr(arguments, name)}: it must be at least 1")
     return arguments
@@ -195,9 +218,11 @@ def make_cells(arguments: argparse.Namespace) -> list[Cell]:
         models = [checkpoint.name]
     engines = arguments.engines or installed_engines(arguments.cpu_only)
     if missing := set(engines) - set(installed_engines(arguments.cpu_only)):
+        name = missing.pop()
+        package = LLAMA_CPP[name].replace("llama_cpp", "llama-cpp-python")
         raise ValueError(
-            f"{missing.pop()} runs on the CPU only and needs `pip install llama-cpp-python gguf`: add --cpu-only, or "
-            "remove it from --engines."
+            f"{name} runs on the CPU only and needs `pip install {package} gguf`: add --cpu-only, or remove it from "
+            "--engines."
         )
     combined = [
         Cell(
@@ -211,7 +236,7 @@ def make_cells(arguments: argparse.Namespace) -> list[Cell]:
             arguments.hub,
         )
         for model, precision, engine in itertools.product(models, precisions, engines)
-        if engine == "this" or BITS[precision] >= 16 or (engine == "llama.cpp" and not is_checkpoint)
+        if engine in OURS or BITS[precision] >= 16 or (engine in LLAMA_CPP and not is_checkpoint)
     ]
     if not combined:
         raise ValueError(f"{' and '.join(engines)} cannot read these quantized weights: add `this` to --engines.")
@@ -234,11 +259,13 @@ def checkpoint_precisions(checkpoint: Checkpoint, requested: list[str] | None) -
 
 
 def installed_engines(cpu_only: bool) -> list[str]:
-    llama = cpu_only and all(importlib.util.find_spec(name) for name in ("llama_cpp", "gguf"))
-    return list(ENGINES if llama else ENGINES[:2])
+    def is_installed(engine: str) -> bool:
+        return cpu_only and all(importlib.util.find_spec(name) for name in (LLAMA_CPP[engine], "gguf"))
+
+    return [engine for engine in ENGINES if engine not in LLAMA_CPP or is_installed(engine)]
 
 
-def print_table(rows: list[Cell], cpu_only: bool) -> None:
+def print_table(rows: list[Cell], cpu_only: bool, rounds: int) -> None:
     show_status("Measuring memory bandwidth ...")
     device = run("device", None, None, cpu_only)
     context, generate = rows[0].context, rows[0].generate
@@ -246,35 +273,37 @@ def print_table(rows: list[Cell], cpu_only: bool) -> None:
     bandwidth = f"memory bandwidth {device['bandwidth'] / 1e9:.0f} GB/s"
     print(f"{device['name']}, torch {torch.__version__}, {bandwidth}. {context} + {generate} tokens.\n")
     names = ["tok/s", "incl. prompt", "memory, GB", "weights, GB", "of bandwidth"]
-    published = [published_figures(cell) for cell in rows]
-    if any(speed for speed, _ in published):
+    published = {cell: published_figures(cell) for cell in rows}
+    if any(speed for speed, _ in published.values()):
         names.insert(2, "published")
-    if any(memory for _, memory in published):
+    if any(memory for _, memory in published.values()):
         names.insert(-2, "published, GB")
+    if context > 1:
+        names.insert(1, "prompt, tok/s")
     print("| | weights | engine | " + " | ".join(names) + " |\n|---|---|---|" + "---:|" * len(names), flush=True)
-    for number, (cell, published_cell) in enumerate(zip(rows, published, strict=True), 1):
-        label = f"{Path(cell.model).name} | {cell.precision}"
-        step = f"{number} of {len(rows)}, {label.replace(' |', '')}, {cell.engine}: "
-        try:
-            figures = measure_in_child(cell, device, cpu_only, step)
-        except MeasurementError as failure:
-            show_status("")
-            print(f"| {label} | {cell.engine} | {failure} |" + " |" * (len(names) - 1), flush=True)
-            continue
-        kernel = "" if figures["kernel"] in (None, "Linear") else f", {figures['kernel']}"
-        columns = {
-            "tok/s": figures["speed"],
-            "incl. prompt": figures["whole_speed"],
-            "published": published_cell[0],
-            "memory, GB": figures["peak"] and figures["peak"] / 1e9,
-            "published, GB": published_cell[1],
-            "weights, GB": figures["read"] / 1e9,
-        }
-        texts = {name: "" if value is None else f"{value:.2f}" for name, value in columns.items()}
-        share = figures["speed"] and f"{figures['speed'] * figures['read'] / device['bandwidth']:.0%}"
-        texts["of bandwidth"] = share or ""
-        show_status("")
-        print(f"| {label} | {cell.engine}{kernel} | " + " | ".join(texts[name] for name in names) + " |", flush=True)
+    for (model, precision), group in itertools.groupby(rows, key=lambda cell: (cell.model, cell.precision)):
+        with tempfile.TemporaryDirectory() as folder:
+            measured = measure_in_turns(list(group), rounds, Path(folder), device, cpu_only)
+        for cell, figures in measured.items():
+            label = f"{Path(model).name} | {precision}"
+            if isinstance(figures, MeasurementError):
+                print(f"| {label} | {cell.engine} | {figures} |" + " |" * (len(names) - 1), flush=True)
+                continue
+            kernel = "" if figures["kernel"] in (None, "Linear") else f", {figures['kernel']}"
+            columns = {
+                "tok/s": figures["speed"],
+                "prompt, tok/s": figures["prompt_speed"],
+                "incl. prompt": figures["whole_speed"],
+                "published": published[cell][0],
+                "memory, GB": figures["peak"] and figures["peak"] / 1e9,
+                "published, GB": published[cell][1],
+                "weights, GB": figures["read"] / 1e9,
+            }
+            texts = {name: "" if value is None else f"{value:.2f}" for name, value in columns.items()}
+            share = figures["speed"] and f"{figures['speed'] * figures['read'] / device['bandwidth']:.0%}"
+            texts["of bandwidth"] = share or ""
+            values = " | ".join(texts[name] for name in names)
+            print(f"| {label} | {cell.engine}{kernel} | {values} |", flush=True)
 
 
 def published_figures(cell: Cell) -> tuple[float | None, float | None]:
@@ -284,20 +313,57 @@ def published_figures(cell: Cell) -> tuple[float | None, float | None]:
     return tuple(figures.get(cell.size, {}).get(cell.precision) for figures in (speeds, memory))
 
 
-def measure_in_child(cell: Cell, device: dict, cpu_only: bool, step: str) -> dict:
-    """Measure a cell; raises MeasurementError."""
+def measure_in_turns(
+    cells: list[Cell], rounds: int, folder: Path, device: dict, cpu_only: bool
+) -> dict[Cell, dict | MeasurementError]:
+    """Measure cells in turns, each in a new process, and return their medians, or why a cell was not measured.
+
+    Args:
+        folder: for the files that the engines read.
+    """
+    turns: dict[Cell, list[dict]] = {cell: [] for cell in cells}
+    failures: dict[Cell, MeasurementError] = {}
+    for number in range(rounds):
+        for cell in cells:
+            if cell in failures:
+                continue
+            turn = f", turn {number + 1} of {rounds}" if rounds > 1 else ""
+            step = f"{Path(cell.model).name} {cell.precision}, {cell.engine}{turn}: "
+            try:
+                turns[cell].append(measure_in_child(cell, folder, device, cpu_only, step))
+            except MeasurementError as failure:
+                failures[cell] = failure
+            show_status("")
+    return {cell: failures.get(cell) or medians(turns[cell]) for cell in cells}
+
+
+def medians(turns: list[dict]) -> dict:
+    """Return the median of each figure that is a number, and otherwise the first one."""
+    return {
+        name: statistics.median(turn[name] for turn in turns) if isinstance(first, int | float) else first
+        for name, first in turns[0].items()
+    }
+
+
+def measure_in_child(cell: Cell, parent: Path, device: dict, cpu_only: bool, step: str) -> dict:
+    """Measure a cell, with its file in a folder of `parent`; raises MeasurementError."""
     needed, free = needed_bytes(cell, cpu_only), device["free"] if not cpu_only else free_memory()
     if free is not None and needed > free:
         raise MeasurementError(f"needs about {needed / 1e9:.1f} GB, {free / 1e9:.1f} free")
-    with tempfile.TemporaryDirectory() as folder:
-        if cell.needs_file:
-            show_status(f"{step}writing weights ...")
-            if (room := shutil.disk_usage(folder).free) < needed:
-                raise MeasurementError(
-                    f"needs about {needed / 1e9:.1f} GB in {tempfile.gettempdir()}, {room / 1e9:.1f} free"
-                )
+    folder = cell.file_folder(parent)
+    if cell.needs_file and not folder.exists():
+        show_status(f"{step}writing weights ...")
+        if (room := shutil.disk_usage(parent).free) < needed:
+            raise MeasurementError(
+                f"needs about {needed / 1e9:.1f} GB in {tempfile.gettempdir()}, {room / 1e9:.1f} free"
+            )
+        folder.mkdir()
+        try:
             run("write", folder, cell, cpu_only, step)
-        return run("measure", folder, cell, cpu_only, step)
+        except MeasurementError:
+            shutil.rmtree(folder)
+            raise
+    return run("measure", folder, cell, cpu_only, step)
 
 
 def needed_bytes(cell: Cell, cpu_only: bool) -> float:
@@ -317,9 +383,7 @@ def needed_bytes(cell: Cell, cpu_only: bool) -> float:
     weights = itemsize * (whole - packed) + quantized
     if not cpu_only:
         return weights + cache
-    if cell.engine == "this":
-        weights *= REPACKING_FACTOR.get(cell.precision, 1)
-    elif cell.engine == "llama.cpp" and cell.is_checkpoint:
+    if cell.engine in LLAMA_CPP and cell.is_checkpoint:
         weights *= 2  # the loaded and the written copy
     return weights + cache + LIBRARY_BYTES
 
@@ -332,7 +396,7 @@ def free_memory() -> int | None:
 # ---- one process per task ----
 
 
-def run(task: str, folder: str | None, cell: Cell | None, cpu_only: bool, step: str = "") -> dict:
+def run(task: str, folder: Path | None, cell: Cell | None, cpu_only: bool, step: str = "") -> dict:
     """Run `run_task` in a separate process, so that its peak memory can be measured, and return its result.
 
     Raises:
@@ -341,7 +405,7 @@ def run(task: str, folder: str | None, cell: Cell | None, cpu_only: bool, step: 
     environment = dict(os.environ)
     if cpu_only:
         environment["CUDA_VISIBLE_DEVICES"] = ""
-    command = [sys.executable, __file__, "--task", json.dumps([task, folder or "", cell and asdict(cell)])]
+    command = [sys.executable, __file__, "--task", json.dumps([task, str(folder or ""), cell and asdict(cell)])]
     # Own process group: Ctrl-C is only sent to this process.
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, process_group=0)
     result = None
@@ -376,7 +440,7 @@ def run_task(task: str, folder: Path, cell: Cell | None) -> int:
         if not is_memory_full(error):
             raise
         send_message(failed="out of memory")
-    except (OSError, ValueError) as error:  # CheckpointError is among them
+    except (OSError, ValueError, MeasurementError) as error:  # CheckpointError is among them
         send_message(failed=" ".join(str(error).split()))
     return 0
 
@@ -408,11 +472,12 @@ def device_figures() -> dict:
 
 def write_weights(cell: Cell, folder: Path) -> dict:
     """Write the file that `measure` reads: a GPTQ checkpoint of random integers, or a GGUF file for llama.cpp."""
-    if cell.engine != "llama.cpp":
+    if cell.engine not in LLAMA_CPP:
         with quiet_loading(progress=False):
             write_quantized(cell.model, folder, BITS[cell.precision])
         return {}
     from qwen.export.gguf_file import LazyTensor, write_gguf
+    from qwen.export.source import open_checkpoint
 
     if cell.is_checkpoint:
         model, _ = load_model_quietly(cell.model, hub=cell.hub, cpu_only=True, dtype=DTYPES[cell.precision])
@@ -427,30 +492,43 @@ def write_weights(cell: Cell, folder: Path) -> dict:
             for name, tensor in empty.items()
         ]
     kind = GGUF_KINDS[cell.precision]
-    # GPTQ checkpoints have a 16-bit embedding and output matrix.
-    write_gguf(folder / "model.gguf", cell.config, entries, kind, output_type=None if kind == "f32" else "bf16")
+    # GPTQ checkpoints have a 16-bit embedding and output matrix. xllamacpp ends the process without a vocabulary.
+    write_gguf(
+        folder / "model.gguf",
+        cell.config,
+        entries,
+        kind,
+        output_type=None if kind == "f32" else "bf16",
+        source=open_checkpoint(cell.model if cell.is_checkpoint else None, cell.hub),
+    )
     return {}
 
 
 def measure(cell: Cell, folder: Path) -> dict:
     send_message(progress="loading ...")
-    with quiet_loading(progress=False):
-        decode, read, kernel = (load_llama_cpp if cell.engine == "llama.cpp" else load_transformers)(cell, folder)
-    ids = torch.randint(cell.config.vocab_size, (cell.context,), generator=torch.Generator().manual_seed(0)).tolist()
-    token_times(decode, ids, min(WARM_UP, cell.generate))
-    speeds, whole_speeds = [], []
-    for number in range(cell.repeat):
-        times = token_times(decode, ids, cell.generate, Progress(f"decoding {number + 1} of {cell.repeat}"))
-        if cell.generate > 1:
-            speeds.append((cell.generate - 1) / (times[-1] - times[1]))
-        whole_speeds.append((cell.context + cell.generate) / (times[-1] - times[0]))
-    return {
-        "speed": statistics.median(speeds) if speeds else None,
-        "whole_speed": statistics.median(whole_speeds),
-        "peak": peak_bytes(),
-        "read": read(),
-        "kernel": kernel,
-    }
+    load = {"engine": load_engine, "llama.cpp": load_llama_cpp, "xllamacpp": load_xllamacpp}
+    with contextlib.ExitStack() as stack:
+        with quiet_loading(progress=False):
+            times_of, facts = load.get(cell.engine, load_transformers)(cell, folder, stack)
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(cell.config.vocab_size, (cell.context,), generator=generator).tolist()
+        times_of(ids, min(WARM_UP, cell.generate))
+        speeds, prompt_speeds, whole_speeds = [], [], []
+        for number in range(cell.repeat):
+            times = times_of(ids, cell.generate, Progress(f"decoding {number + 1} of {cell.repeat}"))
+            if len(times) != cell.generate + 1:
+                raise MeasurementError(f"ended after {len(times) - 1} tokens")
+            if cell.generate > 1:
+                speeds.append((cell.generate - 1) / (times[-1] - times[1]))
+            prompt_speeds.append(cell.context / (times[1] - times[0]))
+            whole_speeds.append((cell.context + cell.generate) / (times[-1] - times[0]))
+        return {
+            "speed": statistics.median(speeds) if speeds else None,
+            "prompt_speed": statistics.median(prompt_speeds),
+            "whole_speed": statistics.median(whole_speeds),
+            "peak": peak_bytes(),
+            **facts(),
+        }
 
 
 class Progress:
@@ -472,33 +550,69 @@ def peak_bytes() -> int | None:
     return resident_bytes("VmHWM") if Path("/proc/self/status").exists() else None
 
 
-def load_transformers(cell: Cell, folder: Path) -> tuple[Decoder, Callable[[], int], str]:
-    """Return the decoder, the weight bytes that a token reads (as a function), and the class of the linear layers."""
+Loaded = tuple[Callable[..., list[float]], Callable[[], dict]]
+"""`token_times` of an engine, and a function that returns the weight bytes that a token reads ("read") and the class of
+the linear layers ("kernel") where it depends on the machine."""
+
+
+def load_ours(cell: Cell, folder: Path) -> tuple[QWenLMHeadModel, QWenTokenizer]:
     dtype = DTYPES.get(cell.precision)
     if cell.needs_file:
-        model, _ = load_model_quietly(folder)
-    elif cell.is_checkpoint:
-        model, _ = load_model_quietly(cell.model, hub=cell.hub, **({"dtype": dtype} if dtype else {}))
-    else:
-        model = random_model(cell.model, dtype, "cuda" if torch.cuda.is_available() else "cpu")
-    kernel = type(model.transformer.h[0].attn.c_attn).__name__
+        return load_model_quietly(folder)
+    if cell.is_checkpoint:
+        return load_model_quietly(cell.model, hub=cell.hub, **({"dtype": dtype} if dtype else {}))
+    return random_model(cell.model, dtype, "cuda" if torch.cuda.is_available() else "cpu"), load_tokenizer()
+
+
+def load_transformers(cell: Cell, folder: Path, stack: contextlib.ExitStack) -> Loaded:
+    model, _ = load_ours(cell, folder)
     if cell.engine == "Qwen2":
         model = as_qwen2(model)
-    return functools.partial(decode_greedily, model), lambda: weight_bytes(model), kernel
+    decode = functools.partial(decode_greedily, model)
+    return functools.partial(token_times, decode), functools.partial(model_facts, model)
 
 
-def weight_bytes(model: torch.nn.Module) -> int:
+def load_engine(cell: Cell, folder: Path, stack: contextlib.ExitStack) -> Loaded:
+    """Load the model into the server's engine, whose thread calls back for each token."""
+    model, tokenizer = load_ours(cell, folder)
+    model.generation_config = GenerationConfig()  # without stop words
+    cache_tokens = 2 * (cell.context + cell.generate) + 1024
+    engine = Engine(model, tokenizer, max_batch_size=1, cache_tokens=cache_tokens, prefix_reuse=False)
+    stack.callback(engine.close)
+    engine.end_token_ids = frozenset()
+    hand_on = TextStream.on_token
+
+    def decode(ids: list[int], tokens: int, on_token: Callable[[], None]) -> list[int]:
+        generated = []
+
+        def timed(stream: TextStream, token: SampledToken) -> bool:
+            done = hand_on(stream, token)
+            generated.append(token.token_id)
+            on_token()
+            return done
+
+        with mock.patch.object(TextStream, "on_token", timed):
+            for _ in engine.start(ids, SamplingParams(max_tokens=tokens, temperature=0.0)):
+                pass
+        return generated
+
+    return functools.partial(token_times, decode), functools.partial(model_facts, model)
+
+
+def model_facts(model: PreTrainedModel) -> dict:
     tensors = itertools.chain(model.parameters(), model.buffers())
-    return sum(tensor.nbytes for tensor in tensors) - model.get_input_embeddings().weight.nbytes
+    read = sum(tensor.nbytes for tensor in tensors) - model.get_input_embeddings().weight.nbytes
+    linear = next(layer for layer in model.modules() if isinstance(layer, torch.nn.Linear))
+    return {"read": read, "kernel": type(linear).__name__}
 
 
-def load_llama_cpp(cell: Cell, folder: Path) -> tuple[Decoder, Callable[[], int], None]:
-    from gguf import GGUFReader
+def load_llama_cpp(cell: Cell, folder: Path, stack: contextlib.ExitStack) -> Loaded:
     from llama_cpp import Llama
 
-    path = str(folder / "model.gguf")
+    path = folder / "model.gguf"
     threads = torch.get_num_threads()
-    llama = Llama(path, n_ctx=cell.context + cell.generate, n_threads=threads, n_threads_batch=threads, verbose=False)
+    length = cell.context + cell.generate
+    llama = Llama(str(path), n_ctx=length, n_threads=threads, n_threads_batch=threads, verbose=False)
 
     def decode(ids: list[int], tokens: int, on_token: Callable[[], None]) -> list[int]:
         llama.reset()  # clears the cached prompt
@@ -508,10 +622,37 @@ def load_llama_cpp(cell: Cell, folder: Path) -> tuple[Decoder, Callable[[], int]
             on_token()
         return generated
 
-    def read() -> int:
-        return sum(int(tensor.n_bytes) for tensor in GGUFReader(path).tensors if tensor.name != "token_embd.weight")
+    return functools.partial(token_times, decode), functools.partial(gguf_facts, path)
 
-    return decode, read, None
+
+def load_xllamacpp(cell: Cell, folder: Path, stack: contextlib.ExitStack) -> Loaded:
+    """Load into llama.cpp's server, in this process and without HTTP. It takes the times itself."""
+    import xllamacpp
+
+    path = folder / "model.gguf"
+    parameters = xllamacpp.CommonParams()
+    parameters.model.path = str(path)
+    parameters.n_parallel = 1
+    parameters.n_ctx = cell.context + cell.generate + 1
+    parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = torch.get_num_threads()
+    parameters.verbosity = 0
+    server = xllamacpp.Server(parameters)
+
+    def times_of(ids: list[int], tokens: int, progress: Progress | None = None) -> list[float]:
+        request = {"prompt": ids, "n_predict": tokens, "temperature": 0, "ignore_eos": True, "cache_prompt": False}
+        timings = server.handle_completions(request)["timings"]
+        first, rest = timings["prompt_ms"] / 1000, timings["predicted_ms"] / 1000
+        others = max(1, timings["predicted_n"] - 1)
+        return [0.0, *(first + rest * number / others for number in range(timings["predicted_n"]))]
+
+    return times_of, functools.partial(gguf_facts, path)
+
+
+def gguf_facts(path: Path) -> dict:
+    from gguf import GGUFReader
+
+    tensors = (tensor for tensor in GGUFReader(path).tensors if tensor.name != "token_embd.weight")
+    return {"read": sum(int(tensor.n_bytes) for tensor in tensors), "kernel": None}
 
 
 if __name__ == "__main__":

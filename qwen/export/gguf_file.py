@@ -152,7 +152,7 @@ def write_gguf(
     if source is None:
         writer.add_tokenizer_model("none")
     else:
-        _add_tokenizer(writer, *source)
+        _add_tokenizer(writer, config.vocab_size, *source)
 
     typed_tensors = []
     for tensor in tensors:
@@ -226,11 +226,10 @@ def _dequantize(weights: Weights, module: str, quantization: dict) -> torch.Tens
     return dequantize_weight(qweight, qzeros, scales, g_idx, quantization)
 
 
-def _add_tokenizer(writer, source: Checkpoint, tokenizer: QWenTokenizer) -> None:
-    """Add vocabulary, merges, control tokens and, for a chat model, the chat template."""
+def _add_tokenizer(writer, rows: int, source: Checkpoint, tokenizer: QWenTokenizer) -> None:
+    """Add vocabulary for this many rows of the embedding, merges, control tokens and a chat model's template."""
     from gguf import TokenType
 
-    rows = source.config.vocab_size
     tokens = [f"[PAD{i}]" for i in range(rows)]  # rows of the embedding without a token
     types = [TokenType.UNUSED] * rows
     for index, token in tokenizer.decoder.items():

@@ -1,15 +1,18 @@
 """benchmarks/inference.py: engines agree, figures are consistent, and a failing cell does not end the table."""
 
+import contextlib
 import json
 import os
 import sys
 from argparse import Namespace
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 
+from qwen.kernels.cpu import cpu_kernels
 from tests.support import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -103,7 +106,7 @@ def test_random_models_are_reproducible_and_have_distinct_rows(tiny: str):
     assert first["transformer.ln_f.weight"].eq(1).all()
 
 
-@pytest.mark.parametrize("engine", ["this", "Qwen2"])
+@pytest.mark.parametrize("engine", ["this", "engine", "Qwen2"])
 @pytest.mark.parametrize(("precision", "itemsize"), [("fp32", 4), ("bf16", 2)])
 def test_figures_of_a_cell(engine: str, precision: str, itemsize: int, tiny: str, tmp_path: Path):
     figures = inference.measure(cell(precision=precision, engine=engine), tmp_path)
@@ -111,9 +114,26 @@ def test_figures_of_a_cell(engine: str, precision: str, itemsize: int, tiny: str
     weights = itemsize * (300 * 64 + 2 * layer + 64)
     assert weights <= figures["read"] < weights + 2**20  # includes the rotary embedding tables
     assert figures["speed"] > 0
+    assert figures["prompt_speed"] > 0
     assert figures["whole_speed"] > 0
     assert figures["peak"] > figures["read"]
-    assert figures["kernel"] == "Linear"
+    assert figures["kernel"] == ("Linear" if engine == "Qwen2" or cpu_kernels() is None else "FusedLinear")
+
+
+def test_engine_decodes_the_same_tokens(bundled_chat: Path, tmp_path: Path):
+    """The engine goes on after an end token, like the others."""
+    replies: list[list[int]] = []
+
+    def times(decode: Callable, ids: list[int], tokens: int) -> None:
+        replies.append(decode(ids, tokens, lambda: None))
+
+    model, tokenizer = inference.load_model_quietly(bundled_chat, cpu_only=True)
+    ids = tokenizer.encode("<|im_start|>user\nHello!<|im_end|>\n<|im_start|>assistant\n", allowed_special="all")
+    with contextlib.ExitStack() as stack:
+        times_of, _ = inference.load_engine(cell(str(bundled_chat), context=len(ids), generate=30), tmp_path, stack)
+        times(times_of.args[0], ids, 30)
+    assert replies[0] == decode_greedily(model, ids, 30)
+    assert tokenizer.im_end_id in replies[0][:-1]
 
 
 def test_single_token_has_no_decoding_speed(tiny: str, tmp_path: Path):
@@ -160,7 +180,7 @@ def test_table_with_measured_and_skipped_cells(main: Callable, device: None):
     assert "1 + 3 tokens" in lines[0]
     header, row, skipped = (line.strip("|").split("|") for line in (lines[2], lines[4], lines[5]))
     assert len(header) == len(row) == len(skipped) == 8
-    assert row[:3] == [" small ", " fp32 ", " this "]
+    assert row[:3] == [" small ", " fp32 ", " this, FusedLinear " if cpu_kernels() else " this "]
     speed, _, memory, weights, share = row[3:]
     assert float(share.strip(" %")) / 100 == pytest.approx(float(speed) * 48.8e6 / 1e9, abs=0.02)
     assert float(memory) > float(weights) == 0.05
@@ -265,10 +285,48 @@ def test_errors_are_actionable(
     assert all(word in err for word in words)
 
 
+@pytest.mark.parametrize(
+    "engine",
+    [
+        pytest.param(engine, marks=pytest.mark.skipif(find_spec(module) is None, reason=f"{module} is not installed"))
+        for engine, module in inference.LLAMA_CPP.items()
+    ],
+)
+def test_llama_cpp_reads_weights_and_vocabulary(engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(random_models.SHAPES, "tiny", (64, 2, 2, 96, 4096))
+    one = cell(precision="int8", engine=engine)
+    inference.write_weights(one, tmp_path)
+    figures = inference.measure(one, tmp_path)
+    # Blocks of 32 weights with a scale; the output matrix in bfloat16; biases and norms in float32.
+    layer = (64 * 192 + 64 * 64 + 3 * 64 * 96) * 34 / 32 + 4 * (192 + 2 * 64)
+    assert figures["read"] == 2 * 4096 * 64 + 2 * layer + 4 * 64
+    assert all(figures[name] > 0 for name in ("speed", "prompt_speed", "whole_speed"))
+
+
+def test_engines_take_turns(tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Each turn is measured, the medians are reported, and a cell that fails is not tried again."""
+    cells = [cell(engine=engine) for engine in ("this", "engine", "Qwen2")]
+    figures = iter([1.0, "no room", 20.0, 3.0, 10.0, 2.0, 90.0])
+    order = []
+
+    def measure_in_child(which: Cell, *_: object) -> dict:
+        order.append(which.engine)
+        figure = next(figures)
+        if isinstance(figure, str):
+            raise inference.MeasurementError(figure)
+        return {"speed": figure, "kernel": "Linear"}
+
+    monkeypatch.setattr(inference, "measure_in_child", measure_in_child)
+    this, engine, qwen2 = inference.measure_in_turns(cells, 3, tmp_path, {}, cpu_only=True).values()
+    assert order == ["this", "engine", "Qwen2", "this", "Qwen2", "this", "Qwen2"]
+    assert (this["speed"], qwen2["speed"], this["kernel"]) == (2.0, 20.0, "Linear")
+    assert str(engine) == "no room"
+
+
 def test_llama_cpp_is_used_if_installed(monkeypatch: pytest.MonkeyPatch):
     options = {"checkpoint_path": None, "hub": None, "sizes": ["7B"], "precisions": ["bf16", "int4"], "cpu_only": True}
     arguments = Namespace(**options, engines=None, context=1, generate=1, repeat=1)
-    for found, expected in ((None, 3), (os, 5)):  # Qwen2 reads no quantized weights
+    for found, expected in ((None, 5), (os, 9)):  # Qwen2 reads no quantized weights
         monkeypatch.setattr(inference.importlib.util, "find_spec", lambda name, found=found: found)
         assert len(inference.make_cells(arguments)) == expected
     arguments.cpu_only, arguments.engines = False, ["llama.cpp"]
