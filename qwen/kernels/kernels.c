@@ -179,7 +179,7 @@ typedef struct {
 INLINE int64_t groups_of(const matrix *w) { return (w->k + w->group - 1) / w->group; }
 
 #define PLAIN_TILE 4
-#define LANES 256
+#define LANES 1024 /* outputs of packed weights at a time */
 
 /* Adds the products of one step of inputs, read at `w`, with m rows of activations. 16-bit weights are read in pairs: x
    has the values of even places first, then those of odd ones, for each 2 V inputs. */
@@ -249,17 +249,21 @@ INLINE words load_lanes(const int32_t *packed, int64_t count) {
 INLINE void packed_product(const matrix *w, const float *x, int64_t padded, const float *sums, float *y, int64_t begin,
                            int64_t end, const int bits, const int m) {
     const int per_word = 32 / bits;
-    const int32_t *weight = w->weight;
     int64_t groups = groups_of(w), num_words = w->k / per_word, words_per_group = w->group / per_word;
     for (int64_t first = begin; first < end; first += LANES) {
         int64_t count = MIN(LANES, end - first);
-        float all[4][LANES] = {0}, part[4][LANES];
+        const int32_t *weight = (const int32_t *)w->weight + first;
+        float all[4][LANES], part[4][LANES];
+        for (int j = 0; j < m; j++) memset(all[j], 0, sizeof all[j]);
         for (int64_t g = 0; g < groups; g++) {
-            memset(part, 0, sizeof part[0] * m);
-            for (int64_t word = g * words_per_group; word < MIN(num_words, (g + 1) * words_per_group); word++) {
-                const int32_t *here = weight + word * w->n + first;
+            int64_t word = g * words_per_group, last = MIN(num_words, word + words_per_group);
+            for (int j = 0; j < m; j++) memset(part[j], 0, sizeof part[j]);
+            for (; word < last; word++) {
+                const int32_t *here = weight + word * w->n;
                 const float *inputs = x + word * per_word;
                 for (int64_t lane = 0; lane < count; lane += V) {
+                    /* the processor does not foresee the next row, which is far away; beyond the last one is harmless */
+                    if (lane % 16 == 0) __builtin_prefetch(here + w->n + lane);
                     words packed = load_lanes(here + lane, count - lane);
                     floats s[4];
                     for (int j = 0; j < m; j++) s[j] = AT(floats, part[j] + lane);
