@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import signal
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -25,7 +26,13 @@ for name in [name for name in os.environ if name.startswith(("QWEN_", "MODELSCOP
     del os.environ[name]
 # The kernels are compiled once a machine, also for tests with another home.
 CACHE_HOME = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-os.environ["QWEN_KERNELS_CACHE"] = str(CACHE_HOME / "qwen" / "kernels")
+KERNELS_CACHE = CACHE_HOME / "qwen" / "kernels"
+try:
+    KERNELS_CACHE.mkdir(parents=True, exist_ok=True, mode=0o700)
+except OSError:  # a home that is read-only, or missing
+    KERNELS_CACHE = Path(tempfile.gettempdir()) / f"qwen-kernels-{os.getuid()}"
+    KERNELS_CACHE.mkdir(exist_ok=True, mode=0o700)
+os.environ["QWEN_KERNELS_CACHE"] = str(KERNELS_CACHE)
 # The models are too small to benefit from several threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -180,6 +187,7 @@ def isolated_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Isolat
 
 CHAT = """
     import sys
+import tempfile
     from transformers import AutoModelForCausalLM, AutoTokenizer
     model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
     tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)
