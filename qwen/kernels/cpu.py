@@ -144,12 +144,14 @@ class Places(NamedTuple):
         tables: (R, blocks), int32, the blocks of each sequence.
         tiles: (tiles, 4), int32: first token, number of tokens, row of `tables`, tokens that the first one sees.
         longest: most tokens that a token sees.
+        are_all: whether the tiles have all tokens; torch attends from the others.
     """
 
     slots: torch.Tensor
     tables: torch.Tensor
     tiles: torch.Tensor
     longest: int
+    are_all: bool = True
 
     def splits(self, heads: int, threads: int) -> int:
         """Return the number of parts in which the keys of each tile and head are read, for a given number of cores."""

@@ -202,6 +202,7 @@ class FusedBlock(QWenBlock):
         """Compute tokens of several sequences, whose keys and values are in blocks. hidden_states: (1, T, C)."""
         attn, mlp = self.attn, self.mlp
         are_few = hidden_states.shape[1] < first_rows_for_torch(attn.c_attn, hidden_states.dtype)
+        are_few &= layer.places.are_all
         if isinstance(kernels, CPUKernels) and are_few:
             block = self._handle(hidden_states)
             if block is not None:

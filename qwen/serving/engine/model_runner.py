@@ -196,7 +196,13 @@ class ModelRunner:
             sum(row.query_end - row.query_start == 1 for row in rows),
             max(row.query_end - row.query_start for row in rows),
             max(row.length for row in rows),
-            Places(numbers.slots, tables, query_tiles(rows), max(row.length for row in rows)),
+            Places(
+                numbers.slots,
+                tables,
+                query_tiles(rows),
+                max(row.length for row in rows),
+                not any(row.is_long for row in rows),
+            ),
         )
         return numbers, layout
 

@@ -35,7 +35,7 @@ class PrefillBudget:
     def _stall_seconds(self) -> float:
         """Duration that chunks are made to have."""
         decode_seconds = self._decode_seconds or 0.0
-        return max(decode_seconds, min(12 * decode_seconds, MAX_STALL))
+        return max(decode_seconds, min(30 * decode_seconds, MAX_STALL))
 
     def observe(self, seconds: float, decoding: int, prefilled: int, requests: int = 1) -> None:
         """Adapt to the duration of a step that decoded and prefilled so many tokens.

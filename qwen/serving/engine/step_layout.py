@@ -12,9 +12,9 @@ import torch
 
 from ...kernels.cpu import TILE_QUERIES, Places
 
-# From so many tokens on, torch's attention reads a chunk of a prompt on a CPU, which copies its past; for fewer the
-# kernels do, which read it in place.
-LONG_CHUNK = 64
+# From so many tokens on, and with so many tokens in the cache, torch's attention reads a chunk of a prompt on a CPU,
+# which copies its past; for fewer the kernels do, which read it in place.
+LONG_CHUNK, LONG_PAST = 64, 1024
 
 
 class Row(NamedTuple):
@@ -34,7 +34,8 @@ class Row(NamedTuple):
     @property
     def is_long(self) -> bool:
         """Whether torch attends, on a CPU."""
-        return self.query_end - self.query_start >= LONG_CHUNK
+        tokens = self.query_end - self.query_start
+        return tokens >= LONG_CHUNK or (tokens >= LONG_CHUNK // 4 and self.length >= LONG_PAST)
 
 
 @dataclass
