@@ -10,8 +10,6 @@ from benchmarks.random_models import config
 from qwen import QWenLMHeadModel
 from qwen.kernels.cpu import cpu_kernels
 
-pytestmark = pytest.mark.skipif(cpu_kernels() is None, reason="the kernels are not available here")
-
 
 def tables(text: str) -> list[list[list[str]]]:
     """Return the cells of the tables of a text, without their heads."""

@@ -13,7 +13,7 @@ from typing import cast
 import numpy as np
 import torch
 
-from ...kernels.cpu import CPUKernels, pages_handle
+from ...kernels.cpu import TYPES, CPUKernels, pages_handle
 from ...kernels.fused_block import FusedCacheLayer, Kernels
 from ...kernels.gpu import GPUPages
 from ...model.kv_cache_qwen import CacheStates, dequantize_cache_torch, quantize_tokens
@@ -45,7 +45,7 @@ class LayerPages(CacheStates, FusedCacheLayer):
     ):
         self.pools, self.block_size, self.window = pools, block_size, window
         self._scaling = scaling
-        if pools[0].device.type == "cpu":
+        if pools[0].device.type == "cpu" and dtype in TYPES:
             self._handle = pages_handle(pools, dtype, block_size, rotary, scaling, window)
             self.pages = self._handle.address
         else:
