@@ -187,7 +187,6 @@ def isolated_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Isolat
 
 CHAT = """
     import sys
-import tempfile
     from transformers import AutoModelForCausalLM, AutoTokenizer
     model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
     tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)

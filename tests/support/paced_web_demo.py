@@ -27,7 +27,7 @@ def launch_paced(engine: Engine, **options: object) -> object:
         def handle(self) -> None:
             self.request.sendall(b"%d" % engine.load().running)
 
-    engine.model.transformer.register_forward_pre_hook(lambda *_: time.sleep(PASS_SECONDS))
+    engine.model.transformer.ln_f.register_forward_pre_hook(lambda *_: time.sleep(PASS_SECONDS))
     server = socketserver.TCPServer(("127.0.0.1", 0), Answer)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     print(f"Load at port {server.server_address[1]}", file=sys.stderr)
