@@ -15,7 +15,7 @@ from pydantic import TypeAdapter
 from qwen.checkpoint.loading import load_model
 from qwen.model.qwen_generation_utils import make_context
 from qwen.serving.api.chat import ChatWriter, ToolChoice, merge_chunks
-from qwen.serving.api.responses import ChatCompletion, ChatCompletionChunk
+from qwen.serving.api.response_types import ChatCompletion, ChatCompletionChunk
 from qwen.serving.engine.detokenizer import Piece
 from qwen.tools import ReplyReader
 from tests.support.server_process import ServerProcess

@@ -13,7 +13,7 @@ from pydantic import TypeAdapter
 
 from qwen.checkpoint.loading import load_model
 from qwen.serving.api.app import Settings, create_app
-from qwen.serving.api.responses import Completion
+from qwen.serving.api.response_types import Completion
 from qwen.serving.engine import Engine
 from tests.support.server_process import ServerProcess
 

@@ -12,7 +12,7 @@ import pytest
 from pydantic import ValidationError
 
 from qwen.serving.api.log_once import MAX_KEYS, LogOnce
-from qwen.serving.api.requests import ChatCompletionRequest, CompletionRequest
+from qwen.serving.api.request_types import ChatCompletionRequest, CompletionRequest
 from tests.support import ROOT
 from tests.support.server_process import ServerProcess
 

@@ -33,8 +33,8 @@ from .generation import Envelope, Generation, Plan, full_response, stream_respon
 from .log_once import LogOnce
 from .metrics import Metrics, MetricsMiddleware
 from .middleware import AuthenticationMiddleware, BodyLimitMiddleware, OriginMiddleware, PathMiddleware
-from .requests import ChatCompletionRequest, CompletionRequest, GenerationRequest
-from .responses import ChatCompletion, Completion, ErrorResponse, Health, Model, ModelList
+from .request_types import ChatCompletionRequest, CompletionRequest, GenerationRequest
+from .response_types import ChatCompletion, Completion, ErrorResponse, Health, Model, ModelList
 
 logger = logging.getLogger(__name__)
 

@@ -31,8 +31,15 @@ from ..engine.grammar import ConstraintFactory, GrammarConstraint
 from .errors import invalid_request
 from .generation import Choice, Envelope, Plan, check_num_choices, sampling_params
 from .logprobs import chat_logprobs
-from .requests import ChatCompletionRequest, JSONObject, JsonObjectFormat, JsonSchemaFormat, NamedFunction, NamedTool
-from .responses import (
+from .request_types import (
+    ChatCompletionRequest,
+    JSONObject,
+    JsonObjectFormat,
+    JsonSchemaFormat,
+    NamedFunction,
+    NamedTool,
+)
+from .response_types import (
     AssistantMessage,
     CalledFunction,
     ChatChoice,

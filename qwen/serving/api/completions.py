@@ -13,8 +13,8 @@ from ..engine.detokenizer import Piece
 from .errors import invalid_request
 from .generation import Choice, Envelope, Plan, check_num_choices, sampling_params
 from .logprobs import CompletionLogprobs
-from .requests import CompletionRequest
-from .responses import TextChoice, TextFinishReason, TextLogprobs
+from .request_types import CompletionRequest
+from .response_types import TextChoice, TextFinishReason, TextLogprobs
 
 
 def build_plan(request: CompletionRequest, engine: Engine) -> Plan:

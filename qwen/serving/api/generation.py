@@ -26,8 +26,8 @@ from ..engine.sampling_params import SamplingParams
 from ..engine.sequence import Constraint
 from .errors import ApiError, engine_failed, from_engine_error, interrupted_by_shutdown, invalid_request, server_error
 from .metrics import CLIENT_CLOSED_REQUEST, Metrics
-from .requests import GenerationRequest
-from .responses import ChatChoice, ChatChunkChoice, TextChoice, TextFinishReason, Usage
+from .request_types import GenerationRequest
+from .response_types import ChatChoice, ChatChunkChoice, TextChoice, TextFinishReason, Usage
 
 # Log-probabilities in one response, about 100 bytes of JSON each: enough for a full context with 20 per token.
 MAX_LOGPROBS = 2**18

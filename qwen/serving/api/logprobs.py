@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from ...model.tokenization_qwen import QWenTokenizer
 from ..engine.detokenizer import TokenLogprob
-from .responses import ChatLogprobs, ContentLogprob, TextLogprobs, TokenProbability
+from .response_types import ChatLogprobs, ContentLogprob, TextLogprobs, TokenProbability
 
 MIN_LOGPROB = -9999.0  # replaces minus infinity, which JSON does not have
 
