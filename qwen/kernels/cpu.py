@@ -42,7 +42,7 @@ class Matrix(ctypes.Structure):
 
     _fields_ = [
         *((name, c_int64) for name in ("n", "k", "group")),
-        *((name, c_int32) for name in ("type", "bits")),
+        *((name, c_int32) for name in ("type", "stored", "bits")),
         *((name, c_void_p) for name in ("weight", "bias", "scales", "zeros", "order")),
         ("zero", c_float),
     ]
@@ -211,11 +211,11 @@ class CPUKernels:
         return out
 
     def _linear_in_torch(self, x: torch.Tensor, layer: nn.Linear) -> torch.Tensor:
-        """x Wᵀ + bias, in float32 where the processor computes with 16 bits by converting them again and again."""
+        """x Wᵀ + bias, in float32 where the processor would convert 16 bits again and again."""
         dtype = torch.float32 if converts(x.dtype) else x.dtype
         if isinstance(layer, GPTQLinear):
             weight = self.dequantize(layer, dtype)
-        elif dtype == x.dtype:
+        elif dtype == x.dtype == layer.weight.dtype:
             return nn.functional.linear(x, layer.weight, layer.bias)
         else:
             weight = layer.weight
@@ -378,8 +378,9 @@ def matrix(layer: nn.Linear, dtype: torch.dtype) -> int:
 def _matrix_handle(layer: nn.Linear, sources: tuple[int | None, ...], dtype: torch.dtype) -> Handle:
     if not sources[0]:
         raise RuntimeError(f"The weights of {layer} are not in the memory of the CPU: load them first.")
-    structure = Matrix(n=layer.out_features, k=layer.in_features, type=TYPES[dtype])
-    for field, source in zip(Matrix._fields_[5:], sources, strict=False):  # `weight` and those that follow
+    stored = dtype if isinstance(layer, GPTQLinear) else layer.weight.dtype
+    structure = Matrix(n=layer.out_features, k=layer.in_features, type=TYPES[dtype], stored=TYPES[stored])
+    for field, source in zip(Matrix._fields_[6:], sources, strict=False):  # `weight` and those that follow
         setattr(structure, field[0], source)
     if isinstance(layer, GPTQLinear):
         structure.bits, structure.group, structure.zero = layer.bits, layer.group_size, layer.zero

@@ -36,6 +36,9 @@ from .gpu import GPUKernels, gpu_kernels, join_weights
 
 Kernels = CPUKernels | GPUKernels
 
+NARROW_DTYPES = torch.bfloat16, torch.float16  # that weights in float32 may be stored in; published ones are bfloat16
+NARROWED_ROWS = 1024  # of a matrix that are compared at once
+
 
 class FusedCacheLayer:
     """A layer of a cache in blocks that the fused operations write to and read.
@@ -71,15 +74,43 @@ def fits(weight: torch.Tensor, x: torch.Tensor) -> bool:
 
 
 class FusedLinear(nn.Linear):
-    """nn.Linear that reads its weights at the speed of the memory if there are few rows."""
+    """nn.Linear that reads its weights at the speed of the memory if there are few rows.
+
+    On a CPU the weights of a layer in float32 may be stored in 16 bits (`narrow`).
+    """
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """x Wᵀ + bias, + residual (…, N) if it is given. x: (…, K)."""
         kernels = kernels_for(x)
-        if kernels is not None and x.numel() and fits(self.weight, x):
+        if kernels is not None and x.numel() and self.takes(x):
             return kernels.linear(x.contiguous(), self, residual)
-        output = super().forward(x)
+        weight = self.weight.to(x.dtype) if self._is_narrow(x) else self.weight
+        output = nn.functional.linear(x, weight, self.bias)
         return output if residual is None else residual + output
+
+    def takes(self, x: torch.Tensor) -> bool:
+        """Return whether the operations compute the layer with such activations."""
+        if self.bias is not None and not fits(self.bias, x):
+            return False
+        return fits(self.weight, x) or (self._is_narrow(x) and self.weight.is_contiguous())
+
+    def narrow(self, dtypes: Container[torch.dtype]) -> None:
+        """Store weights in float32 in 16 bits if that changes none: half the memory, and half the time to read them.
+
+        Args:
+            dtypes: those that the operations take.
+        """
+        weight = self.weight.data
+        for dtype in NARROW_DTYPES if weight.dtype == torch.float32 and weight.device.type == "cpu" else ():
+            if dtype in dtypes and all(
+                torch.equal(part.to(dtype).float(), part) for part in weight.split(NARROWED_ROWS)
+            ):
+                self.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+                return
+
+    def _is_narrow(self, x: torch.Tensor) -> bool:
+        on_cpu = self.weight.device.type == x.device.type == "cpu"
+        return on_cpu and x.dtype == torch.float32 and self.weight.dtype in NARROW_DTYPES
 
     def __getstate__(self) -> dict[str, Any]:
         return _without_handles(super().__getstate__())
@@ -257,7 +288,7 @@ class FusedBlock(QWenBlock):
         if not all(isinstance(layer, FUSED_LINEAR) for layer in layers) or hooked(*modules):
             return None
         packed = [layer.qweight.device for layer in layers if isinstance(layer, GPTQLinear)]
-        if not all(fits(weight, x) for module in modules for weight in module.parameters()) or set(packed) - {x.device}:
+        if not all(_takes(module, x) for module in modules) or set(packed) - {x.device}:
             return None
         norms = self.ln_1.weight.data_ptr(), self.ln_2.weight.data_ptr()
         block = Block(*norms, *(matrix(layer, x.dtype) for layer in layers), self.ln_1.eps)
@@ -275,6 +306,13 @@ class FusedBlock(QWenBlock):
 
     def __getstate__(self) -> dict[str, Any]:
         return _without_handles(super().__getstate__())
+
+
+def _takes(module: nn.Module, x: torch.Tensor) -> bool:
+    """Whether the operations compute a norm or a linear layer with such activations."""
+    return (
+        module.takes(x) if isinstance(module, FusedLinear) else all(fits(weight, x) for weight in module.parameters())
+    )
 
 
 def _cache_layer(cache: Any, index: int) -> Any:
@@ -321,7 +359,7 @@ def has_gpu_kernels(model: QWenLMHeadModel) -> bool:
     return gpu_kernels(model.device) is not None
 
 
-def prepare(model: QWenLMHeadModel, devices: Container[str] = ("cpu",)) -> None:
+def prepare(model: QWenLMHeadModel, devices: Container[str] = ("cpu",), owned: bool = False) -> None:
     """Give the layers of a model their classes with fused operations; compile these if need be.
 
     Other devices, models that are spread over several, and models in precisions that the operations do not take, are
@@ -329,12 +367,14 @@ def prepare(model: QWenLMHeadModel, devices: Container[str] = ("cpu",)) -> None:
 
     Args:
         devices: types of devices: the operations for "cuda" are for the engine, whose CUDA graphs launch them.
+        owned: nobody else uses the model, whose weights may be stored in another type if none changes.
     """
     device = model.device
     if device.type not in devices or model.dtype not in TYPES:
         return
     on_gpu = device.type == "cuda"
-    if (gpu_kernels(device) if on_gpu else cpu_kernels()) is None or (on_gpu and is_spread(model)):
+    kernels = gpu_kernels(device) if on_gpu else cpu_kernels()
+    if kernels is None or (on_gpu and is_spread(model)):
         return
     if not any(isinstance(module, FusedBlock) for module in model.transformer.h):
         for module in model.modules():
@@ -348,3 +388,7 @@ def prepare(model: QWenLMHeadModel, devices: Container[str] = ("cpu",)) -> None:
             if type(value) is FusedLinear and type(gate) is FusedLinear:
                 join_weights(value, gate)
                 torch.cuda.empty_cache()  # what was freed is too small for the next one
+    elif owned:
+        for module in model.modules():
+            if type(module) is FusedLinear and module.weight is not model.get_input_embeddings().weight:
+                module.narrow(kernels.dtypes)

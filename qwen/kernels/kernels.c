@@ -9,6 +9,9 @@ Types of values: 0 float32, 1 bfloat16, 2 float16. */
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+#if defined __AVX2__ || defined __AVX512BW__
+#include <immintrin.h>
+#endif
 
 extern int omp_get_thread_num(void), omp_get_num_threads(void);
 
@@ -167,8 +170,9 @@ INLINE void own_part(int64_t count, int64_t unit, int64_t *begin, int64_t *end) 
 
 typedef struct {
     int64_t n, k, group;  /* outputs, inputs, inputs per scale */
-    int32_t type, bits;   /* type of values; bits of packed weights, 0 for plain ones */
-    const void *weight;   /* (N, K) values, or packed (K · bits / 32, N), lowest bits first */
+    int32_t type, stored; /* types of values, and of plain weights: that of values, or 16 bits in float32 */
+    int32_t bits;         /* of packed weights, 0 for plain ones */
+    const void *weight;   /* (N, K), or packed (K · bits / 32, N), lowest bits first */
     const void *bias;     /* (N) values, or NULL */
     const float *scales;  /* (groups, N) */
     const uint8_t *zeros; /* (groups, N), or NULL if all are `zero` */
@@ -231,12 +235,26 @@ INLINE void plain_product(const matrix *w, const float *x, int64_t padded, float
     for (; row < end; row++) dot_rows(weight + row * pitch, pitch, x, w->k, padded, type, 1, m, y + row, w->n);
 }
 
-/* Packed weights as GPTQ stores them: lanes are outputs. A weight is not shifted down: it counts 2^(bits · j) times as
-   much as it should, and its input was divided by that. Only the last one would have a sign. */
-INLINE floats unpacked(words packed, const int bits, const int j) {
-    const int last = 32 / bits - 1;
-    ints field = (ints)(j == last ? packed >> (32 - bits) : packed & (((1u << bits) - 1) << bits * j));
-    return __builtin_convertvector(field, floats);
+/* Packed weights as GPTQ stores them: lanes are outputs, and the fields of a word are multiplied in pairs, half a word
+   apart, with pairs of activations. Activations are integers of 16 bits with a scale for up to PART inputs, so that their
+   products are exact: 128 · 255 · 32767 is less than 2^31. In float32 there are two levels of them, the second for what
+   the first leaves, each a row. A row: (K / 2) pairs, then (parts) scales, then (parts) sums. */
+#define PART 128
+
+INLINE int64_t part_size(const matrix *w) { return MIN(PART, w->group); }
+INLINE int64_t parts_of(const matrix *w) { return groups_of(w) * ((w->group + part_size(w) - 1) / part_size(w)); }
+INLINE int64_t pairs_row(const matrix *w) { return w->k / 2 + 2 * parts_of(w); }
+INLINE int levels_of(const matrix *w) { return w->type == FLOAT32 ? 2 : 1; }
+
+/* low · low + high · high of the halves of each word, which are signed. */
+INLINE ints multiply_pairs(words a, words b) {
+#if defined __AVX512BW__ && V == 16
+    return (ints)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#elif defined __AVX2__ && V == 8
+    return (ints)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#else
+    return ((ints)(a << 16) >> 16) * ((ints)(b << 16) >> 16) + ((ints)a >> 16) * ((ints)b >> 16);
+#endif
 }
 
 INLINE words load_lanes(const int32_t *packed, int64_t count) {
@@ -246,42 +264,59 @@ INLINE words load_lanes(const int32_t *packed, int64_t count) {
     return lanes;
 }
 
-INLINE void packed_product(const matrix *w, const float *x, int64_t padded, const float *sums, float *y, int64_t begin,
-                           int64_t end, const int bits, const int m) {
-    const int per_word = 32 / bits;
-    int64_t groups = groups_of(w), num_words = w->k / per_word, words_per_group = w->group / per_word;
+/* Adds the products of `number` rows of words with m rows of activations. */
+INLINE void add_words(const int32_t *packed, int64_t n, int64_t count, const int32_t *x, int64_t row, int32_t (*sums)[LANES],
+                      const int bits, const int m, const int number) {
+    const int pairs = 16 / bits;
+    for (int64_t lane = 0; lane < count; lane += V) {
+        ints s[4];
+        for (int j = 0; j < m; j++) s[j] = AT(ints, sums[j] + lane);
+        for (int word = 0; word < number; word++) {
+            const int32_t *here = packed + word * n + lane;
+            /* the processor does not foresee the rows to come, which are far away; beyond the last one is harmless */
+            if (lane % 16 == 0) __builtin_prefetch(here + number * n);
+            words fields = load_lanes(here, count - lane);
+            for (int i = 0; i < pairs; i++) {
+                words pair = fields >> bits * i & ((1u << bits) - 1) * 0x10001u;
+                for (int j = 0; j < m; j++) s[j] += multiply_pairs(pair, (words){0} + (uint32_t)x[j * row + word * pairs + i]);
+            }
+        }
+        for (int j = 0; j < m; j++) AT(ints, sums[j] + lane) = s[j];
+    }
+}
+
+INLINE void packed_product(const matrix *w, const int32_t *x, float *y, int64_t begin, int64_t end, const int bits,
+                           const int levels, const int m) {
+    const int per_word = 32 / bits, pairs = per_word / 2, unrolled = 4;
+    int64_t num_words = w->k / per_word, group_words = w->group / per_word, part_words = part_size(w) / per_word;
+    int64_t row = pairs_row(w), parts = parts_of(w);
     for (int64_t first = begin; first < end; first += LANES) {
-        int64_t count = MIN(LANES, end - first);
+        int64_t count = MIN(LANES, end - first), part = 0;
         const int32_t *weight = (const int32_t *)w->weight + first;
-        float all[4][LANES], part[4][LANES];
-        for (int j = 0; j < m; j++) memset(all[j], 0, sizeof all[j]);
-        for (int64_t g = 0; g < groups; g++) {
-            int64_t word = g * words_per_group, last = MIN(num_words, word + words_per_group);
-            for (int j = 0; j < m; j++) memset(part[j], 0, sizeof part[j]);
-            for (; word < last; word++) {
-                const int32_t *here = weight + word * w->n;
-                const float *inputs = x + word * per_word;
-                for (int64_t lane = 0; lane < count; lane += V) {
-                    /* the processor does not foresee the next row, which is far away; beyond the last one is harmless */
-                    if (lane % 16 == 0) __builtin_prefetch(here + w->n + lane);
-                    words packed = load_lanes(here + lane, count - lane);
-                    floats s[4];
-                    for (int j = 0; j < m; j++) s[j] = AT(floats, part[j] + lane);
-#pragma GCC unroll 8
-                    for (int i = 0; i < per_word; i++) {
-                        floats value = unpacked(packed, bits, i);
-                        for (int j = 0; j < m; j++) s[j] += value * inputs[j * padded + i];
-                    }
-                    for (int j = 0; j < m; j++) AT(floats, part[j] + lane) = s[j];
+        float all[4][LANES];
+        int32_t sums[4][LANES];
+        memset(all, 0, m * sizeof all[0]);
+        for (int64_t word = 0; word < num_words; part++) {
+            int64_t group = word / group_words, last = MIN(MIN(num_words, (group + 1) * group_words), word + part_words);
+            memset(sums, 0, m * sizeof sums[0]);
+            for (; word + unrolled <= last; word += unrolled)
+                add_words(weight + word * w->n, w->n, count, x + word * pairs, row, sums, bits, m, unrolled);
+            for (; word < last; word++) add_words(weight + word * w->n, w->n, count, x + word * pairs, row, sums, bits, m, 1);
+            const float *scales = w->scales + group * w->n + first;
+            const uint8_t *zeros = w->zeros ? w->zeros + group * w->n + first : 0;
+            for (int j = 0; j < m; j++) {
+                const float scale = AT(float, x + j * row + w->k / 2 + part);
+                const int32_t sum = x[j * row + w->k / 2 + parts + part];
+                for (int64_t lane = 0; lane < count; lane++) {
+                    int32_t offset = (zeros ? zeros[lane] : (int32_t)w->zero) * sum;
+                    all[j][lane] += scales[lane] * (scale * (float)(sums[j][lane] - offset));
                 }
             }
-            const float *scales = w->scales + g * w->n + first;
-            const uint8_t *zeros = w->zeros ? w->zeros + g * w->n + first : 0;
-            for (int j = 0; j < m; j++)
-                for (int64_t lane = 0; lane < count; lane++)
-                    all[j][lane] += scales[lane] * (part[j][lane] - (zeros ? zeros[lane] : w->zero) * sums[j * groups + g]);
         }
-        for (int j = 0; j < m; j++) memcpy(y + j * w->n + first, all[j], 4 * count);
+        for (int j = 0; j < m; j += levels) {
+            for (int64_t lane = 0; levels == 2 && lane < count; lane++) all[j][lane] += all[j + 1][lane];
+            memcpy(y + j / levels * w->n + first, all[j], 4 * count);
+        }
     }
 }
 
@@ -295,50 +330,92 @@ INLINE void packed_product(const matrix *w, const float *x, int64_t padded, cons
 
 INLINE int64_t padded_inputs(const matrix *w) { return (w->k + 2 * V - 1) / (2 * V) * (2 * V); }
 
-static void product(const matrix *w, const float *x, const float *sums, float *y, int64_t begin, int64_t end, int m) {
+static void product(const matrix *w, const float *x, float *y, int64_t begin, int64_t end, int m) {
     int64_t padded = padded_inputs(w);
 #define PLAIN32(m) plain_product(w, x, padded, y, begin, end, FLOAT32, m)
 #define PLAINB(m) plain_product(w, x, padded, y, begin, end, BFLOAT16, m)
 #define PLAINH(m) plain_product(w, x, padded, y, begin, end, FLOAT16, m)
-#define PACKED4(m) packed_product(w, x, padded, sums, y, begin, end, 4, m)
-#define PACKED8(m) packed_product(w, x, padded, sums, y, begin, end, 8, m)
-    if (w->bits == 4) { FOR_ROWS(PACKED4, m) }
+#define PACKED(bits, levels, m) packed_product(w, (const int32_t *)x, y, begin, end, bits, levels, m)
+#define PACKED4(m) PACKED(4, 1, m)
+#define PACKED8(m) PACKED(8, 1, m)
+    if (w->bits && levels_of(w) == 2) {
+        if (w->bits == 4 && m == 1) PACKED(4, 2, 2);
+        else if (w->bits == 4) PACKED(4, 2, 4);
+        else if (m == 1) PACKED(8, 2, 2);
+        else PACKED(8, 2, 4);
+    }
+    else if (w->bits == 4) { FOR_ROWS(PACKED4, m) }
     else if (w->bits == 8) { FOR_ROWS(PACKED8, m) }
-    else if (w->type == FLOAT32) { FOR_ROWS(PLAIN32, m) }
-    else if (w->type == BFLOAT16) { FOR_ROWS(PLAINB, m) }
+    else if (w->stored == FLOAT32) { FOR_ROWS(PLAIN32, m) }
+    else if (w->stored == BFLOAT16) { FOR_ROWS(PLAINB, m) }
     else { FOR_ROWS(PLAINH, m) }
 }
 
-/* Products with m rows of activations, four at a time. More share what they read: a few outputs that stay in the cache. */
+/* Floats, or words, of a row of activations as `prepare` arranges it. */
+INLINE int64_t prepared_row(const matrix *w) { return w->bits ? levels_of(w) * pairs_row(w) : padded_inputs(w); }
+
+/* Products with m rows of activations, a few at a time. More share what they read: a few outputs that stay in the cache. */
 static void products(const matrix *w, const float *prepared, float *y, int64_t begin, int64_t end, int m) {
-    int64_t padded = padded_inputs(w), groups = w->bits ? groups_of(w) : 0;
-    int64_t row_bytes = w->k * (w->type == FLOAT32 ? 4 : 2), step = w->bits ? LANES : MAX(16, (1 << 17) / row_bytes / 16 * 16);
-    if (m <= 4) step = MAX(1, end - begin);
+    int64_t row_bytes = w->k * (w->stored == FLOAT32 ? 4 : 2), step = w->bits ? LANES : MAX(16, (1 << 17) / row_bytes / 16 * 16);
+    int64_t rows = w->bits ? 4 / levels_of(w) : 4;
+    if (m <= rows) step = MAX(1, end - begin);
     for (int64_t n = begin; n < end; n += step)
-        for (int j = 0; j < m; j += 4)
-            product(w, prepared + j * padded, prepared + m * padded + j * groups, y + j * w->n, n, MIN(n + step, end), MIN(4, m - j));
+        for (int j = 0; j < m; j += rows)
+            product(w, prepared + j * prepared_row(w), y + j * w->n, n, MIN(n + step, end), MIN(rows, m - j));
 }
 
-/* Activations in float32, arranged for `product`: (M, padded K); then for packed weights the sum of each group. */
+/* Integers for up to PART values, padded to full vectors, in pairs; returns their scale, which is NaN if a value is
+   not finite. Subtracts what they stand for. */
+INLINE float to_pairs(float *x, int64_t count, int bits, int32_t *pairs, int32_t *sum) {
+    const int half = 16 / bits;
+    floats most = {0}, not_finite = {0};
+    for (int64_t i = 0; i < count; i += V) {
+        floats value = AT(floats, x + i), size = where(value < 0, -value, value);
+        most = where(size > most, size, most), not_finite += value * 0.0f;
+    }
+    float largest = 0;
+    for (int i = 0; i < V; i++) largest = MAX(largest, most[i]);
+    float scale = largest / 32767, inverse = largest > 1e-30f ? 32767 / largest : 0;
+    int32_t q[PART + V];
+    *sum = 0;
+    for (int64_t i = 0; i < count; i += V) {
+        floats n = (AT(floats, x + i) * inverse + 12582912.0f) - 12582912.0f; /* rounded to an integer */
+        ints whole = __builtin_convertvector(where(n == n, n, (floats){0}), ints);
+        AT(floats, x + i) -= n * scale;
+        AT(ints, q + i) = whole;
+    }
+    for (int64_t i = 0; i < count; i++) *sum += q[i];
+    for (int64_t i = 0; i < count; i += 2 * half)
+        for (int k = 0; k < half; k++) pairs[i / 2 + k] = (q[i + k] & 0xFFFF) | (int32_t)((uint32_t)q[i + k + half] << 16);
+    return scale + total(not_finite);
+}
+
+/* A row of activations as pairs of integers, in the order of the weights. */
+static void prepare_pairs(const matrix *w, const void *x, int64_t from, int32_t *row) {
+    int64_t parts = parts_of(w), part = 0;
+    for (int64_t k = 0, count; k < w->k; k += count, part++) {
+        float values[PART + V] = {0};
+        count = MIN(MIN(part_size(w), w->group - k % w->group), w->k - k);
+        for (int64_t i = 0; i < count; i++) values[i] = load_float(x, from + (w->order ? w->order[k + i] : k + i), w->type);
+        for (int level = 0; level < levels_of(w); level++) {
+            int32_t *pairs = row + level * pairs_row(w), *ends = pairs + w->k / 2 + part;
+            AT(float, ends) = to_pairs(values, count, w->bits, pairs + k / 2, ends + parts);
+        }
+    }
+}
+
+/* Activations, arranged for `product`: in float32, (M, padded K), or for packed weights pairs of integers. */
 static void prepare(const matrix *w, const void *x, float *prepared, int m) {
-    int64_t padded = padded_inputs(w), groups = w->bits ? groups_of(w) : 0;
-    int per_word = w->bits ? 32 / w->bits : 1;
+    int64_t padded = padded_inputs(w);
     for (int j = 0; j < m; j++) {
+        float *row = prepared + j * prepared_row(w);
         if (w->bits) {
-            float *row = prepared + j * padded, *sums = prepared + m * padded + j * groups;
-            for (int64_t i = 0; i < w->k; i++) {
-                float value = load_float(x, j * w->k + (w->order ? w->order[i] : i), w->type);
-                int place = i % per_word;
-                row[i] = place == per_word - 1 ? value : value / (float)(1u << w->bits * place);
-                if (i % w->group == 0) sums[i / w->group] = 0;
-                sums[i / w->group] += value;
-            }
+            prepare_pairs(w, x, j * w->k, (int32_t *)row);
             continue;
         }
-        float *row = prepared + j * padded;
         for (int64_t i = 0; i < padded; i++) row[i] = 0;
         for (int64_t i = 0; i < w->k; i++) {
-            int64_t to = w->type == BFLOAT16 ? i / (2 * V) * (2 * V) + i % 2 * V + i % (2 * V) / 2 : i;
+            int64_t to = w->stored == BFLOAT16 ? i / (2 * V) * (2 * V) + i % 2 * V + i % (2 * V) / 2 : i;
             row[to] = load_float(x, j * w->k + i, w->type);
         }
     }
@@ -374,7 +451,7 @@ INLINE void finish(const matrix *w, const float *y, const matrix *gates, const f
 
 /* Whether two layers need the same arrangement of their inputs. */
 static int same_inputs(const matrix *a, const matrix *b) {
-    if (a->bits != b->bits || a->group != b->group || !a->order != !b->order) return 0;
+    if (a->bits != b->bits || a->group != b->group || a->stored != b->stored || !a->order != !b->order) return 0;
     return !a->order || !memcmp(a->order, b->order, a->k * sizeof *a->order);
 }
 

@@ -107,6 +107,22 @@ def test_linear(kernels, dtype, seed, rows):
     assert_close(kernels.linear(x, layer, residual), reference.linear(x, layer, residual))
 
 
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rows", [1, 4, 11, 70])
+def test_weights_in_16_bits_in_a_model_in_float32(kernels, stored, rows):
+    """In float32, also beside a gate whose weights are stored in another type."""
+    for seed, inputs in enumerate([3, 16, 257, 1030]):
+        layer = dense_linear(inputs, 21, torch.float32, bias=seed < 2, seed=seed)
+        gate = dense_linear(inputs, 21, torch.float32, bias=False, seed=seed + 5)
+        layer.weight.data = layer.weight.to(stored).float()
+        narrow = dense_linear(inputs, 21, torch.float32, bias=seed < 2, seed=seed)
+        narrow.weight.data = layer.weight.to(stored)
+        x, residual = normal(rows, inputs), normal(rows, 21, seed=3)
+        assert_close(kernels.linear(x, narrow, residual), reference.linear(x, layer, residual))
+        assert_close(kernels.swiglu_linear(x, narrow, gate), reference.swiglu_linear(x, layer, gate))
+        assert_close(kernels.swiglu_linear(x, gate, narrow), reference.swiglu_linear(x, gate, layer))
+
+
 @DTYPES
 @SEEDS
 def test_swiglu_linear(kernels, dtype, seed):
@@ -148,12 +164,34 @@ def test_a_group_that_is_not_full(kernels, bits, inputs, group_size):
 
 
 @DTYPES
+@pytest.mark.parametrize("bits", [4, 8])
+def test_activations_of_any_size_with_packed_weights(kernels, dtype, bits):
+    """The integers that stand for activations have a scale of their own for each part of a group: a large value, or one
+    that is not finite, costs no other part its precision, and no row its result."""
+    packed, dense = packed_linear(
+        640, 24, bits, -1, symmetric=False, act_order=False, bias=False, dtype=dtype, device="cpu", seed=0
+    )
+    x = normal(4, 640, dtype=dtype) * torch.logspace(-3, 3, 5).repeat_interleave(128).to(dtype)
+    x[1], x[2, 5], x[3, 639] = 0, float("inf"), float("nan")
+    ours, theirs = kernels.linear(x, packed), reference.linear(x.float(), dense).to(dtype)
+    assert_close(ours[:2], theirs[:2])
+    assert not ours[2:].isfinite().any()
+    for part in range(5):
+        alone = torch.zeros(1, 640, dtype=dtype)
+        alone[:, part * 128 : part * 128 + 128] = x[0, part * 128 : part * 128 + 128]
+        assert_close(kernels.linear(alone, packed), reference.linear(alone.float(), dense).to(dtype))
+
+
+@DTYPES
 def test_rows_and_threads_do_not_change_a_result(kernels, dtype):
     """The product of a row is the same alone, among others, and with any number of threads."""
     packed = packed_linear(
         640, 40, 4, 128, symmetric=False, act_order=True, bias=True, dtype=dtype, device="cpu", seed=0
     )[0]
     layers: list[AnyLinear] = [dense_linear(521, 77, dtype, bias=True), packed]
+    if dtype == torch.float32:
+        layers.append(dense_linear(521, 77, dtype, bias=True))
+        layers[-1].weight.data = layers[-1].weight.to(torch.bfloat16)
     for layer in layers:
         x = normal(11 if dtype == torch.float32 else 4, layer.in_features, dtype=dtype)
         with threads(1):

@@ -497,3 +497,63 @@ def test_changes_between_steps_of_the_engine():
 def test_the_kernels_are_available():
     """The other tests would compare torch with itself."""
     assert cpu_kernels() is not None
+
+
+# -- Weights in 16 bits --
+
+
+def narrowed() -> tuple[QWenLMHeadModel, QWenLMHeadModel]:
+    """Return a model in float32 with the weights of bfloat16, but for one layer in float16 and one that needs float32;
+    as it is, and prepared for one owner."""
+    plain = new_model()
+    with torch.no_grad():
+        for parameter in plain.parameters():
+            parameter.copy_(parameter.bfloat16())
+        layer = plain.transformer.h[0].mlp
+        layer.w1.weight.copy_(normal_like(layer.w1.weight).half())
+        layer.w2.weight.copy_(normal_like(layer.w2.weight))
+    owned = copy.deepcopy(plain)
+    prepare(owned, owned=True)
+    return plain, owned
+
+
+def normal_like(weight: torch.Tensor) -> torch.Tensor:
+    return torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)) / weight.shape[1] ** 0.5
+
+
+def test_an_owned_model_stores_in_16_bits_what_that_does_not_change():
+    plain, owned = narrowed()
+    first, second = owned.transformer.h
+    assert first.mlp.w1.weight.dtype == torch.float16
+    assert first.mlp.w2.weight.dtype == torch.float32
+    for layer in (first.attn.c_attn, first.mlp.c_proj, *second.linear_layers, owned.lm_head):
+        assert layer.weight.dtype == torch.bfloat16
+    assert owned.transformer.wte.weight.dtype == second.ln_1.weight.dtype == owned.dtype == torch.float32
+    for name, parameter in plain.named_parameters():
+        assert torch.equal(owned.get_parameter(name).float(), parameter)
+
+
+def test_an_owned_model_computes_the_same():
+    plain, owned = narrowed()
+    ids = torch.randint(0, 150, (2, 9), generator=torch.Generator().manual_seed(2))
+    with torch.inference_mode():
+        assert_close(owned(ids).logits, plain(ids).logits)
+        tokens = [model.generate(ids, max_new_tokens=12, do_sample=False) for model in (owned, plain)]
+    assert torch.equal(*tokens)
+    assert_close(owned(ids).logits, plain(ids).logits)  # where torch computes, because it records gradients
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_model_in_16_bits_is_owned_as_it_is(dtype):
+    model = new_model(dtype)
+    prepare(model, owned=True)
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+
+
+def test_tied_weights_stay_tied():
+    model = new_model()
+    with torch.no_grad():
+        model.lm_head.weight = model.transformer.wte.weight
+        model.lm_head.weight.copy_(model.lm_head.weight.bfloat16())
+    prepare(model, owned=True)
+    assert model.lm_head.weight is model.transformer.wte.weight
