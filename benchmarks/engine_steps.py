@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from qwen import QWenLMHeadModel
+from qwen.kernels.fused_block import prepare
 from qwen.serving.engine.block_manager import BLOCK_SIZE, BlockManager
 from qwen.serving.engine.engine import PREFILL_TOKENS
 from qwen.serving.engine.model_runner import ModelRunner, PendingStep
@@ -29,6 +30,7 @@ class EngineSteps:
     def __init__(self, model: QWenLMHeadModel, *, rows: int, cache_tokens: int, max_length: int, captured: bool = True):
         blocks = BlockManager(-(-cache_tokens // BLOCK_SIZE), BLOCK_SIZE)
         self.scheduler = Scheduler(blocks, max_num_seqs=rows, max_num_batched_tokens=PREFILL_TOKENS)
+        prepare(model, devices=("cpu", "cuda"), owned=True)
         self.runner = ModelRunner(model, blocks, rows, max_length)
         self.runner.decode_steps.capturable &= captured
         self.runner.warm_up()

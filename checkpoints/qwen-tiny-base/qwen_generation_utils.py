@@ -85,7 +85,7 @@ def encode_turns(
     tokenizer: PreTrainedTokenizerBase,
     turns: Sequence[Turn],
     max_window_size: int | None = MAX_WINDOW_SIZE,
-    reply_start: str = "",
+    reply_start: str | None = "",
 ) -> tuple[str, list[int]]:
     """Encode a conversation in ChatML, up to the start of the assistant's reply.
 
@@ -99,7 +99,7 @@ def encode_turns(
     Args:
         turns: (role, text) pairs; the roles are "system", "user" and "assistant".
         max_window_size: tokens; None, as in a checkpoint without this setting, for the default.
-        reply_start: beginning of the reply.
+        reply_start: beginning of the reply; None for a prompt without a message to reply with.
 
     Returns:
         The prompt as text and as token ids.
@@ -137,6 +137,8 @@ def encode_turns(
 
     text = "".join(f"<|im_start|>{turns[index][0]}\n{turns[index][1]}<|im_end|>\n" for index in sorted(kept))
     ids = [token for index in sorted(kept) for token in (*kept[index], *newline)]
+    if reply_start is None:
+        return text, ids
     start_ids = [tokenizer.im_start_id, *plain_ids("assistant"), *newline, *plain_ids(reply_start)]
     return f"{text}<|im_start|>assistant\n{reply_start}", ids + start_ids
 

@@ -126,6 +126,44 @@ def test_grammars_equal_the_cpus(tiny_chat_checkpoint, prompts, cache_tokens):
         assert (engine.scheduler.num_preemptions > 0) == (cache_tokens == SMALL_CACHE)
 
 
+@pytest.mark.parametrize("cache_tokens", [LARGE_CACHE, SMALL_CACHE], ids=["", "preempted"])
+def test_limits_of_tokens_and_scores_of_prompts_equal_the_cpus(tiny_chat_checkpoint, prompts, cache_tokens):
+    """Those that depend on the number of tokens need not wait for the last one; bad words of several tokens do."""
+    alone = generated(load_model(tiny_chat_checkpoint, cpu_only=True)[0], prompts[0], 20)
+    settings = [
+        {"temperature": 1.0, "min_p": 0.1, "seed": 7},
+        {"bad_words": [alone[:1], alone[1:3]], "temperature": 0.0},
+        {"allowed_token_ids": range(60, 90), "temperature": 1.5, "seed": 3},
+        {"stop_token_ids": frozenset(range(0, 512, 3)), "min_tokens": 15, "temperature": 1.5, "seed": 4},
+        {"prompt_logprobs": 2},
+        {"prompt_logprobs": 0, "max_tokens": 0},
+    ]
+
+    def replies(engine: Engine) -> tuple[list[list[int]], list[float]]:
+        used = [prompts[index] for index in (0, 0, 1, 4, 3, 5)]
+        with engine._changed:
+            streams = [
+                start(engine, prompt, **{"max_tokens": 30} | each) for prompt, each in zip(used, settings, strict=True)
+            ]
+        pieces = [list(stream) for stream in streams]
+        tokens = [[token.token_id for piece in each for token in piece.tokens] for each in pieces]
+        scores = [score for each in pieces for piece in each for score in piece.prompt or ()]
+        assert len(scores) == len(prompts[3]) - 1 + len(prompts[5]) - 1
+        return tokens, [score.logprob for score in scores]
+
+    with serving(tiny_chat_checkpoint, "cpu") as engine:
+        on_cpu, scores = replies(engine)
+    assert 15 <= len(on_cpu[3]) < 30
+    assert set(on_cpu[2]) <= set(range(60, 90))
+    with gpu(), serving(tiny_chat_checkpoint, "cuda", cache_tokens=cache_tokens) as engine:
+        if cache_tokens == SMALL_CACHE:
+            admit_too_many(engine)
+        tokens, logprobs = replies(engine)
+        assert tokens == on_cpu
+        assert logprobs == pytest.approx(scores, abs=1e-4)
+        assert (engine.scheduler.num_preemptions > 0) == (cache_tokens == SMALL_CACHE)
+
+
 Reply = list[TokenLogprob]
 
 

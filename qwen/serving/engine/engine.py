@@ -11,13 +11,15 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from collections.abc import Sequence as Ids
+from itertools import chain
 from typing import Any, NamedTuple
 
 import psutil
 import torch
 
+from ...kernels.fused_block import prepare
 from ...model.modeling_qwen import QWenLMHeadModel
 from ...model.tokenization_qwen import QWenTokenizer
 from .block_manager import BLOCK_SIZE, BlockManager
@@ -88,6 +90,7 @@ class Engine:
         self.model, self.tokenizer = model, tokenizer
         self.max_batch_size, self.max_queue = max_batch_size, max_queue
         config = model.config
+        prepare(model, devices=("cpu", "cuda"), owned=True)
         if cache_tokens is None:
             # No more than replies can use: what prefixes would fill beyond that, others may need.
             most = max(2 * config.max_context_length, TOKENS_PER_REQUEST * max_batch_size)
@@ -130,9 +133,9 @@ class Engine:
             ValueError: a value out of range.
         """
         config = self.model.generation_config
-        settings = {name: getattr(config, name, None) for name in ("top_k", "top_p", "repetition_penalty")}
+        settings = {name: getattr(config, name, None) for name in ("top_k", "top_p", "min_p", "repetition_penalty")}
         settings["temperature"] = config.temperature if config.do_sample else 0.0
-        settings["max_tokens"] = config.max_new_tokens or self.context_length
+        settings["max_tokens"] = max(config.max_new_tokens or self.context_length, overrides.get("min_tokens") or 0)
         settings |= {name: value for name, value in overrides.items() if value is not None}
         params = SamplingParams(**{name: value for name, value in settings.items() if value is not None})
         return dataclasses.replace(params, temperature=0.0) if params.temperature < GREEDY_BELOW else params
@@ -145,6 +148,7 @@ class Engine:
         stop: Ids[str] = (),
         lstrip: bool = False,
         rstrip: bool = False,
+        end_strings: Ids[str] = (),
         constraint: Constraint | None = None,
         group: Hashable | None = None,
         cache_salt: str | None = None,
@@ -156,6 +160,7 @@ class Engine:
             params: sampling settings; `max_tokens` is limited to the rest of the context.
             stop: the reply ends before the first occurrence of any of these strings.
             lstrip, rstrip: strip whitespace at the start or end of the reply.
+            end_strings: like `stop`, but never included or reported, since they belong to the format of the prompt.
             constraint: grammar that the reply must follow.
             group: prompts of one request have the same group, and take turns with others as one.
             cache_salt: prompts share the cache only with those of the same salt.
@@ -164,36 +169,66 @@ class Engine:
             PromptTooLong: the prompt alone fills the model's context, or the cache.
             QueueFull: too many requests are waiting.
             EngineClosed: the engine is closed or has failed.
-            ValueError: an empty prompt, or token ids out of range.
+            ValueError: an empty prompt, token ids out of range, or `ignore_eos` with a constraint.
         """
         if not prompt_ids:
             raise ValueError("The prompt is empty. Give at least one token.")
         room = self.context_length - len(prompt_ids)
-        if room < 1:
+        if room < min(1, params.max_tokens):
             raise PromptTooLong(
-                f"The prompt is too long: it has {len(prompt_ids)} tokens, and prompt and reply together may have at "
-                f"most {self.context_length}{self._limit_reason}. Shorten the prompt."
+                # Clients look for these words: "prompt is too long", "This model's maximum context length is".
+                f"The prompt is too long: it has {len(prompt_ids)} tokens. This model's maximum context length is "
+                f"{self.context_length} tokens of prompt and reply together{self._limit_reason}. Shorten the prompt."
             )
         valid = range(self.model.config.vocab_size)
-        for name, ids in (("The prompt", prompt_ids), ("logit_bias", params.logit_bias)):
+        given: dict[str, Iterable[int]] = {
+            "The prompt": prompt_ids,
+            "logit_bias": params.logit_bias,
+            "stop_token_ids": params.stop_token_ids,
+            "bad_words": chain.from_iterable(params.bad_words),
+            "allowed_token_ids": params.allowed_token_ids or (),
+        }
+        for name, ids in given.items():
             if any(token not in valid for token in ids):
                 raise ValueError(f"{name} has invalid token ids: valid ids are 0 to {valid[-1]}.")
+        if params.ignore_eos and constraint is not None:
+            raise ValueError("ignore_eos cannot be combined with a grammar, which decides where the reply ends.")
         config = self.model.config
-        text = IncrementalText(self.tokenizer, [*stop, *self.stop], lstrip, rstrip)
-        stream = TextStream(len(prompt_ids), text, self._wakeups)
+        text = IncrementalText(
+            self.tokenizer,
+            stop,
+            lstrip,
+            rstrip,
+            include_stop=params.include_stop,
+            end_strings=[*end_strings, *([] if params.ignore_eos else self.stop)],
+            min_tokens=params.min_tokens,
+            skipped_ids=self.end_token_ids if params.skip_special_tokens else frozenset(),
+            keep_ids=params.return_token_ids,
+        )
+        end_token_ids = frozenset() if params.ignore_eos else self.end_token_ids
+        params = dataclasses.replace(
+            params,
+            max_tokens=min(params.max_tokens, room),
+            min_tokens=min(params.min_tokens, room),
+            stop_token_ids=params.stop_token_ids - end_token_ids,
+        )
+        stream = TextStream(len(prompt_ids), text, self._wakeups, params.stop_token_ids)
         sequence = Sequence(
             prompt_ids,
-            dataclasses.replace(params, max_tokens=min(params.max_tokens, room)),
-            self.end_token_ids,
+            params,
+            end_token_ids,
             stream.on_token,
             stream.on_end,
             constraint,
             group,
             alpha_index(len(prompt_ids), config.seq_length) if config.use_dynamic_ntk else 0,
             (*_active_adapters(self.model), f"salt {cache_salt!r}"),
+            stream.on_prompt_logprobs,
         )
+        if params.prompt_logprobs is not None:
+            stream.on_prompt_logprobs([])  # a prompt of one token has none
         stream.on_cancel = lambda: self._cancel(sequence)
-        stream.on_begin = lambda: sequence.cached_tokens
+        stream.on_begin = lambda: (sequence.cached_tokens, sequence.admitted_at)
         with self._changed:
             if self._closing:
                 raise EngineClosed("The engine accepts no more requests.")
@@ -261,8 +296,8 @@ class Engine:
         for sequence in self.scheduler.sequences():
             if sequence.cancelled or self._cancelling:
                 self._end(sequence, FinishReason.CANCELLED)
-        if any(sequence.constraint is not None for sequence in self.scheduler.running):
-            self._finish_steps()  # a grammar needs the last token before the next one is chosen
+        if any(sequence.needs_last_token for sequence in self.scheduler.running):
+            self._finish_steps()
         chunks = self.scheduler.schedule()
         if chunks:
             started = time.perf_counter()
@@ -281,6 +316,11 @@ class Engine:
             step = self._in_flight.popleft()
             tokens = step.wait()
             self._observe(step.chunks)
+            for scored, logprobs in step.prompt_logprobs():
+                if isinstance(logprobs, Exception):
+                    self._discard(scored, logprobs)
+                elif not scored.ended:
+                    scored.on_prompt_logprobs(logprobs)
             for sequence, token in zip(step.sequences, tokens, strict=True):
                 sequence.num_pending -= 1
                 if not sequence.ended:
@@ -307,16 +347,16 @@ class Engine:
     def _hand_on(self, sequence: Sequence, token: SampledToken | Exception) -> None:
         """Pass a token to its sequence, which may end with it."""
         if isinstance(token, Exception):
-            manager, blocks = self.scheduler.block_manager, sequence.blocks
-            manager.forget(blocks)  # NaN must not reach those who would share them, or take them next
-            self._end(sequence, FinishReason.ERROR, token)
-            self.runner.cache.zero([block for block in blocks if manager.is_free(block)])
+            self._discard(sequence, token)
             return
         try:
             if sequence.constraint is not None:
                 sequence.constraint.accept(token.token_id)
+            if not sequence.params.max_tokens:  # see `Sequence.num_uncomputed`
+                self._end(sequence, FinishReason.LENGTH)
+                return
             if token.token_id in sequence.end_token_ids:
-                self._end(sequence, FinishReason.STOP)
+                self._end_at(sequence, token)
                 return
             sequence.token_ids.append(token.token_id)
             enough = sequence.on_token(token)
@@ -328,7 +368,28 @@ class Engine:
         elif len(sequence.token_ids) - sequence.num_prompt_tokens >= sequence.params.max_tokens:
             self._end(sequence, FinishReason.LENGTH)
 
-    def _end(self, sequence: Sequence, reason: FinishReason, error: Exception | None = None) -> None:
+    def _discard(self, sequence: Sequence, error: Exception) -> None:
+        """End a sequence whose keys and values may be NaN, which must not reach those who would share its blocks, or
+        take them next."""
+        manager, blocks = self.scheduler.block_manager, sequence.blocks
+        manager.forget(blocks)
+        self._end(sequence, FinishReason.ERROR, error)
+        self.runner.cache.zero([block for block in blocks if manager.is_free(block)])
+
+    def _end_at(self, sequence: Sequence, token: SampledToken) -> None:
+        """End a sequence at an end token, which is part of the reply if it is the request's own and included."""
+        if sequence.params.include_stop and token.token_id in sequence.params.stop_token_ids:
+            sequence.token_ids.append(token.token_id)
+            sequence.on_token(token)
+        self._end(sequence, FinishReason.STOP, end_token=token)
+
+    def _end(
+        self,
+        sequence: Sequence,
+        reason: FinishReason,
+        error: Exception | None = None,
+        end_token: SampledToken | None = None,
+    ) -> None:
         if sequence.ended:
             return
         sequence.ended = True
@@ -338,7 +399,7 @@ class Engine:
         self.runner.drop(sequence)
         with self._changed:
             self._unfinished -= 1
-        sequence.on_end(reason, error)
+        sequence.on_end(reason, error, end_token)
 
 
 def affordable_tokens(model: QWenLMHeadModel) -> int:

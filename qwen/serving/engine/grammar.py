@@ -1,4 +1,4 @@
-"""Constrains replies to a grammar: JSON and tool calls that are valid by construction.
+"""Constrains replies to a grammar: JSON, tool calls, and texts of a given form, which are valid by construction.
 
 llguidance converts a grammar to masks over the vocabulary, of the allowed next tokens. Without it constraints are
 rejected, and everything else works.
@@ -6,10 +6,16 @@ rejected, and everything else works.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
+import math
+import re
 import threading
-from collections.abc import Sequence
-from typing import Any
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -19,7 +25,8 @@ from ...tools import ACTION, ACTION_INPUT, FINAL_ANSWER, MARKERS, STOP_WORD, THO
 from .sequence import ConstraintError
 
 try:
-    from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+    from llguidance import LLMatcher, LLParserLimits, LLTokenizer, StructTag
+    from llguidance.gbnf_to_lark import gbnf_to_lark
     from llguidance.tiktoken import lltokenizer_from_encoding
 except ModuleNotFoundError:
     _INSTALLED = False
@@ -31,17 +38,60 @@ _STYLE = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": 
 # In characters. The time to build a grammar grows faster than its schema: about a second at this size.
 _MAX_SCHEMA = 65_536
 _MAX_THOUGHT = 400
+# llguidance follows nested rules on the stack, with about 3 kB each. The usual 8 MB of a thread would end the process.
+_STACK_BYTES = 2**27
+_stack_lock = threading.Lock()
+# The time for an intersection of expressions grows exponentially, from milliseconds for 8 of them to minutes for 14.
+_MAX_INTERSECTIONS = 8
+# The converter of GBNF reads the whole text for each rule: about a second at this product of rules and characters.
+_MAX_GBNF = 2**22
+_GBNF_RULE = re.compile(r"^\s*[\w-]+\s*::=", re.MULTILINE)
+# All replies wait for the grammar of one: some need seconds for a token. In seconds of the processor: the usual time of
+# a token, which is rarely a tenth of this, and how much more a reply may take in all.
+_USUAL_SECONDS, _MAX_MORE_SECONDS = 0.02, 2.0
+# Written out for `uniqueItems`, in characters.
+_MAX_UNIQUE_ITEMS = 32_768
+_MAX_UNIQUE_VALUES = 64
 # Keywords that hold a schema, a list of schemas, or schemas by name.
 _HOLDS_ONE = {"items", "additionalProperties"}
 _HOLDS_LIST = {"prefixItems", "anyOf", "oneOf", "allOf"}
-_HOLDS_NAMED = {"properties", "patternProperties", "$defs", "definitions"}
+_DEFINITIONS = {"$defs", "definitions"}
+_HOLDS_NAMED = {"properties", "patternProperties", *_DEFINITIONS}
 # Other keywords that may determine the properties of an object.
 _MORE_PROPERTIES = {"additionalProperties", "patternProperties", "minProperties", "$ref", "anyOf", "oneOf"}
+_ANNOTATIONS = {"title", "description", "default", "examples", "deprecated"}
+_TYPES: dict[str, tuple[type, ...]] = {
+    "string": (str,),
+    "integer": (int,),
+    "number": (int, float),
+    "null": (type(None),),
+    "array": (list,),
+    "object": (dict,),
+}
 
 
 def is_available() -> bool:
     """Return whether llguidance is installed, which constraints need."""
     return _INSTALLED
+
+
+T = TypeVar("T")
+
+
+class StructuralTag(NamedTuple):
+    """A part of a free text that has a form.
+
+    Args:
+        trigger: text after which one of the tags with this trigger must follow.
+        begin: beginning of the part; begins with the trigger.
+        schema: JSON schema of what follows.
+        end: text after that.
+    """
+
+    trigger: str
+    begin: str
+    schema: dict
+    end: str
 
 
 class GrammarConstraint:
@@ -52,29 +102,47 @@ class GrammarConstraint:
     """
 
     def __init__(self, tokenizer: LLTokenizer, grammar: str):
-        self._matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=LLParserLimits(verbose_errors=False))
-        self._matcher.compute_logit_bias()  # some errors of a grammar show only here
+        def build() -> LLMatcher:
+            matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=LLParserLimits(verbose_errors=False))
+            matcher.compute_logit_bias()  # some errors of a grammar show only here
+            return matcher
+
+        self._matcher = _with_deep_stack(build)
         if self._matcher.is_error():
             raise ValueError(_error(self._matcher))
+        self._more_seconds = 0.0
 
     def copy(self) -> GrammarConstraint:
         """Return a copy in the same state; cheaper than building the grammar again."""
         twin = object.__new__(GrammarConstraint)
-        twin._matcher = self._matcher.deep_copy()
+        twin._matcher, twin._more_seconds = self._matcher.deep_copy(), self._more_seconds
         return twin
 
     def allowed(self) -> torch.Tensor:
         """Return the allowed next tokens, (vocab_size,) bool. They include the end tokens if the text may end, and
-        nothing else if it must. Raises ConstraintError if the text led to a state too complex for llguidance."""
-        mask = bytearray(self._matcher.compute_logit_bias())
+        nothing else if it must. Raises ConstraintError if the text led to a state too complex for llguidance, or if
+        the grammar takes too much time."""
+        with self._limited_time():
+            mask = bytearray(self._matcher.compute_logit_bias())
         if self._matcher.is_error():
             raise ConstraintError(f"The grammar of the reply failed: {_error(self._matcher)}")
         return torch.frombuffer(mask, dtype=torch.uint8).bool()
 
     def accept(self, token_id: int) -> None:
-        """Advance by the chosen token. Raises ValueError if it is not allowed."""
-        if not self._matcher.consume_token(token_id):
-            raise ValueError(f"Token {token_id} is not allowed here: {_error(self._matcher)}")
+        """Advance by the chosen token. Raises ConstraintError if it is not allowed, or as `allowed` does."""
+        with self._limited_time():
+            accepted = self._matcher.consume_token(token_id)
+        if not accepted:
+            raise ConstraintError(f"Token {token_id} is not allowed here: {_error(self._matcher)}")
+
+    @contextlib.contextmanager
+    def _limited_time(self) -> Iterator[None]:
+        started = time.thread_time()  # not the wall clock: the limit must not depend on other replies
+        yield
+        spent = time.thread_time() - started
+        self._more_seconds = max(0.0, self._more_seconds + spent - _USUAL_SECONDS)
+        if self._more_seconds > _MAX_MORE_SECONDS:
+            raise ConstraintError("The grammar of the reply takes too long: it is too ambiguous. Simplify it.")
 
 
 class ConstraintFactory:
@@ -99,7 +167,9 @@ class ConstraintFactory:
         """JSON that is valid against a schema, written as `{"a": 1, "b": [2, 3]}`.
 
         Objects with listed properties have no others, unless the schema explicitly allows more; properties are in the
-        order of the schema. As in JSON Schema, a `format` that llguidance does not support is ignored.
+        order of the schema. As in JSON Schema, a `format` that llguidance does not support is ignored. `uniqueItems` is
+        kept for arrays of a few known values, such as an enum; if they are more than about five, items come in the
+        order of the schema, too.
 
         Raises:
             ValueError: the schema is too large, unsatisfiable, refers to the network, or uses unsupported features (the
@@ -107,6 +177,62 @@ class ConstraintFactory:
         """
         _require_llguidance()
         return self._compile_schema(schema, "The schema")[1]
+
+    def regex(self, pattern: str) -> GrammarConstraint:
+        """Text that a regular expression matches as a whole. The syntax is that of Rust's regex, without look-around.
+
+        Raises:
+            ValueError: the pattern is too large or cannot be used (the message says why), or llguidance is not
+                installed.
+        """
+        _require_llguidance()
+        _check_size("The regular expression", pattern)
+        return self._compile("The regular expression", LLMatcher.grammar_from_regex(pattern))
+
+    def choice(self, texts: Sequence[str]) -> GrammarConstraint:
+        """One of some texts. Raises the same errors as `regex`."""
+        _require_llguidance()
+        choices = " | ".join(map(_literal, dict.fromkeys(texts)))
+        _check_size("The choice", choices)
+        return self._compile("The choice", LLMatcher.grammar_from_lark(f"start: {choices}"))
+
+    def grammar(self, text: str) -> GrammarConstraint:
+        """Text of a context-free grammar: Lark in llguidance's dialect, or GBNF as llama.cpp has it (`root ::= …`).
+
+        Raises:
+            ValueError: the grammar is too large or cannot be used (the message says why), or llguidance is not
+                installed.
+        """
+        _require_llguidance()
+        _check_size("The grammar", text)
+        if rules := len(_GBNF_RULE.findall(text)):
+            if rules * len(text) > _MAX_GBNF:
+                raise ValueError(f"The grammar cannot be used: {rules} rules in {len(text)} characters are too many.")
+            try:
+                text = gbnf_to_lark(text)
+            except Exception as error:  # of many types
+                raise ValueError(f"The grammar cannot be used: {error}.") from None
+        elif sum(text.count(sign) for sign in ("&", "~", '"pattern"')) > _MAX_INTERSECTIONS:
+            raise ValueError(
+                f"The grammar cannot be used: it has more than {_MAX_INTERSECTIONS} of &, ~ and the keyword pattern."
+            )
+        return self._compile("The grammar", LLMatcher.grammar_from_lark(text))
+
+    def structural_tags(self, tags: Sequence[StructuralTag]) -> GrammarConstraint:
+        """Free text with parts of a form: after each trigger, one of the tags follows.
+
+        Raises:
+            ValueError: a schema cannot be used, as in `json_schema`, or all tags are too large together, or llguidance
+                is not installed.
+        """
+        _require_llguidance()
+        parts: list[StructTag] = []
+        for index, (trigger, begin, schema, end) in enumerate(tags):
+            text, _ = self._compile_schema(schema, f"The schema of tag {index}")
+            parts.append(StructTag(trigger=trigger, begin=begin, grammar=text, end=end))
+            _check_size("The list of tags", "".join(f"{part.begin}{part.grammar}{part.end}" for part in parts))
+        grammar = StructTag.to_grammar(parts, assume_special=False)
+        return self._compile("The list of tags", LLMatcher.grammar_from_lark(grammar))
 
     def tool_call(
         self,
@@ -170,6 +296,12 @@ class ConstraintFactory:
         except ValueError as error:
             raise ValueError(f"The tools cannot be used together: {error}") from None
 
+    def _compile(self, what: str, grammar: str) -> GrammarConstraint:
+        try:
+            return GrammarConstraint(self._lltokenizer(), grammar)
+        except ValueError as error:
+            raise ValueError(f"{what} cannot be used: {error}") from None
+
     def _compile_schema(self, schema: dict, what: str) -> tuple[str, GrammarConstraint]:
         """Convert an untrusted schema to JSON text for llguidance, in the style of the models; return the text and its
         constraint."""
@@ -179,10 +311,14 @@ class ConstraintFactory:
             text = json.dumps(schema, allow_nan=False)
             if len(text) > _MAX_SCHEMA:
                 raise ValueError(f"it has {len(text)} characters of JSON, more than {_MAX_SCHEMA}")
+            if text.count('"pattern"') > _MAX_INTERSECTIONS and _combines_patterns(schema):
+                raise ValueError(f"it has more than {_MAX_INTERSECTIONS} patterns, and allOf or $ref that combine some")
             failures = []
             # An object described by several schemas could have no properties if each of them were closed.
             for close in [False] if '"allOf"' in text else [True, False]:
-                text = json.dumps({**_normalize_schema(schema, close), "x-guidance": _STYLE})
+                text = json.dumps({**_normalize_schema(schema, close, schema), "x-guidance": _STYLE})
+                if len(text) > 2 * _MAX_SCHEMA:
+                    raise ValueError(f"its arrays with uniqueItems have more than {_MAX_SCHEMA} characters of JSON")
                 try:
                     grammar = LLMatcher.grammar_from_json_schema(text)
                     return text, GrammarConstraint(self._lltokenizer(), grammar)
@@ -213,26 +349,126 @@ def _require_llguidance() -> None:
         )
 
 
-def _normalize_schema(schema: Any, close: bool) -> Any:
-    """Copy a schema without unsupported formats; if `close`, objects allow only their listed properties."""
+def _with_deep_stack(function: Callable[[], T]) -> T:
+    """Call a function in a thread with a large stack; memory is taken for what it uses of it."""
+    result: Future[T] = Future()
+
+    def call() -> None:
+        try:
+            result.set_result(function())
+        except BaseException as error:
+            result.set_exception(error)
+
+    thread = threading.Thread(target=call)
+    with _stack_lock:  # the size is a setting of the process
+        before = threading.stack_size(_STACK_BYTES)
+        try:
+            thread.start()
+        finally:
+            threading.stack_size(before)
+    return result.result()
+
+
+def _check_size(what: str, text: str) -> None:
+    if len(text) > _MAX_SCHEMA:
+        raise ValueError(f"{what} cannot be used: it has {len(text)} characters, more than {_MAX_SCHEMA}.")
+
+
+def _combines_patterns(schema: Any) -> bool:
+    """Return whether a text may have to match several patterns of a schema."""
+    if isinstance(schema, list):
+        return any(map(_combines_patterns, schema))
+    if not isinstance(schema, dict):
+        return False
+    if "allOf" in schema or ("pattern" in schema and schema.keys() & {"$ref", "anyOf", "oneOf"}):
+        return True
+    return any(map(_combines_patterns, schema.values()))
+
+
+def _normalize_schema(schema: Any, close: bool, root: dict) -> Any:
+    """Copy a schema without what llguidance does not support: some formats, and `uniqueItems`.
+
+    Args:
+        close: objects allow only their listed properties.
+        root: the whole schema, whose definitions `$ref` names.
+    """
     if not isinstance(schema, dict):
         return schema
+    if "uniqueItems" in schema:
+        schema = _without_unique_items(schema, root)
     prepared = {}
     for key, value in schema.items():
         # Alternatives next to properties describe the same object.
         inner = close and not (key in _HOLDS_LIST and "properties" in schema)
         if key in _HOLDS_NAMED and isinstance(value, dict):
-            value = {name: _normalize_schema(part, close) for name, part in value.items()}
+            value = {name: _normalize_schema(part, close, root) for name, part in value.items()}
         elif key in _HOLDS_LIST and isinstance(value, list):
-            value = [_normalize_schema(part, inner) for part in value]
+            value = [_normalize_schema(part, inner, root) for part in value]
         elif key in _HOLDS_ONE:
-            value = _normalize_schema(value, close)
+            value = _normalize_schema(value, close, root)
         elif key == "format" and not _known_format(value):
             continue
         prepared[key] = value
     if close and "properties" in schema and not _MORE_PROPERTIES & schema.keys():
         prepared["additionalProperties"] = False
     return prepared
+
+
+def _without_unique_items(schema: dict, root: dict) -> dict:
+    """Return the schema of an array without `uniqueItems`, if possible.
+
+    If the values of the items are few, all arrays are listed: in all orders, or if those are too many, with the items
+    in the order of the schema, like the properties of objects.
+    """
+    least, most = schema.get("minItems", 0), schema.get("maxItems", math.inf)
+    if schema["uniqueItems"] is False or most in (0, 1):
+        return {key: value for key, value in schema.items() if key != "uniqueItems"}
+    values = _values(schema.get("items"), root)
+    others = schema.keys() - {"type", "items", "minItems", "maxItems", "uniqueItems", *_DEFINITIONS} - _ANNOTATIONS
+    numbers = isinstance(least, int) and isinstance(most, int | float)
+    if schema.get("type") != "array" or values is None or others or not numbers:
+        return schema
+    sizes = range(max(least, 0), int(min(most, len(values))) + 1)
+    length = sum(len(json.dumps(value)) + 2 for value in values) / max(len(values), 1)
+    for count, arrange in ((math.perm, itertools.permutations), (math.comb, itertools.combinations)):
+        if length * sum(count(len(values), size) * size for size in sizes) <= _MAX_UNIQUE_ITEMS:
+            return {"enum": [list(array) for size in sizes for array in arrange(values, size)]}
+    return schema
+
+
+def _values(schema: Any, root: dict) -> list | None:
+    """Return the values that a schema allows if it is an enum, a constant or boolean, or refers to one; else None."""
+    if not isinstance(schema, dict):
+        return None
+    if isinstance(reference := schema.get("$ref"), str) and not schema.keys() - {"$ref"} - _ANNOTATIONS:
+        _, _, place = reference.partition("#/")
+        group, _, name = place.partition("/")
+        definitions = root.get(group) if group in _DEFINITIONS else None
+        schema = definitions.get(name) if isinstance(definitions, dict) else None
+        if not isinstance(schema, dict):
+            return None
+    kind = schema.get("type")
+    if kind == "boolean" and not schema.keys() - {"type"} - _ANNOTATIONS:
+        return [False, True]
+    values = [schema["const"]] if "const" in schema else schema.get("enum")
+    others = schema.keys() - {"type", "const" if "const" in schema else "enum"} - _ANNOTATIONS
+    if not isinstance(values, list) or others:
+        return None
+    if kind is not None and not all(_is_of_type(value, kind) for value in values):
+        return None
+    different = {json.dumps(value, sort_keys=True): value for value in map(_as_integer, values)}
+    return list(different.values()) if len(different) <= _MAX_UNIQUE_VALUES else None
+
+
+def _is_of_type(value: object, kind: object) -> bool:
+    if isinstance(value, bool):
+        return kind == "boolean"
+    return isinstance(kind, str) and isinstance(value, _TYPES.get(kind, ()))
+
+
+def _as_integer(value: object) -> object:
+    """Return 1 for 1.0, which are the same value in JSON Schema."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _known_format(name: object) -> bool:

@@ -11,26 +11,42 @@ from __future__ import annotations
 
 import logging
 from collections import abc
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import cast
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
 
 from ...kernels.cpu import Places
-from ...kernels.fused_block import FUSED_LINEAR, FusedBlock, has_gpu_kernels, is_spread, prepare
+from ...kernels.fused_block import FUSED_LINEAR, FusedBlock, has_gpu_kernels, is_spread
 from ...kernels.gpu import gpu_kernels
 from ...model.modeling_qwen import QWenLMHeadModel, execution_device
 from ...model.rope_qwen import MAX_DOUBLINGS, logn_scale, ntk_alpha, rotary_tables
 from .block_manager import BlockManager
 from .decode_step import DecodeStep, DecodeSteps, to_pinned
 from .paged_kv_cache import PagedKVCache
-from .sampler import Sampler, SampleRequest, unpack
+from .sampler import Sampler, SampleRequest, not_a_number, token_logprobs, unpack
 from .scheduler import Chunk
-from .sequence import SampledToken, Sequence
+from .sequence import PromptLogprob, SampledToken, Sequence
 from .step_layout import Row, StepLayout, query_tiles
 
 logger = logging.getLogger(__name__)
+
+# Logits of prompts that are computed at once: 64 MiB in float32, where those of 8,192 tokens would take 5 GB.
+SCORED_LOGITS = 2**24
+
+
+class ScoredTokens(NamedTuple):
+    """Log-probabilities of consecutive tokens of a prompt.
+
+    Args:
+        values: (tokens, 2 + 2k), float64: for each its log-probability and rank, k likely tokens, and theirs.
+    """
+
+    sequence: Sequence
+    token_ids: list[int]
+    values: torch.Tensor
 
 
 @dataclass
@@ -40,6 +56,7 @@ class PendingStep:
     chunks: list[Chunk]
     sequences: list[Sequence]
     values: torch.Tensor
+    scored: list[ScoredTokens]
     ready: torch.cuda.Event | None
     failures: dict[int, Exception]
 
@@ -49,6 +66,22 @@ class PendingStep:
             self.ready.synchronize()
         tokens = unpack(self.values.tolist(), self.sequences)
         return [self.failures.get(row, token) for row, token in enumerate(tokens)]
+
+    def prompt_logprobs(self) -> Iterator[tuple[Sequence, list[PromptLogprob] | Exception]]:
+        """Yield sequences and the log-probabilities of the next tokens of their prompts, or an error.
+
+        The step must have ended.
+        """
+        for sequence, token_ids, values in self.scored:
+            if values.isnan().any():
+                yield sequence, not_a_number()
+                continue
+            width = (values.shape[1] - 2) // 2
+            logprobs = []
+            for token_id, (logprob, rank, *top) in zip(token_ids, values.tolist(), strict=True):
+                likely = zip(map(int, top[:width]), top[width:], strict=True)
+                logprobs.append(PromptLogprob(token_id, logprob, int(rank), list(likely)))
+            yield sequence, logprobs
 
 
 class ModelRunner:
@@ -64,7 +97,6 @@ class ModelRunner:
     def __init__(self, model: QWenLMHeadModel, block_manager: BlockManager, max_num_seqs: int, max_length: int):
         self.model, self.block_manager, self.device = model, block_manager, model.device
         self.max_length = max_length
-        prepare(model, devices=("cpu", "cuda"))
         self._gpu_kernels = gpu_kernels(self.device) if has_gpu_kernels(model) else None
         self.cache = PagedKVCache(model, block_manager.num_blocks, block_manager.block_size)
         self.sampler = Sampler(model.config.vocab_size, max_num_seqs + 1, self.device)  # one for rows that are not used
@@ -100,6 +132,7 @@ class ModelRunner:
         failures: dict[int, Exception] = {}
         self._update_slots(sequences)
         values = torch.empty(0, 1, dtype=torch.float64, device=self.device)
+        scored: list[ScoredTokens] = []
         if self.device.type != "cpu" and all(chunk.samples and chunk.is_single for chunk in chunks):
             width = max(len(sequence.blocks) for sequence in sequences)
             step = self.decode_steps.load(chunks, width)
@@ -109,19 +142,47 @@ class ModelRunner:
             numbers, layout = self._inputs(chunks, request)
             hidden = self._forward(numbers.ids, numbers.positions, layout)
             slots, settings = numbers.sampling_slots, numbers.settings
+            if any(chunk.sequence.num_to_score for chunk in chunks):
+                scored = self._score_prompts(chunks, hidden)
             logits = self.model.lm_head(hidden[numbers.ends.to(hidden.device)]).to(self.device) if sequences else values
         if sequences:
             allowed = _allowed_tokens(sequences, failures, logits)
-            values = self.sampler.sample(logits, request, slots, settings, allowed)
+            forbidden = to_device(np.array(request.forbidden), self.device) if request.forbidden else None
+            values = self.sampler.sample(logits, request, slots, settings, allowed, forbidden)
         for sequence in sequences:
             sequence.num_pending += 1
+        for sequence, token_ids, _ in scored:
+            sequence.num_scored += len(token_ids)
         ready = None
         if self.is_asynchronous:
-            host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-            values = host.copy_(values, non_blocking=True)
+            values, scored = to_host(values), [each._replace(values=to_host(each.values)) for each in scored]
             ready = torch.cuda.Event()
             ready.record()
-        return PendingStep(chunks, sequences, values, ready, failures)
+        return PendingStep(chunks, sequences, values, scored, ready, failures)
+
+    def _score_prompts(self, chunks: list[Chunk], hidden: torch.Tensor) -> list[ScoredTokens]:
+        """Return the log-probabilities of the tokens of prompts after those of a step, as far as they are wanted.
+
+        Args:
+            hidden: (N, C), of the tokens of the chunks.
+        """
+        scored = []
+        offset = 0
+        for chunk in chunks:
+            sequence = chunk.sequence
+            start, end = max(chunk.start, sequence.num_scored), min(chunk.end, sequence.num_to_score)
+            if start < end:
+                token_ids = sequence.token_ids[start + 1 : end + 1]
+                rows = hidden[offset + start - chunk.start : offset + end - chunk.start]
+                targets = to_device(np.array(token_ids), self.device)
+                pieces = max(1, SCORED_LOGITS // self.sampler.vocab_size)
+                values = [
+                    token_logprobs(self.model.lm_head(part).to(self.device), ids, sequence.params.prompt_logprobs or 0)
+                    for part, ids in zip(rows.split(pieces), targets.split(pieces), strict=True)
+                ]
+                scored.append(ScoredTokens(sequence, token_ids, torch.cat(values)))
+            offset += chunk.end - chunk.start
+        return scored
 
     def _decode_step(self, rows: int, width: int) -> DecodeStep:
         return DecodeStep(
@@ -246,7 +307,7 @@ class StepNumbers:
         slots: (N), slots of the cache.
         ends: (R), which tokens a next one is sampled for.
         sampling_slots: (R), rows of the sampler's state.
-        settings: (R, 7), as `SampleRequest.settings`.
+        settings: (R, 8), as `SampleRequest.settings`.
     """
 
     ids: torch.Tensor
@@ -274,6 +335,11 @@ def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
     """Return an array as a tensor on a device; a GPU copies it while the host goes on."""
     host = to_pinned(array) if device.type == "cuda" else torch.from_numpy(array)
     return host.to(device, non_blocking=True)
+
+
+def to_host(tensor: torch.Tensor) -> torch.Tensor:
+    """Start to copy a tensor of a GPU to the host."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
 
 def _position_tables(model: QWenLMHeadModel, max_length: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:

@@ -6,6 +6,7 @@ When the blocks of the cache run out, the youngest sequence is preempted: its bl
 again later.
 """
 
+import time
 from collections import OrderedDict, deque
 from collections.abc import Hashable, Iterator
 from typing import NamedTuple
@@ -19,6 +20,8 @@ MAX_PASSED_OVER = 8  # steps; then a long prompt has its turn before further sho
 WATERMARK = 0.02  # of all blocks, which admission leaves free
 # Expected tokens of a reply before any have ended, and the weight of each that does.
 REPLY_TOKENS, REPLY_WEIGHT = 256, 0.02
+# The logits of a step's prompts whose tokens are scored. With a small model they take more time than everything else.
+SCORED_TOKENS = 512
 EXPECTED_SHARE = 0.9  # of the tokens that a sequence is expected to grow by, since not all grow to the end together
 
 
@@ -162,17 +165,20 @@ class Scheduler:
         for sequence in waiting:
             groups.setdefault(sequence.group, []).append(sequence)
         ordered = sorted(groups.values(), key=lambda group: sum(each.num_uncomputed for each in group))
+        scores = SCORED_TOKENS
         for index, group in enumerate(ordered):
             share = max(1, budget // (len(ordered) - index))
             for sequence in group:
-                tokens = min(share, budget)
+                is_scored = sequence.num_scored < sequence.num_to_score
+                tokens = min(share, budget, scores) if is_scored else min(share, budget)
                 if tokens == 0:
                     break
                 chunk = self._prompt_chunk(sequence, tokens, may_preempt=not chunks)
                 if chunk is not None:
                     self._advance(chunk)
                     chunks.append(chunk)
-                    share, budget = share - (chunk.end - chunk.start), budget - (chunk.end - chunk.start)
+                    length = chunk.end - chunk.start
+                    share, budget, scores = share - length, budget - length, scores - length * is_scored
 
     def _prompt_chunk(self, sequence: Sequence, tokens: int, may_preempt: bool) -> Chunk | None:
         """Reserve the blocks of the next tokens of a prompt; None if there are none free.
@@ -224,6 +230,7 @@ class Scheduler:
             if self._preempted:
                 self._preempted.pop()
             else:
+                sequence.admitted_at = time.perf_counter()
                 group = self._waiting.pop(sequence.group)
                 group.popleft()
                 if group:
@@ -267,9 +274,9 @@ class Scheduler:
         return min(max(int(EXPECTED_SHARE * min(expected, limit)), self.block_manager.block_size), limit)
 
     def _names(self, sequence: Sequence, first: int) -> Iterator[bytes]:
-        """Yield the names of the full blocks from index `first` on, without the last token: its logits are wanted."""
+        """Yield the names of the full blocks from index `first` on whose contents may be those of others."""
         size = self.block_manager.block_size
-        for index in range(first, (len(sequence.token_ids) - 1) // size):
+        for index in range(first, sequence.num_reusable // size):
             yield sequence.block_name(index, size)
 
     def _find_computed(self, sequence: Sequence) -> None:

@@ -4,13 +4,13 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from qwen.serving.engine.sampling_params import SamplingParams
-from qwen.serving.engine.sequence import FinishReason, Sequence
+from qwen.serving.engine.sequence import FinishReason, SampledToken, Sequence
 
 
 def sequence(
     prompt_ids: Iterable[int],
     *,
-    on_end: Callable[[FinishReason, Exception | None], None] = lambda reason, error: None,
+    on_end: Callable[[FinishReason, Exception | None, SampledToken | None], None] = lambda reason, error, token: None,
     group: object = None,
     alpha_index: int = 0,
     cache_key: tuple[str, ...] = (),

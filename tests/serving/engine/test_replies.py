@@ -144,8 +144,8 @@ SETTINGS = [
     {"temperature": 1.0, "top_p": 0.9, "seed": 7},
     {"temperature": 1.0, "top_k": 20, "seed": 8, "repetition_penalty": 1.2},
     {"temperature": 0.7, "seed": 9, "presence_penalty": 0.5, "frequency_penalty": 0.3},
-    {"temperature": 1.5, "top_p": 0.5, "seed": 10, "logit_bias": {65: 2.0, 66: -100.0}},
-    {"temperature": 0.0, "frequency_penalty": 1.0},
+    {"temperature": 1.5, "top_p": 0.5, "seed": 10, "logit_bias": {65: 2.0, 66: -100.0}, "min_p": 0.1},
+    {"temperature": 0.0, "frequency_penalty": 1.0, "bad_words": [[70], [65, 66]], "allowed_token_ids": range(60, 80)},
     {"temperature": 0.0, "logit_bias": {70: 0.5}},
 ]
 

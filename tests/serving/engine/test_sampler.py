@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import (
     LogitsProcessorList,
+    MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -13,7 +14,7 @@ from transformers import (
 )
 
 from qwen.serving.engine.sampler import Sampler, SampleRequest, unpack
-from qwen.serving.engine.sequence import SampledToken, Sequence
+from qwen.serving.engine.sequence import ConstraintError, SampledToken, Sequence
 from tests.serving.engine.sequences import sequence
 
 
@@ -40,7 +41,9 @@ def sample(logits: torch.Tensor, states: list[State], allowed: torch.Tensor | No
     request = SampleRequest.of(sequences)
     slots = torch.tensor([each.slot for each in sequences])
     settings = torch.tensor(request.settings, dtype=torch.float64)
-    tokens = unpack(states[0].sampler.sample(logits, request, slots, settings, allowed).tolist(), sequences)
+    forbidden = torch.tensor(request.forbidden) if request.forbidden else None
+    values = states[0].sampler.sample(logits, request, slots, settings, allowed, forbidden)
+    tokens = unpack(values.tolist(), sequences)
     for each, token in zip(sequences, tokens, strict=True):
         if isinstance(token, SampledToken):
             each.token_ids.append(token.token_id)
@@ -54,6 +57,8 @@ def sample(logits: torch.Tensor, states: list[State], allowed: torch.Tensor | No
         {"top_p": 0.5},
         {"top_p": 0.9, "temperature": 0.7},
         {"top_k": 8, "top_p": 0.6, "temperature": 2.0},
+        {"min_p": 0.3},
+        {"top_k": 20, "top_p": 0.95, "min_p": 0.2, "temperature": 1.5},
         {},
     ],
     ids=str,
@@ -67,6 +72,8 @@ def test_sampling_distribution_equals_transformers(settings):
         warpers.append(TopKLogitsWarper(settings["top_k"]))
     if "top_p" in settings:
         warpers.append(TopPLogitsWarper(settings["top_p"]))
+    if "min_p" in settings:
+        warpers.append(MinPLogitsWarper(settings["min_p"]))
     expected = warpers(torch.tensor([[1, 2, 3]]), logits[None].clone())[0].softmax(-1)
 
     rows = 2000
@@ -79,7 +86,7 @@ def test_sampling_distribution_equals_transformers(settings):
 
 def test_sampling_does_not_depend_on_other_rows():
     logits = torch.randn(4, 50, generator=torch.Generator().manual_seed(0))
-    settings = [{"seed": 1}, {"seed": 2, "top_k": 3}, {"temperature": 0.0}, {"seed": 4, "top_p": 0.4}]
+    settings = [{"seed": 1, "min_p": 0.1}, {"seed": 2, "top_k": 3}, {"temperature": 0.0}, {"seed": 4, "top_p": 0.4}]
     together = [[], [], [], []]
     states = [state(**each) for each in settings]
     for _ in range(20):
@@ -122,6 +129,46 @@ def test_bias_bans_and_forces_tokens():
     best = int(logits.argmax())
     assert sample(logits, [state(temperature=0.0, logit_bias={best: -100.0})])[0].token_id != best
     assert sample(logits, [state(logit_bias={11: 100.0})])[0].token_id == 11
+
+
+def test_allowed_tokens_and_bad_words_limit_their_own_rows():
+    logits = torch.randn(4, 50, generator=torch.Generator().manual_seed(0))
+    ranked = logits.argsort(-1, descending=True).tolist()
+    states = [
+        state(temperature=0.0),
+        state(temperature=0.0, bad_words=[ranked[1][:1], ranked[1][1:2]]),
+        state(seed=0, allowed_token_ids=[7, 9], logit_bias={7: 1.0}, bad_words=[[9]]),
+        state(temperature=0.0, allowed_token_ids=ranked[3][5:]),
+    ]
+    tokens = [token.token_id for token in sample(logits, states)]
+    assert tokens == [ranked[0][0], ranked[1][2], 7, ranked[3][5]]
+
+
+def test_bad_phrases_are_not_completed():
+    logits = torch.zeros(1, 50)
+    logits[0, 7], logits[0, 8], logits[0, 9] = 3.0, 2.0, 1.0
+    phrases = state(temperature=0.0, prompt=(7, 7), bad_words=[[7, 7], [7, 8, 7], [8, 7]])
+    assert [sample(logits, [phrases])[0].token_id for _ in range(5)] == [7, 8, 8, 8, 8]  # the prompt does not count
+    assert phrases.sequence.needs_last_token
+    assert not state(bad_words=[[7]]).sequence.needs_last_token
+
+
+def test_end_tokens_do_not_come_before_the_minimum():
+    logits = torch.zeros(1, 50)
+    logits[0, 7], logits[0, 8] = 3.0, 2.0
+    short = state(temperature=0.0, min_tokens=2, stop_token_ids=frozenset([7]))
+    assert [sample(logits, [short])[0].token_id for _ in range(4)] == [8, 8, 7, 7]
+
+
+def test_row_without_a_token_left_does_not_affect_others():
+    logits = torch.randn(4, 50, generator=torch.Generator().manual_seed(0))
+    allowed = torch.ones(4, 50, dtype=torch.bool)
+    allowed[3] = False
+    none = {"allowed_token_ids": [7], "bad_words": [[7]]}
+    states = [state(temperature=0.0, **none), state(seed=0, top_k=3, top_p=0.5, **none), state(seed=0), state()]
+    *empty, fine, without = sample(logits, states, allowed)
+    assert all(isinstance(token, ConstraintError) for token in [*empty, without])
+    assert fine == sample(logits[2:3], [state(seed=0)])[0]
 
 
 def test_logprobs_ignore_sampling_settings():
@@ -184,6 +231,7 @@ def test_a_row_of_the_state_keeps_nothing_of_the_sequence_before():
     logits = torch.zeros(2, 50)
     logits[0, 5], logits[0, 6], logits[1, 7] = 3.0, 2.0, 1.0
     settings = {"temperature": 0.0, "repetition_penalty": 2.0, "presence_penalty": 1.0, "logit_bias": {6: 0.1, 9: 9.0}}
+    settings |= {"bad_words": [[5]], "allowed_token_ids": [6, 9]}
     first, other = state(**settings), state(temperature=0.0, logit_bias={7: 1.0}, frequency_penalty=0.1)
     for _ in range(3):
         sample(logits, [first, other])

@@ -14,7 +14,7 @@ import pytest
 
 from qwen.serving.engine import block_manager, scheduler, sequence
 from qwen.serving.engine.block_manager import BLOCK_SIZE, BlockManager
-from qwen.serving.engine.scheduler import Chunk, PrefillBudget, Scheduler
+from qwen.serving.engine.scheduler import SCORED_TOKENS, Chunk, PrefillBudget, Scheduler
 from qwen.serving.engine.sequence import Sequence
 from tests.serving.engine.sequences import sequence as new_sequence
 
@@ -284,6 +284,15 @@ def test_shares_that_are_not_needed_are_left_to_others():
     long = machine.add(500)
     chunks = machine.step()
     assert {chunk.sequence: chunk.end - chunk.start for chunk in chunks}[long] == 90
+
+
+def test_steps_score_few_tokens():
+    machine = Machine(1000)
+    scored = [machine.add(700, prompt_logprobs=0) for _ in range(2)]
+    other = machine.add(300)
+    lengths = {chunk.sequence: chunk.end - chunk.start for chunk in machine.step()}
+    assert sum(lengths.get(each, 0) for each in scored) == SCORED_TOKENS
+    assert lengths[other] == 300
 
 
 # The time of a 7B on an H100, in seconds, and of the bundled model on a CPU.
