@@ -174,11 +174,14 @@ def tools(client: openai.OpenAI, model: str) -> str:
 
 
 def streaming(client: openai.OpenAI, model: str) -> str:
-    """Streamed tool calls: the id and the name come first, then the arguments in pieces, which are joined."""
+    """Streamed tool calls: the id and the name come first, then the arguments in pieces, which are joined.
+
+    Servers of open models also send the thought before a call. It is sent back for the next step.
+    """
     messages: list[Any] = [{"role": "user", "content": "北京天气怎么样？"}]
     definitions = [{"type": "function", "function": function} for function in FUNCTIONS]
     for _ in range(MAX_ROUNDS):
-        content, calls = "", {}
+        content, thought, calls = "", "", {}
         with client.chat.completions.create(
             model=model, messages=messages, tools=definitions, temperature=0, stream=True
         ) as stream:
@@ -187,6 +190,7 @@ def streaming(client: openai.OpenAI, model: str) -> str:
                 if delta is None:
                     continue
                 content += delta.content or ""
+                thought += getattr(delta, "reasoning_content", None) or ""
                 for piece in delta.tool_calls or []:
                     call = calls.setdefault(piece.index, {"id": "", "name": "", "arguments": ""})
                     call["id"] += piece.id or ""
@@ -198,7 +202,7 @@ def streaming(client: openai.OpenAI, model: str) -> str:
             {"id": call["id"], "type": "function", "function": {"name": call["name"], "arguments": call["arguments"]}}
             for _, call in sorted(calls.items())
         ]
-        messages.append({"role": "assistant", "content": content, "tool_calls": entries})
+        messages.append({"role": "assistant", "content": content, "reasoning_content": thought, "tool_calls": entries})
         for call in calls.values():
             result = run_tool(call["name"], call["arguments"])
             messages.append({"role": "tool", "tool_call_id": call["id"], "content": result})

@@ -22,7 +22,7 @@ from .react import (
     tool_call_text,
     tool_prompt,
 )
-from .reply import CallDelta, ContentDelta, Delta, Reply, ReplyReader, parse_response
+from .reply import CallDelta, ContentDelta, Delta, Reply, ReplyReader, ThoughtDelta, parse_response
 
 __all__ = [
     "ACTION",
@@ -37,6 +37,7 @@ __all__ = [
     "MalformedConversation",
     "Reply",
     "ReplyReader",
+    "ThoughtDelta",
     "Tool",
     "extend_stop_words",
     "final_answer_text",

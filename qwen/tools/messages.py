@@ -16,7 +16,8 @@ def parse_turns(messages: list[dict], functions: list[dict] | None) -> tuple[lis
     - system or developer: the default system message comes first if the first message has another role.
     - user.
     - assistant: may have `tool_calls: [{"id", "function": {"name", "arguments"}}]` or the older
-      `function_call: {"name", "arguments"}`.
+      `function_call: {"name", "arguments"}`, and `reasoning_content` (or `reasoning`), the thought that led to them.
+      Without it the content beside calls is the thought.
     - tool or function: the result of a call in the preceding assistant message, part of the same turn, and so is the
       assistant message that follows. `tool_call_id` selects the call and is optional if there is only one. Every call
       needs a result.
@@ -229,15 +230,27 @@ def _calls(message: dict, index: int) -> list[_Call]:
         )
 
     calls: list[_Call] = []
-    thought = "" if message.get("content") is None or not functions else _content(message, index)
+    content, thought = _thought_of_calls(message, index) if functions else ("", "")
     for (path, call), id_ in zip(functions.items(), ids, strict=True):
         if not isinstance(call, dict) or not all(isinstance(call.get(key), str) for key in ("name", "arguments")):
             raise MalformedConversation(
                 f'{path} must be {{"name": string, "arguments": JSON string}}, not {_repr(call)}.'
             )
         # The thought led to all of the calls, so only the first one has it.
-        calls.append(_Call(path, id_, call_step("" if calls else thought, call["name"], call["arguments"])))
+        step = call_step("" if calls else thought, call["name"], call["arguments"])
+        calls.append(_Call(path, id_, f"{content}\n{step}" if content and not calls else step))
     return calls
+
+
+def _thought_of_calls(message: dict, index: int) -> tuple[str, str]:
+    """Return the content of a message with calls, and their thought: the content itself if there is no other."""
+    content = "" if message.get("content") is None else _content(message, index)
+    thought = next((message[key] for key in ("reasoning_content", "reasoning") if message.get(key)), None)
+    if thought is None:
+        return "", content
+    if not isinstance(thought, str):
+        raise MalformedConversation(f"messages[{index}].reasoning_content must be a string, not {_repr(thought)}.")
+    return content, thought.strip()
 
 
 def _content(message: dict, index: int) -> str:

@@ -32,6 +32,15 @@ class ContentDelta(NamedTuple):
     text: str
 
 
+class ThoughtDelta(NamedTuple):
+    """The thought that led to a tool call, never empty. It comes right before the call.
+
+    If content precedes it, it begins with the whitespace between them.
+    """
+
+    text: str
+
+
 class CallDelta(NamedTuple):
     """The next piece of a tool call: first its complete name without arguments, then arguments only (name None)."""
 
@@ -39,7 +48,7 @@ class CallDelta(NamedTuple):
     arguments: str
 
 
-Delta = ContentDelta | CallDelta
+Delta = ContentDelta | ThoughtDelta | CallDelta
 
 
 def parse_response(response: str, continues: bool = False) -> Reply:
@@ -49,7 +58,7 @@ def parse_response(response: str, continues: bool = False) -> Reply:
     name: str | None = None
     arguments: list[str] = []
     for delta in [*reader.feed(response), *reader.finish()]:
-        if isinstance(delta, ContentDelta):
+        if isinstance(delta, ContentDelta | ThoughtDelta):
             content.append(delta.text)
         elif delta.name is not None:
             name, arguments = delta.name, []
@@ -76,8 +85,8 @@ class ReplyReader:
     - A call is an `Action:` line with a name, followed by `Action Input:` (blank lines between them are allowed). Its
       arguments extend to an `Observation:` or `Final Answer:` line and are stripped. Text after the first call is
       ignored.
-    - Text after `Thought:` is held back until its purpose is clear: before a call it is the content, stripped; before
-      a final answer it is dropped.
+    - Text after `Thought:` is held back until its purpose is clear: before a call it is the thought, stripped; before a
+      final answer it is dropped.
     - Text after `Final Answer:` is the content, stripped, even if it contains markers. While it has at most 32
       characters, another `Final Answer:` line restarts it: models often fill in the form twice.
     - Other text is plain content, emitted unchanged as it arrives, up to a call, a thought or a final answer. A thought
@@ -157,7 +166,8 @@ class ReplyReader:
         if self._action is not None:
             name, _, below = (self._action + text).removeprefix(ACTION).partition("\n")
             if marker == ACTION_INPUT and name.strip():
-                yield from self._content(self._content_before_call())
+                if thought := self._thought_before_call():
+                    yield ThoughtDelta(thought)
                 yield CallDelta(name.strip(), "")
                 self._state, self._action, self._gap, self._emitted = _State.CALLING, None, "", False
                 return
@@ -176,7 +186,7 @@ class ReplyReader:
                 self._state = _State.THINKING
             yield from self._add_text(marker + text)
 
-    def _content_before_call(self) -> str:
+    def _thought_before_call(self) -> str:
         thought = "".join(self._thought).strip().removeprefix(THOUGHT).strip()
         return self._gap + thought if thought and self._emitted else thought
 

@@ -11,6 +11,7 @@ from qwen.tools import (
     MalformedConversation,
     Reply,
     ReplyReader,
+    ThoughtDelta,
     extend_stop_words,
     observation_text,
     parse_messages,
@@ -186,6 +187,19 @@ def test_single_call_needs_no_ids(call_id, result_id):
     assert parse_messages(messages, [WEATHER])[1][0][1].endswith("Observation: cold\nThought:")
 
 
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning"])
+def test_thought_of_a_call_in_its_own_field(name):
+    def turn(message):
+        return parse_messages([user("q"), message, tool("cold")], [WEATHER])[1][0][1]
+
+    beside = calls(tool_call("a", "Oslo")) | {name: "look"}
+    assert turn(beside) == turn(calls(tool_call("a", "Oslo"), content="look"))
+    assert turn(beside | {"content": "Wait."}) == "Wait.\n" + turn(beside)
+    assert turn(beside | {name: ""}) == turn(calls(tool_call("a", "Oslo")))
+    with pytest.raises(MalformedConversation, match=r"messages\[1\]\.reasoning_content must be a string"):
+        turn(beside | {name: ["look"]})
+
+
 def test_ids_can_repeat_in_another_message():
     step = [calls(tool_call("0", "Oslo")), tool("cold", "0")]
     turn = parse_messages([user("q"), *step, *step], [WEATHER])[1][0][1]
@@ -358,9 +372,13 @@ def read(pieces, continues=False):
     reader = ReplyReader(continues)
     deltas = [delta for piece in pieces for delta in reader.feed(piece)] + reader.finish()
     content = [delta.text for delta in deltas if isinstance(delta, ContentDelta)]
+    thought = [delta.text for delta in deltas if isinstance(delta, ThoughtDelta)]
     call = [delta for delta in deltas if isinstance(delta, CallDelta)]
     assert all(content)
-    assert deltas == [*map(ContentDelta, content), *call]
+    assert all(thought)
+    assert len(thought) <= bool(call)
+    assert deltas == [*map(ContentDelta, content), *map(ThoughtDelta, thought), *call]
+    content += thought
     assert [delta.name is None for delta in call] == [False, *[True] * (len(call) - 1)][: len(call)]
     assert reader.feed("Final Answer: late") == reader.finish() == []
     if not call:
@@ -400,7 +418,7 @@ def test_certain_text_is_emitted_immediately():
 
     reader = ReplyReader()
     assert reader.feed("Thought: look it up.\nAction: weather\n") == []
-    assert reader.feed("Action Input:") == [ContentDelta("look it up."), CallDelta("weather", "")]
+    assert reader.feed("Action Input:") == [ThoughtDelta("look it up."), CallDelta("weather", "")]
     assert reader.feed(' {"city":') == [CallDelta(None, '{"city":')]
     assert reader.feed(' "Oslo"}\nObs') == [CallDelta(None, ' "Oslo"}')]
     assert reader.feed("ervation: cold") == []
