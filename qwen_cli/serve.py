@@ -87,6 +87,14 @@ def parse_arguments(argv: Sequence[str] | None, prog: str | None) -> argparse.Na
         help="seconds for running replies to finish when the server stops (default: %(default)s)",
     )
     parser.add_argument(
+        "--response-store",
+        type=int_in_range(0),
+        default=256,
+        metavar="N",
+        help="maximum number of responses (Responses API) kept in memory, 64 MiB in all; 0 keeps none "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
         "--disable-gc",
         action="store_true",
         help="accepted for old scripts; no effect, because no garbage is collected after a request",
@@ -133,7 +141,7 @@ def serve(
     import uvicorn
 
     from qwen.serving.api.app import Settings, create_app
-    from qwen.serving.api.server import DrainingServer
+    from qwen.serving.api.server import DrainingServer, access_log_config
     from qwen.serving.engine import Engine
 
     settings = Settings(
@@ -144,6 +152,7 @@ def serve(
         max_request_bytes=arguments.max_request_bytes,
         max_messages=arguments.max_messages,
         drain_seconds=arguments.drain_seconds,
+        response_store=arguments.response_store,
     )
     engine = Engine(model, tokenizer, max_batch_size=arguments.max_batch_size, max_queue=arguments.max_queue)
     service = (app := create_app(engine, settings)).state.service
@@ -163,7 +172,7 @@ def serve(
             f"Stopping: running replies have {settings.drain_seconds:g} s to finish. A second Ctrl-C stops at once."
         )
 
-    config = uvicorn.Config(app, timeout_graceful_shutdown=GRACEFUL_SHUTDOWN_TIMEOUT)
+    config = uvicorn.Config(app, log_config=access_log_config(), timeout_graceful_shutdown=GRACEFUL_SHUTDOWN_TIMEOUT)
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # ready() prints the same in one line
     server = DrainingServer(config, service.drain, settings.drain_seconds, ready, draining)
     try:

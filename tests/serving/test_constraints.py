@@ -13,7 +13,8 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from qwen.model.modeling_qwen import QWenLMHeadModel
 from qwen.model.qwen_generation_utils import make_context
 from qwen.model.tokenization_qwen import QWenTokenizer
-from qwen.serving.engine.grammar import ConstraintFactory
+from qwen.serving.engine import grammar
+from qwen.serving.engine.grammar import ConstraintFactory, StructuralTag
 from qwen.serving.engine.sequence import ConstraintError
 from qwen.tools import (
     FINAL_ANSWER,
@@ -345,6 +346,168 @@ def test_vocabulary_with_a_gap(tmp_path, real_vocab_file):
     follow(constraint, tokenizer, '"')
     assert constraint.allowed()[[151_852, 151_854]].all()
     assert not constraint.allowed()[151_851]
+
+
+def unique(items, **keywords):
+    return {"type": "array", "items": items, "uniqueItems": True} | keywords
+
+
+EIGHT = [f"value {n}" for n in range(8)]
+
+
+@pytest.mark.parametrize(
+    ("schema", "allowed", "forbidden"),
+    [
+        (unique({"enum": ["a", "b"], "type": "string"}), ["[]", '["b", "a"]'], ['["a", "a"]', '["c"]']),
+        (unique({"type": "boolean"}, minItems=1), ["[true]", "[true, false]"], ["[]", "[true, true]"]),
+        (unique({"const": {"x": 1}}), ["[]", '[{"x": 1}]'], ['[{"x": 1}, {"x": 1}]']),
+        (unique({"enum": [1, 1.0, True]}), ["[1, true]", "[true, 1]"], ["[1, 1]"]),
+        (unique({"enum": EIGHT}), ['["value 0", "value 7"]'], ['["value 7", "value 0"]', '["value 0", "value 0"]']),
+        (unique({"enum": EIGHT}, maxItems=2), ['["value 7", "value 0"]'], ['["value 0", "value 0"]']),
+        (unique({"$ref": "#/$defs/c"}) | {"$defs": {"c": {"enum": ["a", "b"]}}}, ['["b", "a"]'], ['["a", "a"]']),
+        (unique({"type": "integer"}, maxItems=1), ["[7]", "[]"], ["[7, 8]"]),
+        (unique({"type": "integer"}) | {"uniqueItems": False}, ["[7, 7]"], []),
+        (
+            {"type": "object", "properties": {"a": unique({"enum": ["x", "y"]})}, "required": ["a"]},
+            ['{"a": ["y", "x"]}'],
+            ['{"a": ["y", "y"]}'],
+        ),
+    ],
+)
+def test_unique_items(factory, tokenizer, schema, allowed, forbidden):
+    for text in allowed:
+        follow(constraint := factory.json_schema(schema), tokenizer, text)
+        assert constraint.allowed()[tokenizer.im_end_id]
+        jsonschema_rs.validate(schema, json.loads(text))
+    for text in forbidden:
+        with pytest.raises(AssertionError):
+            follow(factory.json_schema(schema), tokenizer, text)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "text"),
+    [
+        ("[0-9]{3}", "123"),
+        ("^a|b$", "b"),
+        ("(?i)yes", "YES"),
+        (r"\s+x\n", "  x\n"),
+        ("", ""),
+        ("天气?", "天"),
+        ("/x/", "/x/"),
+    ],
+)
+def test_regex_matches_the_whole_text(factory, tokenizer, pattern, text):
+    follow(constraint := factory.regex(pattern), tokenizer, text)
+    assert constraint.allowed()[tokenizer.im_end_id]
+    assert not constraint.allowed()[tokenizer.encode("#")[0]]
+
+
+def test_choices_are_literal_texts(factory, tokenizer):
+    texts = ['a "quote" \\ /x/', "(.*)\n", " 天气 ", "", "a", "a"]
+    for text in texts:
+        follow(constraint := factory.choice(texts), tokenizer, text)
+        assert constraint.allowed()[tokenizer.im_end_id]
+    assert not constraint.allowed()[tokenizer.encode("b")[0]]
+
+
+GBNF = """# a list, as llama.cpp writes it
+root ::= "[" ws (item ("," ws item)*)? "]"
+item-name ::= [a-z]{1,3} | "\\"\\n"
+item ::= item-name | root
+ws ::= " "?
+"""
+
+
+@pytest.mark.parametrize(
+    ("grammar", "text"),
+    [
+        (GBNF, '[ ab, [x, "\n]]'),
+        ('start: "a" (B | "c")+\nB: /[0-9]+/', "a12c3"),
+        ("%llguidance {}\n\nstart: x\nx[capture]: X\nX: /[0-9]{3}/\n", "123"),  # from guidance
+        ('?start: x\nx: INT "," INT\n%import common.INT\n%ignore / +/', "1 , 2"),
+        ('start: "x=" %json {"enum": [1, 2]}', "x=2"),
+    ],
+)
+def test_grammars(factory, tokenizer, grammar, text):
+    follow(constraint := factory.grammar(grammar), tokenizer, text)
+    assert constraint.allowed()[tokenizer.im_end_id]
+    with pytest.raises(AssertionError):
+        follow(factory.grammar(grammar), tokenizer, f"{text}#")
+
+
+def test_structural_tags(factory, tokenizer):
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+    tags = [StructuralTag("<f=", f"<f={name}>", schema, "</f>") for name in "xy"]
+    for text in ("", "a < b", 'see <f=x>{"a": 1}</f>, <f=y>{"a": 2}</f>\n'):
+        follow(constraint := factory.structural_tags(tags), tokenizer, text)
+        assert constraint.allowed()[tokenizer.im_end_id]
+    for text in ("<f=z", "<f=x>{}", '<f=x>{"a": 1}</g>'):
+        with pytest.raises(AssertionError):
+            follow(factory.structural_tags(tags), tokenizer, text)
+    with pytest.raises(ValueError, match=r"The schema of tag 0 cannot be used.*Invalid type"):
+        factory.structural_tags([StructuralTag("<", "<", {"type": "x"}, ">")])
+
+
+def all_of(count):
+    return {"allOf": [{"type": "string", "pattern": f"^(.*a.{{{n}}}b.*)$"} for n in range(count)]}
+
+
+@pytest.mark.parametrize(
+    ("create", "argument", "message"),
+    [
+        ("regex", "(", "regular expression cannot be used: llguidance: .*regex parse error"),
+        ("regex", r"\bx", "look"),
+        ("regex", "a" * 65_537, "65537 characters, more than 65536"),
+        ("choice", ["a" * 40_000, "b" * 40_000], "more than 65536"),
+        ("grammar", "start: b", "The grammar cannot be used: llguidance"),
+        ("grammar", "nothing", "llguidance"),
+        ("grammar", 'root ::= "a', "Unexpected end of input"),
+        ("grammar", "root ::= b", "Rule 'b' not found"),
+        ("grammar", 'x ::= "a"', "No 'root' rule"),
+        ("grammar", "root ::= " + "(" * 5000, "recursion"),
+        ("grammar", "root ::= r0\n" + "\n".join(f"r{n} ::= r{n + 1}" for n in range(2000)), "2001 rules .* too many"),
+        ("grammar", "start: A\nA: " + " & ".join(f"/(.*a.{{{n}}}b.*)/" for n in range(60)), "more than 8 of &"),
+        (
+            "grammar",
+            "start: A\nA: ~(" + " | ".join(f"~/(.*a.{{{n}}}b.*)/" for n in range(60)) + ")",
+            "more than 8 of &",
+        ),
+        ("grammar", f"start: %json {json.dumps(all_of(60))}", "more than 8 of &"),
+        ("json_schema", all_of(60), "more than 8 patterns"),
+        ("json_schema", unique({"type": "string"}), "uniqueItems"),
+        ("json_schema", unique({"enum": [f"value {n}" for n in range(40)]}), "uniqueItems"),
+        ("json_schema", unique({"enum": ["a"]}, minItems=2), "Unsatisfiable"),
+        (
+            "json_schema",
+            {"properties": {f"p{n}": unique({"enum": ["aaaaaaaa", 2, 3, 4]}) for n in range(700)}},
+            "arrays with uniqueItems have more than",
+        ),
+    ],
+)
+def test_grammars_that_cannot_be_used(factory, create, argument, message):
+    with pytest.raises(ValueError, match=message):
+        getattr(factory, create)(argument)
+
+
+def test_nested_rules_do_not_end_the_process(factory):
+    rules = "\n".join(f'a{n}: "(" a{n + 1}' for n in range(3900))
+    assert factory.grammar(f'start: a0\n{rules}\na3900: "x"').allowed().any()
+    definitions = {f"a{n}": {"items": {"$ref": f"#/$defs/a{n + 1}"}} for n in range(1400)} | {"a1400": {"const": 1}}
+    assert factory.json_schema({"$defs": definitions, "$ref": "#/$defs/a0"}).allowed().any()
+
+
+def test_regex_that_grows_too_complex(factory, tokenizer):
+    constraint = factory.regex("(a{1000}){1000}")
+    with pytest.raises(ConstraintError, match="too many expressions"):
+        follow(constraint, tokenizer, "aa")
+
+
+def test_grammar_that_takes_too_long(factory, tokenizer, monkeypatch):
+    monkeypatch.setattr(grammar, "_MAX_MORE_SECONDS", 0.02)
+    sums = " | ".join(" ".join(["s"] * number) for number in range(2, 40))
+    constraint = factory.grammar(f'start: s\ns: {sums} | "a"')
+    with pytest.raises(ConstraintError, match="takes too long"):
+        follow(constraint, tokenizer, "a" * 9)
 
 
 def test_constraints_are_independent(factory, tokenizer):

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import anyio
@@ -23,6 +24,7 @@ from tests.support.server_process import ServerProcess
 HI = [{"role": "user", "content": "hi"}]
 LONG = {"prompt": "The", "temperature": 0, "max_tokens": 6000, "stream": True}  # the model repeats it up to max_tokens
 KEY = {"Authorization": "Bearer secret ключ".encode()}
+API_KEY = {"X-Api-Key": "secret ключ".encode()}  # as Anthropic's clients send it
 BASIC = {"Authorization": "Basic " + base64.b64encode("anna:pass:wörd".encode()).decode()}
 
 
@@ -68,14 +70,15 @@ def test_health_and_documentation(server: ServerProcess) -> None:
 
 def test_metrics(server: ServerProcess) -> None:
     names = ["qwen_prompt_tokens_total", "qwen_cached_prompt_tokens_total", "qwen_completion_tokens_total"]
-    names.append("qwen_time_to_first_token_seconds_count")
+    names += [f"qwen_{name}_seconds_count" for name in ("time_to_first_token", "time_per_output_token", "queue_time")]
     before = [server.metric(name) for name in names]
     body = {"messages": HI, "temperature": 0, "n": 2}
     usage = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60).json()["usage"]
     after = [server.metric(name) for name in names]
     grown = [new - old for new, old in zip(after, before, strict=True)]
     cached = usage["prompt_tokens_details"]["cached_tokens"]
-    assert grown == [usage["prompt_tokens"], cached, usage["completion_tokens"], 2]
+    assert grown == [usage["prompt_tokens"], cached, usage["completion_tokens"], 2, 2, 2]
+    assert 0 <= server.metric("qwen_queue_time_seconds_sum") <= server.metric("qwen_time_to_first_token_seconds_sum")
     for path in ("/no/such/1", "/no/such/2"):
         httpx.get(server.url + path)
     text = httpx.get(f"{server.url}/metrics").text
@@ -83,6 +86,60 @@ def test_metrics(server: ServerProcess) -> None:
     assert 'qwen_requests_total{endpoint="other",status="404"}' in text
     assert "/no/such" not in text
     assert 'qwen_request_duration_seconds_count{endpoint="/v1/chat/completions"}' in text
+
+
+def test_metrics_of_the_load(server: ServerProcess) -> None:
+    def finished(reason: str) -> float:
+        text = httpx.get(f"{server.url}/metrics").text
+        found = re.search(rf'^qwen_finished_sequences_total{{reason="{reason}"}} (\S+)$', text, re.MULTILINE)
+        return float(found[1]) if found else 0.0
+
+    server.until_load(0)
+    reasons = ("stop", "length", "cancelled")
+    before = [finished(reason) for reason in reasons]
+    assert server.metric("qwen_cache_usage_ratio") == server.metric("qwen_preemptions_total") == 0
+    with httpx.Client(timeout=60) as client:
+        for max_tokens in (1, 100):
+            client.post(f"{server.url}/v1/chat/completions", json={"messages": HI, "max_tokens": max_tokens})
+        lines = begin(server, client)
+        next(lines)
+        assert 0 < server.metric("qwen_cache_usage_ratio") <= 1
+        lines.close()
+    server.until_load(0)
+    deadline = time.monotonic() + 60
+    while finished("cancelled") == before[2]:  # recorded when the server sees that the client has left
+        assert time.monotonic() < deadline
+    assert [finished(reason) - old for reason, old in zip(reasons, before, strict=True)] == [1, 1, 1]
+    assert server.metric("qwen_cache_usage_ratio") == 0
+
+
+def test_every_response_has_a_request_id(server: ServerProcess, guarded: ServerProcess) -> None:
+    chat = {"messages": HI, "max_tokens": 1}
+    with httpx.Client(headers={"X-Request-Id": "my id/1"}, timeout=60) as client:
+        responses = [
+            client.get(f"{server.url}/health"),
+            client.get(f"{server.url}/nothing"),
+            client.get(f"{server.url}/v1/completions"),
+            client.post(f"{server.url}/v1/chat/completions", json=chat | {"stream": True}),
+            client.post(f"{server.url}/v1/chat/completions", json=chat | {"temperature": 3}),
+            client.post(f"{server.url}/v1/chat/completions", content=b"{", headers={"Content-Type": "text/plain"}),
+            client.get(f"{guarded.url}/v1/models"),
+            client.post(f"{guarded.url}/v1/completions", json={"prompt": "x" * 3000}, headers=KEY),
+            client.options(
+                f"{guarded.url}/v1/models", headers={"Origin": "http://x.y", "Access-Control-Request-Method": "GET"}
+            ),
+        ]
+    assert [response.status_code for response in responses] == [200, 404, 405, 200, 400, 415, 401, 413, 403]
+    assert all(response.headers.get_list("x-request-id") == ["my id/1"] for response in responses)
+    lines = [line for line in server.output().splitlines() if line.endswith(" my id/1")]
+    assert any('"POST /v1/chat/completions HTTP/1.1" 200' in line for line in lines)
+
+
+@pytest.mark.parametrize("given", [b"", b"a" * 129, "é".encode(), b"a\x01", b"a\tb"])
+def test_request_ids_that_are_replaced(server: ServerProcess, given: bytes) -> None:
+    response = httpx.get(f"{server.url}/version", headers=[(b"X-Request-Id", given)])
+    assert re.fullmatch("req_[0-9a-f]{32}", response.headers["x-request-id"])
+    assert httpx.get(f"{server.url}/version", headers={"X-Request-Id": "a" * 128}).headers["x-request-id"] == "a" * 128
 
 
 def test_curl(server: ServerProcess) -> None:
@@ -103,13 +160,23 @@ def test_curl(server: ServerProcess) -> None:
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("headers", [KEY, BASIC, {"Authorization": BASIC["Authorization"].replace("Basic", "basic")}])
+@pytest.mark.parametrize(
+    "headers",
+    [
+        KEY,
+        BASIC,
+        {"Authorization": BASIC["Authorization"].replace("Basic", "basic")},
+        API_KEY,
+        {"Authorization": "Bearer wrong"} | API_KEY,
+        KEY | {"X-Api-Key": "wrong"},
+    ],
+)
 def test_either_of_the_credentials_is_accepted(guarded: ServerProcess, headers: dict) -> None:
     for path in ("/v1/models", "/metrics", "/docs", "/openapi.json"):
         assert httpx.get(guarded.url + path, headers=headers).status_code == 200
     assert httpx.get(f"{guarded.url}/v1/models/toy", headers=headers).json()["id"] == "toy"
     document = httpx.get(f"{guarded.url}/openapi.json", headers=headers).json()
-    assert set(document["components"]["securitySchemes"]) == {"basic", "bearer"}
+    assert set(document["components"]["securitySchemes"]) == {"basic", "bearer", "key"}
 
 
 @pytest.mark.process
@@ -139,6 +206,15 @@ def test_wrong_credentials_are_rejected(guarded: ServerProcess, given: str | byt
     assert httpx.get(f"{guarded.url}/health", headers=headers).status_code == 200
 
 
+@pytest.mark.process
+@pytest.mark.parametrize("key", ["", "wrong", "secret", "anna:pass:wörd".encode()])
+def test_wrong_keys_of_the_messages_api_are_rejected(guarded: ServerProcess, key: str | bytes) -> None:
+    response = httpx.post(f"{guarded.url}/v1/messages", json={"messages": HI}, headers={"X-Api-Key": key})
+    assert response.status_code == 401
+    assert response.json()["error"]["type"] == "authentication_error"
+    assert "X-Api-Key: KEY" in response.json()["error"]["message"]
+
+
 def test_cors_allows_the_given_origin_only(guarded: ServerProcess, server: ServerProcess) -> None:
     def preflight(to: ServerProcess, origin: str) -> httpx.Response:
         asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
@@ -152,6 +228,8 @@ def test_cors_allows_the_given_origin_only(guarded: ServerProcess, server: Serve
     refused = httpx.get(f"{guarded.url}/v1/models", headers={"Origin": "http://localhost:3000"})
     assert refused.status_code == 401
     assert "access-control-allow-origin" in refused.headers
+    assert "X-Request-Id" in refused.headers["access-control-expose-headers"]
+    assert "DELETE" in allowed.headers["access-control-allow-methods"]
 
 
 @pytest.mark.parametrize(
@@ -184,7 +262,7 @@ def test_preflight_of_another_origin_needs_no_credentials(guarded: ServerProcess
 
 @pytest.mark.process
 def test_normalized_paths_need_credentials(guarded: ServerProcess) -> None:
-    for path in ("//v1/models", "/v1/models/", "//metrics"):
+    for path in ("//v1/models", "/v1/models/", "//metrics", "/models", "//models/toy"):
         assert httpx.get(guarded.url + path).status_code == 401
     assert httpx.get(f"{guarded.url}//health/").status_code == 200
 
@@ -364,6 +442,7 @@ def test_missing_libraries_are_named() -> None:
         (["--server-port", "http"], "whole number"),
         (["--max-batch-size", "0"], "at least 1"),
         (["--drain-seconds", "soon"], "seconds"),
+        (["--response-store", "-1"], "at least 0"),
         (["--api-auth", "anna"], "USER:PASS"),
         (["--api-auth", ":pass"], "USER:PASS"),
         (["--api-key", ""], "printable"),

@@ -418,14 +418,18 @@ def test_tool_call(client: openai.OpenAI) -> None:
     assert (call.type, call.function.name) == ("function", "get_current_weather")
     assert json.loads(call.function.arguments) == {"location": "Boston"}
     assert call.id.startswith("call_")
-    assert choice.message.content == "I should use get_current_weather."  # the thought
+    assert choice.message.content is None
+    assert choice.message.reasoning_content == choice.message.reasoning == "I should use get_current_weather."
 
 
 def test_tool_call_streams(client: openai.OpenAI) -> None:
     whole = ask(client, BOSTON, tools=TOOLS).choices[0].message
     chunks = stream(client, BOSTON, tools=TOOLS)
     assert finish_reason(chunks) == "tool_calls"
-    assert join_content(chunks) == whole.content
+    assert join_content(chunks) == ""
+    assert [delta.reasoning_content for delta in deltas(chunks) if hasattr(delta, "reasoning_content")] == [
+        whole.reasoning_content
+    ]
     first, *more = [delta.tool_calls[0] for delta in deltas(chunks) if delta.tool_calls]
     assert first.index == 0
     assert first.id
@@ -444,7 +448,10 @@ def test_tool_result_leads_to_the_answer(client: openai.OpenAI) -> None:
         "content": '{"temperature": 22, "condition": "sunny"}',
     }
     messages = [*BOSTON, message, result]
+    thought = {"content": message.reasoning_content, "tool_calls": message.to_dict()["tool_calls"]}
+    as_content = [*BOSTON, {"role": "assistant"} | thought, result]  # as clients send it that know no reasoning
     choice = ask(client, messages, tools=TOOLS).choices[0]
+    assert ask(client, as_content, tools=TOOLS).choices[0] == choice
     assert choice.finish_reason == "stop"
     assert choice.message.tool_calls is None
     assert "22" in choice.message.content
@@ -474,6 +481,8 @@ def test_tool_choice_required(client: openai.OpenAI, messages: list) -> None:
     choice = ask(client, messages, tools=TOOLS, tool_choice="required").choices[0]
     assert choice.finish_reason == "tool_calls"
     (call,) = choice.message.tool_calls
+    assert choice.message.content is None
+    assert not hasattr(choice.message, "reasoning_content")
     wanted = {"get_current_weather": "location", "calculator": "expression"}[call.function.name]
     assert isinstance(json.loads(call.function.arguments)[wanted], str)
 
@@ -483,6 +492,28 @@ def test_tool_choice_names_a_tool(client: openai.OpenAI) -> None:
     (call,) = ask(client, BOSTON, tools=TOOLS, tool_choice=named).choices[0].message.tool_calls
     assert call.function.name == "calculator"
     assert list(json.loads(call.function.arguments)) == ["expression"]
+
+
+def test_tool_choice_allowed_tools(client: openai.OpenAI) -> None:
+    calculator = {"type": "function", "function": {"name": "calculator"}}
+    weather = {"type": "function", "function": {"name": "get_current_weather"}}
+
+    def choose(mode: str, *tools: dict, messages: list = BOSTON) -> Any:
+        allowed = {"mode": mode, "tools": list(tools)}
+        choice = {"type": "allowed_tools", "allowed_tools": allowed}
+        return ask(client, messages, tools=TOOLS, tool_choice=choice)
+
+    auto = ask(client, BOSTON, tools=TOOLS)
+    required = choose("required", calculator)
+    assert required.choices[0].message.tool_calls[0].function.name == "calculator"
+    assert required.choices[0].message.content is None
+    assert required.usage.prompt_tokens == auto.usage.prompt_tokens  # the prompt shows all tools
+    called = choose("auto", weather).choices[0].message
+    assert called.tool_calls[0].function == auto.choices[0].message.tool_calls[0].function
+    assert called.reasoning_content == auto.choices[0].message.reasoning_content
+    only_calculator = choose("auto", calculator).choices[0].message
+    assert all(call.function.name == "calculator" for call in only_calculator.tool_calls or [])
+    assert choose("auto", weather, messages=HI).choices[0].message.content.startswith("Hello")
 
 
 def test_strict_tools_with_response_format(client: openai.OpenAI) -> None:
@@ -533,11 +564,11 @@ def test_call_cut_off_by_a_stop_string_is_not_a_call(
 def test_tools_that_are_not_offered_are_not_called(model_and_tokenizer, reply: str, content: str, size: int) -> None:
     """A model may remember tools of earlier turns; the toy model does not, so the reply is made up."""
     _, tokenizer = model_and_tokenizer
-    writer = ChatWriter(0, tokenizer, ReplyReader(), ToolChoice([], "tools"))
+    writer = ChatWriter(0, tokenizer, ReplyReader(), ToolChoice([], "tools"), {})
     chunks = [*writer.begin()]
     for place in range(0, len(reply), size):
         chunks += writer.write(Piece(reply[place : place + size], []))
-    choice = merge_chunks([*chunks, *writer.end("stop")])
+    choice = merge_chunks([*chunks, *writer.end("stop", None)])
     assert choice["message"] == {"role": "assistant", "content": content, "refusal": None}
     assert choice["finish_reason"] == "stop"
 
@@ -548,6 +579,7 @@ def test_old_functions(client: openai.OpenAI) -> None:
     assert choice.message.tool_calls is None
     call = choice.message.function_call
     assert (call.name, json.loads(call.arguments)) == ("get_current_weather", {"location": "Boston"})
+    assert (choice.message.content, choice.message.reasoning) == (None, "I should use get_current_weather.")
 
     chunks = stream(client, BOSTON, functions=[WEATHER])
     assert finish_reason(chunks) == "function_call"

@@ -69,6 +69,10 @@ def test_base_model_does_not_chat(apps: dict[str, FastAPI]) -> None:
     response = send(apps["base"], "POST", "/v1/chat/completions", json=body)
     assert response.status_code == 400
     assert "/v1/completions" in response.json()["error"]["message"]
+    for path in ("/v1/messages", "/v1/messages/count_tokens"):
+        refused = send(apps["base"], "POST", path, json=body | {"max_tokens": 1})
+        assert refused.status_code == 400
+        assert refused.json()["error"]["message"] == f"model: {response.json()['error']['message']}"
 
 
 def test_two_apps_share_nothing(apps: dict[str, FastAPI]) -> None:
@@ -147,11 +151,12 @@ def test_logprobs(client: openai.OpenAI) -> None:
     for token, logprob, top, offset in zip(
         shape.tokens, shape.token_logprobs, shape.top_logprobs, shape.text_offset, strict=True
     ):
-        assert len(top) == 3
-        assert logprob <= max(top.values())
+        assert top[token] == logprob
         if not token.startswith("bytes:"):  # also after a part of a character
             assert choice.text[offset:].startswith(token)
-    assert complete(client, "你", logprobs=0).choices[0].logprobs.top_logprobs[0] == {}
+    assert {len(top) for top in shape.top_logprobs} == {3, 4}  # with the token itself, if it is not among three
+    shape = complete(client, "你", logprobs=0).choices[0].logprobs
+    assert shape.top_logprobs[0] == {shape.tokens[0]: shape.token_logprobs[0]}
     assert complete(client, "你").choices[0].logprobs is None
 
 
@@ -160,7 +165,6 @@ def test_logprobs(client: openai.OpenAI) -> None:
     [
         ({"suffix": "end"}, "suffix"),
         ({"best_of": 3}, "best_of"),
-        ({"echo": True, "logprobs": 1}, "echo"),
         ({"logprobs": 6}, "logprobs"),
         ({"logprobs": 5, "n": 16, "max_tokens": 8000}, "logprobs"),
         ({"logprobs": 0, "prompt": ["a"] * 40, "max_tokens": 8000}, "logprobs"),
@@ -190,11 +194,14 @@ def test_closed_engine_rejects_requests(bundled_chat) -> None:
         app.state.service.drain(0)
         assert send(app, "GET", "/health").json() == {"status": "draining"}
         response = send(app, "POST", "/v1/completions", json={"prompt": "The"})
+        chat = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}
+        message = send(app, "POST", "/v1/messages", json=chat)
     assert response.status_code == 503
     assert response.json()["error"]["code"] == "shutting_down"
+    assert (message.status_code, message.json()["error"]["type"]) == (503, "overloaded_error")
 
 
-def test_failed_engine_is_distinguished_from_a_closed_one(bundled_chat, monkeypatch) -> None:
+def test_failed_engine_is_distinguished_from_a_closed_one(bundled_chat, monkeypatch, caplog) -> None:
     def fail() -> None:
         raise RuntimeError("out of order")
 
@@ -202,7 +209,10 @@ def test_failed_engine_is_distinguished_from_a_closed_one(bundled_chat, monkeypa
         app = create_app(engine)
         assert send(app, "GET", "/health").json() == {"status": "ready"}
         monkeypatch.setattr(engine, "_step", fail)
-        assert send(app, "POST", "/v1/completions", json={"prompt": "The"}).status_code == 500
+        failed = send(app, "POST", "/v1/completions", json={"prompt": "The"}, headers={"X-Request-Id": "mine"})
+        assert failed.status_code == 500
+        assert failed.headers["x-request-id"] == "mine"
+        assert "Request mine failed: The model failed (RuntimeError: out of order)." in caplog.messages
         engine.thread.join(60)
         health = send(app, "GET", "/health")
         assert (health.status_code, health.json()) == (503, {"status": "failed"})
@@ -210,6 +220,29 @@ def test_failed_engine_is_distinguished_from_a_closed_one(bundled_chat, monkeypa
     assert response.status_code == 503
     assert response.json()["error"]["code"] == "engine_failed"
     assert "restarted" in response.json()["error"]["message"]
+
+
+def test_unexpected_failure_has_a_request_id(apps: dict[str, FastAPI], monkeypatch, caplog) -> None:
+    def fail(*args: object) -> None:
+        raise RuntimeError("out of order")
+
+    app = apps["base"]
+    monkeypatch.setattr(app.state.service.engine.tokenizer, "encode", fail)
+    with pytest.raises(RuntimeError):  # the web server logs it
+        send(app, "POST", "/v1/tokenize", json={"prompt": "The"}, headers={"X-Request-Id": "mine"})
+    assert "POST /v1/tokenize failed (request mine):" in caplog.messages
+    monkeypatch.undo()
+    assert send(app, "POST", "/v1/tokenize", json={"prompt": "The"}).status_code == 200
+
+
+def test_tokens_of_a_base_model(apps: dict[str, FastAPI]) -> None:
+    answer = send(apps["base"], "POST", "/tokenize", json={"prompt": "The"}).json()
+    assert answer["max_model_len"] == apps["base"].state.service.engine.context_length
+    assert send(apps["base"], "POST", "/detokenize", json={"tokens": answer["tokens"]}).json()["prompt"] == "The"
+    for path in ("/tokenize", "/apply-template"):
+        refused = send(apps["base"], "POST", path, json={"messages": [{"role": "user", "content": "hi"}]})
+        assert refused.status_code == 400
+        assert "base model" in refused.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import http.client
 import json
 import random
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from urllib.parse import urlsplit
 
 import psutil
@@ -62,6 +62,17 @@ def test_sixteen_clients_get_the_replies_of_single_requests(server):
         together = list(clients.map(lambda body: ask(server.url, body), bodies))
     assert together == alone
     assert len(set(alone)) > len(QUESTIONS)
+
+
+def test_slow_grammars_do_not_keep_other_requests_waiting(server):
+    """More of them than there are worker threads."""
+    slow = request("hi", max_tokens=1, grammar="start: " + '"a"? ' * 1500)
+    with ThreadPoolExecutor(60) as clients:
+        replies = [clients.submit(ask, server.url, slow) for _ in range(60)]
+        wait(replies, return_when=FIRST_COMPLETED)
+        ask(server.url, request("hi", max_tokens=1))
+        assert sum(reply.done() for reply in replies) < 15
+        assert all(reply.result() in ("", "a") for reply in replies)
 
 
 def test_disconnected_clients_leak_nothing(start_server, tiny_chat_checkpoint):

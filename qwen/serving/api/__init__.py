@@ -1,1 +1,1 @@
-"""The OpenAI-compatible HTTP API."""
+"""The HTTP APIs: OpenAI's, and Anthropic's Messages API."""

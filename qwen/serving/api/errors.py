@@ -1,27 +1,48 @@
-"""API errors in OpenAI's format: `{"error": {"message", "type", "param", "code"}}`.
+"""API errors in OpenAI's format: `{"error": {"message", "type", "param", "code"}}`, or that of the Messages API.
 
 Converts exceptions of the engine, of pydantic and of the web framework to `ApiError`, with their HTTP status.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails, to_json
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.types import Scope
 
 from ..engine import EngineClosed, EngineError, PromptTooLong, QueueFull
+from .request_id import current_request_id
 
 MAX_VALIDATION_ERRORS = 100  # validation errors examined per request; the first one is reported, with its alternatives
-API_ENDPOINTS = ("/chat/completions", "/completions", "/models")  # under /v1; clients add them to a base URL
+API_ENDPOINTS = ("/chat/completions", "/completions", "/models", "/responses", "/messages")  # under /v1
 # -1 or 0 stands for "no limit" in other servers.
-FIELD_ADVICE = dict.fromkeys(("max_tokens", "max_completion_tokens", "max_length"), " Omit it to set no limit.")
+FIELD_ADVICE = {
+    **dict.fromkeys(("max_tokens", "max_completion_tokens", "max_length"), " Omit it to set no limit."),
+    "prompt_logprobs": " Up to 20 tokens are returned at each place of a prompt, not all.",
+}
+MESSAGES_PATH = re.compile(r"(/+v1)?/+messages(/|$)")
+MESSAGES_ERROR_TYPES = {
+    **dict.fromkeys((400, 405, 415), "invalid_request_error"),
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
 RETRY_AFTER_SECONDS = 1  # a place in the queue becomes free about this often, a place in the batch less often
+
+
+ModelT = TypeVar("ModelT", bound=BaseModel)
 
 
 class ApiError(HTTPException):
@@ -49,8 +70,25 @@ class ApiError(HTTPException):
         super().__init__(status, message, headers)
         self.body = {"error": {"message": message, "type": type, "param": param, "code": code}}
 
-    def response(self) -> Response:
-        return Response(to_json(self.body), self.status_code, self.headers, "application/json")
+    def response(self, scope: Scope) -> Response:
+        """Return the response to a request, in the format of its API."""
+        return Response(to_json(self.body_for(scope)), self.status_code, self.headers, "application/json")
+
+    def body_for(self, scope: Scope) -> Mapping[str, object]:
+        """Return the error in the format of the API that was requested, `body` or Anthropic's."""
+        if not is_of_messages_api(scope):
+            return self.body
+        message, param = str(self.body["error"]["message"]), self.body["error"]["param"]
+        error = {
+            "type": MESSAGES_ERROR_TYPES.get(self.status_code, "api_error"),
+            "message": message if param is None or message.startswith(f"{param}:") else f"{param}: {message}",
+        }
+        return {"type": "error", "error": error, "request_id": current_request_id.get()}
+
+
+def is_of_messages_api(scope: Scope) -> bool:
+    """Return whether a request is to the Messages API, whose errors have Anthropic's format."""
+    return MESSAGES_PATH.match(scope["path"]) is not None
 
 
 def invalid_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
@@ -112,7 +150,9 @@ def server_error() -> ApiError:
     return ApiError(500, "The server failed to answer. See its log for the reason.", type="server_error")
 
 
-def from_validation_errors(errors: Sequence[ErrorDetails], body: object) -> ApiError:
+def from_validation_errors(
+    errors: Sequence[ErrorDetails], body: object, advice: Mapping[str, str] = FIELD_ADVICE
+) -> ApiError:
     """Convert the first error that pydantic found.
 
     Each alternative of a union reports its own errors. Type mismatches are dropped if an alternative of the right type
@@ -121,6 +161,7 @@ def from_validation_errors(errors: Sequence[ErrorDetails], body: object) -> ApiE
     Args:
         errors: output of `ValidationError.errors()`.
         body: the validated input.
+        advice: field → sentence to add to its errors.
     """
     located = [(_field_path(error["loc"], body, error["type"]), error) for error in errors[:MAX_VALIDATION_ERRORS]]
     first = located[0][0]
@@ -129,12 +170,55 @@ def from_validation_errors(errors: Sequence[ErrorDetails], body: object) -> ApiE
     path = max((path for path, _ in of_right_type or located), key=len)
     reasons = dict.fromkeys(_error_reason(error) for where, error in of_right_type or located if where == path)
     param = ".".join(map(str, path)) or None
-    advice = FIELD_ADVICE.get(param or "", "")
-    return invalid_request(f"{param or 'The request body'}: {', or '.join(reasons)}.{advice}", param)
+    sentence = advice.get(param or "", "")
+    return invalid_request(f"{param or 'The request body'}: {', or '.join(reasons)}.{sentence}", param)
+
+
+def validate_converted(model: type[ModelT], fields: Mapping[str, object]) -> ModelT:
+    """Validate the fields of a converted request.
+
+    Raises:
+        ApiError: a field is invalid; it has the name of the converted request, see `rename_fields`.
+    """
+    try:
+        return model.model_validate(fields)
+    except ValidationError as error:
+        located: list[ErrorDetails] = [{**each, "loc": ("body", *each["loc"])} for each in error.errors()]
+        raise from_validation_errors(located, fields) from error
+
+
+def rename_field(path: str, names: Mapping[str, str]) -> str:
+    """Return the path of a field of the original request; see `rename_fields`."""
+    path = re.sub(r"\[(\d+)\]", r".\1", path)
+    steps = path.split(".")
+    for end in range(len(steps), 0, -1):
+        if (name := names.get(".".join(steps[:end]))) is not None:
+            return ".".join([name, *steps[end:]])
+    return path
+
+
+def rename_fields(error: ApiError, names: Mapping[str, str]) -> ApiError:
+    """Return an error of a converted request that names the fields of the original one, in `param` and message.
+
+    Args:
+        names: path in the converted request → path in the original, as in {"messages.1": "input.0"}. It applies to
+            the fields inside as well, unless they have a name of their own.
+    """
+    body = error.body["error"]
+    roots = "|".join(sorted({re.escape(name.partition(".")[0]) for name in names}))
+    # Without an index or a field inside, a name in the middle of the text may be an ordinary word, like "messages".
+    pattern = rf"^(?:{roots})\b(?=:)|(?<![\w.])(?:{roots})(?:\[\d+\]|\.\w+)+"
+    message = re.sub(pattern, lambda found: rename_field(found[0], names), str(body["message"]))
+    param = None if body["param"] is None else rename_field(str(body["param"]), names)
+    return ApiError(
+        error.status_code, message, type=str(body["type"]), param=param, code=body["code"], headers=error.headers
+    )
 
 
 def _field_path(location: Sequence[str | int], body: Any, kind: str) -> tuple[str | int, ...]:
     """Remove the names of union alternatives, which pydantic adds, from a location."""
+    if location[0] != "body":  # a parameter of the path or the query
+        return tuple(location[1:])
     path: list[str | int] = []
     for step in location[1:]:  # the first one is "body"
         steps = range(len(body)) if isinstance(body, list) else body if isinstance(body, dict) else ()
@@ -167,24 +251,21 @@ def _error_reason(error: ErrorDetails) -> str:
 
 
 def add_exception_handlers(app: FastAPI) -> None:
-    """Install handlers that answer all errors of an app in this format."""
+    """Install handlers that answer the errors of an app in this format; RequestIdMiddleware answers exceptions."""
 
     async def handle_http_exception(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         if not isinstance(error, ApiError):
             error = _from_http_exception(request, error)
-        return error.response()
+        return error.response(request.scope)
 
     async def handle_validation_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        return from_validation_errors(error.errors(), error.body).response()
-
-    async def handle_exception(request: Request, error: Exception) -> Response:
-        return server_error().response()  # logged by the ASGI server
+        advice = {} if is_of_messages_api(request.scope) else FIELD_ADVICE  # there max_tokens is required
+        return from_validation_errors(error.errors(), error.body, advice).response(request.scope)
 
     app.add_exception_handler(HTTPException, handle_http_exception)
     app.add_exception_handler(RequestValidationError, handle_validation_error)
-    app.add_exception_handler(Exception, handle_exception)
 
 
 def _from_http_exception(request: Request, error: HTTPException) -> ApiError:

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol, TypedDict, cast
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol, TypedDict, cast
 
 from pydantic_core import to_json
-from sse_starlette import EventSourceResponse
+from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -26,8 +27,11 @@ from ..engine.sampling_params import SamplingParams
 from ..engine.sequence import Constraint
 from .errors import ApiError, engine_failed, from_engine_error, interrupted_by_shutdown, invalid_request, server_error
 from .metrics import CLIENT_CLOSED_REQUEST, Metrics
-from .request_types import GenerationRequest
-from .response_types import ChatChoice, ChatChunkChoice, TextChoice, TextFinishReason, Usage
+from .request_id import current_request_id
+from .request_types import StreamOptions
+from .response_types import ChatChoice, ChatChunkChoice, StopReason, TextChoice, TextFinishReason, Usage
+
+logger = logging.getLogger(__name__)
 
 # Log-probabilities in one response, about 100 bytes of JSON each: enough for a full context with 20 per token.
 MAX_LOGPROBS = 2**18
@@ -36,13 +40,19 @@ Chunk = ChatChunkChoice | TextChoice
 
 
 class Writer(Protocol):
-    """Converts the text pieces of one choice to chunks."""
+    """Converts the text pieces of one choice to chunks.
+
+    Attributes:
+        reasoning_tokens: tokens of the reply so far that are neither text nor a call.
+    """
+
+    reasoning_tokens: int
 
     def begin(self) -> Iterable[Chunk]: ...
 
     def write(self, piece: Piece) -> Iterable[Chunk]: ...
 
-    def end(self, reason: TextFinishReason) -> Iterable[Chunk]:
+    def end(self, reason: TextFinishReason, stop_reason: StopReason) -> Iterable[Chunk]:
         """Finish the choice."""
 
 
@@ -55,6 +65,7 @@ class Choice(NamedTuple):
     stop: Sequence[str] = ()
     lstrip: bool = False
     rstrip: bool = False
+    end_strings: Sequence[str] = ()
     constraint: Constraint | None = None
 
 
@@ -66,13 +77,17 @@ class Plan:
         choices: all choices, in the order of their index.
         prompt_tokens: tokens of the prompts, counted once for all choices.
         prompt_param: request field that holds the prompt.
+        grammar_param: that which asks for a grammar, if there is one.
         cache_salt: the prompts share the key/value cache only with requests of the same salt.
+        fields: further fields of the response, or of its first chunk.
     """
 
     choices: list[Choice]
     prompt_tokens: int
     prompt_param: str
     cache_salt: str | None = None
+    grammar_param: str | None = None
+    fields: Mapping[str, object] = field(default_factory=dict)
 
 
 class Head(TypedDict):
@@ -118,93 +133,44 @@ def check_num_choices(engine: Engine, choices: int) -> None:
         raise invalid_request(f"Too many choices: {choices} requested, at most {capacity} per request on this server.")
 
 
-def sampling_params(
-    engine: Engine,
-    request: GenerationRequest,
-    prompt_lengths: Sequence[int],
-    *,
-    max_tokens: int | None,
-    top_logprobs: int | None,
-) -> list[list[SamplingParams]]:
-    """Build the sampling settings of all choices: a list of `n` for each prompt.
-
-    Args:
-        prompt_lengths: tokens of each prompt.
-        max_tokens, top_logprobs: fields of SamplingParams, whose names differ between the two endpoints.
-
-    Raises:
-        ApiError: settings out of range for this model, or too many log-probabilities.
-    """
-    bias = {int(token): value for token, value in (request.logit_bias or {}).items()}
-    if unknown := [token for token in bias if token >= len(engine.tokenizer)]:
+def _check_plan(engine: Engine, choices: Sequence[Choice]) -> None:
+    """Raise ApiError for settings that cannot be combined, or more log-probabilities than a response may have."""
+    if any(choice.params.ignore_eos and choice.constraint is not None for choice in choices):
         raise invalid_request(
-            f"logit_bias: invalid token id {unknown[0]}, valid ids are 0 to {len(engine.tokenizer) - 1}.",
-            "logit_bias",
+            "ignore_eos cannot be combined with a grammar (response_format, a required tool and the like), which "
+            "decides where the reply ends. Omit one of them.",
+            "ignore_eos",
         )
-    greedy = request.top_p == 0  # only the most likely token remains
-
-    def build_params(limit: int | None, seed: int | None) -> SamplingParams:
-        return engine.params(
-            temperature=0.0 if greedy else request.temperature,
-            top_p=None if greedy else request.top_p,
-            top_k=None if request.top_k is None else max(request.top_k, 0),
-            repetition_penalty=request.repetition_penalty,
-            presence_penalty=request.presence_penalty,
-            frequency_penalty=request.frequency_penalty,
-            logit_bias=bias or None,
-            top_logprobs=top_logprobs,
-            max_tokens=limit,
-            seed=seed,
-        )
-
-    seeds = [None if request.seed is None else request.seed + index for index in range(request.num_choices)]
-    try:
-        params = [
-            [build_params(limit, seed) for seed in seeds]
-            for limit in (_max_tokens(request, length, max_tokens) for length in prompt_lengths)
-        ]
-    except ValueError as error:
-        raise invalid_request(str(error), str(error).split()[0]) from error
-    if top_logprobs is not None:
-        tokens = sum(
-            min(choice_params.max_tokens, engine.context_length - length)
-            for length, prompt_params in zip(prompt_lengths, params, strict=True)
-            for choice_params in prompt_params
-        )
-        if tokens * (1 + top_logprobs) > MAX_LOGPROBS:
-            raise invalid_request(
-                f"Too many log-probabilities: up to {tokens} tokens with {1 + top_logprobs} each, at most "
-                f"{MAX_LOGPROBS} per response. Ask for fewer tokens, choices or log-probabilities.",
-                "logprobs",
-            )
-    return params
-
-
-def _max_tokens(request: GenerationRequest, prompt_tokens: int, max_tokens: int | None) -> int | None:
-    if request.max_length is None:
-        return max_tokens
-    remaining = request.max_length - prompt_tokens
-    if remaining < 1:
+    count = 0
+    param = "prompt_logprobs"
+    for ids, params, *_ in choices:
+        if params.top_logprobs is not None:
+            param = "logprobs"
+            count += min(params.max_tokens, engine.context_length - len(ids)) * (1 + params.top_logprobs)
+        if params.prompt_logprobs is not None:
+            count += len(ids) * (1 + params.prompt_logprobs)
+    if count > MAX_LOGPROBS:
         raise invalid_request(
-            f"max_length includes the prompt, which has {prompt_tokens} tokens: use a larger value.",
-            "max_length",
+            f"Too many log-probabilities: up to {count}, with those of the most likely tokens, at most {MAX_LOGPROBS} "
+            "per response. Ask for fewer tokens, choices or log-probabilities.",
+            param,
         )
-    return remaining if max_tokens is None else min(remaining, max_tokens)
 
 
 class Generation:
     """All choices of a request while they are generated.
 
     Raises:
-        ApiError: the engine rejected a choice; the others are cancelled.
+        ApiError: settings that cannot be combined, or the engine rejected a choice; the others are cancelled.
     """
 
     def __init__(self, engine: Engine, plan: Plan, metrics: Metrics | None):
+        _check_plan(engine, plan.choices)
         self.plan, self.metrics = plan, metrics
         self.streams: list[TextStream] = []
         try:
             for choice in plan.choices:
-                ids, params, _, stop, lstrip, rstrip, constraint = choice
+                ids, params, _, stop, lstrip, rstrip, end_strings, constraint = choice
                 self.streams.append(
                     engine.start(
                         ids,
@@ -212,6 +178,7 @@ class Generation:
                         stop=stop,
                         lstrip=lstrip,
                         rstrip=rstrip,
+                        end_strings=end_strings,
                         constraint=constraint,
                         group=self,
                         cache_salt=plan.cache_salt,
@@ -225,15 +192,27 @@ class Generation:
                 raise
             raise api_error from error
         self.closed = False
+        self._tokens_in_chunks = 0
 
     @property
     def usage(self) -> Usage:
-        completion = sum(stream.completion_tokens for stream in self.streams)
+        """The numbers of tokens."""
+        return self._usage(sum(stream.completion_tokens for stream in self.streams))
+
+    @property
+    def usage_so_far(self) -> Usage:
+        """The same, without tokens that are not in a chunk yet. Needs `return_token_ids` in the sampling settings."""
+        return self._usage(self._tokens_in_chunks)
+
+    def _usage(self, completion_tokens: int) -> Usage:
         return {
             "prompt_tokens": self.plan.prompt_tokens,
-            "completion_tokens": completion,
-            "total_tokens": self.plan.prompt_tokens + completion,
+            "completion_tokens": completion_tokens,
+            "total_tokens": self.plan.prompt_tokens + completion_tokens,
             "prompt_tokens_details": {"cached_tokens": self._cached_tokens},
+            "completion_tokens_details": {
+                "reasoning_tokens": sum(choice.writer.reasoning_tokens for choice in self.plan.choices)
+            },
         }
 
     @property
@@ -270,13 +249,17 @@ class Generation:
             while running:
                 index, item = await queue.get()
                 if isinstance(item, Exception):
-                    raise from_engine_error(item, self.plan.prompt_param) or server_error() from item
+                    api_error = from_engine_error(item, self.plan.grammar_param) or server_error()
+                    if api_error.status_code >= 500:
+                        logger.error("Request %s failed: %s", current_request_id.get(), item)
+                    raise api_error from item
                 if item is not None:
+                    self._tokens_in_chunks += len(item.token_ids)
                     chunks = writers[index].write(item)
                 elif (reason := self.streams[index].finish_reason) is None or reason == "cancelled":
                     raise interrupted_by_shutdown()  # only draining cancels a stream that is being read
                 else:
-                    chunks = writers[index].end(cast("TextFinishReason", reason))
+                    chunks = writers[index].end(cast("TextFinishReason", reason), self.streams[index].stop_reason)
                     running -= 1
                 for chunk in chunks:
                     yield chunk
@@ -291,19 +274,19 @@ class Generation:
             stream.cancel()
         if not self.closed:
             self.closed = True
-            if self.metrics is None:
-                return
-            seconds = [stream.first_token_seconds for stream in self.streams]
-            usage = self.usage
-            self.metrics.record_generation(
-                usage["prompt_tokens"], self._cached_tokens, usage["completion_tokens"], seconds
-            )
+            if self.metrics is not None:
+                self.metrics.record_generation(self.plan.prompt_tokens, self._cached_tokens, self.streams)
 
 
 class ChunkResponse(EventSourceResponse):
-    """Sends a generation as server-sent events and closes it when the connection ends."""
+    """Sends a generation as server-sent events and closes it when the connection ends.
 
-    def __init__(self, generation: Generation, events: AsyncIterator[str], grace_seconds: float):
+    Args:
+        events: data of events without a name, or events.
+        grace_seconds: time to send the rest when the web server shuts down.
+    """
+
+    def __init__(self, generation: Generation, events: AsyncIterator[str | ServerSentEvent], grace_seconds: float):
         super().__init__(events, sep="\n", shutdown_grace_period=grace_seconds)
         self.generation = generation
 
@@ -314,23 +297,33 @@ class ChunkResponse(EventSourceResponse):
             self.generation.close()  # even if no event was requested
 
 
+def named_event(event: Mapping[str, Any]) -> ServerSentEvent:
+    """Return an event of the APIs whose events have names: that in `type`."""
+    return ServerSentEvent(to_json(event).decode(), event=event["type"], sep="\n")
+
+
 def stream_response(
-    generation: Generation, envelope: Envelope, head: Head, include_usage: bool, grace_seconds: float
+    generation: Generation, envelope: Envelope, head: Head, options: StreamOptions, grace_seconds: float
 ) -> Response:
     """Return a streamed response.
 
     Args:
-        include_usage: end with a chunk without choices that has the token counts.
+        options: which chunks have the token counts: the last one, without choices, or also the others.
         grace_seconds: time to send the rest when the web server shuts down.
     """
     chunk_head = {**head, "object": envelope.chunk_object}
-    no_usage = {"usage": None} if include_usage else {}
+    include_usage, continuous = bool(options.include_usage), bool(options.continuous_usage_stats)
+    usage: dict[str, object] = {"usage": None} if include_usage else {}
 
     async def events() -> AsyncIterator[str]:
+        fields = {**chunk_head, **generation.plan.fields}
         try:
             async with contextlib.aclosing(generation.chunks()) as chunks:
                 async for chunk in chunks:
-                    yield to_json({**chunk_head, "choices": [chunk], **no_usage}).decode()
+                    if continuous:
+                        usage["usage"] = generation.usage_so_far
+                    yield to_json({**fields, "choices": [chunk], **usage}).decode()
+                    fields = chunk_head
         except ApiError as error:  # the status has been sent already
             yield to_json(error.body).decode()
             return
@@ -341,32 +334,39 @@ def stream_response(
     return ChunkResponse(generation, events(), grace_seconds)
 
 
-async def full_response(request: Request, generation: Generation, envelope: Envelope, head: Head) -> Response:
-    """Return the whole response at once, or an empty one if the client disconnects first.
+async def collect_answer(generation: Generation, envelope: Envelope, head: Head) -> dict[str, object]:
+    """Return the whole response: all choices, each merged from its chunks."""
+    parts: list[list[Chunk]] = [[] for _ in generation.streams]
+    async with contextlib.aclosing(generation.chunks()) as chunks:
+        async for chunk in chunks:
+            parts[chunk["index"]].append(chunk)
+    fields = generation.plan.fields
+    return {**head, **fields, "choices": [envelope.merge_chunks(part) for part in parts], "usage": generation.usage}
+
+
+async def full_response(
+    request: Request, generation: Generation, answer: Coroutine[Any, Any, Mapping[str, object]]
+) -> Response:
+    """Return the JSON object of an answer, or an empty response if the client disconnects first.
+
+    Args:
+        answer: reads the generation and returns the object.
 
     Raises:
         ApiError: the model failed, or the server is stopping.
     """
 
-    async def collect() -> list[ChatChoice | TextChoice]:
-        parts: list[list[Chunk]] = [[] for _ in generation.streams]
-        async with contextlib.aclosing(generation.chunks()) as chunks:
-            async for chunk in chunks:
-                parts[chunk["index"]].append(chunk)
-        return [envelope.merge_chunks(part) for part in parts]
-
     async def wait_for_disconnect() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
 
-    collecting = asyncio.create_task(collect())
-    tasks = (collecting, asyncio.create_task(wait_for_disconnect()))
+    answering = asyncio.create_task(answer)
+    tasks = (answering, asyncio.create_task(wait_for_disconnect()))
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        if not collecting.done():
+        if not answering.done():
             return Response(status_code=CLIENT_CLOSED_REQUEST)
-        answer = {**head, "choices": collecting.result(), "usage": generation.usage}
-        return Response(to_json(answer), media_type="application/json")
+        return Response(to_json(answering.result()), media_type="application/json")
     finally:
         for task in tasks:
             task.cancel()

@@ -7,21 +7,23 @@ engine when metrics are rendered. Without prometheus-client a server runs withou
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..._renamed import old_names
-from ..engine import Engine
+from ..engine import Engine, TextStream
 
 try:
     import prometheus_client
-    from prometheus_client import Counter, Gauge, Histogram
+    from prometheus_client import Counter, Histogram, Metric
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 except ModuleNotFoundError:
     _INSTALLED = False
 else:
     _INSTALLED = True
 
+TOKEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5)
 DURATION_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 CLIENT_CLOSED_REQUEST = 499  # nginx's status for a client that disconnected before the response
 
@@ -52,34 +54,70 @@ class Metrics:
             buckets=DURATION_BUCKETS,
             registry=self.registry,
         )
+        self.output_token = Histogram(
+            "qwen_time_per_output_token_seconds",
+            "Time per token of a reply after its first one, on average over the reply",
+            buckets=TOKEN_BUCKETS,
+            registry=self.registry,
+        )
+        self.queue_time = Histogram(
+            "qwen_queue_time_seconds",
+            "Time from queueing a request until it is in a step of the model",
+            buckets=DURATION_BUCKETS,
+            registry=self.registry,
+        )
         self.prompt_tokens = Counter("qwen_prompt_tokens", "Prompt tokens", registry=self.registry)
         self.cached_tokens = Counter(
             "qwen_cached_prompt_tokens", "Prompt tokens found in the cache", registry=self.registry
         )
         self.completion_tokens = Counter("qwen_completion_tokens", "Generated tokens", registry=self.registry)
-        running = Gauge("qwen_running_sequences", "Replies being generated", registry=self.registry)
-        running.set_function(lambda: engine.load().running)
-        queued = Gauge("qwen_queued_sequences", "Replies waiting in the queue", registry=self.registry)
-        queued.set_function(lambda: engine.load().queued)
+        self.finished = Counter(
+            "qwen_finished_sequences", "Replies that have ended", ["reason"], registry=self.registry
+        )
+        self.registry.register(EngineCollector(engine))
 
-    def record_generation(
-        self,
-        prompt_tokens: int,
-        cached_tokens: int,
-        completion_tokens: int,
-        first_token_seconds: Iterable[float | None],
-    ) -> None:
-        """Record the totals of one request; None stands for a reply without tokens."""
+    def record_generation(self, prompt_tokens: int, cached_tokens: int, streams: Iterable[TextStream]) -> None:
+        """Record the replies to one request, at its end."""
         self.prompt_tokens.inc(prompt_tokens)
         self.cached_tokens.inc(cached_tokens)
-        self.completion_tokens.inc(completion_tokens)
-        for seconds in first_token_seconds:
-            if seconds is not None:
-                self.first_token.observe(seconds)
+        for stream in streams:
+            self.completion_tokens.inc(stream.completion_tokens)
+            self.finished.labels(stream.finish_reason or "cancelled").inc()  # it is told so with the next step
+            if stream.queue_seconds is not None:
+                self.queue_time.observe(stream.queue_seconds)
+            if stream.first_token_seconds is not None:
+                self.first_token.observe(stream.first_token_seconds)
+                if stream.seconds is not None and stream.completion_tokens > 1:
+                    seconds = stream.seconds - stream.first_token_seconds
+                    self.output_token.observe(seconds / (stream.completion_tokens - 1))
 
     def render(self) -> tuple[bytes, str]:
         """Return the metrics in Prometheus' text format, and its media type."""
         return prometheus_client.generate_latest(self.registry), prometheus_client.CONTENT_TYPE_LATEST
+
+
+class EngineCollector:
+    """Reads the load of an engine when metrics are rendered."""
+
+    def __init__(self, engine: Engine):
+        self.engine = engine
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the metrics."""
+        load = self.engine.load()
+        blocks = self.engine.scheduler.block_manager
+        yield GaugeMetricFamily("qwen_running_sequences", "Replies being generated", load.running)
+        yield GaugeMetricFamily("qwen_queued_sequences", "Replies waiting in the queue", load.queued)
+        yield GaugeMetricFamily(
+            "qwen_cache_usage_ratio",
+            "Share of the key/value cache that running replies hold",
+            1 - blocks.num_free / blocks.num_blocks,
+        )
+        yield CounterMetricFamily(
+            "qwen_preemptions",
+            "Replies that were interrupted because the cache was full",
+            self.engine.scheduler.num_preemptions,
+        )
 
 
 class MetricsMiddleware:

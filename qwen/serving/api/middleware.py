@@ -1,4 +1,4 @@
-"""ASGI middlewares that normalize paths, check origins and credentials, and limit the size and upload time of requests.
+"""ASGI middlewares that number requests, normalize paths, check origins and credentials, and limit bodies.
 
 Neither buffers bodies or responses, so that streams pass through unchanged.
 """
@@ -12,26 +12,73 @@ import contextlib
 import hmac
 import logging
 import re
+import uuid
 from collections.abc import Collection
+from typing import Any
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .errors import ApiError
+from .errors import ApiError, is_of_messages_api, server_error
 from .log_once import LogOnce
+from .request_id import HEADER as REQUEST_ID_HEADER
+from .request_id import current_request_id
 
 logger = logging.getLogger(__name__)
 
 # A client that is still sending would miss an early response: read and drop up to this much of a rejected body.
 LINGER_BYTES = 64 * 2**20
+KEY_HEADER = "X-Api-Key"  # as Anthropic's clients send a key
 MAX_ORIGIN = 100  # characters of an origin in messages
 
-
+REQUEST_ID = re.compile(r"[ -~]{1,128}")  # printable ASCII: such an id cannot end a header or a line of the log
 ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[\w.:\[\]-]{1,253}", re.ASCII)  # that can be shown as part of a command
 
 
+class RequestIdMiddleware:
+    """Gives each request an id and its response the header, also if the app fails; logs the id of failed requests.
+
+    It has to be the first middleware. Anthropic's clients read the id from another header.
+    """
+
+    def __init__(self, app: ASGIApp):
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        given = Headers(scope=scope).get(REQUEST_ID_HEADER, "")
+        request_id = given if REQUEST_ID.fullmatch(given) else f"req_{uuid.uuid4().hex}"
+        names = [REQUEST_ID_HEADER, "request-id"] if is_of_messages_api(scope) else [REQUEST_ID_HEADER]
+        headers = [(name.lower().encode(), request_id.encode()) for name in names]
+        started = False
+
+        def send_with_id(message: Message) -> Any:  # not async: it is called for every chunk of a stream
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                message["headers"] = [*message.get("headers", ()), *headers]
+            return send(message)
+
+        current_request_id.set(request_id)  # of this task: each request has its own
+        try:
+            await self.app(scope, receive, send_with_id)
+        except Exception:
+            logger.error("%s %s failed (request %s):", scope["method"], scope["path"], request_id)
+            if not started:
+                await server_error().response(scope)(scope, receive, send_with_id)
+            raise  # the web server logs the traceback
+
+
+# First steps of the paths below /v1, which many clients leave out.
+V1_STEPS = frozenset(
+    ("chat", "completions", "models", "responses", "messages", "tokenize", "detokenize", "apply-template")
+)
+
+
 class PathMiddleware:
-    """Accepts what clients make of a base URL and a path: `//v1/models`, `/v1//models`, `/v1/models/`.
+    """Accepts what clients make of a base URL and a path: `//v1/models`, `/v1//models`, `/v1/models/`, `/models`.
 
     Without a redirect, which would lose the body of a POST. HEAD is answered like GET; uvicorn omits the body.
     """
@@ -41,7 +88,10 @@ class PathMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            path = "/" + "/".join(filter(None, scope["path"].split("/")))
+            steps = [step for step in scope["path"].split("/") if step]
+            if steps and steps[0] in V1_STEPS:
+                steps.insert(0, "v1")
+            path = "/" + "/".join(steps)
             scope = {**scope, "path": path, "method": "GET" if scope["method"] == "HEAD" else scope["method"]}
         await self.app(scope, receive, send)
 
@@ -69,7 +119,7 @@ class OriginMiddleware:
         message = f"Web pages of origin {origin[:MAX_ORIGIN]!r} may not send requests to this server. {advice}."
         self.log_once.warning(origin, message)
         error = ApiError(403, message, code="origin_not_allowed")
-        await error.response()(scope, receive, send)
+        await error.response(scope)(scope, receive, send)
 
     def _preflight_origin(self, scope: Scope) -> str | None:
         """Return the origin of the page that sends a CORS preflight; None for other requests."""
@@ -80,11 +130,11 @@ class OriginMiddleware:
 
 
 class AuthenticationMiddleware:
-    """Requires a user and password (HTTP Basic) or a key (Bearer); if both are set, either is accepted.
+    """Requires a user and password (HTTP Basic) or a key (Bearer or X-Api-Key); if both are set, either is accepted.
 
     Args:
         basic: "USER:PASSWORD".
-        key: API key, as OpenAI's clients send it.
+        key: API key, as the clients of OpenAI and of Anthropic send it.
         open_paths: paths that need no credentials.
     """
 
@@ -99,21 +149,27 @@ class AuthenticationMiddleware:
             await self.app(scope, receive, send)
             return
         schemes = [f'{scheme.capitalize()} realm="qwen"' for scheme in self.accepted]
-        wanted = {"basic": "user and password (HTTP Basic)", "bearer": "an API key (Authorization: Bearer KEY)"}
+        wanted = {
+            "basic": "user and password (HTTP Basic)",
+            "bearer": f"an API key (Authorization: Bearer KEY, or {KEY_HEADER}: KEY)",
+        }
         error = ApiError(
             401,
             f"Missing or invalid credentials. Send {' or '.join(wanted[scheme] for scheme in self.accepted)}.",
             code="invalid_api_key",
             headers={"WWW-Authenticate": ", ".join(schemes)},
         )
-        await error.response()(scope, receive, send)
+        await error.response(scope)(scope, receive, send)
 
     def _is_authorized(self, headers: Headers) -> bool:
+        key, given_key = self.accepted.get("bearer"), headers.get(KEY_HEADER)
+        # Starlette decodes headers as latin-1.
+        if key is not None and given_key is not None and hmac.compare_digest(given_key.strip().encode("latin-1"), key):
+            return True
         scheme, _, given = headers.get("authorization", "").strip().partition(" ")
         secret = self.accepted.get(scheme.lower())
         if secret is None:
             return False
-        # Starlette decodes headers as latin-1.
         credentials = given.strip().encode("latin-1")
         if scheme.lower() == "basic":
             try:
@@ -180,6 +236,6 @@ class BodyLimitMiddleware:
         declared = Headers(scope=scope).get("content-length", "")
         if declared.isdecimal() and int(declared) > self.max_bytes:
             await linger()
-            await error.response()(scope, receive, send)
+            await error.response(scope)(scope, receive, send)
         else:
             await self.app(scope, receive_limited, send)

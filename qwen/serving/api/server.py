@@ -8,15 +8,18 @@ read are dropped at the end, which is not logged as an error.
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections.abc import Callable
 from types import FrameType
-from typing import cast
+from typing import Any, cast
 
 import uvicorn
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.config import LOGGING_CONFIG
 
 from .errors import shutting_down
+from .request_id import HEADER, current_request_id
 
 
 class DrainingServer(uvicorn.Server):
@@ -83,6 +86,25 @@ def _answer_when_cancelled(app: ASGIApp) -> ASGIApp:
             if scope["type"] != "http":
                 raise
             if not started:
-                await shutting_down().response()(scope, receive, send)
+                response = shutting_down().response(scope)
+                response.headers[HEADER] = current_request_id.get()
+                await response(scope, receive, send)
 
     return run
+
+
+def access_log_config() -> dict[str, Any]:
+    """Return uvicorn's `log_config`, with the id of the request at the end of each line of the access log."""
+
+    def add_request_id(record: logging.LogRecord) -> bool:
+        record.request_id = current_request_id.get()
+        return True
+
+    formatters, handlers = LOGGING_CONFIG["formatters"], LOGGING_CONFIG["handlers"]
+    access = formatters["access"] | {"fmt": f"{formatters['access']['fmt']} %(request_id)s"}
+    return {
+        **LOGGING_CONFIG,
+        "filters": {"request_id": {"()": lambda: add_request_id}},
+        "formatters": formatters | {"access": access},
+        "handlers": handlers | {"access": handlers["access"] | {"filters": ["request_id"]}},
+    }
