@@ -26,12 +26,18 @@ READY = re.compile(r"answers at (http://\S+/v1)")
 
 CLIENTS = {
     "openai": "openai",
+    "openai_agents": "openai-agents",
+    "anthropic": "anthropic",
     "langchain": "langchain-openai",
     "litellm": "litellm",
     "pydantic_ai": "pydantic-ai-slim[openai]",
     "instructor": "instructor",
     "llama_index": "llama-index-llms-openai-like",
+    "haystack": "haystack-ai",
     "semantic_kernel": "semantic-kernel",
+    "smolagents": "smolagents[openai]",
+    "llm": "llm",
+    "guidance": "guidance[openai]",
 }
 """Name of a client → its package. The script of a client is call_NAME.py."""
 
