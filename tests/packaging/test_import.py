@@ -130,7 +130,6 @@ def test_all_public_names_of_the_last_release_exist(module: str) -> None:
         ("qwen.serving.engine", "SchedulerClosed", "EngineClosed"),
         ("qwen.serving.engine.grammar", "available", "is_available"),
         ("qwen.serving.engine.sampler", "Constraint", "qwen.serving.engine.sequence.Constraint"),
-        ("qwen.serving.engine.sampler", "ConstraintError", "qwen.serving.engine.sequence.ConstraintError"),
         ("qwen.serving.engine.sampler", "SamplingParams", "qwen.serving.engine.sampling_params.SamplingParams"),
         ("qwen.serving.engine.scheduler", "EndReason", "qwen.serving.engine.sequence.FinishReason"),
         ("qwen.serving.engine.scheduler", "GenerationSequence", "qwen.serving.engine.sequence.Sequence"),

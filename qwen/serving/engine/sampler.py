@@ -268,7 +268,6 @@ __getattr__ = old_names(
     __name__,
     {
         "Constraint": "qwen.serving.engine.sequence.Constraint",
-        "ConstraintError": "qwen.serving.engine.sequence.ConstraintError",
         "SamplingParams": "qwen.serving.engine.sampling_params.SamplingParams",
     },
 )
