@@ -189,7 +189,8 @@ def test_empty_stop_strings_beside_others(server: ServerProcess) -> None:
     assert response.json()["choices"][0]["message"]["content"] == "Hello"
 
 
-def test_ignored_fields_are_logged_once(server: ServerProcess) -> None:
+def test_ignored_fields_are_logged_once(start_server: Callable[..., ServerProcess], bundled_chat: Path) -> None:
+    server = start_server("-c", str(bundled_chat))  # of its own: other tests send ignored fields, too
     hostile = "evil\nINFO: \x1b[31m" + "x" * 10_000
     for _ in range(2):
         fields = {"messages": HI, "max_tokens": 1, "history": [["a", "b"]], hostile: 1, "reasoning_effort": None}
