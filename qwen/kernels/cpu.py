@@ -24,8 +24,10 @@ from .compile import KernelsUnavailable, load_library
 logger = logging.getLogger(__name__)
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # codes of kernels.c
-# Rows from which torch is faster with a linear layer: where it has instructions for 16 bits, and elsewhere.
-NATIVE_ROWS, TORCH_ROWS = 5, 64
+# Rows from which torch is faster with a linear layer: where it has instructions for 16 bits, elsewhere, and where it
+# would have to convert weights that do not fit in a core's cache.
+NATIVE_ROWS, TORCH_ROWS, CONVERTED_ROWS = 5, 64, 128
+CACHED_WEIGHTS = 1 << 22
 CONVERTED_OUTPUTS = 8192  # whose weights are converted at once
 # As in kernels.c: tokens of a sequence that read keys together, and keys whose softmax is computed together.
 TILE_QUERIES, CHUNK_KEYS = 4, 256
@@ -342,8 +344,11 @@ def converts(dtype: torch.dtype) -> bool:
 
 def first_rows_for_torch(layer: nn.Module, dtype: torch.dtype) -> int:
     """Return the number of rows from which torch is faster with a linear layer than the kernels."""
-    is_native = dtype != torch.float32 and not converts(dtype) and not isinstance(layer, GPTQLinear)
-    return NATIVE_ROWS if is_native else TORCH_ROWS
+    if isinstance(layer, GPTQLinear):
+        return TORCH_ROWS
+    if converts(dtype) or layer.weight.dtype != dtype:
+        return CONVERTED_ROWS if layer.weight.numel() > CACHED_WEIGHTS else TORCH_ROWS
+    return TORCH_ROWS if dtype == torch.float32 else NATIVE_ROWS
 
 
 def _parts_size(tiles: int, heads: int, size: int, splits: int) -> int:
