@@ -342,7 +342,7 @@ def converts(dtype: torch.dtype) -> bool:
     return dtype == torch.float16 or (dtype == torch.bfloat16 and not has_instructions)
 
 
-def first_rows_for_torch(layer: nn.Module, dtype: torch.dtype) -> int:
+def first_rows_for_torch(layer: nn.Linear, dtype: torch.dtype) -> int:
     """Return the number of rows from which torch is faster with a linear layer than the kernels."""
     if isinstance(layer, GPTQLinear):
         return TORCH_ROWS
