@@ -507,6 +507,7 @@ def test_surrogates_become_their_character_or_a_replacement(real):
     assert real.encode("\udc00<|im_end|>")[-1] == real.im_end_id
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "text",
     [
