@@ -18,6 +18,7 @@ __all__ = [
     "is_nan_in_gptq",
     "is_shape_mismatch",
     "is_unusable_proxy",
+    "is_write_failed",
 ]
 
 UNUSABLE_PROXY_ADVICE = (
@@ -79,6 +80,15 @@ def is_deepspeed_mismatch(error: BaseException) -> bool:
     to 5.24), a ValueError.
     """
     return isinstance(error, ValueError) and "DeepSpeed config values" in str(error)
+
+
+def is_write_failed(error: BaseException) -> bool:
+    """Whether torch.save could not write its file, as on a full disk.
+
+    "[enforce fail at inline_container.cc:672] . unexpected pos 145920 vs 145812"; "PytorchStreamWriter failed writing
+    file data/0: file write failed" (torch 2.13), both a RuntimeError.
+    """
+    return isinstance(error, RuntimeError) and ("inline_container" in str(error) or "StreamWriter" in str(error))
 
 
 def is_unusable_proxy(error: BaseException) -> bool:

@@ -377,6 +377,11 @@ class ChatMixin(MixinBase):
                 f"The prompt has {len(ids)} tokens and the model takes fewer than {limit}: shorten the query or the "
                 "system message, or load with max_position_embeddings=… for more at your own risk."
             )
+        if (highest := max(ids)) >= self.config.vocab_size:
+            raise ValueError(
+                f"The prompt has the token id {highest}, and the model {self.config.vocab_size} ids: the tokenizer is "
+                "of another model. Load the one of this model."
+            )
         return ids, strips_reply(reply_start)
 
 

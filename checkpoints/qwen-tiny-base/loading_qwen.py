@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, cast
 
 from safetensors import SafetensorError
-from transformers import PreTrainedConfig
+from transformers import GenerationConfig, PreTrainedConfig
 
 from .configuration_qwen import QWenConfig, check_model_type
 from .gptq_qwen import configure_kernel, explain_missing_packages, is_gptq, load_in_torch, missing_packages
+from .json_qwen import check_json_files, local_folder, read_json_object
 from .loading_options_qwen import (
     PRECISIONS,
     attention_devices,
@@ -26,6 +27,7 @@ from .loading_options_qwen import (
     prefer_one_gpu,
     target_device,
 )
+from .weight_files_qwen import check_weight_files
 
 if TYPE_CHECKING:  # what the mixin expects of the class that it is mixed into
     from transformers import PreTrainedModel as MixinBase
@@ -57,6 +59,10 @@ class LoadingMixin(MixinBase):
             OSError: files are missing or damaged.
         """
         check_arguments(kwargs)
+        folder = local_folder(pretrained_model_name_or_path, kwargs.get("subfolder"))
+        if folder is not None:
+            check_json_files(folder, ("config.json", "generation_config.json"))
+            check_generation_config(folder)
         check_devices(kwargs.get("device_map"))
         torch_dtype = kwargs.pop("torch_dtype", None)
         dtype = kwargs.pop("dtype", torch_dtype)
@@ -100,6 +106,8 @@ class LoadingMixin(MixinBase):
         moves_later = device_map is None and model_config.use_flash_attn is True
         devices = attention_devices("auto" if moves_later else device_map)
         kwargs["attn_implementation"] = choose_attention(model_config, dtype, devices, requested)
+        if folder is not None and not any(kwargs.get(name) for name in ("variant", "gguf_file", "state_dict")):
+            check_weight_files(folder, model_config.num_hidden_layers)
         try:
             return super().from_pretrained(
                 pretrained_model_name_or_path, *model_args, config=model_config, dtype=dtype, **kwargs
@@ -124,6 +132,17 @@ class LoadingMixin(MixinBase):
             for path in Path(save_directory).glob(pattern):
                 with contextlib.suppress(PermissionError):  # another user's, from before
                     path.chmod(0o666 & ~mask)
+
+
+def check_generation_config(folder: Path) -> None:
+    """Raise ValueError if transformers could not read the generation_config.json of a folder, if it has one."""
+    path = folder / "generation_config.json"
+    try:
+        if path.exists():
+            GenerationConfig.from_dict(read_json_object(path))
+    except Exception as error:  # of any type, for example AttributeError for a missing method
+        reason = str(error).partition("\n")[0][:200]
+        raise ValueError(f"{path} has an invalid value ({reason}). Correct it or download it again.") from error
 
 
 def as_qwen_config(config: PreTrainedConfig) -> QWenConfig:

@@ -10,7 +10,6 @@ import codecs
 import functools
 import inspect
 import itertools
-import json
 import logging
 import os
 import re
@@ -18,15 +17,25 @@ import unicodedata
 from base64 import b64decode
 from binascii import b2a_base64
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, cast, overload
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self, cast, overload
 
 import tiktoken
 from transformers import AddedToken, BatchEncoding, PreTrainedTokenizer
 from transformers.utils import to_py_obj
 
+from .json_qwen import MAX_VOCABULARY_BYTES, check_json_files, local_folder, read_json_object, read_small_file
+
 logger = logging.getLogger(__name__)
 
 _SANITIZES = "sanitize_control_tokens" in inspect.signature(PreTrainedTokenizer.apply_chat_template).parameters
+
+TOKENIZER_CONFIG = "tokenizer_config.json"
+TOKENIZER_JSON_FILES = (TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json")
+DOWNLOAD_OPTIONS = {
+    *("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token"),
+    "trust_remote_code",
+}
 
 # from_pretrained finds or downloads these files and passes their paths to the constructor.
 VOCAB_FILES_NAMES = {"vocab_file": "qwen.tiktoken", "generation_config_file": "generation_config.json"}
@@ -199,6 +208,37 @@ class QWenTokenizer(PreTrainedTokenizer):
         self._check_control_tokens([*self.special_tokens_map.values(), *self.extra_special_tokens])
         if self.chat_template is None:
             self.chat_template = CHAT_TEMPLATE
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, *init_inputs: object, **kwargs: Any
+    ) -> Self:
+        """transformers' `from_pretrained`, but `extra_vocab_file` is taken from the caller only.
+
+        A tokenizer_config.json could name any file of this machine, and `save_pretrained` writes the tokens of the
+        extra file into the vocabulary.
+
+        Raises:
+            ValueError: a file is damaged, or an argument is invalid; the message names it.
+            OSError: files are missing.
+        """
+        folder = local_folder(pretrained_model_name_or_path, kwargs.get("subfolder"))
+        if folder is not None:
+            check_json_files(folder, TOKENIZER_JSON_FILES)
+            if (folder / TOKENIZER_CONFIG).exists():
+                _check_settings(read_json_object(folder / TOKENIZER_CONFIG), folder / TOKENIZER_CONFIG)
+        by_caller = set(kwargs)
+        kwargs.setdefault("extra_vocab_file", None)
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *init_inputs, **kwargs)
+        except (AttributeError, LookupError, OverflowError, RecursionError, TypeError, UnicodeError) as error:
+            if init_inputs or not by_caller <= DOWNLOAD_OPTIONS:  # perhaps an error of the caller's
+                raise
+            reason = (str(error).strip() or type(error).__name__).partition("\n")[0][:200]
+            raise ValueError(
+                f"The tokenizer files of {pretrained_model_name_or_path} ({', '.join(TOKENIZER_JSON_FILES)}) have an "
+                f"invalid value ({reason}). Fix it or download them again."
+            ) from error
 
     def __repr__(self) -> str:
         control = [f"{token} ({index})" for token, index in self.special_tokens.items()]
@@ -645,8 +685,7 @@ def _load_ranks(path: str | os.PathLike) -> dict[bytes, int]:
     """
     advice = "The file is broken or not completely downloaded: download it again."
     try:
-        with open(path, "rb") as file:
-            contents = file.read()
+        contents = read_small_file(path, MAX_VOCABULARY_BYTES)
     except OSError as error:
         raise ValueError(f"{path}: cannot read the vocabulary ({error.strerror}).") from error
     if contents.startswith(b"version https://git-lfs"):
@@ -686,14 +725,35 @@ def _check_single_bytes(ranks: dict[bytes, int], path: str | os.PathLike) -> Non
         )
 
 
+def _is_error_handler(value: object) -> bool:
+    try:
+        return isinstance(value, str) and callable(codecs.lookup_error(value))
+    except LookupError:
+        return False
+
+
+def _check_settings(settings: dict[str, Any], path: Path) -> None:
+    """Raise ValueError if a setting of tokenizer_config.json, read from `path`, would fail where it is used."""
+    for name, is_valid, description in (
+        ("errors", _is_error_handler, "the name of an error handler, for example replace"),
+        ("model_max_length", lambda value: value is None or (type(value) in (int, float) and value > 0), "above 0"),
+        ("chat_template", lambda value: value is None or isinstance(value, (str, list, dict)), "a text"),
+        ("added_tokens_decoder", lambda value: isinstance(value, dict), "an object"),
+        ("model_input_names", lambda value: isinstance(value, list), "a list of names"),
+        ("clean_up_tokenization_spaces", lambda value: value is None or isinstance(value, bool), "true or false"),
+        ("split_special_tokens", lambda value: value is None or isinstance(value, bool), "true or false"),
+    ):
+        if name in settings and not is_valid(settings[name]):
+            raise ValueError(f"{path}: {name} must be {description}, not {str(settings[name])[:60]!r}. Correct it.")
+
+
 def _chat_format(generation_config_file: str | os.PathLike | None) -> object:
     """`chat_format` in a generation_config.json; None if it has none or cannot be read, since texts encode without."""
     if generation_config_file is None:
         return None
     try:
-        with open(generation_config_file, encoding="utf-8") as file:
-            return json.load(file)["chat_format"]
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return read_json_object(generation_config_file).get("chat_format")
+    except (OSError, ValueError):
         return None
 
 

@@ -32,6 +32,7 @@ from .files import (
     first_line,
     read_json,
 )
+from .generation_settings import check_generation_settings
 from .hub import Files, HubOptions, canonical_hub_id
 from .locate import LocalFiles, find
 from .weights import Weights
@@ -211,6 +212,15 @@ class Checkpoint:
         set_chat_format(settings)
         return settings
 
+    def check_generation_settings(self) -> "Checkpoint":
+        """Return this checkpoint.
+
+        Raises:
+            CheckpointError: a value in its generation_config.json is invalid.
+        """
+        check_generation_settings(self.generation_settings, self.name)
+        return self
+
     @property
     def generation_config(self) -> GenerationConfig:
         """The checkpoint's generation config, or transformers' defaults if it has none."""
@@ -284,8 +294,10 @@ class Checkpoint:
         kwargs.setdefault("device_map", "cpu" if cpu_only else "auto")
         if int8_cache:
             kwargs |= {"use_cache_quantization": True, "use_cache_kernel": True}
+        self.check_generation_settings()
         tokenizer = self.tokenizer()  # first, because it fails within a second, while weights take minutes
         if self.base is None:
+            self.check_vocabulary_size(tokenizer)
             return self.load_without_adapter(**kwargs), tokenizer
         folder = self._files.folder()
         model = load_adapter(self.load_without_adapter(**kwargs), folder, len(tokenizer))
@@ -357,6 +369,14 @@ class Checkpoint:
             )
         model.name_or_path = self.name  # adapters record it as their base, and the server uses it as the model name
         return model.eval()
+
+    def check_vocabulary_size(self, tokenizer: QWenTokenizer) -> None:
+        """Raise CheckpointError if the tokenizer has ids for which the embedding has no row."""
+        if len(tokenizer) > self.config.vocab_size:
+            raise CheckpointError(
+                f"The vocabulary of {self.name} has {len(tokenizer)} tokens, but vocab_size in its {CONFIG_NAME} is "
+                f"{self.config.vocab_size}: they belong to different models. Download {VOCABULARY} again."
+            )
 
     def _check_vocabulary(self, folder: Path) -> None:
         if not self._vocabulary_checked:

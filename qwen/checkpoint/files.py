@@ -12,6 +12,8 @@ from typing import Any
 from .._renamed import old_names
 from ..model.configuration_qwen import QWenConfig
 from ..model.gptq_qwen import explain_missing_packages, missing_packages
+from ..model.json_qwen import MAX_INDEX_BYTES, MAX_JSON_BYTES, parse_json_object, read_small_file
+from ..model.weight_files_qwen import files_of_index
 
 SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
 BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -106,11 +108,11 @@ def shard_files(folder: Path, index: str) -> list[str]:
     Raises:
         CheckpointError: it lists none, or files outside `folder`.
     """
-    weight_map = read_json(folder / index, folder).get("weight_map")
-    names = list(weight_map.values()) if isinstance(weight_map, dict) else []
-    if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
-        raise CheckpointError(f"{folder / index} does not list weight files in its folder. {download_advice(folder)}")
-    return sorted(set(names))
+    try:
+        content = read_json(folder / index, folder, max_bytes=MAX_INDEX_BYTES)
+        return sorted(set(files_of_index(content, folder / index).values()))
+    except ValueError as error:
+        raise CheckpointError(f"{error} {download_advice(folder)}") from error
 
 
 def check_weights(folder: Path) -> None:
@@ -160,32 +162,34 @@ def is_complete(path: Path) -> bool:
         header_size = int.from_bytes(file.read(8), "little")
         if size < 8 + header_size:
             return False
+        if header_size > MAX_INDEX_BYTES:
+            return False
         try:
-            tensors = json.loads(file.read(header_size))
+            tensors = parse_json_object(file.read(header_size), str(path))
             end = max((t["data_offsets"][1] for name, t in tensors.items() if name != "__metadata__"), default=0)
-        except (ValueError, TypeError, LookupError, AttributeError):
+        except (ValueError, TypeError, LookupError):
             return False
     return size == 8 + header_size + end
 
 
-def read_json(path: Path, name: str | Path) -> JSONObject:
+def read_json(path: Path, name: str | Path, *, allow_nan: bool = False, max_bytes: int = MAX_JSON_BYTES) -> JSONObject:
     """Read a JSON object from a file of the checkpoint `name`.
 
+    Args:
+        allow_nan: accept NaN and Infinity, which a run writes into its state.
+        max_bytes: maximum size of the file.
+
     Raises:
-        CheckpointError: the file is a git-lfs pointer, invalid JSON, or not an object.
+        CheckpointError: the file is a git-lfs pointer, invalid JSON, not an object, or beyond the limits of
+            `qwen.model.json_qwen`.
     """
-    data = path.read_bytes()
-    if data.startswith(LFS_POINTER):
-        raise CheckpointError(lfs_pointer_message(path.parent, [path.name]))
     try:
-        content = json.loads(data.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path.name} of {name} is not valid JSON ({first_line(error)}). Fix it or download it again."
-        ) from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path.name} of {name} is not a JSON object. Fix it or download it again.")
-    return content
+        data = read_small_file(path, max_bytes)
+        if data.startswith(LFS_POINTER):
+            raise CheckpointError(lfs_pointer_message(path.parent, [path.name]))
+        return parse_json_object(data, f"{path.name} of {name}", allow_nan=allow_nan)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def lfs_pointer_message(folder: Path, files: list[str]) -> str:

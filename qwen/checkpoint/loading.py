@@ -84,12 +84,13 @@ def load_model_quietly(
 
     Args:
         name_or_path: see `load_model`. No progress bar is shown for None, the bundled model.
-        chat: reject a base model before its weights are loaded.
+        chat: reject a base model before its weights are loaded, as settings of generation that are invalid.
         base: see `Checkpoint`.
         options: see `load_model`.
     """
     with quiet_loading(progress=name_or_path is not None):
         checkpoint = Checkpoint.open(name_or_path, base=base, **vars(HubOptions.pop_from(options)))
+        checkpoint.check_generation_settings()  # transformers may read the file, and fail when it generates
         if chat:
             checkpoint.require_chat()
         return checkpoint.load(**options)

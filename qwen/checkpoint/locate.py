@@ -9,6 +9,7 @@ from .files import CheckpointError, download_advice, join_names
 from .hub import HUB_ID, PUBLISHED, DownloadOptions, Files, HubOptions, default_hub
 from .hub_huggingface import HuggingFaceFiles
 from .hub_modelscope import ModelScopeFiles
+from .staging import interrupted_moves
 
 
 def find(name: str, options: HubOptions) -> Files:
@@ -55,6 +56,11 @@ class LocalFiles:
                 f"{self.path} does not exist. Omit `subfolder`, or name an existing subfolder of {self._name}."
             )
         if not (self.path / CONFIG_NAME).is_file():
+            if (staging := interrupted_moves(self.path)) is not None:
+                raise CheckpointError(
+                    f"{self.path} has no config.json: the run that wrote it was killed while it moved the finished "
+                    f"model from {staging}. Repeat its command, which finishes that first."
+                )
             raise CheckpointError(
                 f"{self.path} has no config.json: it is not a model folder, or its download stopped early. "
                 + download_advice(self.path)

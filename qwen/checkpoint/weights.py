@@ -1,13 +1,12 @@
 """Reads the weights of a checkpoint one tensor at a time, from safetensors or .bin files."""
 
-import pickle
-import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ..model.weight_files_qwen import open_bin
 from .files import CheckpointError, first_line, weight_files
 
 
@@ -76,18 +75,11 @@ class _Safetensors(Mapping[str, torch.Tensor]):
 
 def _open_file(path: Path) -> Mapping[str, torch.Tensor]:
     try:
-        if path.suffix == ".safetensors":
-            return _Safetensors(path)
-        # Files of torch < 1.6 are not zip archives and cannot be mapped.
-        tensors = torch.load(path, mmap=zipfile.is_zipfile(path), weights_only=True, map_location="cpu")
-        return {name: tensor for name, tensor in tensors.items() if isinstance(tensor, torch.Tensor)}
-    except (AttributeError, EOFError, pickle.UnpicklingError) as error:
-        raise CheckpointError(
-            f"{path} does not hold a dict of tensors and is not loaded: download the weights from where they were "
-            "published."
-        ) from error
-    except (SafetensorError, RuntimeError, ValueError, OSError) as error:
+        return _Safetensors(path) if path.suffix == ".safetensors" else open_bin(path)
+    except SafetensorError as error:
         raise CheckpointError(
             f"{path} cannot be read ({first_line(error)}): its download stopped early, or it is damaged. Delete it "
             "and download it again."
         ) from error
+    except OSError as error:
+        raise CheckpointError(str(error)) from error

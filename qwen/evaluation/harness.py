@@ -25,6 +25,7 @@ from transformers import set_seed
 from ..checkpoint.bundled import BUNDLED_BASE, BUNDLED_CHAT
 from ..checkpoint.checkpoint import resolve
 from ..checkpoint.loading import load_model_quietly
+from ..model.json_qwen import parse_json_object, read_json_object
 from .data_files import DataError
 from .language_model import LanguageModel
 from .task import Case, JSONObject, Score, Task
@@ -187,6 +188,9 @@ class Run:
             )
         if output.is_dir():
             raise DataError(f"{output} is a folder: name a file in it, for example OUT.jsonl.")
+        for file in (self.records_file, self.summary_file, self.table_file):
+            if file.exists() and not file.is_file():
+                raise DataError(f"{file} is a folder, pipe or device: remove it, or choose another file with -o.")
         self.settings, self.option_labels, self.overwrite = settings, option_labels, overwrite
         self.records: list[JSONObject] = []
         self.resumed_bytes = 0  # size of the resumed records in bytes
@@ -223,13 +227,17 @@ class Run:
             if kept + len(batch) > len(lines):
                 break
             kept += len(batch)
-        try:
-            self.records = [json.loads(line) for line in lines[:kept]]
-            matching = [record["name"] for record in self.records] == [case.name for case in cases[:kept]]
-        except (ValueError, TypeError, KeyError):
-            matching = False
-        if not matching:
-            raise DataError(f"{self.records_file} does not have the records of this run: --overwrite starts again.")
+        for number, (line, case) in enumerate(zip(lines[:kept], cases, strict=False), start=1):
+            expected = json.loads(json.dumps({"name": case.name, "group": case.group, "gold": case.gold}))
+            try:
+                record = parse_json_object(line, f"line {number}", allow_nan=True)
+                if not all(name in record and record[name] == value for name, value in expected.items()):
+                    raise ValueError(f"line {number} is of another question than {case.name!r}.")
+            except ValueError as error:
+                raise DataError(
+                    f"{self.records_file} does not have the records of this run: {error} --overwrite starts again."
+                ) from error
+            self.records.append(record)
         self.resumed_bytes = sum(map(len, lines[:kept]))
         return kept
 
@@ -242,12 +250,14 @@ class Run:
 
     def _check_settings(self) -> None:
         try:
-            found = json.loads(self.summary_file.read_text(encoding="utf-8"))["settings"]
-        except (OSError, ValueError, TypeError, KeyError):
+            found = read_json_object(self.summary_file).get("settings")
+        except (OSError, ValueError):
+            found = None
+        if not isinstance(found, dict):
             raise DataError(
                 f"{self.records_file} exists, but {self.summary_file} does not have its settings: choose another file "
                 "with -o, or replace it with --overwrite."
-            ) from None
+            )
         names = [name for name in {**found, **self.settings} if name not in _MAY_DIFFER]
         differing = [name for name in names if found.get(name) != self.settings.get(name)]
         if differing:
@@ -266,8 +276,19 @@ class Run:
         self.records += records
 
     def finish(self, task: Task) -> str:
-        """Write the summary and the table; returns the table, with notes below it."""
-        scores = task.summary(self.records)
+        """Write the summary and the table; returns the table, with notes below it.
+
+        Raises:
+            DataError: records that were resumed lack what the summary needs.
+        """
+        try:
+            scores = task.summary(self.records)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            if not self.resumed_bytes:
+                raise
+            raise DataError(
+                f"{self.records_file} has damaged records ({type(error).__name__}: {error}): --overwrite starts again."
+            ) from error
         self._write_summary(scores)
         table = task.table(Path(self.settings["checkpoint"]).name, scores)
         notes = [f"With {', '.join(self.option_labels)}."] if self.option_labels else []

@@ -1,19 +1,22 @@
 """Exports a checkpoint to GGUF, llama.cpp's format, where this architecture is called "qwen"."""
 
+import contextlib
 import functools
 import importlib.util
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, cast
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.files import CheckpointError
+from ..checkpoint.staging import sync
 from ..checkpoint.weights import Weights
 from ..model.configuration_qwen import QWenConfig
 from ..model.gptq_qwen import GPTQ_SUFFIXES
@@ -102,8 +105,12 @@ def export_gguf(
     tensors = _lazy_tensors(weights, exported_tensors(weights, config), config)
     staged = target.with_name(f".{target.name}-{os.getpid()}")  # in the same folder, so that the move is atomic
     try:
-        write_gguf(staged, config, tensors, kind, source=(source, tokenizer), max_length=max_length, progress=progress)
-        staged.replace(target)
+        with _exclusive(target):
+            write_gguf(
+                staged, config, tensors, kind, source=(source, tokenizer), max_length=max_length, progress=progress
+            )
+            sync(staged)
+            staged.replace(target)
     except CheckpointError:  # an OSError about the input
         raise
     except OSError as error:
@@ -111,6 +118,29 @@ def export_gguf(
     finally:
         staged.unlink(missing_ok=True)
     return export_notes(config, max_length, source.chat_format)
+
+
+@contextlib.contextmanager
+def _exclusive(target: Path) -> Iterator[None]:
+    """Lock the file to write, and delete what killed runs left of it.
+
+    Raises:
+        OSError: another run is writing it, or the folder is not writable.
+    """
+    lock = FileLock(target.with_name(f".{target.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise FileExistsError("another run is writing it") from None
+    try:
+        for path in target.parent.iterdir():
+            name, _, process = path.name.rpartition("-")
+            if name == f".{target.name}" and process.isdecimal():
+                path.unlink()
+        yield
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
 
 
 def write_gguf(

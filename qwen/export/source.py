@@ -24,9 +24,5 @@ def open_checkpoint(checkpoint: str | os.PathLike | None, hub: str | None = None
     source.check()
     _ = source.folder  # downloads now, so that missing files are reported first
     tokenizer = source.tokenizer()
-    if len(tokenizer) > source.config.vocab_size:
-        raise CheckpointError(
-            f"The vocabulary of {source.name} has {len(tokenizer)} tokens, but vocab_size in its config.json is "
-            f"{source.config.vocab_size}: they belong to different models."
-        )
+    source.check_vocabulary_size(tokenizer)
     return source, tokenizer

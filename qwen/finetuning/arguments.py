@@ -251,7 +251,7 @@ def _deepspeed_config(file_or_json: str | JSONObject, schedule: str, notes: list
         file_or_json = path.read_text(encoding="utf-8")
     try:
         config = json.loads(file_or_json) if isinstance(file_or_json, str) else file_or_json
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ArgumentError(f"--deepspeed: the configuration is not valid JSON ({error}).") from error
     sections = ("zero_optimization", "bf16", "fp16")
     if not isinstance(config, dict) or not all(isinstance(config.get(name, {}), dict) for name in sections):

@@ -16,9 +16,12 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, ProgressCallback, set_seed
 from transformers.integrations import is_tensorboard_available
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.training_args import OptimizerNames
 
 from ..checkpoint.adapters import ADAPTER_CONFIG, is_adapter
+from ..checkpoint.bundled import BUNDLED_CHAT, BUNDLED_CHAT_INT4
+from ..checkpoint.staging import clean_up_leftovers
 from ..data.conversation_file import ConversationFile, DataFileError
 from ..data.datasets import Collator, PackedDataset, SupervisedDataset
 from ..data.samples import IGNORE_INDEX
@@ -29,6 +32,7 @@ from .callbacks import SaveOnInterrupt, ShowProgress
 from .distributed import allow_fsdp_on_cpu, is_main_process, raise_on_all_ranks
 from .loss_curve import plot_loss
 from .model import load_for_training
+from .resuming import check_training_checkpoint
 from .trainer import SupervisedTrainer
 
 LOSS_CURVE = "loss.png"
@@ -55,6 +59,7 @@ def finetune(arguments: Arguments) -> TrainResult:
     training, data = arguments.training, arguments.data
     _check_packages(training)
     with raise_on_all_ranks():
+        _check_inputs_are_kept(arguments)
         _prepare_output_dir(Path(training.output_dir), training.use_lora)
         checkpoint = _checkpoint_to_resume(arguments)
         train_file = ConversationFile(data.data_path, progress=is_main_process())
@@ -191,6 +196,32 @@ def _print_rank_0(line: str) -> None:
         print(line, file=sys.stderr)
 
 
+def _check_inputs_are_kept(arguments: Arguments) -> None:
+    """Raise ArgumentError if the output folder is, contains or is within the folder of the model or adapter to train.
+
+    The result would replace it, or its checkpoints would be mixed with it and deleted by --save_total_limit.
+    """
+    output = Path(arguments.training.output_dir).resolve()
+    bundled = BUNDLED_CHAT_INT4 if arguments.lora.q_lora else BUNDLED_CHAT
+    for option, name in (
+        ("model_name_or_path", arguments.model.model_name_or_path or bundled),
+        ("lora_weight_path", arguments.lora.lora_weight_path),
+    ):
+        source = Path(name).expanduser().resolve()
+        if not name or not source.is_dir():
+            continue
+        same = output.is_dir() and output.samefile(source)  # also by another path to it, e.g. a bind mount
+        if same or output == source or source in output.parents or output in source.parents:
+            raise ArgumentError(
+                f"--output_dir {arguments.training.output_dir} {_relation(output, source)} --{option} {name}, which "
+                "training would change. Name another folder."
+            )
+
+
+def _relation(output: Path, source: Path) -> str:
+    return "contains" if output in source.parents else "is within" if source in output.parents else "is"
+
+
 def _prepare_output_dir(folder: Path, use_lora: bool) -> None:
     """Create the output folder, unless its content would be mixed with the result."""
     if not use_lora and (folder / ADAPTER_CONFIG).exists():
@@ -203,9 +234,13 @@ def _prepare_output_dir(folder: Path, use_lora: bool) -> None:
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if is_main_process():
+            clean_up_leftovers(folder)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
+        if error.errno is None:  # of ours, with its own advice
+            raise
         raise ArgumentError(
             f"--output_dir {folder} cannot be written to: {error.strerror}. Name another folder."
         ) from error
@@ -224,7 +259,7 @@ def _checkpoint_to_resume(arguments: Arguments) -> str | None:
             raise ArgumentError(
                 f"--resume_from_checkpoint: {folder} has no checkpoint-N folder. Leave it out in a first run."
             )
-    if not Path(requested, "trainer_state.json").is_file():
+    if not Path(requested, TRAINER_STATE_NAME).is_file():
         raise ArgumentError(f"--resume_from_checkpoint {requested} is not a checkpoint-N folder of a run.")
     adapter = is_adapter(Path(requested))
     full_model = Path(requested, "config.json").is_file()  # sharded FSDP checkpoints have neither
@@ -234,4 +269,5 @@ def _checkpoint_to_resume(arguments: Arguments) -> str | None:
             f"--resume_from_checkpoint {requested} is a checkpoint of {kind}: {remedy} --use_lora, as in the original "
             "run."
         )
+    check_training_checkpoint(Path(requested), arguments.training)
     return requested

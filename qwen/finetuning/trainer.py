@@ -12,11 +12,16 @@ from transformers import EvalPrediction, Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput
 
-from ..checkpoint.files import apply_umask
+from ..checkpoint.adapters import adapter_file, check_tensor_names
+from ..checkpoint.files import apply_umask, first_line
+from ..checkpoint.staging import staged_directory
 from ..data.samples import IGNORE_INDEX
+from ..library_errors import is_write_failed
 from ..model.modeling_qwen import QWenLMHeadModel
 from ..model.tokenization_qwen import QWenTokenizer
+from ..model.weight_files_qwen import tensor_names
 from .arguments import TrainingArguments, zero_stage
+from .resuming import check_loaded_names, check_optimizer, explain_damage
 
 
 class SupervisedTrainer(Trainer):
@@ -28,6 +33,7 @@ class SupervisedTrainer(Trainer):
     def __init__(self, model: nn.Module, args: TrainingArguments, **kwargs: Any):
         super().__init__(model, args, compute_metrics=token_loss_and_perplexity, **kwargs)
         self._final_dtype: torch.dtype | None = None
+        self._saves_result = False
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         """Compute logits only where some row learns its next token: prompts are not learned, and logits over the whole
@@ -78,11 +84,12 @@ class SupervisedTrainer(Trainer):
         """
         if self.is_fsdp_enabled:  # checkpoints may be sharded, the result is not
             self.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+        self._saves_result = True
         self._final_dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
         try:
             self.save_model()
         finally:
-            self._final_dtype = None
+            self._saves_result, self._final_dtype = False, None
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save like transformers, but without its copy of all weights in every process under ZeRO 1 and 2. For an
@@ -98,9 +105,16 @@ class SupervisedTrainer(Trainer):
         if not self.args.should_save:
             return
         folder = Path(output_dir or self.args.output_dir)
+        if self._saves_result:
+            with staged_directory(folder.absolute()) as staging:  # the result of an earlier run stays until it is whole
+                self._write(staging, state_dict)
+        else:
+            self._write(folder, state_dict)
+
+    def _write(self, folder: Path, state_dict: dict | None) -> None:
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         if self.args.use_lora:
-            super()._save(output_dir, state_dict)
+            super()._save(str(folder), state_dict)
             (folder / TRAINING_ARGS_NAME).unlink()  # a pickle, and nothing reads it
             (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card
             model.generation_config.save_pretrained(folder)
@@ -113,6 +127,44 @@ class SupervisedTrainer(Trainer):
         meta_model = self._meta_model(model, next(iter(state_dict.values())).dtype)
         meta_model.save_pretrained(folder, state_dict=state_dict, max_shard_size="2GB")  # loaders read file by file
         self.processing_class.save_pretrained(folder)
+
+    def _save_checkpoint(self, model, trial):
+        try:
+            super()._save_checkpoint(model, trial)
+        except RuntimeError as error:
+            if not is_write_failed(error):
+                raise
+            raise OSError(
+                f"checkpoint-{self.state.global_step} could not be written to {self.args.output_dir}: the disk is full "
+                f"or failed ({first_line(error)}). Make room and add --resume_from_checkpoint True, which ignores this "
+                "unfinished checkpoint."
+            ) from error
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        with explain_damage(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            file = adapter_file(Path(resume_from_checkpoint))
+            if self.args.use_lora and file is not None:  # peft leaves missing tensors as they were initialized
+                check_tensor_names(set(tensor_names(file)), self.accelerator.unwrap_model(self.model))
+
+    def _issue_warnings_after_load(self, load_result):
+        check_loaded_names(load_result.missing_keys, load_result.unexpected_keys)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        with explain_damage(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            if checkpoint is not None and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+                optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate wraps it
+                if isinstance(optimizer, torch.optim.Adam):  # or AdamW, which derives from it
+                    check_optimizer(optimizer, cast(nn.Module, self.model))
+
+    def _load_scaler(self, checkpoint):
+        with explain_damage(checkpoint):
+            super()._load_scaler(checkpoint)
+
+    def _load_rng_state(self, checkpoint):
+        with explain_damage(checkpoint):
+            super()._load_rng_state(checkpoint)
 
     def _meta_model(self, model: QWenLMHeadModel, dtype: torch.dtype) -> QWenLMHeadModel:
         """Build the model without weights, to save weights with it: FSDP replaces the class of the trained one."""

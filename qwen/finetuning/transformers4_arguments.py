@@ -148,7 +148,7 @@ def _fsdp_config(words: list[str], file: list[str] | None) -> str:
     if file:
         try:
             config = json.loads(file[0] if file[0].startswith("{") else Path(file[0]).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ValueError(f"--fsdp_config {file[0]} cannot be read: {error}") from error
     for word in " ".join(words).split():
         if word not in _FSDP_WORDS:

@@ -6,7 +6,6 @@ ModelScope's own chat pipelines need transformers 4. Importing this module regis
     from modelscope.pipelines import pipeline
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
@@ -19,6 +18,7 @@ from modelscope.utils.import_utils import LazyImportModule
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..model.configuration_qwen import QWenConfig
+from ..model.json_qwen import read_json_object
 from ..model.qwen_generation_utils import History
 
 TYPE = "qwen-chat"  # in configuration.json beside published weights, and in modelscope's registry
@@ -96,8 +96,8 @@ def _is_qwen(path: object, revision: str | None) -> bool:
     try:
         if not Path(path).is_dir():
             config = Path(model_file_download(path, config.name, revision=revision))
-        return json.loads(config.read_text(encoding="utf-8")).get("model_type") == QWenConfig.model_type
-    except (OSError, ValueError, AttributeError):  # modelscope reports the error
+        return read_json_object(config).get("model_type") == QWenConfig.model_type
+    except (OSError, ValueError):  # modelscope reports the error
         return False
 
 

@@ -5,14 +5,16 @@ Both published formats of `config.json` load into the same class.
 
 import copy
 import dataclasses
+import inspect
 from collections.abc import Mapping
+from types import NoneType
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Optional, TypeAlias, TypeVar, cast
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
-from .loading_options_qwen import PRECISIONS, check_arguments
+from .loading_options_qwen import PRECISIONS, as_dtype, check_arguments
 
 # Field names of the very first release and their current names.
 FIRST_RELEASE_NAMES = {
@@ -24,6 +26,13 @@ FIRST_RELEASE_NAMES = {
     "embd_pdrop": "emb_dropout_prob",
     "attn_pdrop": "attn_dropout_prob",
 }
+
+MAX_NUMBER = 2**31 - 1
+# Settings of transformers for models made of several, of unequal layers, or split among processes.
+UNSUPPORTED = {"text_config", "decoder", "encoder", "generator", "text_encoder", "per_layer_config"}
+UNSUPPORTED |= {"base_model_tp_plan", "base_model_ep_plan"}
+QUANTIZATION_TYPES = {"bits": int, "group_size": int, "desc_act": bool, "sym": bool}
+MAX_LABELS = 65536  # transformers names each of them; these models have none
 
 T = TypeVar("T")
 UNSET: Any = None  # default of a field that `__post_init__` sets
@@ -47,6 +56,48 @@ def check_model_type(model_type: object, name: str) -> None:
             f"{name} is of a model of type {model_type!r}, and QWenConfig is of type {QWenConfig.model_type!r}: load "
             "that model with transformers' AutoModelForCausalLM, or leave `config` out to use the checkpoint's own."
         )
+
+
+def check_size(name: str, value: object) -> None:
+    """Raise ValueError if a number is not finite, or larger than any that a tensor can have as a size or a token as id.
+
+    Args:
+        name: of the field, for the error message.
+        value: of the field; other types than numbers are ignored.
+    """
+    for number in value if isinstance(value, list) else [value]:
+        if isinstance(number, (int, float)) and not abs(number) <= MAX_NUMBER:  # NaN is not, either
+            raise ValueError(f"config: {name} must be a number up to {MAX_NUMBER}, not {str(number)[:40]}.")
+
+
+def check_extra_settings(settings: Mapping[str, object]) -> None:
+    """Check the settings of a config.json that are not fields of `QWenConfig`: transformers makes them attributes.
+
+    Raises:
+        ValueError: one would replace a method or property, or is invalid.
+    """
+    for name, value in settings.items():
+        attribute = inspect.getattr_static(QWenConfig, name, None)
+        is_read_only = isinstance(attribute, property) and attribute.fset is None
+        is_of_class = callable(attribute) or isinstance(attribute, (classmethod, staticmethod, dict)) or is_read_only
+        if name.startswith("__") or name in UNSUPPORTED or is_of_class:
+            raise ValueError(f"config: {name[:60]!r} is not a setting. Delete it from config.json.")
+        check_size(name, value)
+    labels = settings.get("num_labels", 2)
+    if type(labels) is not int or not 0 <= labels <= MAX_LABELS:
+        raise ValueError(f"config: num_labels must be 0 to {MAX_LABELS}, not {str(labels)[:40]}.")
+    for name in ("attn_implementation", "_attn_implementation"):
+        if not isinstance(settings.get(name), (str, NoneType)):
+            raise ValueError(f"config: {name} must be a text, for example sdpa, not {str(settings[name])[:40]}.")
+    quantization = settings.get("quantization_config")
+    if isinstance(quantization, (str, int, float, list)):
+        raise ValueError(f"config: quantization_config must be an object, not {str(quantization)[:40]!r}.")
+    settings_of_quantization = quantization if isinstance(quantization, dict) else {}
+    for name, kind in QUANTIZATION_TYPES.items():
+        value = settings_of_quantization.get(name)
+        if value is not None and type(value) is not kind:
+            wanted = "true or false" if kind is bool else "a whole number"
+            raise ValueError(f"config: {name} in quantization_config must be {wanted}, not {str(value)[:40]!r}.")
 
 
 @strict
@@ -139,6 +190,12 @@ class QWenConfig(PreTrainedConfig):
             self.layer_norm_epsilon = 1e-5 if first_release else 1e-6
         if self.seq_length is None:
             self.seq_length = self.max_position_embeddings
+        check_extra_settings(kwargs)
+        if not isinstance(self.output_hidden_states, (bool, NoneType)):
+            raise ValueError(f"config: output_hidden_states must be true or false, not {self.output_hidden_states!r}.")
+        for dtype in (self.dtype, kwargs.get("torch_dtype")):
+            if isinstance(dtype, str):
+                as_dtype(dtype)
         self.auto_map: dict[str, str] = {}  # TRL reads it, also where config.json has none
         super().__post_init__(**kwargs)
         self.check()
@@ -171,6 +228,8 @@ class QWenConfig(PreTrainedConfig):
         for name in (*positive, "kv_channels", "max_position_embeddings"):
             if getattr(self, name) < 1:
                 raise ValueError(f"config: {name} must be at least 1, not {getattr(self, name)}.")
+        for field in dataclasses.fields(self):
+            check_size(field.name, getattr(self, field.name))
         if self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.kv_channels:
             raise ValueError(
                 f"config: rotary_pct · kv_channels = {self.rotary_pct} · {self.kv_channels} must be an even number of "
@@ -181,6 +240,9 @@ class QWenConfig(PreTrainedConfig):
         for name in ("rotary_emb_base", "layer_norm_epsilon"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"config: {name} must be above 0, not {getattr(self, name)}.")
+        for name in ("emb_dropout_prob", "attn_dropout_prob"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"config: {name} must be at least 0 and below 1, not {getattr(self, name)}.")
         if self.seq_length < 2:
             raise ValueError(f"config: seq_length (trained length in tokens) must be 2 or more, not {self.seq_length}.")
         if self.window_sizes is not None and (
@@ -239,8 +301,13 @@ class QWenConfig(PreTrainedConfig):
             result = super().from_dict(config_dict, **kwargs)
         except StrictDataclassError as error:
             raise ValueError(
-                f"config.json: {' '.join(str(error).split())} Correct that field, or download the file again."
+                f"config.json: {' '.join(str(error).split())[:500]} Correct that field, or download the file again."
             ) from error
+        except (AttributeError, LookupError, OverflowError, RecursionError, TypeError, ValueError) as error:
+            if str(error).startswith("config"):  # ours
+                raise
+            reason = (str(error).strip() or type(error).__name__).partition("\n")[0][:200]
+            raise ValueError(f"config.json has an invalid value ({reason}). Correct or download it again.") from error
         config = result[0] if isinstance(result, tuple) else result
         config.check()  # transformers sets the arguments after __post_init__
         if kwargs.get("window_sizes") and not config.use_window_attn:

@@ -160,6 +160,52 @@ def test_file_of_another_run_is_left_alone(tmp_path, capsys, loaded_once, conten
     assert out.read_text() == content
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "[" * 100_000 + "]" * 100_000,
+        '{"name": "12+30"}',
+        '{"a": 1}',
+        "5",
+        '{"name": null, "group": null, "gold": null}',
+        "{}",
+        '{"name": 1e400}',
+        "\0",
+    ],
+    ids=["deep", "without its fields", "other", "number", "null", "empty", "infinite", "NUL"],
+)
+def test_damaged_records_are_refused(tmp_path, capsys, loaded_once, line):
+    out = tmp_path / "out.jsonl"
+    arguments = ["-o", str(out), "--sums", "2"]
+    assert evaluate(Sums, arguments) == 0
+    whole = out.read_text()
+    out.write_text("".join([line + "\n", *whole.splitlines(keepends=True)[1:]]))
+    capsys.readouterr()
+    assert evaluate(Sums, arguments) == 1
+    text = capsys.readouterr().err.strip()
+    assert "does not have the records of this run: line 1 is" in text
+    assert "\n" not in text
+
+
+def test_records_that_lack_their_score_are_refused(tmp_path, capsys, loaded_once):
+    out = tmp_path / "out.jsonl"
+    assert evaluate(Sums, ["-o", str(out), "--sums", "2"]) == 0
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    kept = [{name: record[name] for name in ("name", "group", "gold")} for record in records]
+    out.write_text("".join(json.dumps(record) + "\n" for record in kept))
+    assert evaluate(Sums, ["-o", str(out), "--sums", "2"]) == 1
+    assert "has damaged records (KeyError" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("settings", ["null", "[]", "5", "[" * 100_000 + "]" * 100_000])
+def test_damaged_summaries_are_refused(tmp_path, capsys, loaded_once, settings):
+    out = tmp_path / "out.jsonl"
+    assert evaluate(Sums, ["-o", str(out), "--sums", "2"]) == 0
+    out.with_suffix(".json").write_text('{"settings": ' + settings + "}")
+    assert evaluate(Sums, ["-o", str(out), "--sums", "2"]) == 1
+    assert "does not have its settings" in capsys.readouterr().err
+
+
 def test_two_runs_cannot_write_the_same_file(tmp_path, capsys, loaded_once):
     from filelock import FileLock
 

@@ -329,7 +329,7 @@ def test_adapter_in_a_bin_file(adapter: Path) -> None:
     model, tokenizer = load_model(adapter, cpu_only=True)
     assert model.chat(tokenizer, QUESTION, history=None, do_sample=False)[0] == ANSWER
     (adapter / "adapter_model.bin").write_bytes(b"cnot\na_pickle\n")
-    assert "does not fit" in load_error(adapter)
+    assert "does not hold a dict of tensors" in load_error(adapter)
 
 
 def test_without_peft(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -363,9 +363,7 @@ def widen(tensors: dict[str, torch.Tensor]) -> None:
         (widen, "size mismatch"),
         (dict.clear, "Missing from its file"),
         ({"r": 4}, "size mismatch"),
-        ({"r": "many"}, "does not fit"),
         ({"target_modules": ["q_proj"]}, "q_proj"),
-        ({"target_modules": 3}, "does not fit"),
         ({"modules_to_save": ["wte"]}, "Missing from its file: base_model.model.transformer.wte.weight"),
     ],
 )

@@ -398,7 +398,7 @@ def test_damaged_weights_name_the_remedy(checkpoint, damage):
         QWenLMHeadModel.from_pretrained(checkpoint).save_pretrained(checkpoint, max_shard_size="100KB")
         path.unlink(missing_ok=True)
         next(checkpoint.glob("model-00002-*")).unlink()
-    with pytest.raises(OSError, match="download them again"):
+    with pytest.raises(OSError, match=r"download (it|them) again"):
         QWenLMHeadModel.from_pretrained(checkpoint)
 
 

@@ -51,9 +51,10 @@ def source(bundled_chat: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     in its configuration."""
     folder = tmp_path_factory.mktemp("float") / "model"
     extra = folder.parent / "extra.tiktoken"
-    extra.write_text(f"{base64.b64encode(WORD.encode()).decode()} {len(load_tokenizer(bundled_chat))}\n")
+    tokens = len(load_tokenizer(bundled_chat))
+    extra.write_text(f"{base64.b64encode(WORD.encode()).decode()} {tokens}\n")
     torch.manual_seed(0)
-    model = QWenLMHeadModel(small_config(bundled_chat, no_bias=False))
+    model = QWenLMHeadModel(small_config(bundled_chat, no_bias=False, vocab_size=tokens + 1))
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.1)

@@ -1,0 +1,110 @@
+"""Reads the small files of a checkpoint within limits: they may be damaged, or made to harm who loads them.
+
+Without limits, a named pipe or a device hangs the process, the objects of a JSON text take up to 25 times its size, and
+code that walks nested values exceeds the recursion limit.
+"""
+
+import json
+import math
+import os
+import stat
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+MAX_JSON_BYTES = 1 << 20
+MAX_INDEX_BYTES = 8 << 20  # of lists of tensors
+MAX_VOCABULARY_BYTES = 64 << 20
+MAX_DEPTH = 64  # levels of brackets
+
+
+def read_small_file(path: str | os.PathLike, max_bytes: int = MAX_JSON_BYTES) -> bytes:
+    """Return the content of a regular file, which may be named by a link.
+
+    Raises:
+        ValueError: it is something else, for example a named pipe, or larger than `max_bytes`.
+        OSError: it cannot be read.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise ValueError(f"{os.fspath(path)} is not a regular file but a folder, pipe or device. Put a file there.")
+    with open(path, "rb") as file:
+        content = file.read(max_bytes + 1)
+    if len(content) > max_bytes:
+        raise ValueError(f"{os.fspath(path)} is larger than {max_bytes >> 20} MB. Download it again.")
+    return content
+
+
+def parse_json_object(data: bytes, where: str, *, allow_nan: bool = False) -> dict[str, Any]:
+    """Parse a JSON object in UTF-8.
+
+    Args:
+        where: the file, for error messages.
+        allow_nan: accept NaN and Infinity, which Python writes although they are not JSON.
+
+    Raises:
+        ValueError: it is not valid, no object, nested too deeply, or has a number beyond the range of floats.
+    """
+
+    def parse_float(text: str) -> float:
+        if not math.isfinite(number := float(text)):
+            raise ValueError(f"the number {text[:20]} is too large")
+        return number
+
+    def parse_constant(name: str) -> float:
+        if not allow_nan:
+            raise ValueError(f"{name} is not a number in JSON")
+        return float(name)
+
+    try:
+        content = json.loads(data.decode("utf-8"), parse_float=parse_float, parse_constant=parse_constant)
+        check_depth(content)
+    except (ValueError, RecursionError) as error:
+        reason = str(error) if isinstance(error, ValueError) else f"nested deeper than {MAX_DEPTH} levels"
+        raise ValueError(f"{where} is not valid JSON ({reason}). Fix it or download it again.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{where} is not a JSON object. Fix it or download it again.")
+    return content
+
+
+def check_depth(content: object) -> None:
+    """Raise ValueError if parsed JSON is nested deeper than MAX_DEPTH levels."""
+    level = [content]
+    for _ in range(MAX_DEPTH + 1):
+        level = [child for value in level for child in _children(value)]
+        if not level:
+            return
+    raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
+
+
+def _children(value: object) -> Iterable[object]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+
+
+def read_json_object(path: str | os.PathLike, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """Read a JSON object from a file.
+
+    Raises:
+        ValueError: the file is no JSON object within the limits; the message names it.
+        OSError: it cannot be read.
+    """
+    return parse_json_object(read_small_file(path, max_bytes), os.fspath(path))
+
+
+def local_folder(name_or_path: object, subfolder: str | None = None) -> Path | None:
+    """Return the folder of a checkpoint by the arguments of `from_pretrained`; None if it is on a hub."""
+    if not isinstance(name_or_path, (str, os.PathLike)):
+        return None
+    folder = Path(name_or_path, subfolder or "")
+    return folder if folder.is_dir() else None
+
+
+def check_json_files(folder: Path, names: Iterable[str]) -> None:
+    """Check those of the named files that a folder has, before transformers reads them.
+
+    Raises:
+        ValueError: one is no JSON object within the limits; the message names it.
+        OSError: one cannot be read.
+    """
+    for name in names:
+        if (folder / name).exists():
+            read_json_object(folder / name)
