@@ -4,31 +4,33 @@
         sandbox.run("x = 6")
         print(sandbox.run("x * 7").output)      # 42
 
-`Sandbox` is one session: its folder, its limits and the results of its cells. `process.py` starts and watches the
-process, `worker.py` runs the cells inside it, and `confinement.py` removes the process's rights.
+`Sandbox` is one session. `process.py` starts and watches the process, in namespaces of `bubblewrap.py`; `worker.py`
+runs the cells inside it, after `confinement.py` has removed its rights; `folders.py` copies files in and out.
 
-The sandbox protects against mistakes and casual mischief of a model. The code cannot read or change your files or see
-your environment. It cannot use the network, start programs or signal other processes. Time, memory, output and disk are
-limited. This needs Linux 6.2 or newer with libseccomp, but no privileges. Elsewhere some protections are missing, and
-the sandbox does not start unless you allow that.
+The code sees Python, the installed libraries and its own folder; no other files, programs or network. Time, memory,
+threads, files and output are limited. docs/security.md lists the promises. This needs Linux 5.14 or newer with
+bubblewrap and libseccomp, but no privileges. Elsewhere the sandbox does not start unless you allow a weaker one.
 
-It does not protect against a determined attacker. The code shares your kernel, can read the installed Python packages
-and test whether a path exists, and can escape through a bug in the kernel or in the rules here. The rules are a
-denylist of known dangers, not an allowlist. To run untrusted code, run the whole program in a separate container or
+The code shares your kernel: it may escape through a bug there. If strangers choose the code, run the whole program in a
 virtual machine that holds no secrets.
 """
 
-import contextlib
 import os
-import shutil
+import subprocess
 import tempfile
 import warnings
 from pathlib import Path
 from typing import NamedTuple
 
+from .folders import Snapshot, copy_changes, take_snapshot
 from .process import Limits, Process, ProcessDied, SandboxUnavailable
 
 __all__ = ["Limits", "Result", "Sandbox", "SandboxUnavailable"]
+
+ADVICE = (
+    "Install bubblewrap and libseccomp (apt install bubblewrap libseccomp2), on a system that allows user namespaces; "
+    "or, if you trust the code or run all of this in a container without secrets, allow a weaker sandbox."
+)
 
 
 class Result(NamedTuple):
@@ -44,14 +46,13 @@ class Result(NamedTuple):
 
 
 class Sandbox:
-    """A session: one process that runs cells in one namespace. Not thread-safe.
+    """A session: one process that runs cells in one namespace. Not thread-safe; ends with the thread that starts it.
 
     Args:
-        folder: working folder and the only place where the code may write; created if missing, kept afterwards. None: a
-            temporary folder, removed by `close`.
+        folder: working folder; created if missing, kept afterwards. The code works on a copy in memory, which is made
+            the same before and after each cell. None: a temporary folder, removed by `close`.
         limits: resource limits; the defaults suit calculations and plots.
-        allow_weaker: start even if access to files or the network cannot be blocked; `missing_protections` then says
-            what is open.
+        allow_weaker: start even if access to files cannot be blocked; `missing_protections` then says what is open.
 
     Raises:
         SandboxUnavailable: unsupported operating system.
@@ -66,7 +67,6 @@ class Sandbox:
         self.is_temporary = folder is None
         self.folder = Path(tempfile.mkdtemp(prefix="sandbox-") if folder is None else folder).resolve()
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.files_before = self._files()
         self.process: Process | None = None
 
     @property
@@ -92,66 +92,70 @@ class Sandbox:
     def _ensure_started(self) -> Process:
         if self.process is not None:
             return self.process
-        process = Process(self.folder, self.limits)
-        if process.missing_protections and not self.allow_weaker:
-            process.kill()
-            raise SandboxUnavailable(
-                f"This machine cannot confine the code: {' '.join(process.missing_protections)} "
-                "Run the program in a container, or allow a weaker sandbox if you trust the code."
-            )
+        try:
+            process = Process(self.folder, self.limits, isolated=True)
+        except SandboxUnavailable as error:
+            if not self.allow_weaker:
+                raise SandboxUnavailable(f"This machine cannot confine the code: {error} {ADVICE}") from error
+            process = Process(self.folder, self.limits, isolated=False)
+            process.missing_protections.append(str(error))
         self.process, self.missing_protections = process, process.missing_protections
+        self.copied_in: Snapshot = {}
+        self._copy_in(process)  # here, too: the folder may not fit
         return process
 
     def run(self, code: str) -> Result:
         """Run a cell. Restarts the process if it has ended.
 
         Raises:
-            SandboxUnavailable: see `start`.
+            SandboxUnavailable: see `start`; or the folder does not fit into the limits.
         """
-        process = self._ensure_started()
-        files, notes = self._files(), []
+        process, notes = self._ensure_started(), []
+        self._copy_in(process)
         try:
-            status = process.run(code, self._exceeded_folder_limit)
+            status = process.run(code)
             if status == "interrupted":
                 notes.append(f"[Stopped after {self.limits.wall_seconds:g} seconds. The variables are still there.]")
         except ProcessDied as error:
             status = "died"
             notes.append(f"[The interpreter is gone: {error}. So are all variables; the next cell starts a new one.]")
+            process.kill()
         except BaseException:  # includes Ctrl-C in this process
             self._end()
             raise
+        notes += self._copy_out(process)
         output = process.last_output()
         if status == "died":
             self._end()
-            if self._exceeded_folder_limit():
-                for path in self._files() - files:
-                    with contextlib.suppress(OSError):
-                        path.unlink()
-                notes.append("[The files that it made are removed.]")
         return Result("\n".join(part for part in (output.rstrip("\n"), *notes) if part), status)
 
     def close(self) -> None:
         """End the process and remove the temporary folder. Can be called repeatedly."""
         self._end()
-        if self.is_temporary:
-            shutil.rmtree(self.folder, ignore_errors=True)
+        if self.is_temporary:  # not shutil.rmtree: folders may be nested too deep for it
+            subprocess.run(["rm", "-rf", "--", self.folder], check=False, stderr=subprocess.DEVNULL)
 
     def _end(self) -> None:
         if self.process is not None:
-            self.process.kill()
+            self.process.close()
             self.process = None
 
-    def _files(self) -> set[Path]:
-        return {Path(root, name) for root, _, names in os.walk(self.folder) for name in names}
+    def _copy_in(self, process: Process) -> None:
+        """Copy what has changed in the folder into the process's file system."""
+        if process.files is None:  # it works in the folder itself
+            return
+        for error in copy_changes(self.folder, process.files, self.copied_in, self.limits.folder_bytes):
+            self._end()
+            raise SandboxUnavailable(
+                f"The folder {self.folder} does not fit into the sandbox ({error}): "
+                f"leave at most {self.limits.folder_bytes >> 20} MiB and {self.limits.folder_files} files in it."
+            )
+        self.copied_in, self.copied_out = take_snapshot(self.folder), take_snapshot(process.files)
 
-    def _exceeded_folder_limit(self) -> str:
-        """Return which folder limit is exceeded, or "". Files that existed before the session do not count."""
-        files, size = self._files() - self.files_before, 0
-        for path in files:
-            with contextlib.suppress(OSError):
-                size += path.lstat().st_blocks * 512
-        if len(files) > self.limits.folder_files:
-            return f"it made more than {self.limits.folder_files} files"
-        if size > self.limits.folder_bytes:
-            return f"its files took more than {self.limits.folder_bytes >> 20} MiB"
-        return ""
+    def _copy_out(self, process: Process) -> list[str]:
+        """Copy what the cell has changed to the folder; return a note on the files that are not copied."""
+        if process.files is None:
+            return []
+        errors = list(copy_changes(process.files, self.folder, self.copied_out, self.limits.folder_bytes))
+        self.copied_in = take_snapshot(self.folder)
+        return [f"[{len(errors)} of the files could not be kept: {errors[0]}.]"] if errors else []

@@ -19,7 +19,7 @@ def add_sandbox_arguments(parser: argparse.ArgumentParser, *, seconds: float) ->
     parser.add_argument(
         "--allow-weaker-sandbox",
         action="store_true",
-        help="run the code even if this machine cannot block access to your files or the network",
+        help="run the code even if this machine cannot block access to your files",
     )
 
 

@@ -1,26 +1,29 @@
 """Parent side of the sandbox process: starts the worker, sends cells, enforces time limits, interrupts and kills.
 
-Everything read from the pipes is untrusted: the code in the sandbox may have written it.
+Everything read from the pipes is untrusted: the code in the sandbox may have written it. The process is stopped between
+cells, so that threads and code behind a forged answer do not go on.
 """
 
 import json
 import os
 import re
 import selectors
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import cast
+
+from .bubblewrap import bubblewrap_command, choose_user
 
 WORKER = Path(__file__).with_name("worker.py")
 INTERRUPT_TIMEOUT = 5.0  # seconds an interrupted cell has to clean up before the process is killed
 START_TIMEOUT = 60.0  # seconds for starting the interpreter, also on a busy machine
-FOLDER_CHECK_INTERVAL = 0.25  # seconds between two checks of the folder
+POLL_INTERVAL = 0.1  # seconds between two checks of the time
 MAX_MESSAGE_BYTES = 65536
 CONTROL_SEQUENCES = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # terminal control sequences
 
@@ -31,10 +34,11 @@ class Limits:
 
     wall_seconds: float = 30.0
     cpu_seconds: int = 30
+    threads: int = 64
     memory_bytes: int = 2 << 30  # address space of the session
     file_bytes: int = 64 << 20  # of one file
-    folder_bytes: int = 256 << 20  # of all files of the session
-    folder_files: int = 1000
+    folder_bytes: int = 256 << 20  # of all files of the session, which are in memory, too
+    folder_files: int = 1000  # and folders
     open_files: int = 128
     output_bytes: int = 8000  # of printed output; longer output is cut in the middle
 
@@ -50,75 +54,79 @@ class ProcessDied(Exception):
 class Process:
     """A worker process and its pipes.
 
+    Args:
+        folder: the working folder.
+        limits: resource limits.
+        isolated: start it with bubblewrap, on an empty file system in memory at the place of the folder.
+
     Attributes:
         missing_protections: protections that are not in force, one sentence each.
+        files: the file system in memory; None if not `isolated`. It stays until `close`.
 
     Raises:
         SandboxUnavailable: the process did not start.
     """
 
-    def __init__(self, folder: Path, limits: Limits):
+    def __init__(self, folder: Path, limits: Limits, *, isolated: bool):
         self.limits = limits
         self.cells = 0
         self.output = _Output(limits.output_bytes)
-        (child_commands, self.commands), (self.results, child_results) = os.pipe(), os.pipe()
-        settings = {
-            "folder": str(folder),
-            "commands": child_commands,
-            "results": child_results,
-            "cpu_seconds": limits.cpu_seconds,
-            "limits": {name: getattr(limits, name) for name in ("memory_bytes", "file_bytes", "open_files")},
-        }
-        cache = str(folder / ".cache")
+        self.files: Path | None = None
+        command: list[str] = []
+        user = choose_user() if isolated else None
+        if isolated:
+            if not (program := shutil.which("bwrap")):
+                raise SandboxUnavailable("bubblewrap is not installed.")
+            command = bubblewrap_command(program, folder, (WORKER, WORKER.with_name("confinement.py")), user)
+        self.results, child_results = os.pipe()
+        settings = {"results": child_results, "limits": asdict(limits), "isolated": isolated, "user": user}
         environment = {  # not inherited: ours may contain keys
             "PATH": "/usr/bin:/bin",
             "LANG": "C.UTF-8",
-            "HOME": str(folder),
-            "TMPDIR": str(folder),
             "MPLBACKEND": "agg",
-            "MPLCONFIGDIR": cache,
-            "XDG_CACHE_HOME": cache,
+            **dict.fromkeys(("HOME", "TMPDIR"), str(folder)),
+            **dict.fromkeys(("MPLCONFIGDIR", "XDG_CACHE_HOME"), str(folder / ".cache")),
             **{f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL", "NUMEXPR")},
         }
         try:
             self.popen = subprocess.Popen(
-                [sys.executable, "-I", "-B", "-X", "utf8", str(WORKER), json.dumps(settings)],
-                stdin=subprocess.DEVNULL,
+                [*command, sys.executable, "-I", "-B", "-X", "utf8", str(WORKER), json.dumps(settings)],
+                bufsize=0,
+                stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 cwd=folder,
                 env=environment,
-                pass_fds=(child_commands, child_results),
+                pass_fds=(child_results,),
                 start_new_session=True,  # own process group: can be killed as a whole, does not receive our Ctrl-C
             )
         except OSError as error:
-            os.close(self.commands)
             os.close(self.results)
             raise SandboxUnavailable(f"The sandbox process did not start: {error}.") from error
         finally:
-            os.close(child_commands)
             os.close(child_results)
-        assert self.popen.stdout is not None  # stdout=PIPE
-        self.pipe = self.popen.stdout
-        self.stdout = self.pipe.fileno()
+        self.pid = self.popen.pid
+        assert self.popen.stdin is not None and self.popen.stdout is not None  # noqa: PT018 they are pipes
+        self.commands, self.stdout = self.popen.stdin.fileno(), self.popen.stdout.fileno()
         for pipe in (self.commands, self.results, self.stdout):
             os.set_blocking(pipe, False)
         try:
-            answer, _ = self._request(b"", START_TIMEOUT, lambda: "")
+            answer, _ = self._request(b"", START_TIMEOUT)
             self.missing_protections = cast("dict[str, list[str]]", answer)["missing"]
-        except (ProcessDied, KeyError, TypeError) as error:
-            self.kill()
+            if isolated:
+                self.pid = _last_child(self.popen.pid)
+                self.descriptor = os.open(f"/proc/{self.pid}/root{folder}", os.O_RDONLY | os.O_DIRECTORY)
+                self.files = Path(f"/proc/self/fd/{self.descriptor}")
+        except (ProcessDied, KeyError, TypeError, OSError) as error:
+            self.close()
             reason = self.last_output().strip() or str(error)
             raise SandboxUnavailable(f"The sandbox process did not start: {reason}") from error
         except BaseException:
-            self.kill()
+            self.close()
             raise
 
-    def run(self, code: str, check_limits: Callable[[], str]) -> str:
+    def run(self, code: str) -> str:
         """Run a cell and return "ok", "error" or "interrupted". `last_output` returns its output.
-
-        Args:
-            check_limits: called periodically; returns a reason to kill the process, or "".
 
         Raises:
             ProcessDied: the process died or must be killed.
@@ -126,7 +134,9 @@ class Process:
         self.cells += 1
         self.output = _Output(self.limits.output_bytes)
         cell = json.dumps({"cell": self.cells, "code": code}).encode() + b"\n"
-        message, interrupted = self._request(cell, self.limits.wall_seconds, check_limits)
+        self._signal(signal.SIGCONT)
+        message, interrupted = self._request(cell, self.limits.wall_seconds)
+        self._signal(signal.SIGSTOP)
         status = message.get("status") if isinstance(message, dict) and message.get("cell") == self.cells else None
         if status not in ("ok", "error"):
             raise ProcessDied("its answer made no sense")
@@ -137,17 +147,41 @@ class Process:
         return self.output.text()
 
     def kill(self) -> None:
-        """Kill the process and everything it started."""
+        """Kill the process and everything it started. Its files can still be read."""
+        self._signal(signal.SIGKILL)
         with suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.popen.pid, signal.SIGKILL)
+            os.killpg(self.popen.pid, signal.SIGKILL)  # bubblewrap, which ends the others
         self.popen.wait()
-        self.pipe.close()
-        os.close(self.commands)
-        os.close(self.results)
+        with selectors.DefaultSelector() as pipes:  # the worker ends after bubblewrap, and then closes its end
+            pipes.register(self.results, selectors.EVENT_READ)
+            for _ in range(100):
+                if not (pipes.select(INTERRUPT_TIMEOUT) and os.read(self.results, MAX_MESSAGE_BYTES)):
+                    break
 
-    def _request(self, cell: bytes, seconds: float, check_limits: Callable[[], str]) -> tuple[object, bool]:
+    def close(self) -> None:
+        """Kill the process and remove its files."""
+        self.kill()
+        with self.popen:  # closes its pipes
+            os.close(self.results)
+        if self.files is not None:
+            os.close(self.descriptor)
+            self.files = None
+
+    def _signal(self, number: int) -> None:
+        if self.popen.poll() is None:
+            with suppress(ProcessLookupError, PermissionError):
+                os.kill(self.pid, number)
+
+    def _processor_seconds(self) -> float:
+        """Return the processor time of the process, 0 if it has ended or this is not Linux."""
+        with suppress(OSError):
+            if sys.platform == "linux":
+                return time.clock_gettime((~self.pid << 3) | 2)  # as clock_getcpuclockid
+        return 0.0
+
+    def _request(self, cell: bytes, seconds: float) -> tuple[object, bool]:
         """Send the cell, collect its output and wait; return the worker's answer and whether it was interrupted."""
-        deadline, next_check = time.monotonic() + seconds, time.monotonic() + FOLDER_CHECK_INTERVAL
+        deadline, cpu_deadline = time.monotonic() + seconds, self._processor_seconds() + self.limits.cpu_seconds
         interrupted, reply = False, b""
         with selectors.DefaultSelector() as pipes:
             pipes.register(self.stdout, selectors.EVENT_READ)
@@ -155,7 +189,7 @@ class Process:
             if cell:
                 pipes.register(self.commands, selectors.EVENT_WRITE)
             while not reply.endswith(b"\n"):
-                for key, _ in pipes.select(timeout=0.1):
+                for key, _ in pipes.select(timeout=POLL_INTERVAL):
                     if key.fd == self.commands:
                         cell = cell[self._write(cell) :]
                         if not cell:
@@ -167,16 +201,14 @@ class Process:
                             raise self._exit_reason()
                     elif not self.output.read(self.stdout):
                         pipes.unregister(self.stdout)
+                if self._processor_seconds() > cpu_deadline:
+                    raise ProcessDied(f"it used more than {self.limits.cpu_seconds} seconds of processor time")
                 now = time.monotonic()
-                if now > next_check:
-                    next_check = now + FOLDER_CHECK_INTERVAL
-                    if reason := check_limits():
-                        raise ProcessDied(reason)
-                if now > deadline and not reply:
+                if now > deadline:  # also behind half an answer
                     if interrupted:
                         raise ProcessDied(f"it ran for more than {seconds:g} seconds")
                     interrupted, deadline = True, now + INTERRUPT_TIMEOUT
-                    os.kill(self.popen.pid, signal.SIGINT)
+                    self._signal(signal.SIGINT)
         self.output.drain(self.stdout)
         with suppress(ValueError, RecursionError):
             return json.loads(reply), interrupted
@@ -196,11 +228,17 @@ class Process:
         code = self.popen.returncode
         if code is None:
             return ProcessDied("it closed its connection")
-        if code == -signal.SIGXCPU:
-            return ProcessDied(f"it used more than {self.limits.cpu_seconds} seconds of processor time")
-        return ProcessDied(
-            f"it left with exit status {code}" if code >= 0 else f"signal {-code}: {signal.strsignal(-code)}"
-        )
+        number = code - 128 if code > 128 else -code  # bubblewrap leaves as a shell does
+        if 0 < number < signal.NSIG:
+            return ProcessDied(f"signal {number}: {signal.strsignal(number)}")
+        return ProcessDied(f"it left with exit status {code}")
+
+
+def _last_child(pid: int) -> int:
+    """Return the process at the end of the chain of children: bubblewrap, its process 1, the worker."""
+    while children := Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        pid = int(children[0])
+    return pid
 
 
 class _Output:
@@ -224,10 +262,7 @@ class _Output:
     def drain(self, pipe: int) -> None:
         """Read what was printed so far, at most the capacity of a pipe, since a thread may keep printing."""
         for _ in range(16):
-            before = self.length
             self.read(pipe)
-            if self.length == before:
-                return
 
     def text(self) -> str:
         """Decode as UTF-8, with invalid bytes escaped and terminal control sequences removed."""

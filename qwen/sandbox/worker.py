@@ -1,8 +1,8 @@
 """The process in the sandbox: confines itself, then runs cells in one namespace, like a notebook.
 
 Started by `Sandbox` with the settings as JSON in its first argument. Reads one JSON line `{"cell", "code"}` per cell
-from a pipe and answers `{"cell", "status"}` on another one. Output of the cell goes to standard output. The parent
-enforces time limits by interrupting or killing this process.
+from standard input and answers `{"cell", "status"}` on a pipe. Output of the cell goes to standard output. The parent
+enforces time limits: it interrupts or kills this process, and stops it between cells.
 """
 
 import ast
@@ -11,27 +11,15 @@ import io
 import json
 import linecache
 import os
-import queue
-import resource
 import signal
 import sys
-import threading
 import traceback
 import types
 from pathlib import Path
-from typing import TextIO, TypedDict
+from typing import TextIO
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # not added in isolated mode
-from confinement import confine, forbid_processes, set_limit
-
-SESSION_CPU_FACTOR = 100  # processor time of a session, as a multiple of the limit of a cell
-
-
-class Cell(TypedDict):
-    """A cell to run: its number and its code."""
-
-    cell: int
-    code: str
+from confinement import confine
 
 
 class Notebook:
@@ -97,39 +85,26 @@ class Notebook:
 def main() -> None:
     """Serve cells until the other end of the pipe closes."""
     settings = json.loads(sys.argv[1])
-    cells: queue.SimpleQueue[Cell] = queue.SimpleQueue()
-
-    def receive() -> None:
-        with open(settings["commands"], encoding="utf-8") as lines:
-            for line in lines:
-                cells.put(json.loads(line))
-        os._exit(0)  # the session or the parent has ended; nobody reads the result of a running cell
-
-    def send(message: dict[str, object]) -> None:
-        os.write(settings["results"], json.dumps(message).encode() + b"\n")
-
+    commands = os.fdopen(os.dup(0), encoding="utf-8")
+    with open(os.devnull) as nothing:
+        os.dup2(nothing.fileno(), 0)
     output = sys.stdout
     os.dup2(output.fileno(), sys.stderr.fileno())
     for stream in (output, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # true for both at process start
             stream.reconfigure(errors="backslashreplace", line_buffering=True)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    cpu_seconds = settings["cpu_seconds"]
-    set_limit(resource.RLIMIT_CPU, cpu_seconds, cpu_seconds * SESSION_CPU_FACTOR)
-    missing = confine(Path(settings["folder"]), **settings["limits"])
-    threading.Thread(target=receive, daemon=True).start()
-    if missing:
-        forbid_processes()
-    send({"missing": missing})
-    sys.path[0] = settings["folder"]
+    try:
+        missing = confine(settings["limits"], isolated=settings["isolated"], user=settings["user"])
+    except (OSError, ValueError) as error:
+        sys.exit(str(error))
+    os.write(settings["results"], json.dumps({"missing": missing}).encode() + b"\n")
+    sys.path[0] = os.getcwd()
     sys.argv[:] = [""]
 
     notebook = Notebook(output)
-    while True:
-        cell = cells.get()
-        used = resource.getrusage(resource.RUSAGE_SELF)
-        limit = int(used.ru_utime + used.ru_stime) + cpu_seconds
-        set_limit(resource.RLIMIT_CPU, min(limit, cpu_seconds * SESSION_CPU_FACTOR), cpu_seconds * SESSION_CPU_FACTOR)
+    for line in commands:
+        cell = json.loads(line)
         try:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             status = notebook.run(cell["cell"], cell["code"])
@@ -137,7 +112,7 @@ def main() -> None:
             status = "error"
         finally:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
-        send({"cell": cell["cell"], "status": status})
+        os.write(settings["results"], json.dumps({"cell": cell["cell"], "status": status}).encode() + b"\n")
 
 
 if __name__ == "__main__":
