@@ -61,7 +61,7 @@ class LoadingMixin(MixinBase):
         check_arguments(kwargs)
         folder = local_folder(pretrained_model_name_or_path, kwargs.get("subfolder"))
         if folder is not None:
-            check_json_files(folder, ("config.json", "generation_config.json"))
+            check_json_files(folder, ("config.json",))
             check_generation_config(folder)
         check_devices(kwargs.get("device_map"))
         torch_dtype = kwargs.pop("torch_dtype", None)

@@ -224,7 +224,7 @@ class QWenTokenizer(PreTrainedTokenizer):
         """
         folder = local_folder(pretrained_model_name_or_path, kwargs.get("subfolder"))
         if folder is not None:
-            check_json_files(folder, TOKENIZER_JSON_FILES)
+            check_json_files(folder, TOKENIZER_JSON_FILES[1:])
             if (folder / TOKENIZER_CONFIG).exists():
                 _check_settings(read_json_object(folder / TOKENIZER_CONFIG), folder / TOKENIZER_CONFIG)
         by_caller = set(kwargs)

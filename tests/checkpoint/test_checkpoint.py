@@ -47,18 +47,19 @@ def count_opens(script: Path, *folders: Path) -> tuple[str, dict[str, int]]:
 
 
 @pytest.mark.process
-def test_a_chat_opens_each_small_file_at_most_twice(bundled_chat: Path, tmp_path: Path) -> None:
+def test_a_chat_opens_each_small_file_a_few_times(bundled_chat: Path, tmp_path: Path) -> None:
     reply, opened = count_opens(tmp_path / "chat.py", bundled_chat)
     assert reply == "47 + 38 = 85."
     names = {"config.json", "generation_config.json", "tokenizer_config.json", "qwen.tiktoken"}
     assert names <= {os.path.basename(path) for path in opened}
-    # The checkpoint, the model and the tokenizer read it.
-    assert opened.pop(str(bundled_chat / "generation_config.json")) <= 3
+    # The checkpoint, the model and the tokenizer read it, and the model checks it before transformers reads it.
+    assert opened.pop(str(bundled_chat / "generation_config.json")) <= 4
+    assert opened.pop(str(bundled_chat / "tokenizer_config.json")) <= 3  # the tokenizer checks it, too
     assert {path: times for path, times in opened.items() if times > 2} == {}
 
 
 @pytest.mark.process
-def test_a_chat_with_an_adapter_opens_each_small_file_at_most_twice(bundled_chat: Path, tmp_path: Path) -> None:
+def test_a_chat_with_an_adapter_opens_each_small_file_a_few_times(bundled_chat: Path, tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 
     base = Path(shutil.copytree(bundled_chat, tmp_path / "base"))
@@ -72,6 +73,7 @@ def test_a_chat_with_an_adapter_opens_each_small_file_at_most_twice(bundled_chat
     assert reply == "47 + 38 = 85."  # a new adapter changes nothing
     assert str(adapter / "adapter_config.json") in opened
     assert str(base / "config.json") in opened
+    assert opened.pop(str(adapter / "tokenizer_config.json")) <= 3
     assert {path: times for path, times in opened.items() if times > 2} == {}
 
 

@@ -264,8 +264,10 @@ INTERFACES = [
               "replaced: puts the page's checks around Gradio's CORS", "instance attribute"),
     Interface("sse_starlette.EventSourceResponse.__call__", "qwen/serving/api/generation.py",
               "overridden: aborts generation on disconnect", "(self, scope, receive, send)"),
-    Interface("llguidance.tiktoken.lltokenizer_from_encoding", "qwen/serving/engine/grammar.py",
-              "vocabulary for grammars", "(encoding, n_vocab, eos_token, slices)"),
+    Interface("llguidance.TokenizerWrapper.is_tokenizer_wrapper", "qwen/serving/engine/grammar.py",
+              "vocabulary for grammars: tells LLTokenizer what to read", "instance attribute"),
+    Interface("llguidance.LLTokenizer.from_tiktoken", "qwen/serving/engine/grammar_worker.py",
+              "vocabulary for trials of grammars", "(encoder, special_tokens, pattern, eos_token, n_vocab, slices)"),
     # ---- others ----
     Interface("smolagents.models.Model._prepare_completion_kwargs", "examples/transformers_agent.md",
               "overridden: sends tool calls and results as such", COMPLETION_KWARGS),
