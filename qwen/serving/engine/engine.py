@@ -6,12 +6,13 @@ grammar, so that its reply does not depend on the others: exactly in float32 on 
 are chosen by batch size and round differently, which can change a token where two are almost equally likely.
 """
 
+import contextlib
 import dataclasses
 import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Hashable, Iterable
+from collections.abc import Collection, Hashable
 from collections.abc import Sequence as Ids
 from itertools import chain
 from typing import Any, NamedTuple
@@ -24,11 +25,11 @@ from ...model.modeling_qwen import QWenLMHeadModel
 from ...model.tokenization_qwen import QWenTokenizer
 from .block_manager import BLOCK_SIZE, BlockManager
 from .detokenizer import IncrementalText
-from .model_runner import ModelRunner, PendingStep, alpha_index
+from .model_runner import ModelRunner, PendingStep, ScoredTokens, alpha_index
 from .paged_kv_cache import bytes_per_token
 from .sampling_params import SamplingParams
 from .scheduler import Chunk, Scheduler
-from .sequence import Constraint, FinishReason, SampledToken, Sequence
+from .sequence import Constraint, ConstraintError, FinishReason, SampledToken, Sequence
 from .stream import TextStream, Wakeups
 
 logger = logging.getLogger(__name__)
@@ -44,7 +45,15 @@ MEMORY_SHARE = {"cuda": 0.9, "cpu": 0.5}
 
 
 class PromptTooLong(ValueError):
-    """The prompt leaves no room for a reply."""
+    """The prompt leaves no room for a reply.
+
+    Args:
+        tokens: how many it has, at least.
+    """
+
+    def __init__(self, message: str, tokens: int):
+        super().__init__(message)
+        self.tokens = tokens
 
 
 class QueueFull(Exception):
@@ -112,6 +121,7 @@ class Engine:
         ends = [words[0] for words in stop_words if len(words) == 1]
         self.end_token_ids = frozenset([*eos, *ends, tokenizer.eod_id, tokenizer.im_start_id, tokenizer.im_end_id])
         self.stop = [tokenizer.decode(words) for words in stop_words if len(words) > 1]
+        self.params()  # so that a wrong setting of the checkpoint is an error here, not one of each request
 
         self._changed = threading.Condition()  # guards what follows
         self._arrived: deque[Sequence] = deque()
@@ -152,6 +162,7 @@ class Engine:
         constraint: Constraint | None = None,
         group: Hashable | None = None,
         cache_salt: str | None = None,
+        request_id: str | None = None,
     ) -> TextStream:
         """Queue a prompt and return immediately. Iterate over the result for the text of the reply.
 
@@ -164,6 +175,7 @@ class Engine:
             constraint: grammar that the reply must follow.
             group: prompts of one request have the same group, and take turns with others as one.
             cache_salt: prompts share the cache only with those of the same salt.
+            request_id: what the log calls the request if it fails.
 
         Raises:
             PromptTooLong: the prompt alone fills the model's context, or the cache.
@@ -175,22 +187,19 @@ class Engine:
             raise ValueError("The prompt is empty. Give at least one token.")
         room = self.context_length - len(prompt_ids)
         if room < min(1, params.max_tokens):
-            raise PromptTooLong(
-                # Clients look for these words: "prompt is too long", "This model's maximum context length is".
-                f"The prompt is too long: it has {len(prompt_ids)} tokens. This model's maximum context length is "
-                f"{self.context_length} tokens of prompt and reply together{self._limit_reason}. Shorten the prompt."
-            )
-        valid = range(self.model.config.vocab_size)
-        given: dict[str, Iterable[int]] = {
+            raise self.prompt_too_long(len(prompt_ids))
+        given: dict[str, Collection[int]] = {
             "The prompt": prompt_ids,
             "logit_bias": params.logit_bias,
             "stop_token_ids": params.stop_token_ids,
-            "bad_words": chain.from_iterable(params.bad_words),
+            "bad_words": list(chain.from_iterable(params.bad_words)),
             "allowed_token_ids": params.allowed_token_ids or (),
         }
+        last = self.model.config.vocab_size - 1
         for name, ids in given.items():
-            if any(token not in valid for token in ids):
-                raise ValueError(f"{name} has invalid token ids: valid ids are 0 to {valid[-1]}.")
+            # An id out of range would fail in the middle of a step.
+            if ids and not (min(ids) >= 0 and max(ids) <= last):
+                raise ValueError(f"{name} has invalid token ids: valid ids are 0 to {last}.")
         if params.ignore_eos and constraint is not None:
             raise ValueError("ignore_eos cannot be combined with a grammar, which decides where the reply ends.")
         config = self.model.config
@@ -224,6 +233,7 @@ class Engine:
             alpha_index(len(prompt_ids), config.seq_length) if config.use_dynamic_ntk else 0,
             (*_active_adapters(self.model), f"salt {cache_salt!r}"),
             stream.on_prompt_logprobs,
+            request_id,
         )
         if params.prompt_logprobs is not None:
             stream.on_prompt_logprobs([])  # a prompt of one token has none
@@ -238,6 +248,15 @@ class Engine:
             self._arrived.append(sequence)
             self._changed.notify()
         return stream
+
+    def prompt_too_long(self, tokens: int, about: str = "") -> PromptTooLong:
+        """Return the error of a prompt that has so many tokens, or `about` so many."""
+        return PromptTooLong(
+            # Clients look for these words: "prompt is too long", "This model's maximum context length is".
+            f"The prompt is too long: it has {about}{tokens} tokens. This model's maximum context length is "
+            f"{self.context_length} tokens of prompt and reply together{self._limit_reason}. Shorten the prompt.",
+            tokens,
+        )
 
     def load(self) -> Load:
         """Return the numbers of running and of waiting sequences."""
@@ -301,10 +320,7 @@ class Engine:
         chunks = self.scheduler.schedule()
         if chunks:
             started = time.perf_counter()
-            try:
-                self._in_flight.append(self.runner.launch(chunks))
-            except Exception as error:
-                self._fail(chunks, error)
+            self._launch(chunks)
             if not self._in_flight or len(self._in_flight) == 1:
                 self._last_ready = started
         self._finish_steps(keep=1 if chunks and self.runner.is_asynchronous else 0)
@@ -316,11 +332,9 @@ class Engine:
             step = self._in_flight.popleft()
             tokens = step.wait()
             self._observe(step.chunks)
-            for scored, logprobs in step.prompt_logprobs():
-                if isinstance(logprobs, Exception):
-                    self._discard(scored, logprobs)
-                elif not scored.ended:
-                    scored.on_prompt_logprobs(logprobs)
+            for scored in step.scored:
+                if not scored.sequence.ended:
+                    self._hand_on_scores(scored)
             for sequence, token in zip(step.sequences, tokens, strict=True):
                 sequence.num_pending -= 1
                 if not sequence.ended:
@@ -334,15 +348,35 @@ class Engine:
         self.scheduler.budget.observe(now - self._last_ready, len(chunks) - len(prompts), prefilled, requests)
         self._last_ready = now
 
-    def _fail(self, chunks: list[Chunk], error: Exception) -> None:
-        """End the sequences that a failed step was encoding, or if there are none, all of it: its memory is most likely
-        taken by the prompts."""
-        logger.exception("A step of %d sequences failed", len(chunks))
-        self.scheduler.roll_back(chunks)
+    def _launch(self, chunks: list[Chunk]) -> None:
+        """Start a step. If it fails, start one for each of its sequences, and end those that fail alone: what one of
+        them brings, such as its settings or the memory for its prompt, must not end the others."""
+        try:
+            self._in_flight.append(self.runner.launch(chunks))
+            return
+        except Exception as error:
+            if len(chunks) == 1:
+                self.scheduler.roll_back(self.scheduler.written_blocks(chunks[0]))
+                self._end(chunks[0].sequence, FinishReason.ERROR, error)
+                return
+            reason = f"{type(error).__name__}: {error}"
+        # Not in the except clause, where the traceback still holds the memory of the step.
+        logger.warning("A step of %d sequences failed (%s); each is computed alone.", len(chunks), reason)
+        written = [self.scheduler.written_blocks(chunk) for chunk in chunks]
         self._finish_steps()
-        prompts = [chunk for chunk in chunks if not chunk.is_single]
-        for chunk in prompts or chunks:
-            self._end(chunk.sequence, FinishReason.ERROR, error)
+        for chunk, blocks in zip(chunks, written, strict=True):
+            if chunk.sequence.ended or chunk.sequence.num_computed != chunk.end:  # with the last token, or rolled back
+                self.scheduler.roll_back(blocks)
+            else:
+                self.runner.drop(chunk.sequence)  # the sampler may have counted a token already
+                self._launch([chunk])
+
+    def _hand_on_scores(self, scored: ScoredTokens) -> None:
+        """Pass the log-probabilities of a prompt to its sequence."""
+        try:
+            scored.sequence.on_prompt_logprobs(scored.logprobs())
+        except Exception as error:
+            self._discard(scored.sequence, error)
 
     def _hand_on(self, sequence: Sequence, token: SampledToken | Exception) -> None:
         """Pass a token to its sequence, which may end with it."""
@@ -399,7 +433,23 @@ class Engine:
         self.runner.drop(sequence)
         with self._changed:
             self._unfinished -= 1
-        sequence.on_end(reason, error, end_token)
+        try:
+            sequence.on_end(reason, error, end_token)
+        except Exception as unexpected:
+            error = unexpected
+            with contextlib.suppress(Exception):  # the reader must not wait for ever
+                sequence.on_end(FinishReason.ERROR, error, None)
+        if error is not None:
+            name = "A reply" if sequence.request_id is None else f"Request {sequence.request_id}"
+            by_client = isinstance(error, ConstraintError)  # which may have written a part of the message
+            logger.log(
+                logging.WARNING if by_client else logging.ERROR,
+                "%s failed: %s: %r",
+                name,
+                type(error).__name__,
+                str(error),
+                exc_info=None if by_client or self._failed else error,  # that of the engine is there already
+            )
 
 
 def affordable_tokens(model: QWenLMHeadModel) -> int:

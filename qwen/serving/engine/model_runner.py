@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 from collections import abc
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, cast
 
@@ -26,7 +25,7 @@ from ...model.rope_qwen import MAX_DOUBLINGS, logn_scale, ntk_alpha, rotary_tabl
 from .block_manager import BlockManager
 from .decode_step import DecodeStep, DecodeSteps, to_pinned
 from .paged_kv_cache import PagedKVCache
-from .sampler import Sampler, SampleRequest, not_a_number, token_logprobs, unpack
+from .sampler import Sampler, SampleRequest, not_finite, token_logprobs, unpack
 from .scheduler import Chunk
 from .sequence import PromptLogprob, SampledToken, Sequence
 from .step_layout import Row, StepLayout, query_tiles
@@ -48,6 +47,17 @@ class ScoredTokens(NamedTuple):
     token_ids: list[int]
     values: torch.Tensor
 
+    def logprobs(self) -> list[PromptLogprob]:
+        """Return them for the sequence; the step must have ended. Raises FloatingPointError if some are NaN."""
+        if self.values.isnan().any():
+            raise not_finite()
+        width = (self.values.shape[1] - 2) // 2
+        logprobs = []
+        for token_id, (logprob, rank, *top) in zip(self.token_ids, self.values.tolist(), strict=True):
+            likely = zip(map(int, top[:width]), top[width:], strict=True)
+            logprobs.append(PromptLogprob(token_id, logprob, int(rank), list(likely)))
+        return logprobs
+
 
 @dataclass
 class PendingStep:
@@ -66,22 +76,6 @@ class PendingStep:
             self.ready.synchronize()
         tokens = unpack(self.values.tolist(), self.sequences)
         return [self.failures.get(row, token) for row, token in enumerate(tokens)]
-
-    def prompt_logprobs(self) -> Iterator[tuple[Sequence, list[PromptLogprob] | Exception]]:
-        """Yield sequences and the log-probabilities of the next tokens of their prompts, or an error.
-
-        The step must have ended.
-        """
-        for sequence, token_ids, values in self.scored:
-            if values.isnan().any():
-                yield sequence, not_a_number()
-                continue
-            width = (values.shape[1] - 2) // 2
-            logprobs = []
-            for token_id, (logprob, rank, *top) in zip(token_ids, values.tolist(), strict=True):
-                likely = zip(map(int, top[:width]), top[width:], strict=True)
-                logprobs.append(PromptLogprob(token_id, logprob, int(rank), list(likely)))
-            yield sequence, logprobs
 
 
 class ModelRunner:
@@ -149,15 +143,15 @@ class ModelRunner:
             allowed = _allowed_tokens(sequences, failures, logits)
             forbidden = to_device(np.array(request.forbidden), self.device) if request.forbidden else None
             values = self.sampler.sample(logits, request, slots, settings, allowed, forbidden)
-        for sequence in sequences:
-            sequence.num_pending += 1
-        for sequence, token_ids, _ in scored:
-            sequence.num_scored += len(token_ids)
         ready = None
         if self.is_asynchronous:
             values, scored = to_host(values), [each._replace(values=to_host(each.values)) for each in scored]
             ready = torch.cuda.Event()
             ready.record()
+        for sequence in sequences:  # last: a step that fails counts nothing
+            sequence.num_pending += 1
+        for sequence, token_ids, _ in scored:
+            sequence.num_scored += len(token_ids)
         return PendingStep(chunks, sequences, values, scored, ready, failures)
 
     def _score_prompts(self, chunks: list[Chunk], hidden: torch.Tensor) -> list[ScoredTokens]:

@@ -20,7 +20,7 @@ from .sequence import ConstraintError, SampledToken, Sequence
 RANKED_FIRST = 1024
 SETTINGS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "top_k")
 LARGEST = torch.finfo(torch.float32).max
-NOT_A_NUMBER, NONE_ALLOWED = -1, -2  # instead of a token: its logits contain NaN; all are forbidden
+NOT_FINITE, NONE_ALLOWED = -1, -2  # instead of a token: its logits contain NaN or infinity; all are forbidden
 
 
 class SampleRequest(NamedTuple):
@@ -151,7 +151,7 @@ class Sampler:
             assert self._counts is not None
             self._in_text.index_put_((slots, chosen), torch.ones_like(chosen, dtype=torch.bool))
             self._counts.index_put_((slots, chosen), torch.ones_like(chosen, dtype=torch.int32), accumulate=True)
-        tokens = chosen.masked_fill(logits.isnan().any(-1), NOT_A_NUMBER)[:, None]
+        tokens = chosen.masked_fill(~logits.amax(-1).isfinite(), NOT_FINITE)[:, None]
         if bans or allowed is not None or forbidden is not None:
             tokens = tokens.masked_fill(scores.isneginf().all(-1, keepdim=True), NONE_ALLOWED)
         widest = max((each.top_logprobs for each in params if each.top_logprobs is not None), default=None)
@@ -243,7 +243,7 @@ def unpack(values: list[list[float]], sequences: Rows[Sequence]) -> list[Sampled
         token_id, width = int(row[0]), (len(row) - 2) // 2
         number = sequence.params.top_logprobs
         if token_id < 0:
-            tokens.append(not_a_number() if token_id == NOT_A_NUMBER else _none_allowed())
+            tokens.append(not_finite() if token_id == NOT_FINITE else _none_allowed())
         elif number is None:
             tokens.append(SampledToken(token_id))
         else:
@@ -252,9 +252,9 @@ def unpack(values: list[list[float]], sequences: Rows[Sequence]) -> list[Sampled
     return tokens
 
 
-def not_a_number() -> Exception:
-    """Return the error of a sequence whose logits contain NaN."""
-    return FloatingPointError("the logits contain NaN; load the model in bfloat16 or float32")
+def not_finite() -> Exception:
+    """Return the error of a sequence whose logits contain NaN or infinity."""
+    return FloatingPointError("the logits contain NaN or infinity; load the model in bfloat16 or float32")
 
 
 def _none_allowed() -> Exception:

@@ -3,9 +3,12 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import isfinite
 from numbers import Integral
 
 _INFINITY = float("inf")
+# Much smaller divisors make logits infinite in float32. At this one, a reply already only repeats its prompt.
+LEAST_REPETITION_PENALTY = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,9 +72,13 @@ class SamplingParams:
             "top_k": (_is_integer(self.top_k, 0), "an integer >= 0"),
             "top_p": (0 < self.top_p <= 1, "a number > 0 and <= 1"),
             "min_p": (0 <= self.min_p <= 1, "a number >= 0 and <= 1"),
-            "repetition_penalty": (0 < self.repetition_penalty < _INFINITY, "a finite number > 0"),
+            "repetition_penalty": (
+                LEAST_REPETITION_PENALTY <= self.repetition_penalty < _INFINITY,
+                f"a finite number >= {LEAST_REPETITION_PENALTY}",
+            ),
             "presence_penalty": (abs(self.presence_penalty) < _INFINITY, "a finite number"),
             "frequency_penalty": (abs(self.frequency_penalty) < _INFINITY, "a finite number"),
+            "logit_bias": (all(map(isfinite, self.logit_bias.values())), "finite numbers"),
             "seed": (self.seed is None or isinstance(self.seed, Integral), "an integer"),
             "top_logprobs": (self.top_logprobs is None or _is_integer(self.top_logprobs, 0), "an integer >= 0"),
             "prompt_logprobs": (
@@ -87,7 +94,7 @@ class SamplingParams:
         }
         for name, (holds, meaning) in ranges.items():
             if not holds:
-                raise ValueError(f"{name} must be {meaning}, not {getattr(self, name)!r}.")
+                raise ValueError(f"{name} must be {meaning}, not {getattr(self, name)!r:.200}.")
 
     @cached_property
     def penalizes(self) -> bool:

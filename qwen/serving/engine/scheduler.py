@@ -122,12 +122,15 @@ class Scheduler:
         self._schedule_prompts(chunks)
         return chunks
 
-    def roll_back(self, chunks: list[Chunk]) -> None:
-        """Undo a step that failed: blocks that it wrote are not computed, also for those who share them, and nothing is
-        to be found any more."""
+    def written_blocks(self, chunk: Chunk) -> set[int]:
+        """Return the blocks that a chunk writes to."""
+        return set(chunk.sequence.blocks[chunk.start // self.block_manager.block_size :])
+
+    def roll_back(self, written: set[int]) -> None:
+        """Undo a chunk that failed: the blocks that it writes to are not computed, also for those who share them, and
+        nothing is to be found any more."""
         self.block_manager.forget()
         size = self.block_manager.block_size
-        written = {block for chunk in chunks for block in chunk.sequence.blocks[chunk.start // size :]}
         for sequence in self.running:
             sequence.num_named_blocks = 0
             intact = next((index for index, block in enumerate(sequence.blocks) if block in written), None)

@@ -73,6 +73,7 @@ class Sequence:
         cache_key: what else the keys and values depend on, or must not be shared across: adapter and cache salt.
         on_prompt_logprobs: called with the log-probabilities of the prompt's tokens after the first, in their order,
             before the first call of `on_token`; only if `params.prompt_logprobs` asks for them.
+        request_id: what the log calls the request.
 
     Attributes:
         token_ids: prompt and reply, as far as the host has them.
@@ -102,10 +103,12 @@ class Sequence:
         alpha_index: int = 0,
         cache_key: tuple[str, ...] = (),
         on_prompt_logprobs: Callable[[list[PromptLogprob]], None] = lambda logprobs: None,
+        request_id: str | None = None,
     ):
         self.params, self.end_token_ids, self.constraint = params, end_token_ids | params.stop_token_ids, constraint
         self.on_token, self.on_end, self.on_prompt_logprobs = on_token, on_end, on_prompt_logprobs
         self.group: Hashable = self if group is None else group
+        self.request_id = request_id
         self.alpha_index = alpha_index
         self.num_prompt_tokens = len(prompt_ids)
         self.token_ids = list(prompt_ids)
@@ -120,8 +123,9 @@ class Sequence:
         self._bad_phrases = [ids for ids in params.bad_words if len(ids) > 1]  # the others are a bias of the sampler
         self.needs_last_token = constraint is not None or bool(self._bad_phrases)
         self.restricts_next = bool(self._bad_phrases or params.min_tokens)
-        # As a string: random.Random treats -1 and 1 as the same seed.
-        self._random = random.Random(None if params.seed is None else str(params.seed))
+        # As a string: random.Random treats -1 and 1 as the same seed. Of 1,024 bits: str() has a limit of digits.
+        seed = params.seed
+        self._random = random.Random(None if seed is None else f"{'-' * (seed < 0)}{abs(seed) % 2**1024}")
         self._uniforms: list[float] = []  # of the tokens of the reply
         self._block_names = [hashlib.sha256(repr((alpha_index, cache_key)).encode()).digest()]
 

@@ -2,11 +2,14 @@
 
 import time
 from collections.abc import Callable, Hashable, Sequence
+from typing import TypeVar
 
 import torch
 
 from qwen.model.modeling_qwen import QWenLMHeadModel
 from qwen.serving.engine import Engine, TextStream
+
+T = TypeVar("T")
 
 
 def generated(model: QWenLMHeadModel, prompt: Sequence[int], tokens: int, **settings) -> list[int]:
@@ -40,12 +43,13 @@ def admit_too_many(engine: Engine) -> None:
     engine.scheduler._expected_growth = lambda sequence: 0
 
 
-def wait_until(condition: Callable[[], object], seconds: float = 60.0) -> None:
-    """Wait for another thread."""
+def wait_until(condition: Callable[[], T], seconds: float = 120.0) -> T:
+    """Wait for another thread or process until a condition is true, and return its value."""
     end = time.monotonic() + seconds
-    while not condition():
+    while not (value := condition()):
         assert time.monotonic() < end, "timed out"
-        time.sleep(0.001)
+        time.sleep(0.005)
+    return value
 
 
 def is_empty(engine: Engine) -> bool:

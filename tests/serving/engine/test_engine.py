@@ -197,7 +197,7 @@ def test_what_a_failed_step_shared_is_computed_again(tiny, engine, prompts, monk
     failures = []
 
     def first_time(chunks):
-        failures.append(len(failures) == 0)
+        failures.append(len(failures) < 2)  # also alone
         return failures[-1]
 
     fail_at(engine, monkeypatch, first_time)
@@ -235,7 +235,7 @@ def test_nan_ends_its_own_reply_only(tiny, start_engine, prompts, settings):
             fine = [start(engine, prompt, max_tokens=8) for prompt in prompts]
         assert [token_ids(stream) for stream in fine] == alone
         for stream in broken:
-            with pytest.raises(EngineError, match="NaN; load the model in bfloat16 or float32"):
+            with pytest.raises(EngineError, match="NaN or infinity; load the model in bfloat16 or float32"):
                 list(stream)
     wait_until(lambda: is_empty(engine))
 
