@@ -465,15 +465,19 @@ def all_of(count):
         ("grammar", "root ::= b", "Rule 'b' not found"),
         ("grammar", 'x ::= "a"', "No 'root' rule"),
         ("grammar", "root ::= " + "(" * 5000, "recursion"),
-        ("grammar", "root ::= r0\n" + "\n".join(f"r{n} ::= r{n + 1}" for n in range(2000)), "2001 rules .* too many"),
-        ("grammar", "start: A\nA: " + " & ".join(f"/(.*a.{{{n}}}b.*)/" for n in range(60)), "more than 8 of &"),
+        ("grammar", "root ::= r0\n" + "\n".join(f"r{n} ::= r{n + 1}" for n in range(200)), "Rule 'r200' not found"),
+        (
+            "grammar",
+            "start: A\nA: " + " & ".join(f"/(.*a.{{{n}}}b.*)/" for n in range(60)),
+            "it intersects 60 expressions",
+        ),
         (
             "grammar",
             "start: A\nA: ~(" + " | ".join(f"~/(.*a.{{{n}}}b.*)/" for n in range(60)) + ")",
-            "more than 8 of &",
+            "fuel exhausted",
         ),
-        ("grammar", f"start: %json {json.dumps(all_of(60))}", "more than 8 of &"),
-        ("json_schema", all_of(60), "more than 8 patterns"),
+        ("grammar", f"start: %json {json.dumps(all_of(60))}", "it intersects 60 expressions"),
+        ("json_schema", all_of(60), "it intersects 60 expressions"),
         ("json_schema", unique({"type": "string"}), "uniqueItems"),
         ("json_schema", unique({"enum": [f"value {n}" for n in range(40)]}), "uniqueItems"),
         ("json_schema", unique({"enum": ["a"]}, minItems=2), "Unsatisfiable"),
@@ -497,17 +501,17 @@ def test_nested_rules_do_not_end_the_process(factory):
 
 
 def test_regex_that_grows_too_complex(factory, tokenizer):
-    constraint = factory.regex("(a{1000}){1000}")
+    constraint = factory.regex("[xy](a{1000}){1000}")
     with pytest.raises(ConstraintError, match="too many expressions"):
-        follow(constraint, tokenizer, "aa")
+        follow(constraint, tokenizer, "xaa")
 
 
 def test_grammar_that_takes_too_long(factory, tokenizer, monkeypatch):
     monkeypatch.setattr(grammar, "_MAX_MORE_SECONDS", 0.02)
     sums = " | ".join(" ".join(["s"] * number) for number in range(2, 40))
-    constraint = factory.grammar(f'start: s\ns: {sums} | "a"')
+    constraint = factory.grammar(f'start: /x{{400}}/ s\ns: {sums} | "a"')  # in its trial, this looks harmless
     with pytest.raises(ConstraintError, match="takes too long"):
-        follow(constraint, tokenizer, "a" * 9)
+        follow(constraint, tokenizer, "x" * 400 + "a" * 9)
 
 
 def test_constraints_are_independent(factory, tokenizer):

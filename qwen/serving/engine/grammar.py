@@ -2,6 +2,10 @@
 
 llguidance converts a grammar to masks over the vocabulary, of the allowed next tokens. Without it constraints are
 rejected, and everything else works.
+
+Grammars come from clients. One of a few bytes could take minutes or gigabytes to build, in a native call that cannot be
+cancelled, so a child process tries each first (grammar_trials.py). Here, while replies wait, a mask has limits of
+llguidance; what they do not cover is refused beforehand: intersections of large expressions.
 """
 
 from __future__ import annotations
@@ -13,20 +17,20 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 
 from ..._renamed import old_names
 from ...model.tokenization_qwen import QWenTokenizer
 from ...tools import ACTION, ACTION_INPUT, FINAL_ANSWER, MARKERS, STOP_WORD, THOUGHT, Tool, read_tools
-from .json_schemas import combines_patterns, normalize_schema
+from .grammar_trials import GrammarTooExpensive, GrammarTrials, RequestTrials
+from .grammar_worker import BUILD_STACK, error_of, new_matcher
+from .json_schemas import combined_patterns, normalize_schema
 from .sequence import ConstraintError
 
 try:
-    from llguidance import LLMatcher, LLParserLimits, LLTokenizer, StructTag
-    from llguidance.gbnf_to_lark import gbnf_to_lark
-    from llguidance.tiktoken import lltokenizer_from_encoding
+    from llguidance import LLMatcher, LLTokenizer, StructTag, TokenizerWrapper
 except ModuleNotFoundError:
     _INSTALLED = False
 else:
@@ -36,18 +40,20 @@ else:
 _STYLE = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
 # In characters. The time to build a grammar grows faster than its schema: about a second at this size.
 _MAX_SCHEMA = 65_536
+_ANY_OBJECT = {"type": "object"}
 _MAX_THOUGHT = 400
-# llguidance follows nested rules on the stack, with about 3 kB each. The usual 8 MB of a thread would end the process.
-_STACK_BYTES = 2**27
 _stack_lock = threading.Lock()
-# The time for an intersection of expressions grows exponentially, from milliseconds for 8 of them to minutes for 14.
-_MAX_INTERSECTIONS = 8
-# The converter of GBNF reads the whole text for each rule: about a second at this product of rules and characters.
-_MAX_GBNF = 2**22
+# An intersection of expressions takes the product of their sizes, which is estimated from above by the power of the
+# average. About 0.1 seconds at this one.
+_MAX_INTERSECTION = 10**6
+_CHARACTERS_PER_BRANCH = 6
+# What may contain the sign of an intersection without being one, in Lark: <tokens>, "texts", /expressions/, comments.
+_LARK_TEXT = re.compile(r'<[^<>\s]+>|"(?:\\.|[^"\\\n])*"|(?:#|//)[^\n]*|/(?:\\.|[^/\\])+/', re.DOTALL)
+_LARK_JSON = re.compile(r"%json\s*(?=\{)")
 _GBNF_RULE = re.compile(r"^\s*[\w-]+\s*::=", re.MULTILINE)
-# All replies wait for the grammar of one: some need seconds for a token. In seconds of the processor: the usual time of
-# a token, which is rarely a tenth of this, and how much more a reply may take in all.
-_USUAL_SECONDS, _MAX_MORE_SECONDS = 0.02, 2.0
+# All replies wait for the grammar of one. In seconds of the processor: the usual time of a token, which is rarely a
+# tenth of this, and how much more a reply may take in all.
+_USUAL_SECONDS, _MAX_MORE_SECONDS = 0.01, 0.3
 
 
 def is_available() -> bool:
@@ -82,14 +88,9 @@ class GrammarConstraint:
     """
 
     def __init__(self, tokenizer: LLTokenizer, grammar: str):
-        def build() -> LLMatcher:
-            matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=LLParserLimits(verbose_errors=False))
-            matcher.compute_logit_bias()  # some errors of a grammar show only here
-            return matcher
-
-        self._matcher = _with_deep_stack(build)
+        self._matcher = _with_deep_stack(lambda: new_matcher(tokenizer, grammar))
         if self._matcher.is_error():
-            raise ValueError(_error(self._matcher))
+            raise ValueError(error_of(self._matcher))
         self._more_seconds = 0.0
 
     def copy(self) -> GrammarConstraint:
@@ -105,7 +106,7 @@ class GrammarConstraint:
         with self._limited_time():
             mask = bytearray(self._matcher.compute_logit_bias())
         if self._matcher.is_error():
-            raise ConstraintError(f"The grammar of the reply failed: {_error(self._matcher)}")
+            raise ConstraintError(f"The grammar of the reply failed: {error_of(self._matcher)}")
         return torch.frombuffer(mask, dtype=torch.uint8).bool()
 
     def accept(self, token_id: int) -> None:
@@ -113,7 +114,7 @@ class GrammarConstraint:
         with self._limited_time():
             accepted = self._matcher.consume_token(token_id)
         if not accepted:
-            raise ConstraintError(f"Token {token_id} is not allowed here: {_error(self._matcher)}")
+            raise ConstraintError(f"Token {token_id} is not allowed here: {error_of(self._matcher)}")
 
     @contextlib.contextmanager
     def _limited_time(self) -> Iterator[None]:
@@ -138,10 +139,11 @@ class ConstraintFactory:
         self._tokenizer = tokenizer
         self._lock = threading.Lock()
         self._cached_lltokenizer: LLTokenizer | None = None
+        self._trials = GrammarTrials([_json_grammar(_schema_text(_ANY_OBJECT, close=True))])
 
     def json_object(self) -> GrammarConstraint:
         """Any JSON object."""
-        return self.json_schema({"type": "object"})
+        return self.json_schema(_ANY_OBJECT)
 
     def json_schema(self, schema: dict) -> GrammarConstraint:
         """JSON that is valid against a schema, written as `{"a": 1, "b": [2, 3]}`.
@@ -156,7 +158,8 @@ class ConstraintFactory:
                 message says which), or llguidance is not installed.
         """
         _require_llguidance()
-        return self._compile_schema(schema, "The schema")[1]
+        text = self._check_schema(schema, "The schema", self._trials.request())
+        return self._build("The schema", _json_grammar(text))
 
     def regex(self, pattern: str) -> GrammarConstraint:
         """Text that a regular expression matches as a whole. The syntax is that of Rust's regex, without look-around.
@@ -167,14 +170,16 @@ class ConstraintFactory:
         """
         _require_llguidance()
         _check_size("The regular expression", pattern)
-        return self._compile("The regular expression", LLMatcher.grammar_from_regex(pattern))
+        what, grammar = "The regular expression", LLMatcher.grammar_from_regex(pattern)
+        _check(what, grammar, self._trials.request())
+        return self._build(what, grammar)
 
     def choice(self, texts: Sequence[str]) -> GrammarConstraint:
         """One of some texts. Raises the same errors as `regex`."""
         _require_llguidance()
         choices = " | ".join(map(_literal, dict.fromkeys(texts)))
         _check_size("The choice", choices)
-        return self._compile("The choice", LLMatcher.grammar_from_lark(f"start: {choices}"))
+        return self._build("The choice", f"start: {choices}")  # cheap whatever the texts are: no trial
 
     def grammar(self, text: str) -> GrammarConstraint:
         """Text of a context-free grammar: Lark in llguidance's dialect, or GBNF as llama.cpp has it (`root ::= …`).
@@ -185,18 +190,16 @@ class ConstraintFactory:
         """
         _require_llguidance()
         _check_size("The grammar", text)
-        if rules := len(_GBNF_RULE.findall(text)):
-            if rules * len(text) > _MAX_GBNF:
-                raise ValueError(f"The grammar cannot be used: {rules} rules in {len(text)} characters are too many.")
-            try:
-                text = gbnf_to_lark(text)
-            except Exception as error:  # of many types
-                raise ValueError(f"The grammar cannot be used: {error}.") from None
-        elif sum(text.count(sign) for sign in ("&", "~", '"pattern"')) > _MAX_INTERSECTIONS:
-            raise ValueError(
-                f"The grammar cannot be used: it has more than {_MAX_INTERSECTIONS} of &, ~ and the keyword pattern."
-            )
-        return self._compile("The grammar", LLMatcher.grammar_from_lark(text))
+        what, trials = "The grammar", self._trials.request()
+        try:
+            if _GBNF_RULE.search(text):
+                text = trials.convert(text)
+            else:
+                _check_intersections(text)
+        except ValueError as error:
+            raise ValueError(f"{what} cannot be used: {error}") from None
+        _check(what, text, trials)
+        return self._build(what, text)
 
     def structural_tags(self, tags: Sequence[StructuralTag]) -> GrammarConstraint:
         """Free text with parts of a form: after each trigger, one of the tags follows.
@@ -206,13 +209,15 @@ class ConstraintFactory:
                 is not installed.
         """
         _require_llguidance()
+        what, trials = "The list of tags", self._trials.request()
         parts: list[StructTag] = []
         for index, (trigger, begin, schema, end) in enumerate(tags):
-            text, _ = self._compile_schema(schema, f"The schema of tag {index}")
+            text = self._check_schema(schema, f"The schema of tag {index}", trials)
             parts.append(StructTag(trigger=trigger, begin=begin, grammar=text, end=end))
-            _check_size("The list of tags", "".join(f"{part.begin}{part.grammar}{part.end}" for part in parts))
+            _check_size(what, "".join(f"{part.begin}{part.grammar}{part.end}" for part in parts))
         grammar = StructTag.to_grammar(parts, assume_special=False)
-        return self._compile("The list of tags", LLMatcher.grammar_from_lark(grammar))
+        _check(what, grammar, trials)
+        return self._build(what, grammar)
 
     def tool_call(
         self,
@@ -245,11 +250,11 @@ class ConstraintFactory:
         tools = [tool for tool in tools if names is None or tool.name in names]
         if not tools:
             raise ValueError("There is no tool to call. Offer at least one.")
+        trials = self._trials.request()
         rules, steps, size = [], [], 0
         for index, tool in enumerate(tools):
-            schema, _ = self._compile_schema(
-                _arguments_schema(tool), f"The schema of the parameters of tool {tool.name!r}"
-            )
+            what = f"The schema of the parameters of tool {tool.name!r}"
+            schema = self._check_schema(_arguments_schema(tool), what, trials)
             size += len(schema)
             if size > _MAX_SCHEMA:
                 raise ValueError(
@@ -263,7 +268,7 @@ class ConstraintFactory:
             answer = (
                 "/(?s:.*)/"
                 if answer_schema is None
-                else f"%json {self._compile_schema(answer_schema, 'The schema')[0]}"
+                else f"%json {self._check_schema(answer_schema, 'The schema', trials)}"
             )
             rules.append(f"answer: {answer}")
             steps.append(f"{_literal(before)} answer")
@@ -271,37 +276,41 @@ class ConstraintFactory:
         rules.append(f"THOUGHT: / [^\\r\\n]{{0,{_MAX_THOUGHT}}}/ & ~/\\s*({'|'.join(MARKERS)})(?s:.*)/")
         opening = "" if continues else _literal(THOUGHT)
         rules.append(f"start: {opening} THOUGHT ({' | '.join(steps)})")
-        try:
-            return GrammarConstraint(self._lltokenizer(), LLMatcher.grammar_from_lark("\n".join(rules)))
-        except ValueError as error:
-            raise ValueError(f"The tools cannot be used together: {error}") from None
+        grammar = "\n".join(rules)
+        _check("The grammar of all tools", grammar, trials)
+        return self._build("The grammar of all tools", grammar)
 
-    def _compile(self, what: str, grammar: str) -> GrammarConstraint:
+    def _build(self, what: str, grammar: str) -> GrammarConstraint:
+        """Build a constraint here: of a grammar that has passed its trial, or needs none."""
         try:
             return GrammarConstraint(self._lltokenizer(), grammar)
         except ValueError as error:
             raise ValueError(f"{what} cannot be used: {error}") from None
 
-    def _compile_schema(self, schema: dict, what: str) -> tuple[str, GrammarConstraint]:
-        """Convert an untrusted schema to JSON text for llguidance, in the style of the models; return the text and its
-        constraint."""
+    def _check_schema(self, schema: dict, what: str, trials: RequestTrials) -> str:
+        """Convert an untrusted schema to JSON text for llguidance, in the style of the models, and try it.
+
+        Raises:
+            ValueError: it cannot be used.
+        """
         if not isinstance(schema, dict):
             raise ValueError(f"{what} must be a JSON object, not {type(schema).__name__}.")
         try:
             text = json.dumps(schema, allow_nan=False)
             if len(text) > _MAX_SCHEMA:
                 raise ValueError(f"it has {len(text)} characters of JSON, more than {_MAX_SCHEMA}")
-            if text.count('"pattern"') > _MAX_INTERSECTIONS and combines_patterns(schema):
-                raise ValueError(f"it has more than {_MAX_INTERSECTIONS} patterns, and allOf or $ref that combine some")
+            _check_patterns(schema)
             failures = []
             # An object described by several schemas could have no properties if each of them were closed.
             for close in [False] if '"allOf"' in text else [True, False]:
-                text = json.dumps({**normalize_schema(schema, close, schema), "x-guidance": _STYLE})
+                text = _schema_text(schema, close)
                 if len(text) > 2 * _MAX_SCHEMA:
                     raise ValueError(f"its arrays with uniqueItems have more than {_MAX_SCHEMA} characters of JSON")
                 try:
-                    grammar = LLMatcher.grammar_from_json_schema(text)
-                    return text, GrammarConstraint(self._lltokenizer(), grammar)
+                    trials.check(_json_grammar(text))
+                    return text
+                except GrammarTooExpensive:
+                    raise
                 except ValueError as error:
                     failures.append(error)
             raise failures[-1]
@@ -313,12 +322,38 @@ class ConstraintFactory:
     def _lltokenizer(self) -> LLTokenizer:
         with self._lock:
             if self._cached_lltokenizer is None:
-                self._cached_lltokenizer = lltokenizer_from_encoding(
-                    self._tokenizer.tokenizer,
-                    n_vocab=self.vocab_size,
+                self._cached_lltokenizer = LLTokenizer(
+                    cast("TokenizerWrapper", _Vocabulary(self._tokenizer, self.vocab_size)),
                     eos_token=[self._tokenizer.im_end_id, self._tokenizer.eod_id],
                 )
             return self._cached_lltokenizer
+
+
+class _Vocabulary:
+    """A tokenizer in the form that llguidance takes, that of its TokenizerWrapper.
+
+    llguidance encodes the text that a grammar leaves no choice about, at each token. Its own encoder of tiktoken
+    vocabularies takes the square of the length of a word for that; tiktoken's does not.
+
+    Attributes:
+        tokens: bytes of each id; control tokens, and ids without a token, begin with the byte 255.
+    """
+
+    is_tokenizer_wrapper = True
+    bos_token_id = None
+    special_token_ids: Sequence[int] = ()
+
+    def __init__(self, tokenizer: QWenTokenizer, vocab_size: int):
+        if vocab_size < (needed := max(tokenizer.decoder) + 1):
+            raise ValueError(f"The vocabulary of the model is too small: {vocab_size} tokens, {needed} are needed.")
+        self.tokens = [b"\xff<[%d]>" % token_id for token_id in range(vocab_size)]
+        for token_id, token in tokenizer.decoder.items():
+            self.tokens[token_id] = token if isinstance(token, bytes) else b"\xff" + token.encode()
+        self.eos_token_id = tokenizer.im_end_id
+        self._encoding = tokenizer.tokenizer
+
+    def __call__(self, text: str) -> list[int]:
+        return self._encoding.encode_ordinary(text)
 
 
 def _require_llguidance() -> None:
@@ -341,7 +376,7 @@ def _with_deep_stack(function: Callable[[], T]) -> T:
 
     thread = threading.Thread(target=call)
     with _stack_lock:  # the size is a setting of the process
-        before = threading.stack_size(_STACK_BYTES)
+        before = threading.stack_size(BUILD_STACK)
         try:
             thread.start()
         finally:
@@ -352,6 +387,43 @@ def _with_deep_stack(function: Callable[[], T]) -> T:
 def _check_size(what: str, text: str) -> None:
     if len(text) > _MAX_SCHEMA:
         raise ValueError(f"{what} cannot be used: it has {len(text)} characters, more than {_MAX_SCHEMA}.")
+
+
+def _check(what: str, grammar: str, trials: RequestTrials) -> None:
+    try:
+        trials.check(grammar)
+    except ValueError as error:
+        raise ValueError(f"{what} cannot be used: {error}") from None
+
+
+def _schema_text(schema: dict, close: bool) -> str:
+    return json.dumps({**normalize_schema(schema, close, schema), "x-guidance": _STYLE})
+
+
+def _json_grammar(schema: str) -> str:
+    return f"start: %json {schema}"
+
+
+def _check_intersections(grammar: str) -> None:
+    """Raise ValueError if a Lark grammar, or a schema in it, intersects large expressions."""
+    count = _LARK_TEXT.sub("", grammar).count("&")
+    _check_intersection(count and count + 1, len(grammar), "&")
+    for found in _LARK_JSON.finditer(grammar):
+        with contextlib.suppress(json.JSONDecodeError):  # llguidance says so, too
+            _check_patterns(json.JSONDecoder().raw_decode(grammar, found.end())[0])
+
+
+def _check_patterns(schema: object) -> None:
+    """Raise ValueError if texts of a schema may have to match several large patterns."""
+    patterns = combined_patterns(schema)
+    _check_intersection(len(patterns), sum(map(len, patterns)), "the patterns that allOf or $ref combine")
+
+
+def _check_intersection(count: int, characters: int, what: str) -> None:
+    if count > 1 and (characters / count / _CHARACTERS_PER_BRANCH) ** count > _MAX_INTERSECTION:
+        raise ValueError(
+            f"it intersects {count} expressions of {characters} characters ({what}). Use fewer or shorter ones."
+        )
 
 
 def _arguments_schema(tool: Tool) -> dict:
@@ -380,11 +452,6 @@ def _one_line(name: str) -> str:
 def _literal(text: str) -> str:
     """Quote a text for a Lark grammar."""
     return json.dumps(text, ensure_ascii=False)
-
-
-def _error(matcher: LLMatcher) -> str:
-    text = matcher.get_error().removesuffix("<non-verbose/>").strip()
-    return f"llguidance: {text if len(text) <= 500 else text[:500] + '…'}"
 
 
 __getattr__ = old_names(__name__, {"available": "is_available"})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from collections.abc import Iterator
 from typing import Any
 
 # Written out for `uniqueItems`, in characters.
@@ -17,6 +18,7 @@ _DEFINITIONS = {"$defs", "definitions"}
 _HOLDS_NAMED = {"properties", "patternProperties", *_DEFINITIONS}
 # Other keywords that may determine the properties of an object.
 _MORE_PROPERTIES = {"additionalProperties", "patternProperties", "minProperties", "$ref", "anyOf", "oneOf"}
+_REFERS = {"$ref", "anyOf", "oneOf"}  # to further conditions on the same value
 _ANNOTATIONS = {"title", "description", "default", "examples", "deprecated"}
 _TYPES: dict[str, tuple[type, ...]] = {
     "string": (str,),
@@ -28,15 +30,21 @@ _TYPES: dict[str, tuple[type, ...]] = {
 }
 
 
-def combines_patterns(schema: Any) -> bool:
-    """Return whether a text may have to match several patterns of a schema."""
-    if isinstance(schema, list):
-        return any(map(combines_patterns, schema))
-    if not isinstance(schema, dict):
-        return False
-    if "allOf" in schema or ("pattern" in schema and schema.keys() & {"$ref", "anyOf", "oneOf"}):
-        return True
-    return any(map(combines_patterns, schema.values()))
+def combined_patterns(schema: Any) -> list[str]:
+    """Return the patterns of a schema if a text may have to match several of them, else nothing."""
+    parts = list(_parts(schema))
+    combines = any("allOf" in part or ("pattern" in part and part.keys() & _REFERS) for part in parts)
+    return [str(part["pattern"]) for part in parts if "pattern" in part] if combines else []
+
+
+def _parts(value: Any) -> Iterator[dict]:
+    """Yield all objects in a value."""
+    if isinstance(value, list):
+        for part in value:
+            yield from _parts(part)
+    elif isinstance(value, dict):
+        yield value
+        yield from _parts(list(value.values()))
 
 
 def normalize_schema(schema: Any, close: bool, root: dict) -> Any:
