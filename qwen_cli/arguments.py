@@ -107,6 +107,15 @@ def add_address_arguments(parser: argparse.ArgumentParser, min_port: int = 1) ->
         metavar="PORT",
         help=f"port to listen on{'' if min_port else ', 0 for any free port'} (default: %(default)s)",
     )
+    parser.add_argument(
+        "--allowed-host",
+        action="append",
+        default=[],
+        type=host_pattern,
+        metavar="NAME",
+        help="answer requests to this name (the Host header) beside localhost, *.example.com for all below, or * for "
+        "any; may be repeated (default: any, but on this machine only and without credentials none)",
+    )
 
 
 def add_batch_argument(parser: argparse.ArgumentParser) -> None:
@@ -137,6 +146,13 @@ def int_in_range(minimum: int, maximum: int | None = None) -> Callable[[str], in
     return parse
 
 
+def host_pattern(text: str) -> str:
+    """Argument type for a name in the Host header: without a port; `*.example.com`; `*`."""
+    if re.fullmatch(r"\*|(?:\*\.)?[A-Za-z0-9._-]+|\[?[0-9A-Fa-f:.]+\]?", text) and not re.search(r"^[^:]+:\d*$", text):
+        return text
+    raise argparse.ArgumentTypeError(f"must be a name or an address without a port, *.example.com or *, not {text!r}")
+
+
 def duration(text: str) -> float:
     """Argument type for a duration in seconds."""
     try:
@@ -160,9 +176,9 @@ def random_seed(text: str) -> int:
 def user_and_password(text: str) -> tuple[str, str]:
     """Argument type for USER:PASS; the password may contain further colons."""
     user, _, password = text.partition(":")
-    if user and password:
+    if user and password and text.isprintable():
         return user, password
-    raise argparse.ArgumentTypeError("must be USER:PASS, and neither part may be empty")
+    raise argparse.ArgumentTypeError("must be USER:PASS in printable characters, and neither part may be empty")
 
 
 def file_size(text: str) -> str:

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,13 +19,35 @@ NOTHING_WRITTEN = "\nStopped. Nothing was written."
 
 
 def print_message(text: str) -> None:
-    """Print a message to standard error; standard output is for results."""
-    print(text, file=sys.stderr, flush=True)
+    """Print a message to standard error; standard output is for results.
+
+    A message that cannot be written is lost: `2>&1 | head -n 2` does not end a server or a training.
+    """
+    if sys.stderr is not None:  # it is None if the descriptor is closed
+        with contextlib.suppress(OSError):
+            print(text, file=sys.stderr, flush=True)
+
+
+def open_closed_streams() -> None:
+    """Open os.devnull in place of standard streams that are closed (`2>&-`).
+
+    The next file or connection would get the free descriptor, and with it what libraries print.
+    """
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDWR)
+            os.dup2(opened, descriptor)  # inheritable, unlike `opened`
+            if opened != descriptor:
+                os.close(opened)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(descriptor, "w" if descriptor else "r", encoding="utf-8", closefd=False))  # noqa: SIM115  as long as the process
 
 
 def print_starting() -> None:
     """Print "Starting ..." on a terminal, because importing the libraries takes seconds."""
-    if sys.stderr.isatty():
+    if sys.stderr is not None and sys.stderr.isatty():
         print_message("Starting ...")
 
 

@@ -4,6 +4,7 @@ Output goes to standard error, except uvicorn's access log, which goes to standa
 """
 
 import argparse
+import ipaddress
 import os
 import re
 import socket
@@ -19,6 +20,7 @@ from .arguments import (
     int_in_range,
     make_parser,
 )
+from .background_output import output_in_background
 from .console import explain_errors, how_to_install, load_from_arguments, print_message
 
 if TYPE_CHECKING:  # takes seconds to import
@@ -34,6 +36,17 @@ def origin(text: str) -> str:
     if text == "*" or re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", text):
         return text
     raise argparse.ArgumentTypeError(f"must be an origin like http://localhost:3000, or *, not {text!r}")
+
+
+def network(text: str) -> str:
+    """Argument type for an IP address or a network of them."""
+    try:
+        ipaddress.ip_network(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"must be an IP address like 127.0.0.1 or a network like 10.0.0.0/8, not {text!r}"
+        ) from error
+    return text
 
 
 def parse_arguments(argv: Sequence[str] | None, prog: str | None) -> argparse.Namespace:
@@ -55,6 +68,15 @@ def parse_arguments(argv: Sequence[str] | None, prog: str | None) -> argparse.Na
         type=origin,
         metavar="ORIGIN",
         help="origin of web pages that may send requests, like http://localhost:3000, or * for all; may be repeated",
+    )
+    parser.add_argument(
+        "--trusted-proxy",
+        action="append",
+        default=[],
+        type=network,
+        metavar="ADDRESS",
+        help="address or network (10.0.0.0/8) of a proxy whose X-Forwarded-For and X-Forwarded-Proto are believed; may "
+        "be repeated (default: none)",
     )
     parser.add_argument("--served-model-name", metavar="NAME", help="model id in the API (default: the checkpoint's)")
     add_batch_argument(parser)
@@ -105,7 +127,7 @@ def parse_arguments(argv: Sequence[str] | None, prog: str | None) -> argparse.Na
     if arguments.api_auth is not None and not all(arguments.api_auth.partition(":")):
         parser.error("--api-auth must be USER:PASS, a user and a password separated by a colon")
     if (key := arguments.api_key) is not None and not (key and key.isprintable() and key == key.strip()):
-        parser.error("--api-key must consist of printable characters, without blanks around it")
+        parser.error("--api-key must consist of printable characters, without blanks around it, in UTF-8")
     return arguments
 
 
@@ -141,14 +163,20 @@ def serve(
     import uvicorn
 
     from qwen.serving.api.app import Settings, create_app
-    from qwen.serving.api.server import DrainingServer, access_log_config
+    from qwen.serving.api.server import DrainingServer, log_config
     from qwen.serving.engine import Engine
+    from qwen.serving.hosts import hosts_to_allow, is_loopback
 
+    host, port = sock.getsockname()[:2]
+    has_credentials = arguments.api_auth is not None or arguments.api_key is not None
     settings = Settings(
         model_name=arguments.served_model_name,
         basic_auth=arguments.api_auth,
         api_key=arguments.api_key,
         cors_origins=tuple(arguments.cors_origin),
+        allowed_hosts=hosts_to_allow(
+            arguments.allowed_host, server_name=arguments.server_name, address=host, has_credentials=has_credentials
+        ),
         max_request_bytes=arguments.max_request_bytes,
         max_messages=arguments.max_messages,
         drain_seconds=arguments.drain_seconds,
@@ -156,12 +184,11 @@ def serve(
     )
     engine = Engine(model, tokenizer, max_batch_size=arguments.max_batch_size, max_queue=arguments.max_queue)
     service = (app := create_app(engine, settings)).state.service
-    host, port = sock.getsockname()[:2]
     address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
     def ready() -> None:
         print_message(f"{service.model['id']} answers at {address}/v1 (documentation: {address}/docs). Ctrl-C stops.")
-        if not (host.startswith("127.") or host == "::1" or arguments.api_auth or arguments.api_key):
+        if not (is_loopback(host) or has_credentials):
             print_message("Anyone who can reach this address can use the server. Require a key with --api-key KEY.")
 
     def draining() -> None:
@@ -172,7 +199,13 @@ def serve(
             f"Stopping: running replies have {settings.drain_seconds:g} s to finish. A second Ctrl-C stops at once."
         )
 
-    config = uvicorn.Config(app, log_config=access_log_config(), timeout_graceful_shutdown=GRACEFUL_SHUTDOWN_TIMEOUT)
+    config = uvicorn.Config(
+        app,
+        log_config=log_config(),
+        timeout_graceful_shutdown=GRACEFUL_SHUTDOWN_TIMEOUT,
+        proxy_headers=bool(arguments.trusted_proxy),  # uvicorn would believe those of all programs of this machine
+        forwarded_allow_ips=arguments.trusted_proxy,
+    )
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # ready() prints the same in one line
     server = DrainingServer(config, service.drain, settings.drain_seconds, ready, draining)
     try:
@@ -185,6 +218,12 @@ def serve(
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Serve a model. Returns the exit status: 0 after a signal, 1 if it could not start or got a second signal."""
     arguments = parse_arguments(argv, prog)
+    with output_in_background():
+        return run(arguments, prog)
+
+
+def run(arguments: argparse.Namespace, prog: str | None) -> int:
+    """Bind the address, load the model and serve it. Returns the exit status."""
     try:
         sock = bind(arguments.server_name, arguments.server_port)
     except (OSError, UnicodeError) as error:

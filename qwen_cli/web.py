@@ -18,6 +18,7 @@ from .arguments import (
     make_parser,
     user_and_password,
 )
+from .background_output import output_in_background
 from .console import explain_errors, how_to_install, load_from_arguments, print_message
 
 if TYPE_CHECKING:  # takes seconds to import
@@ -82,8 +83,17 @@ def check_proxy() -> None:
 def serve(model: "QWenLMHeadModel", tokenizer: "QWenTokenizer", arguments: argparse.Namespace) -> None:
     """Serve the page until Ctrl-C or SIGTERM."""
     from qwen.serving.engine import Engine
+    from qwen.serving.hosts import ANY_HOST, hosts_to_allow
     from qwen.serving.web import launch as web
 
+    allowed_hosts = hosts_to_allow(
+        arguments.allowed_host,
+        server_name=arguments.server_name,
+        address=arguments.server_name,
+        has_credentials=arguments.auth is not None,
+    )
+    if arguments.share and not arguments.allowed_host:
+        allowed_hosts = (ANY_HOST,)  # the tunnel's name is not known yet, and the page is public
     engine = Engine(model, tokenizer, max_batch_size=arguments.max_batch_size)
     page = None
     try:
@@ -95,6 +105,7 @@ def serve(model: "QWenLMHeadModel", tokenizer: "QWenTokenizer", arguments: argpa
             inbrowser=arguments.inbrowser,
             share=arguments.share,
             auth=arguments.auth,
+            allowed_hosts=allowed_hosts,
         )
         print_message(f"Open {page.local_url} in a browser. Ctrl-C stops.")
         threading.Event().wait()
@@ -116,6 +127,12 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     arguments = parse_arguments(argv, prog)
     for number in (signal.SIGINT, signal.SIGTERM):  # SIGTERM from service managers and `docker stop`
         signal.signal(number, raise_keyboard_interrupt)
+    with output_in_background():
+        return run(arguments, prog)
+
+
+def run(arguments: argparse.Namespace, prog: str | None) -> int:
+    """Load the model and serve the page. Returns the exit status."""
     print_message(f"Loading {arguments.checkpoint_path} ..." if arguments.checkpoint_path else BUNDLED_NOTE)
     # By default, waiting torch threads spin and take processor time from the threads that serve the page.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -75,6 +75,10 @@ def converse(session: Session) -> int:
         return 0
     except BrokenPipeError:  # the reader closed the pipe; keep Python from flushing to it at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:  # a full disk, a terminal that has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        session.terminal.print_error(f"Cannot write the reply to standard output: {error.strerror or error}.")
+        return 1
     finally:
         session.terminal.save_history()
         close(session.engine)

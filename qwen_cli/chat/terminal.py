@@ -6,6 +6,8 @@ import select
 import sys
 from pathlib import Path
 
+from ..console import open_closed_streams, print_message
+
 try:  # line editing and history; absent on Windows
     import readline
 except ImportError:
@@ -16,6 +18,7 @@ class Terminal:
     """Reads questions and prints messages."""
 
     def __init__(self) -> None:
+        open_closed_streams()
         self.interactive = sys.stdin.isatty() and sys.stdout.isatty()
         dumb = os.environ.get("TERM", "dumb") == "dumb"
         self.colour = sys.stdout.isatty() and not dumb and not os.environ.get("NO_COLOR")
@@ -43,12 +46,12 @@ class Terminal:
     def print_note(self, text: str) -> None:
         """Print a message about the program to standard error."""
         sys.stdout.flush()
-        print(self.paint(text, "2") if sys.stderr.isatty() else text, file=sys.stderr, flush=True)
+        print_message(self.paint(text, "2") if sys.stderr.isatty() else text)
 
     def print_error(self, text: str) -> None:
         """Print an error message to standard error."""
         sys.stdout.flush()
-        print(self.paint(text, "31") if sys.stderr.isatty() else text, file=sys.stderr, flush=True)
+        print_message(self.paint(text, "31") if sys.stderr.isatty() else text)
 
     def clear(self) -> None:
         """Clear the screen if standard output is a terminal."""

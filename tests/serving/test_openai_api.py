@@ -327,7 +327,7 @@ def test_disconnecting_client_frees_its_place(server: ServerProcess, stream: boo
         else:
             address = server.url.removeprefix("http://").split(":")
             body = json.dumps(LONG | {"stream": False, "n": 3}).encode()
-            head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
             with socket.create_connection((address[0], int(address[1]))) as connection:
                 connection.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
                 server.until_load(3)
@@ -363,7 +363,7 @@ def test_sigterm_lets_replies_finish(start_server: Callable[..., ServerProcess],
     host, port = server.url.removeprefix("http://").split(":")
     slow = socket.create_connection((host, int(port)), timeout=120)
     with slow, httpx.Client(timeout=120) as client, httpx.Client(timeout=60) as late:
-        head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         slow.sendall(head + b'Content-Length: 100\r\n\r\n{"prompt"')  # the rest is never sent
         lines = begin(server, client, max_tokens=600)
         next(lines)

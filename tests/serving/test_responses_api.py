@@ -682,7 +682,7 @@ def test_disconnecting_client_frees_its_place(server: ServerProcess, stream: boo
     server.until_load(0)
     host, port = server.url.removeprefix("http://").split(":")
     body = json.dumps(LONG | {"stream": stream}).encode()
-    head = b"POST /v1/responses HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head = b"POST /v1/responses HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     with socket.create_connection((host, int(port))) as connection:
         connection.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
         server.until_load(1)

@@ -23,6 +23,8 @@ START_SECONDS = 180
 class ServerProcess:
     """A server on its own port, at `url`.
 
+    Subclasses may run another script, which prints its address.
+
     Args:
         arguments: arguments of openai_api.py.
         python: start a new interpreter, to test its exit as well; otherwise fork, which saves seconds.
@@ -32,9 +34,13 @@ class ServerProcess:
         AssertionError: the server ended before it was ready; the message has its output.
     """
 
+    script = "openai_api.py"
+    ready = READY
+
     def __init__(self, *arguments: str, python: bool = False, **variables: str):
         self.log = tempfile.NamedTemporaryFile()  # noqa: SIM115  lives as long as the process
-        words = ["openai_api.py", "--cpu-only", "--server-port", "0", *arguments]
+        port = () if "--server-port" in arguments else ("--server-port", "0")
+        words = [self.script, "--cpu-only", *port, *arguments]
         if python:
             self.process = subprocess.Popen(
                 [sys.executable, *words],
@@ -47,7 +53,7 @@ class ServerProcess:
         else:
             self.process = Script(*words, files=(os.devnull, self.log.name, self.log.name), **variables)
         deadline = time.monotonic() + START_SECONDS
-        while not (found := READY.search(self.output())):
+        while not (found := self.ready.search(self.output())):
             if self.process.poll() is not None or time.monotonic() > deadline:
                 self.stop()
                 raise AssertionError(f"The server did not start:\n{self.output()}")

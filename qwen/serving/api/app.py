@@ -18,9 +18,11 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.types import ASGIApp, Scope
 
 from ..._version import __version__
 from ..engine import Engine, grammar
+from ..hosts import ANY_HOST, HostMiddleware
 from . import chat, completions, errors, request_id, tokens
 from .errors import ApiError
 from .messages_api import routes as messages_routes
@@ -70,6 +72,8 @@ def create_app(engine: Engine, settings: Settings | None = None) -> FastAPI:
     middleware = [Middleware(RequestIdMiddleware), Middleware(PathMiddleware)]
     if service.metrics is not None:
         middleware.append(Middleware(MetricsMiddleware, metrics=service.metrics))
+    if ANY_HOST not in settings.allowed_hosts:
+        middleware.append(Middleware(HostMiddleware, hosts=settings.allowed_hosts, refuse=_host_not_allowed))
     middleware.append(Middleware(OriginMiddleware, origins=settings.cors_origins))
     if settings.cors_origins:
         middleware.append(
@@ -104,6 +108,10 @@ def create_app(engine: Engine, settings: Settings | None = None) -> FastAPI:
     errors.add_exception_handlers(app)
     _add_security_schemes(app, settings)
     return app
+
+
+def _host_not_allowed(scope: Scope, message: str) -> ASGIApp:
+    return ApiError(403, message, code="host_not_allowed").response(scope)
 
 
 def _create_router(service: Service) -> APIRouter:

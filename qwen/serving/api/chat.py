@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 
 from pydantic_core import from_json
 
-from ...model.qwen_generation_utils import content_text, encode_turns, strips_reply
+from ...model.qwen_generation_utils import MAX_WINDOW_SIZE, Turn, content_text, encode_turns, strips_reply
 from ...model.tokenization_qwen import QWenTokenizer
 from ...tools import (
     ACTION,
@@ -52,7 +52,7 @@ from .response_types import (
     TextFinishReason,
     ToolDelta,
 )
-from .sampling import sampling_params, truncate_prompt
+from .sampling import check_length, fewest_tokens, sampling_params, truncate_prompt
 from .structured_output import RequestedGrammar, requested_grammar
 
 ApiStyle = Literal["tools", "functions"]
@@ -88,17 +88,24 @@ class Prompt(NamedTuple):
     is_in_thought: bool
 
 
-def build_plan(request: ChatCompletionRequest, engine: Engine, constraints: ConstraintFactory) -> Plan:
+def build_plan(
+    request: ChatCompletionRequest, engine: Engine, constraints: ConstraintFactory, *, any_length: bool = False
+) -> Plan:
     """Build the generation plan of a request. Encodes the prompt and builds grammars, which may be slow.
+
+    Args:
+        any_length: also encode a prompt that is much too long to be answered.
 
     Raises:
         ApiError: incompatible fields, a malformed conversation, or a base checkpoint.
+        PromptTooLong: the prompt is much too long; one that is a little too long is refused by the engine.
     """
     _check_request(request, engine)
     check_num_choices(engine, request.num_choices)
     tool_choice = _read_tool_choice(request)
     messages = [message.model_dump(exclude_none=True) for message in request.messages]
-    prompt = _encode_prompt(request, messages, tool_choice.functions, engine)
+    any_length = any_length or request.truncate_prompt_tokens is not None
+    prompt = _encode_prompt(request, messages, tool_choice.functions, engine, any_length)
     max_tokens = request.max_completion_tokens or request.max_tokens
     prompt_ids = truncate_prompt(engine, request, prompt.ids, max_tokens)
     wanted = requested_grammar(request)
@@ -209,7 +216,11 @@ def _read_tool_choice(request: ChatCompletionRequest) -> ToolChoice:
 
 
 def _encode_prompt(
-    request: ChatCompletionRequest, messages: list[JSONObject], functions: list[JSONObject], engine: Engine
+    request: ChatCompletionRequest,
+    messages: list[JSONObject],
+    functions: list[JSONObject],
+    engine: Engine,
+    any_length: bool,
 ) -> Prompt:
     continued = _continued_message(request, messages[-1])
     reply_start: str | None
@@ -222,8 +233,34 @@ def _encode_prompt(
         turns, reply_start = [*turns, ("assistant", reply_start)], ""
     if request.add_generation_prompt is False and continued is None:
         reply_start = None
+    turns = _without_long_history(turns, window, engine.tokenizer)
+    if not any_length:
+        last = _last_exchange(turns)
+        kept = [text for index, (role, text) in enumerate(turns) if role == "system" or index >= last]
+        check_length(engine, [*kept, reply_start or ""])
     _, ids = encode_turns(engine.tokenizer, turns, window, reply_start)
     return Prompt(ids, continued, messages[-1]["role"] in ("tool", "function"))
+
+
+def _last_exchange(turns: list[Turn]) -> int:
+    """Return the index of the last turn of the user, and 0 without any."""
+    return max((index for index, (role, _) in enumerate(turns) if role == "user"), default=0)
+
+
+def _without_long_history(turns: list[Turn], window: int | None, tokenizer: QWenTokenizer) -> list[Turn]:
+    """Return turns without those that `encode_turns` drops because one of them alone exceeds the window.
+
+    `encode_turns` would encode that one first, which may take seconds.
+    """
+    limit = MAX_WINDOW_SIZE if window is None else window
+    later = _last_exchange(turns)
+    for index in reversed(range(later)):
+        role, text = turns[index]
+        if role != "system" and fewest_tokens(tokenizer, [text], limit) > limit:
+            return [turn for place, turn in enumerate(turns) if place >= later or turn[0] == "system"]
+        if role == "user":
+            later = index
+    return turns
 
 
 def _continued_message(request: ChatCompletionRequest, last: JSONObject) -> str | None:

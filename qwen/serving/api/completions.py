@@ -17,20 +17,32 @@ from .generation import Choice, Envelope, Plan, check_num_choices
 from .logprobs import CompletionLogprobs, format_prompt_logprobs
 from .request_types import CompletionRequest
 from .response_types import StopReason, TextChoice, TextFinishReason, TextLogprobs
-from .sampling import check_token_ids, sampling_params, truncate_prompt
+from .sampling import check_length, check_token_ids, sampling_params, truncate_prompt
 from .structured_output import requested_grammar
 
 
-def build_plan(request: CompletionRequest, engine: Engine, constraints: ConstraintFactory) -> Plan:
+def build_plan(
+    request: CompletionRequest, engine: Engine, constraints: ConstraintFactory, *, any_length: bool = False
+) -> Plan:
     """Build the generation plan of a request. Encodes the prompts and builds a grammar, which may be slow.
+
+    Args:
+        any_length: also encode prompts that are much too long to be continued.
 
     Raises:
         ApiError: incompatible fields, or token ids out of range.
+        PromptTooLong: a prompt is much too long; those that are a little too long are refused by the engine.
     """
     if request.best_of is not None and request.best_of != request.num_choices:
         raise invalid_request("best_of must equal n: all choices are returned, without ranking.", "best_of")
     inputs = _prompt_inputs(request)
     check_num_choices(engine, len(inputs) * request.num_choices)
+    if not any_length and request.truncate_prompt_tokens is None:
+        for text_or_ids in inputs:
+            if isinstance(text_or_ids, str):
+                check_length(engine, [text_or_ids])
+            elif len(text_or_ids) > engine.context_length:
+                raise engine.prompt_too_long(len(text_or_ids))
     prompts = [
         truncate_prompt(engine, request, ids, request.max_tokens) for ids in _encode_prompts(inputs, engine.tokenizer)
     ]

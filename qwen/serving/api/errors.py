@@ -21,6 +21,9 @@ from starlette.types import Scope
 from ..engine import EngineClosed, EngineError, PromptTooLong, QueueFull
 from .request_id import current_request_id
 
+MAX_ECHO = 200  # characters of a client's input in a message
+MAX_MESSAGE = 400  # characters of a message in all
+INPUT = re.compile(rf"""'[^']{{{MAX_ECHO},}}'|"[^"]{{{MAX_ECHO},}}"|\S{{{MAX_ECHO},}}""")  # quoted, or a long word
 MAX_VALIDATION_ERRORS = 100  # validation errors examined per request; the first one is reported, with its alternatives
 API_ENDPOINTS = ("/chat/completions", "/completions", "/models", "/responses", "/messages")  # under /v1
 # -1 or 0 stands for "no limit" in other servers.
@@ -39,14 +42,38 @@ MESSAGES_ERROR_TYPES = {
     429: "rate_limit_error",
     503: "overloaded_error",
 }
+CLIENT_CLOSED_REQUEST = 499  # nginx's status for a client that disconnected before the response
 RETRY_AFTER_SECONDS = 1  # a place in the queue becomes free about this often, a place in the batch less often
 
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
 
+def shorten(text: str, length: int = MAX_ECHO) -> str:
+    """Cut a text in the middle: of a message, what is wrong is at the start, and what to do at the end."""
+    if len(text) <= length:
+        return text
+    return f"{text[: length * 2 // 3]} … ({len(text)} characters) … {text[len(text) - length // 5 :]}"
+
+
+def printable(text: str) -> str:
+    """Escape the control characters of a text, also those of Unicode."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def short_printable(text: str, length: int = MAX_ECHO) -> str:
+    """Escape the control characters of a text, and cut it: before, since it may be long, and after, for the escapes."""
+    return shorten(printable(shorten(text, length)), length)
+
+
+def one_line(message: str) -> str:
+    """Make a message one short line, whatever a client put into it and wherever: no error repeats a megabyte."""
+    message = shorten(INPUT.sub(lambda found: shorten(found[0]), message), MAX_MESSAGE)
+    return short_printable(re.sub(r"\s*\n\s*", " ", message.strip()), MAX_MESSAGE)
+
+
 class ApiError(HTTPException):
-    """An error response.
+    """An error response. Its message and param are one line each, and cut if a client made them long.
 
     Args:
         status: HTTP status.
@@ -67,6 +94,7 @@ class ApiError(HTTPException):
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
     ):
+        message, param = one_line(message), None if param is None else short_printable(param)
         super().__init__(status, message, headers)
         self.body = {"error": {"message": message, "type": type, "param": param, "code": code}}
 
@@ -136,6 +164,11 @@ def interrupted_by_shutdown() -> ApiError:
     )
 
 
+def client_closed_request() -> ApiError:
+    """Return what the log and the metrics show of a request whose client left before it was answered."""
+    return ApiError(CLIENT_CLOSED_REQUEST, "The client has left.")
+
+
 def engine_failed() -> ApiError:
     return ApiError(
         503,
@@ -172,6 +205,12 @@ def from_validation_errors(
     param = ".".join(map(str, path)) or None
     sentence = advice.get(param or "", "")
     return invalid_request(f"{param or 'The request body'}: {', or '.join(reasons)}.{sentence}", param)
+
+
+def from_request_validation(request: Request, error: RequestValidationError) -> ApiError:
+    """Convert the errors that FastAPI found in a request."""
+    advice = {} if is_of_messages_api(request.scope) else FIELD_ADVICE  # there max_tokens is required
+    return from_validation_errors(error.errors(), error.body, advice)
 
 
 def validate_converted(model: type[ModelT], fields: Mapping[str, object]) -> ModelT:
@@ -261,8 +300,7 @@ def add_exception_handlers(app: FastAPI) -> None:
 
     async def handle_validation_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        advice = {} if is_of_messages_api(request.scope) else FIELD_ADVICE  # there max_tokens is required
-        return from_validation_errors(error.errors(), error.body, advice).response(request.scope)
+        return from_request_validation(request, error).response(request.scope)
 
     app.add_exception_handler(HTTPException, handle_http_exception)
     app.add_exception_handler(RequestValidationError, handle_validation_error)
@@ -270,7 +308,7 @@ def add_exception_handlers(app: FastAPI) -> None:
 
 def _from_http_exception(request: Request, error: HTTPException) -> ApiError:
     """Convert an error that the framework raised."""
-    what = f"{request.method} {request.url.path}"
+    what = f"{request.method} {shorten(request.url.path)}"
     if error.status_code == 404:
         advice = "The API is under /v1; /docs lists all endpoints."
         for endpoint in API_ENDPOINTS:

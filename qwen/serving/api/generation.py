@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
@@ -25,13 +24,19 @@ from ..engine import Engine, TextStream
 from ..engine.detokenizer import Piece
 from ..engine.sampling_params import SamplingParams
 from ..engine.sequence import Constraint
-from .errors import ApiError, engine_failed, from_engine_error, interrupted_by_shutdown, invalid_request, server_error
-from .metrics import CLIENT_CLOSED_REQUEST, Metrics
+from .errors import (
+    CLIENT_CLOSED_REQUEST,
+    ApiError,
+    engine_failed,
+    from_engine_error,
+    interrupted_by_shutdown,
+    invalid_request,
+    server_error,
+)
+from .metrics import Metrics
 from .request_id import current_request_id
 from .request_types import StreamOptions
 from .response_types import ChatChoice, ChatChunkChoice, StopReason, TextChoice, TextFinishReason, Usage
-
-logger = logging.getLogger(__name__)
 
 # Log-probabilities in one response, about 100 bytes of JSON each: enough for a full context with 20 per token.
 MAX_LOGPROBS = 2**18
@@ -182,6 +187,7 @@ class Generation:
                         constraint=constraint,
                         group=self,
                         cache_salt=plan.cache_salt,
+                        request_id=current_request_id.get(),
                     )
                 )
         except Exception as error:
@@ -249,10 +255,7 @@ class Generation:
             while running:
                 index, item = await queue.get()
                 if isinstance(item, Exception):
-                    api_error = from_engine_error(item, self.plan.grammar_param) or server_error()
-                    if api_error.status_code >= 500:
-                        logger.error("Request %s failed: %s", current_request_id.get(), item)
-                    raise api_error from item
+                    raise from_engine_error(item, self.plan.grammar_param) or server_error() from item
                 if item is not None:
                     self._tokens_in_chunks += len(item.token_ids)
                     chunks = writers[index].write(item)
@@ -344,6 +347,12 @@ async def collect_answer(generation: Generation, envelope: Envelope, head: Head)
     return {**head, **fields, "choices": [envelope.merge_chunks(part) for part in parts], "usage": generation.usage}
 
 
+async def wait_for_disconnect(request: Request) -> None:
+    """Wait until the client of a request, whose body has been read, has left."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
 async def full_response(
     request: Request, generation: Generation, answer: Coroutine[Any, Any, Mapping[str, object]]
 ) -> Response:
@@ -355,13 +364,8 @@ async def full_response(
     Raises:
         ApiError: the model failed, or the server is stopping.
     """
-
-    async def wait_for_disconnect() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
     answering = asyncio.create_task(answer)
-    tasks = (answering, asyncio.create_task(wait_for_disconnect()))
+    tasks = (answering, asyncio.create_task(wait_for_disconnect(request)))
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         if not answering.done():

@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..._renamed import old_names
 from ..engine import Engine, TextStream
+from .errors import CLIENT_CLOSED_REQUEST
 
 try:
     import prometheus_client
@@ -25,7 +26,6 @@ else:
 
 TOKEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5)
 DURATION_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
-CLIENT_CLOSED_REQUEST = 499  # nginx's status for a client that disconnected before the response
 
 
 def is_available() -> bool:

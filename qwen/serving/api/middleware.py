@@ -13,12 +13,14 @@ import hmac
 import logging
 import re
 import uuid
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
+from urllib.parse import quote
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ..bodies import drop_body
 from .errors import ApiError, is_of_messages_api, server_error
 from .log_once import LogOnce
 from .request_id import HEADER as REQUEST_ID_HEADER
@@ -26,9 +28,8 @@ from .request_id import current_request_id
 
 logger = logging.getLogger(__name__)
 
-# A client that is still sending would miss an early response: read and drop up to this much of a rejected body.
-LINGER_BYTES = 64 * 2**20
 KEY_HEADER = "X-Api-Key"  # as Anthropic's clients send a key
+BLANKS = " \t"  # around the values of headers
 MAX_ORIGIN = 100  # characters of an origin in messages
 
 REQUEST_ID = re.compile(r"[ -~]{1,128}")  # printable ASCII: such an id cannot end a header or a line of the log
@@ -65,7 +66,7 @@ class RequestIdMiddleware:
         try:
             await self.app(scope, receive, send_with_id)
         except Exception:
-            logger.error("%s %s failed (request %s):", scope["method"], scope["path"], request_id)
+            logger.error("%s %s failed (request %s):", scope["method"], quote(scope["path"]), request_id)
             if not started:
                 await server_error().response(scope)(scope, receive, send_with_id)
             raise  # the web server logs the traceback
@@ -141,7 +142,7 @@ class AuthenticationMiddleware:
     def __init__(self, app: ASGIApp, basic: str | None, key: str | None, open_paths: Collection[str] = ()):
         self.app, self.open_paths = app, open_paths
         self.accepted = {
-            scheme: secret.encode() for scheme, secret in (("basic", basic), ("bearer", key)) if secret is not None
+            scheme: _encodings(secret) for scheme, secret in (("basic", basic), ("bearer", key)) if secret is not None
         }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -163,20 +164,39 @@ class AuthenticationMiddleware:
 
     def _is_authorized(self, headers: Headers) -> bool:
         key, given_key = self.accepted.get("bearer"), headers.get(KEY_HEADER)
-        # Starlette decodes headers as latin-1.
-        if key is not None and given_key is not None and hmac.compare_digest(given_key.strip().encode("latin-1"), key):
+        if key is not None and given_key is not None and _is_one_of(_header_bytes(given_key), key):
             return True
-        scheme, _, given = headers.get("authorization", "").strip().partition(" ")
+        scheme, _, given = headers.get("authorization", "").strip(BLANKS).partition(" ")
         secret = self.accepted.get(scheme.lower())
         if secret is None:
             return False
-        credentials = given.strip().encode("latin-1")
+        credentials = _header_bytes(given)
         if scheme.lower() == "basic":
             try:
                 credentials = base64.b64decode(credentials, validate=True)
             except binascii.Error:
                 return False
-        return hmac.compare_digest(credentials, secret)
+        return _is_one_of(credentials, secret)
+
+
+def _encodings(secret: str) -> list[bytes]:
+    """Return the bytes that clients send for a secret: UTF-8, or latin-1, as Python's requests and browsers do."""
+    encodings = [secret.encode("utf-8", "surrogateescape")]  # bytes of a command line in another encoding stay the same
+    with contextlib.suppress(UnicodeEncodeError):
+        encodings.append(secret.encode("latin-1"))
+    return encodings
+
+
+def _header_bytes(value: str) -> bytes:
+    """Return the bytes of a header, which Starlette decodes as latin-1, without the blanks around it.
+
+    `str.strip` would remove the bytes A0 and 85 as well, with which the UTF-8 of letters ends.
+    """
+    return value.strip(BLANKS).encode("latin-1")
+
+
+def _is_one_of(given: bytes, accepted: Sequence[bytes]) -> bool:
+    return any(hmac.compare_digest(given, each) for each in accepted)
 
 
 class BodyLimitMiddleware:
@@ -211,13 +231,8 @@ class BodyLimitMiddleware:
                     headers=close,
                 ) from None
 
-        async def linger() -> None:
-            dropped, more = 0, True
-            with contextlib.suppress(ApiError):
-                while more and dropped < LINGER_BYTES:
-                    message = await receive_with_timeout()
-                    dropped += len(message.get("body", b""))
-                    more = bool(message.get("more_body"))
+        async def drop_rest() -> None:
+            await drop_body(receive, deadline - asyncio.get_running_loop().time())
 
         async def receive_limited() -> Message:
             nonlocal received, complete
@@ -229,13 +244,15 @@ class BodyLimitMiddleware:
                 received += len(message.get("body", b""))
                 if received > self.max_bytes:
                     if message.get("more_body"):
-                        await linger()
+                        await drop_rest()
                     raise error
             return message
 
-        declared = Headers(scope=scope).get("content-length", "")
+        headers = Headers(scope=scope)
+        declared = headers.get("content-length", "")
         if declared.isdecimal() and int(declared) > self.max_bytes:
-            await linger()
+            if headers.get("expect", "").lower() != "100-continue":  # such a client sends nothing before an answer
+                await drop_rest()
             await error.response(scope)(scope, receive, send)
         else:
             await self.app(scope, receive_limited, send)

@@ -14,6 +14,8 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
+from ..engine.sampling_params import LEAST_REPETITION_PENALTY
+
 MAX_CHOICES = 16
 MAX_STOP = 16
 MAX_TOOLS = 128
@@ -188,7 +190,7 @@ class GenerationRequest(RequestModel):
     min_p: Annotated[float, Field(ge=0, le=1)] | None = Field(
         None, description="least probability of a token, relative to the most likely one"
     )
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=LEAST_REPETITION_PENALTY, le=10)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     logit_bias: LogitBias | None = Field(None, description="token id → value added to its logit")

@@ -10,6 +10,9 @@ from ..engine.sampling_params import SamplingParams
 from .errors import invalid_request
 from .request_types import GenerationRequest
 
+SLICE = 2**16  # characters that are encoded at once to find out whether a text is too long
+SLICE_SLACK = 512  # tokens of a slice that are not counted: a cut splits a token, of up to 128 bytes, at either end
+
 
 def sampling_params(
     engine: Engine,
@@ -91,6 +94,26 @@ def _encode_bad_word(tokenizer: QWenTokenizer, word: str) -> list[list[int]]:
     """Return the tokens of a word at the start of a text and after a space."""
     texts = dict.fromkeys((word, f" {word.lstrip()}"))
     return [tokenizer.encode(text, allowed_special=set(), disallowed_special=()) for text in texts]
+
+
+def check_length(engine: Engine, texts: Sequence[str]) -> None:
+    """Raise PromptTooLong if a prompt with these texts cannot fit, without encoding megabytes to find out."""
+    if (count := fewest_tokens(engine.tokenizer, texts, engine.context_length)) > engine.context_length:
+        raise engine.prompt_too_long(count, "at least ")
+
+
+def fewest_tokens(tokenizer: QWenTokenizer, texts: Sequence[str], limit: int) -> int:
+    """Return how many tokens texts have at least: 0 for short ones. Stops counting at more than `limit`."""
+    if sum(map(len, texts)) <= SLICE:
+        return 0
+    text = "\n".join(texts)
+    count = 0
+    for start in range(0, len(text), SLICE):
+        ids = tokenizer.encode(text[start : start + SLICE], allowed_special="all")
+        count += max(0, len(ids) - SLICE_SLACK)
+        if count > limit:
+            break
+    return count
 
 
 def truncate_prompt(

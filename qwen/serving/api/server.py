@@ -18,8 +18,12 @@ import uvicorn
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.config import LOGGING_CONFIG
 
-from .errors import shutting_down
+from .errors import MAX_ECHO, short_printable, shutting_down
 from .request_id import HEADER, current_request_id
+
+logger = logging.getLogger(__name__)
+
+MAX_LOGGED = 1000  # characters of a value or a line of a traceback in the log
 
 
 class DrainingServer(uvicorn.Server):
@@ -52,7 +56,14 @@ class DrainingServer(uvicorn.Server):
     async def startup(self, sockets: list | None = None) -> None:
         await super().startup(sockets)
         if self.started:
-            self.on_ready()
+            self._notify(self.on_ready)
+
+    def _notify(self, callback: Callable[[], None]) -> None:
+        """Call `on_ready` or `on_drain`, which print: their errors do not decide whether the server starts or ends."""
+        try:
+            callback()
+        except Exception:
+            logger.exception("A callback of the server failed")
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Handle SIGTERM and SIGINT."""
@@ -61,9 +72,9 @@ class DrainingServer(uvicorn.Server):
         threading.Thread(target=self._drain, args=[self.signals == 1], name="drain", daemon=True).start()
 
     def _drain(self, first: bool) -> None:
-        if first:
-            self.on_drain()
         try:
+            if first:
+                self._notify(self.on_drain)
             self.drain(self.seconds if first else 0)
         finally:
             self.should_exit = True  # pending output is still sent
@@ -93,18 +104,34 @@ def _answer_when_cancelled(app: ASGIApp) -> ASGIApp:
     return run
 
 
-def access_log_config() -> dict[str, Any]:
-    """Return uvicorn's `log_config`, with the id of the request at the end of each line of the access log."""
+def log_config() -> dict[str, Any]:
+    """Return uvicorn's `log_config`, for its loggers and this package's.
 
-    def add_request_id(record: logging.LogRecord) -> bool:
-        record.request_id = current_request_id.get()
-        return True
-
+    Lines of the access log end with the id of the request. What clients send cannot control a terminal, break a line
+    or fill the log: see `short_printable`.
+    """
     formatters, handlers = LOGGING_CONFIG["formatters"], LOGGING_CONFIG["handlers"]
     access = formatters["access"] | {"fmt": f"{formatters['access']['fmt']} %(request_id)s"}
+    plain = {"class": "logging.StreamHandler", "stream": "ext://sys.stderr"}
     return {
         **LOGGING_CONFIG,
-        "filters": {"request_id": {"()": lambda: add_request_id}},
+        "filters": {"safe": {"()": lambda: _make_safe}},
         "formatters": formatters | {"access": access},
-        "handlers": handlers | {"access": handlers["access"] | {"filters": ["request_id"]}},
+        "handlers": {name: handler | {"filters": ["safe"]} for name, handler in (handlers | {"plain": plain}).items()},
+        "loggers": LOGGING_CONFIG["loggers"] | {"qwen": {"handlers": ["plain"]}},
     }
+
+
+def _make_safe(record: logging.LogRecord) -> bool:
+    """Make the arguments and the traceback of a log record printable, and add the id of the request."""
+    record.request_id = current_request_id.get()
+    if isinstance(record.args, tuple):
+        limit = MAX_ECHO if record.name == "uvicorn.access" else MAX_LOGGED
+        record.args = tuple(
+            short_printable(str(value), limit) if isinstance(value, str | BaseException) else value
+            for value in record.args
+        )
+    if record.exc_info and not record.exc_text:
+        lines = logging.Formatter().formatException(record.exc_info).split("\n")
+        record.exc_text = "\n".join(short_printable(line, MAX_LOGGED) for line in lines)
+    return True

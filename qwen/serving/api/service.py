@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,22 +17,26 @@ from anyio import CapacityLimiter, to_thread
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ..engine import Engine
+from ..engine import Engine, PromptTooLong
 from ..engine.grammar import ConstraintFactory
+from ..engine.grammar_trials import client_left
 from . import metrics
-from .errors import invalid_request, shutting_down
-from .generation import Envelope, Generation, Plan, collect_answer, full_response, stream_response
+from .errors import client_closed_request, invalid_request, shutting_down
+from .generation import Envelope, Generation, Plan, collect_answer, full_response, stream_response, wait_for_disconnect
 from .log_once import LogOnce
+from .memory import MemoryTrimmer
 from .metrics import Metrics
 from .peer_fields import NEUTRAL_VALUES, refuse_unsupported
 from .request_types import ChatCompletionRequest, GenerationRequest, RequestModel, StreamOptions
 from .response_types import Model
+from .routing import StrictJsonRequest
 from .structured_output import may_need_grammar
 
 logger = logging.getLogger(__name__)
 
 MAX_FIELD_NAME = 50  # characters of an unknown field in the log
-SLOW_BYTES = 2**18  # a larger request may take many seconds to encode, those around this size a tenth of a second
+MAX_LARGE_REQUESTS = 2  # that are parsed and encoded at once: each may take a hundred megabytes
+PROMPT_FIELDS = ("messages", "prompt", "input")
 
 T = TypeVar("T")
 
@@ -44,6 +50,8 @@ class Settings:
         basic_auth: required credentials, "USER:PASSWORD".
         api_key: required key.
         cors_origins: origins whose web pages may send requests; "*" for all.
+        allowed_hosts: names in the Host header that are answered, beside those of the machine itself (localhost): see
+            `HostMiddleware`. "*" for all.
         max_request_bytes: maximum size of a request body.
         body_seconds: maximum time for a request body to arrive.
         max_messages: maximum length of a conversation.
@@ -58,6 +66,7 @@ class Settings:
     basic_auth: str | None = None
     api_key: str | None = None
     cors_origins: tuple[str, ...] = ()
+    allowed_hosts: tuple[str, ...] = ("*",)
     max_request_bytes: int = 4 * 2**20
     body_seconds: float = 30.0
     max_messages: int = 1024
@@ -79,7 +88,9 @@ class Service:
         self.metrics = Metrics(engine) if metrics.is_available() else None
         self.constraints = ConstraintFactory(engine.tokenizer, engine.model.config.vocab_size)
         self.ignored_fields = LogOnce(logger, "ignored fields")
-        # These wait for each other, not the other requests for them; and they leave the model a part of the cores.
+        self.large_requests = CapacityLimiter(MAX_LARGE_REQUESTS)
+        self.memory = MemoryTrimmer()
+        # Grammars wait for each other, not the other requests for them; and they leave the model a part of the cores.
         self.slow_work = CapacityLimiter(max(2, (os.cpu_count() or 1) // 2))
         self.draining = False
         config, name = engine.model.config, engine.model.name_or_path or ""
@@ -143,18 +154,50 @@ class Service:
         self.check_unknown_fields(request, body)
         if isinstance(body, GenerationRequest) and body.stream_options is not None and not body.stream:
             raise invalid_request("stream_options requires stream to be true.", "stream_options")
-        plan = await self.run_in_worker(request, body, build_plan, body, self.engine, *args)
-        return Generation(self.engine, plan, self.metrics)
+        try:
+            plan = await self.run_in_worker(request, body, build_plan, body, self.engine, *args)
+        except PromptTooLong as error:
+            param = next(name for name in PROMPT_FIELDS if hasattr(body, name))
+            raise invalid_request(str(error), param, "context_length_exceeded") from error
+        if await request.is_disconnected():
+            raise client_closed_request()
+        generation = Generation(self.engine, plan, self.metrics)
+        if isinstance(request, StrictJsonRequest):
+            request.end_turn()
+        return generation
 
     async def run_in_worker(self, request: Request, body: RequestModel, work: Callable[..., T], *args: object) -> T:
-        """Do work for a request in a worker thread. If it may take seconds, it first waits for other such work.
+        """Do work for a request in a worker thread. If it may need a grammar, it first waits for others that do.
 
         Args:
             body: the request, parsed.
             work: called with `args`.
+
+        Raises:
+            ApiError: the request needs a grammar, and its client left before that was built.
         """
-        slow = may_need_grammar(body) or len(await request.body()) > SLOW_BYTES
-        return await to_thread.run_sync(work, *args, limiter=self.slow_work if slow else None)
+        if not may_need_grammar(body):
+            return await to_thread.run_sync(work, *args)
+        left, begun = threading.Event(), threading.Event()
+
+        def run() -> T:
+            begun.set()
+            return work(*args)
+
+        client_left.set(left)
+        working = asyncio.create_task(to_thread.run_sync(run, limiter=self.slow_work))
+        leaving = asyncio.create_task(wait_for_disconnect(request))
+        try:
+            await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+            if not working.done():
+                raise client_closed_request()
+            return working.result()
+        finally:
+            leaving.cancel()
+            left.set()  # the thread ends its trial of a grammar
+            working.add_done_callback(lambda task: task.cancelled() or task.exception())  # nobody else asks for it
+            if not begun.is_set():
+                working.cancel()
 
     def check_messages(self, body: ChatCompletionRequest) -> None:
         """Raise ApiError for a conversation that is too long for this server."""

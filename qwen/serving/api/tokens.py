@@ -77,7 +77,7 @@ def tokenize(request: TokenizeRequest, engine: Engine, constraints: ConstraintFa
     """
     tokenizer = engine.tokenizer
     if isinstance(request, TokenizeChatRequest):
-        ids = chat.build_plan(request, engine, constraints).choices[0].prompt_ids
+        ids = chat.build_plan(request, engine, constraints, any_length=True).choices[0].prompt_ids
     elif isinstance(request, TokenizeContentRequest):
         ids = tokenizer.encode(request.content, allowed_special=set() if request.parse_special is False else "all")
     else:
@@ -132,7 +132,7 @@ def render_chat(request: ChatCompletionRequest, engine: Engine, constraints: Con
     Raises:
         ApiError: the request is invalid.
     """
-    (prompt,) = _rendered_prompts(chat.build_plan(request, engine, constraints), engine)
+    (prompt,) = _rendered_prompts(chat.build_plan(request, engine, constraints, any_length=True), engine)
     return prompt
 
 
@@ -144,7 +144,7 @@ def render_completion(
     Raises:
         ApiError: the request is invalid.
     """
-    return _rendered_prompts(completions.build_plan(request, engine, constraints), engine)
+    return _rendered_prompts(completions.build_plan(request, engine, constraints, any_length=True), engine)
 
 
 def _rendered_prompts(plan: Plan, engine: Engine) -> list[RenderedPrompt]:

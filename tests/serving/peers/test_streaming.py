@@ -132,7 +132,7 @@ def test_left_request_is_stopped(server: ServerProcess) -> None:
     before = server.metric("qwen_completion_tokens_total")
     address = urlsplit(server.url)
     body = json.dumps(LONG).encode()
-    head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     with socket.create_connection((address.hostname, address.port)) as connection:
         connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
         server.until_load(1)

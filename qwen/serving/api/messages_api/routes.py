@@ -12,7 +12,7 @@ from sse_starlette import ServerSentEvent
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ...engine import Engine
+from ...engine import Engine, PromptTooLong
 from .. import chat
 from ..errors import ApiError, invalid_request, rename_field, rename_fields
 from ..generation import ChunkResponse, Generation, Plan, full_response, named_event
@@ -58,7 +58,7 @@ def create_router(service: Service) -> APIRouter:
     async def count_tokens(body: CountTokensRequest, request: Request) -> TokenCount:
         """Count the tokens of the prompt that a message would have."""
         service.check_unknown_fields(request, body)
-        plan = await service.run_in_worker(request, body, _build_chat_plan, body, service)
+        plan = await service.run_in_worker(request, body, _build_chat_plan, body, service, True)
         return {"input_tokens": plan.prompt_tokens}
 
     return router
@@ -70,25 +70,29 @@ def build_plan(request: MessagesRequest, engine: Engine, service: Service) -> Pl
     Raises:
         ApiError: incompatible fields, a malformed conversation, too long a prompt, or a base checkpoint.
     """
-    plan = _build_chat_plan(request, service)
     longest = engine.context_length - 1
-    if plan.prompt_tokens > longest:  # the engine would say it in words that clients of this API do not look for
+    try:
+        plan = _build_chat_plan(request, service)
+        tokens = plan.prompt_tokens
+    except PromptTooLong as error:
+        tokens = error.tokens
+    if tokens > longest:  # the engine would say it in words that clients of this API do not look for
         raise invalid_request(
-            f"messages: prompt is too long: {plan.prompt_tokens} tokens > {longest} maximum. Shorten the conversation.",
+            f"messages: prompt is too long: {tokens} tokens > {longest} maximum. Shorten the conversation.",
             "messages",
             "context_length_exceeded",
         )
     return plan
 
 
-def _build_chat_plan(request: CountTokensRequest, service: Service) -> Plan:
+def _build_chat_plan(request: CountTokensRequest, service: Service, any_length: bool = False) -> Plan:
     for tool in request.tools or []:
         if isinstance(tool, AnthropicTool):
             service.log_left_out("/v1/messages", "tools", tool.type)
     chat_request = to_chat_request(request)
     service.check_messages(chat_request)
     try:
-        plan = chat.build_plan(chat_request, service.engine, service.constraints)
+        plan = chat.build_plan(chat_request, service.engine, service.constraints, any_length=any_length)
     except ApiError as error:
         raise rename_fields(error, FIELD_NAMES) from error
     grammar_param = None if plan.grammar_param is None else rename_field(plan.grammar_param, FIELD_NAMES)

@@ -89,7 +89,7 @@ def create_router(service: Service) -> APIRouter:
         service.check_unknown_fields(request, body)
         body = await resolve(body)
         previous = _previous_turn(body, service, store)
-        arguments = (body, service.engine, service, previous)
+        arguments = (body, service.engine, service, previous, True)
         plan = await service.run_in_worker(request, body, build_plan, *arguments)
         return {"object": "response.input_tokens", "input_tokens": plan.prompt_tokens}
 
@@ -138,14 +138,18 @@ def create_router(service: Service) -> APIRouter:
     return router
 
 
-def build_plan(request: ResponseRequest, engine: Engine, service: Service, previous: Turn | None) -> Plan:
+def build_plan(
+    request: ResponseRequest, engine: Engine, service: Service, previous: Turn | None, any_length: bool = False
+) -> Plan:
     """Build the generation plan of a request. Encodes the prompt and builds grammars, which may be slow.
 
     Args:
         previous: last turn of the conversation that the request continues.
+        any_length: also encode a prompt that is much too long to be answered.
 
     Raises:
         ApiError: incompatible fields, a malformed conversation, or a base checkpoint.
+        PromptTooLong: the prompt is much too long.
     """
     _log_dropped(request, service)
     history: list[InputItem] = []
@@ -155,7 +159,7 @@ def build_plan(request: ResponseRequest, engine: Engine, service: Service, previ
     chat_request, names = to_chat_request(request, history)
     try:
         service.check_messages(chat_request)
-        plan = chat.build_plan(chat_request, engine, service.constraints)
+        plan = chat.build_plan(chat_request, engine, service.constraints, any_length=any_length)
     except ApiError as error:
         raise rename_fields(error, names) from error
     grammar_param = None if plan.grammar_param is None else rename_field(plan.grammar_param, names)
