@@ -17,6 +17,9 @@ from gradio.i18n import I18nData
 
 from ...model.qwen_generation_utils import DEFAULT_SYSTEM, encode_turns
 from ..engine import Engine, EngineClosed, PromptTooLong, QueueFull, TextStream
+from .rendering import HTML_TAGS, MAX_COST, rendering_cost
+from .request_types import MAX_TEXT
+from .sessions import NobodyListens, Sessions, TooManyQuestions, network_of
 from .texts import TEXTS
 
 Control = gr.Textbox | gr.Slider | gr.Number
@@ -51,10 +54,16 @@ class Labels(TypedDict):
 
 logger = logging.getLogger(__name__)
 
-UPDATE_INTERVAL = 0.05  # seconds; each update renders the whole reply; nobody reads faster than this
+UPDATE_INTERVAL = 0.05  # seconds; nobody reads faster than this
+LENGTH_PER_SECOND = 50_000  # characters; each update renders the whole reply, so those of long ones are rarer
 
 I18N = gr.I18n(**TEXTS)
-ERROR_NOTICES = {PromptTooLong: "too_long", QueueFull: "queue_full", EngineClosed: "closed"}  # else "failed"
+ERROR_NOTICES = {  # else "failed"
+    PromptTooLong: "too_long",
+    QueueFull: "queue_full",
+    TooManyQuestions: "queue_full",
+    EngineClosed: "closed",
+}
 
 LATEX_DELIMITERS: list[dict[str, str | bool]] = [
     {"left": "$$", "right": "$$", "display": True},
@@ -62,6 +71,11 @@ LATEX_DELIMITERS: list[dict[str, str | bool]] = [
     {"left": "\\(", "right": "\\)", "display": False},
     {"left": "$", "right": "$", "display": False},
 ]
+
+# Properties of the chat component: how it shows the messages.
+# `allow_tags=True` shows text like <stdio.h>, which is not HTML, as written; a list names tags to show as written.
+AS_MARKDOWN: dict[str, Any] = {"render_markdown": True, "latex_delimiters": LATEX_DELIMITERS, "allow_tags": True}
+AS_TEXT: dict[str, Any] = {"render_markdown": False, "latex_delimiters": [], "allow_tags": HTML_TAGS}
 
 FOCUS_JS = "() => document.querySelector('#box textarea').focus()"
 # Components also change before the saved state is restored; do not save those changes.
@@ -86,6 +100,11 @@ def message_text(message: Message) -> str:
     return "".join(part["text"] for part in message["content"] if part["type"] == "text")
 
 
+def show(messages: Messages, is_markdown: bool) -> dict[str, object]:
+    """Return the update that shows a conversation as Markdown, or as plain text."""
+    return gr.update(value=messages, **(AS_MARKDOWN if is_markdown else AS_TEXT))
+
+
 async def accumulate_text(stream: TextStream) -> AsyncGenerator[str, None]:
     """Yield the whole reply so far, at a limited rate; nothing if it is cancelled before it begins.
 
@@ -95,7 +114,7 @@ async def accumulate_text(stream: TextStream) -> AsyncGenerator[str, None]:
     try:
         async for piece in stream:
             text += piece.text
-            if text and time.monotonic() - updated_at >= UPDATE_INTERVAL:
+            if text and time.monotonic() - updated_at >= UPDATE_INTERVAL + len(text) / LENGTH_PER_SECOND:
                 updated_at = time.monotonic()
                 yield text
         if text or stream.finish_reason != "cancelled":
@@ -130,10 +149,13 @@ class Page:
     Args:
         engine: generates the replies.
         name: model name, for the title; the browser keeps a separate conversation for each model.
+        sessions: decides which questions are computed; None computes all.
     """
 
-    def __init__(self, engine: Engine, name: str):
-        self.engine = engine
+    def __init__(self, engine: Engine, name: str, sessions: Sessions | None = None):
+        self.engine, self.sessions = engine, sessions
+        if sessions is not None:
+            sessions.on_silence = self._stop_heard_reply
         self.running: dict[str | None, RunningReply] = {}  # by Gradio's session id of the page
         with gr.Blocks(
             title=f"{name} · Qwen", fill_width=True, fill_height=True, analytics_enabled=False
@@ -150,17 +172,17 @@ class Page:
                     layout="bubble",
                     editable="user",
                     buttons=["copy", "copy_all"],
-                    latex_delimiters=LATEX_DELIMITERS,
                     sanitize_html=True,
-                    allow_tags=True,  # show text like <stdio.h>, which is not HTML, as written
                     group_consecutive_messages=False,
                     placeholder=cast("str", I18N("greeting")),  # translated on the page like those of other components
+                    **AS_MARKDOWN,
                 )
                 self.textbox = gr.Textbox(
                     elem_id="box",
                     show_label=False,
                     placeholder=I18N("ask"),
                     max_lines=10,
+                    max_length=MAX_TEXT,
                     autofocus=True,
                     submit_btn=True,
                 )
@@ -235,10 +257,10 @@ class Page:
         )
 
     async def send(
-        self, request: gr.Request, text: str, messages: Messages, *settings: SettingValue
+        self, request: gr.Request, text: str | None, messages: Messages, *settings: SettingValue
     ) -> AsyncIterator[Update]:
         """Answer a new question."""
-        if not text.strip():
+        if not text or not text.strip():
             yield gr.skip(), gr.skip()  # without a first value Gradio would clear both outputs
             return
         question = build_message("user", text)
@@ -287,18 +309,34 @@ class Page:
             draft: text of the text box in the meantime; None leaves it.
         """
         page, running_reply = request.session_hash, RunningReply()
-        self.running[page] = running_reply
+        before = self.running.get(page)
+        is_allowed = before is None or before.stopped  # a page asks one question at a time
+        if is_allowed:
+            self.running[page] = running_reply
         busy = gr.update(interactive=False, submit_btn=False, stop_btn=True)
-        reply = None
+        cost = rendering_cost(map(message_text, conversation))
+        is_markdown = cost <= MAX_COST
+        reply, is_shown = None, False
         try:
-            yield busy if draft is None else busy | {"value": draft}, conversation
-            stream = await self._start(conversation, settings)
-            running_reply.attach(stream)
-            async with contextlib.aclosing(accumulate_text(stream)) as texts:
-                async for reply in texts:
-                    yield gr.skip(), [*conversation, build_message("assistant", reply)]
+            if not is_allowed:
+                raise TooManyQuestions
+            async with self._asking(request):
+                is_shown = True
+                yield busy if draft is None else busy | {"value": draft}, show(conversation, is_markdown)
+                stream = await self._start(conversation, settings)
+                running_reply.attach(stream)
+                async with contextlib.aclosing(accumulate_text(stream)) as texts:
+                    async for reply in texts:
+                        messages = [*conversation, build_message("assistant", reply)]
+                        if is_markdown and cost + rendering_cost([reply]) > MAX_COST:
+                            is_markdown = False
+                            yield gr.skip(), show(messages, is_markdown)
+                        else:
+                            yield gr.skip(), messages
             if stream.finish_reason == "length":
                 gr.Info(notice_text(request, "cut"))
+        except NobodyListens:
+            pass
         except Exception as error:  # of any kind, or the page would wait forever
             notice = ERROR_NOTICES.get(type(error), "failed")
             if notice == "failed":
@@ -309,9 +347,28 @@ class Page:
                 del self.running[page]
         if running_reply.cleared:  # updates may have arrived after clearing
             yield gr.skip(), []
+        elif not is_shown:  # Gradio would keep the conversation in memory for a page that may not exist
+            yield gr.skip(), gr.skip()
         elif reply is None:
             text, messages = fallback
             yield gr.skip() if text is None else gr.update(value=text), messages
+
+    def _asking(self, request: gr.Request) -> contextlib.AbstractAsyncContextManager[None]:
+        """Return the context in which the question of a request may be computed, see `Sessions.asking`."""
+        if self.sessions is None:
+            return contextlib.nullcontext()
+        host = request.client.host if request.client else ""
+        return self.sessions.asking(request.session_hash or "", network_of(host))
+
+    def _stop_reply(self, page: str | None) -> None:
+        """Stop the running reply of a page."""
+        if (running_reply := self.running.get(page)) is not None:
+            running_reply.stop()
+
+    def _stop_heard_reply(self, page: str) -> None:
+        """Stop the running reply of a page that has gone; not a question that still waits for its page."""
+        if (running_reply := self.running.get(page)) is not None and running_reply.stream is not None:
+            running_reply.stop()
 
     async def _start(self, conversation: Messages, settings: Sequence[SettingValue]) -> TextStream:
         """Start a reply to the question that the messages end in.
@@ -320,7 +377,10 @@ class Page:
             PromptTooLong, QueueFull, EngineClosed: see `Engine.start`.
         """
         engine = self.engine
-        values = dict(zip(self.settings, settings, strict=True))
+        values = {
+            name: value if is_valid_setting(control, value) else control.value
+            for (name, control), value in zip(self.settings.items(), settings, strict=True)
+        }
         system = cast("str", values.pop("system"))
         params = engine.params(**values)
         turns = [("system", system), *((message["role"], message_text(message)) for message in conversation)]
@@ -331,8 +391,7 @@ class Page:
 
     async def stop(self, request: gr.Request) -> None:
         """Stop the running reply of this page."""
-        if (running_reply := self.running.get(request.session_hash)) is not None:
-            running_reply.stop()
+        self._stop_reply(request.session_hash)
 
     async def clear(self, request: gr.Request) -> None:
         """Clear the conversation and stop the running reply."""
@@ -364,7 +423,8 @@ class Page:
             saved[name] if name in saved and is_valid_setting(component, saved[name]) else component.value
             for name, component in self.settings.items()
         ]
-        return [draft or gr.skip(), messages, *settings]
+        is_markdown = rendering_cost(map(message_text, messages)) <= MAX_COST
+        return [draft or gr.skip(), messages if is_markdown else show(messages, is_markdown), *settings]
 
 
 def is_valid_setting(component: Control, value: object) -> bool:
