@@ -10,6 +10,7 @@
 #     make test        all tests; make test ARGS="-k loading"
 #     make test-oldest the quick tests on the oldest versions that work
 #     make test-gpu    tests and speeds of a GPU, without installing anything; make test-gpu PYTHON=python3 OUT=folder
+#     make fuzz        random requests to the server, for 30 minutes; make fuzz MINUTES=5
 #     make test-clients calls the server with the newest clients; make test-clients ARGS="openai litellm"
 # The first call creates the environment in .venv, which takes a minute or two.
 
@@ -26,7 +27,7 @@ CONSTRAINTS ?= constraints.txt
 INSTALL := $(BIN)/python -m pip install --quiet $(addprefix --constraint ,$(CONSTRAINTS))
 
 .DEFAULT_GOAL := help
-.PHONY: help chat web serve finetune quantize evaluate export check test test-gpu test-nightly test-oldest test-clients coverage lint format clean
+.PHONY: help chat web serve finetune quantize evaluate export check test test-gpu test-nightly test-oldest test-clients fuzz coverage lint format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -83,6 +84,11 @@ test-gpu:  ## run the tests of a GPU, then measure its speed, in 8 minutes (OUT=
 
 test-nightly: $(VENV)/.ready-test  ## run the slow tests that repeat what other tests cover
 	$(BIN)/python -m pytest -rs -m nightly $(ARGS)
+
+MINUTES ?= 30
+
+fuzz: $(VENV)/.ready-test  ## send random requests to the server and keep those that fail in fuzz_results (MINUTES=30)
+	$(BIN)/python -m tests.fuzzing --minutes $(MINUTES) $(ARGS)
 
 coverage: $(VENV)/.ready-test  ## run all tests and list the lines that they do not reach
 	$(PYTEST) --cov --cov-report=term-missing:skip-covered $(ARGS)

@@ -25,7 +25,7 @@ COMMANDS = {
 
 def recipe(*words: str) -> list[str]:
     """Return the commands that `make WORDS` would run, without those that create the environment."""
-    own = ("MAKEFLAGS", "MAKELEVEL", "ARGS", "EVAL", "OUT", "WHEELS")
+    own = ("MAKEFLAGS", "MAKELEVEL", "ARGS", "EVAL", "OUT", "WHEELS", "MINUTES")
     env = {name: value for name, value in os.environ.items() if name not in own}
     done = subprocess.run(
         ["make", "-n", "PYTHON=python3", "VENV=.venv", *words],
@@ -82,3 +82,7 @@ def test_the_gpu_target_installs_nothing() -> None:
     assert recipe("test-gpu", "OUT=there", "WHEELS=wheels", "ARGS=--only speed")[1:] == [
         "python3 -m tests.on_gpu --out there --wheels wheels --only speed"
     ]
+
+
+def test_fuzz_takes_minutes() -> None:
+    assert recipe("fuzz", "MINUTES=5", "ARGS=--seed 1")[-1] == "-m tests.fuzzing --minutes 5 --seed 1"
