@@ -342,9 +342,9 @@ def converts(dtype: torch.dtype) -> bool:
     return dtype == torch.float16 or (dtype == torch.bfloat16 and not has_instructions)
 
 
-def first_rows_for_torch(layer: nn.Linear, dtype: torch.dtype) -> int:
+def first_rows_for_torch(layer: nn.Module, dtype: torch.dtype) -> int:
     """Return the number of rows from which torch is faster with a linear layer than the kernels."""
-    if isinstance(layer, GPTQLinear):
+    if isinstance(layer, GPTQLinear) or not isinstance(layer, nn.Linear):  # packed, or of another library
         return TORCH_ROWS
     if converts(dtype) or layer.weight.dtype != dtype:
         return CONVERTED_ROWS if layer.weight.numel() > CACHED_WEIGHTS else TORCH_ROWS

@@ -120,8 +120,8 @@ def test_a_grammar_that_ends_the_process_is_refused(factory):
     factory.json_schema({"const": 1})
     worker = trial_process(psutil.Process())
     with ThreadPoolExecutor() as pool:
-        building = pool.submit(factory.json_schema, padded(MULTIPLE))
         before = own_time(worker)
+        building = pool.submit(factory.json_schema, padded(MULTIPLE))
         wait_until(lambda: own_time(worker) > before + 0.1)
         worker.kill()  # as the system does for lack of memory
         with pytest.raises(ValueError, match="The schema cannot be used: it takes too much memory, or is nested too"):

@@ -436,7 +436,7 @@ def test_store_of_many_threads() -> None:
             "'input_image' is not supported",
         ),
         ({"input": [{"role": "user", "content": [{"type": "input_file"}]}]}, "input.0.content.0", "'input_file'"),
-        ({"input": [{"type": "function_call_outputs", "output": "x"}]}, "input.0.type", "'item_reference'"),
+        ({"input": [{"type": "function_call_outputs", "output": "x"}]}, "input.0.type", "function_call_outputs"),
         ({"input": [{"type": "function_call", "call_id": "1"}]}, "input.0.name", "required"),
         ({"input": [CALL]}, "input.0", "has no result"),
         ({"input": [{"role": "user", "content": "hi"}, CALL, CALL]}, "input.1", "all different"),

@@ -151,7 +151,7 @@ class Sampler:
             assert self._counts is not None
             self._in_text.index_put_((slots, chosen), torch.ones_like(chosen, dtype=torch.bool))
             self._counts.index_put_((slots, chosen), torch.ones_like(chosen, dtype=torch.int32), accumulate=True)
-        tokens = chosen.masked_fill(~logits.amax(-1).isfinite(), NOT_FINITE)[:, None]
+        tokens = chosen.where(logits.amax(-1) < float("inf"), NOT_FINITE)[:, None]  # false for NaN, too
         if bans or allowed is not None or forbidden is not None:
             tokens = tokens.masked_fill(scores.isneginf().all(-1, keepdim=True), NONE_ALLOWED)
         widest = max((each.top_logprobs for each in params if each.top_logprobs is not None), default=None)
