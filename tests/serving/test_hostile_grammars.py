@@ -117,8 +117,8 @@ def test_hostile_grammars_cost_little(factory, name):
 
 
 def test_a_grammar_that_ends_the_process_is_refused(factory):
-    factory.json_schema({"const": 1})
-    worker = trial_process(psutil.Process())
+    factory.json_schema({"const": "this test's own"})  # one that passed before would start no process
+    worker = psutil.Process(factory._trials._worker._process.pid)  # other factories have theirs
     with ThreadPoolExecutor() as pool:
         before = own_time(worker)
         building = pool.submit(factory.json_schema, padded(MULTIPLE))
