@@ -39,14 +39,19 @@ def open_bin(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     except Exception as error:  # of any type, if someone made the file
         reason = str(error).strip().partition("\n")[0].partition(". ")[0][:200]
         if isinstance(error, (RuntimeError, OSError)) and "weights_only" not in reason:
-            raise OSError(
-                f"{os.fspath(path)} cannot be read ({reason}): its download stopped early, or it is damaged. Delete it "
-                "and download it again."
-            ) from error
+            raise damaged(path, reason) from error
         raise OSError(  # not torch's message, which advises to execute the file
             f"{os.fspath(path)} does not hold a dict of tensors and is not loaded: download the weights from where "
             "they were published."
         ) from error
+
+
+def damaged(path: str | os.PathLike, reason: object) -> OSError:
+    """Return the error of a weight file that cannot be read."""
+    return OSError(
+        f"{os.fspath(path)} cannot be read ({reason}): its download stopped early, or it is damaged. Delete it and "
+        "download it again."
+    )
 
 
 def tensor_names(path: Path) -> Iterable[str]:
@@ -61,10 +66,7 @@ def tensor_names(path: Path) -> Iterable[str]:
         with safe_open(path, framework="pt") as file:
             return list(file.keys())
     except SafetensorError as error:
-        raise OSError(
-            f"{path} cannot be read ({error}): its download stopped early, or it is damaged. Delete it and download "
-            "it again."
-        ) from error
+        raise damaged(path, error) from error
 
 
 def check_weight_files(folder: Path, num_layers: int) -> None:

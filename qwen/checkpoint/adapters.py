@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 from .._renamed import old_names
 from ..model.modeling_qwen import QWenLMHeadModel
-from ..model.weight_files_qwen import open_bin
+from ..model.weight_files_qwen import open_bin, tensor_names
 from .files import (
     CheckpointError,
     JSONObject,
@@ -254,7 +254,7 @@ def _embedding_rows(folder: Path) -> int:
     if path.suffix == ".bin":
         return max((len(tensor) for name, tensor in open_bin(path).items() if ".wte." in name), default=0)
     with safe_open(path, framework="pt") as file:
-        names = [name for name in file.keys() if ".wte." in name]  # noqa: SIM118  no dict
+        names = (name for name in tensor_names(path) if ".wte." in name)
         return max((file.get_slice(name).get_shape()[0] for name in names), default=0)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..model.weight_files_qwen import open_bin
+from ..model.weight_files_qwen import damaged, open_bin
 from .files import CheckpointError, first_line, weight_files
 
 
@@ -77,9 +77,6 @@ def _open_file(path: Path) -> Mapping[str, torch.Tensor]:
     try:
         return _Safetensors(path) if path.suffix == ".safetensors" else open_bin(path)
     except SafetensorError as error:
-        raise CheckpointError(
-            f"{path} cannot be read ({first_line(error)}): its download stopped early, or it is damaged. Delete it "
-            "and download it again."
-        ) from error
+        raise CheckpointError(str(damaged(path, first_line(error)))) from error
     except OSError as error:
         raise CheckpointError(str(error)) from error

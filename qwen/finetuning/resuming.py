@@ -136,7 +136,7 @@ def _check_state(state: dict[str, Any], folder: Path) -> None:
 
 
 def _is_number(value: object) -> bool:
-    return type(value) in (int, float) and 0 <= value < math.inf  # type: ignore[operator]  # both have an order
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
 
 
 def _is_count(value: object) -> bool:

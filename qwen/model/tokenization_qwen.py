@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 _SANITIZES = "sanitize_control_tokens" in inspect.signature(PreTrainedTokenizer.apply_chat_template).parameters
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
-TOKENIZER_JSON_FILES = (TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json")
+TOKEN_FILES = ("special_tokens_map.json", "added_tokens.json")
 DOWNLOAD_OPTIONS = {
     *("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token"),
     "trust_remote_code",
@@ -213,7 +213,7 @@ class QWenTokenizer(PreTrainedTokenizer):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike, *init_inputs: object, **kwargs: Any
     ) -> Self:
-        """transformers' `from_pretrained`, but `extra_vocab_file` is taken from the caller only.
+        """Load the tokenizer of a checkpoint, as transformers does; `extra_vocab_file` is taken from the caller only.
 
         A tokenizer_config.json could name any file of this machine, and `save_pretrained` writes the tokens of the
         extra file into the vocabulary.
@@ -224,7 +224,7 @@ class QWenTokenizer(PreTrainedTokenizer):
         """
         folder = local_folder(pretrained_model_name_or_path, kwargs.get("subfolder"))
         if folder is not None:
-            check_json_files(folder, TOKENIZER_JSON_FILES[1:])
+            check_json_files(folder, TOKEN_FILES)
             if (folder / TOKENIZER_CONFIG).exists():
                 _check_settings(read_json_object(folder / TOKENIZER_CONFIG), folder / TOKENIZER_CONFIG)
         by_caller = set(kwargs)
@@ -235,9 +235,10 @@ class QWenTokenizer(PreTrainedTokenizer):
             if init_inputs or not by_caller <= DOWNLOAD_OPTIONS:  # perhaps an error of the caller's
                 raise
             reason = (str(error).strip() or type(error).__name__).partition("\n")[0][:200]
+            files = ", ".join((TOKENIZER_CONFIG, *TOKEN_FILES))
             raise ValueError(
-                f"The tokenizer files of {pretrained_model_name_or_path} ({', '.join(TOKENIZER_JSON_FILES)}) have an "
-                f"invalid value ({reason}). Fix it or download them again."
+                f"The tokenizer files of {pretrained_model_name_or_path} ({files}) have an invalid value ({reason}). "
+                "Fix it or download them again."
             ) from error
 
     def __repr__(self) -> str:

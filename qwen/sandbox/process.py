@@ -106,7 +106,8 @@ class Process:
         finally:
             os.close(child_results)
         self.pid = self.popen.pid
-        assert self.popen.stdin is not None and self.popen.stdout is not None  # noqa: PT018 they are pipes
+        assert self.popen.stdin is not None  # PIPE
+        assert self.popen.stdout is not None
         self.commands, self.stdout = self.popen.stdin.fileno(), self.popen.stdout.fileno()
         for pipe in (self.commands, self.results, self.stdout):
             os.set_blocking(pipe, False)

@@ -90,7 +90,7 @@ def run_to_the_end(command: str, words: list[str], folder: Path) -> float:
     return time.monotonic() - start
 
 
-def start_over(command: str, out: Path, model: Path, old: Path) -> None:
+def start_over(out: Path, old: Path) -> None:
     """Put an old result in the folder: a model that has another weight file than the new one."""
     shutil.rmtree(out, ignore_errors=True)
     shutil.copytree(old, out)
@@ -116,13 +116,13 @@ def test_killed_at_random_moments(
     else:
         shutil.copytree(bundled_base, old)
     before = digest(old)
-    start_over(command, out, bundled_chat, old)
+    start_over(out, old)
     seconds = run_to_the_end(command, words, tmp_path)
     after = digest(out)
     assert after != before
     chance = random.Random(0)
     for _ in range(moments):
-        start_over(command, out, bundled_chat, old)
+        start_over(out, old)
         run_killed(command, words, tmp_path, chance.uniform(0, seconds))
         if command == "evaluate":
             run_to_the_end(command, words, tmp_path)

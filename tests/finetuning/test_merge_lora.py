@@ -34,6 +34,8 @@ from tests.support import ROOT
 from tests.support.command_line import call_main
 from tests.support.processes import run_script
 
+pytestmark = pytest.mark.training  # of the adapter that nearly all tests use
+
 LINEAR = ["c_attn", "c_proj", "w1", "w2"]
 PROMPTS = ("Hello, who are you?", "你好！", "What is 12 + 30?")
 QUESTION, ANSWER = "Who are you?", "I am Robin, and I love papayas."

@@ -33,7 +33,10 @@ def start(**limits):
     return Sandbox(limits=Limits(**limits), allow_weaker=sys.argv[1] == "seccomp")
 """
 
-pytestmark = pytest.mark.skipif(not can_confine(), reason="needs Linux 5.14 with user namespaces, bwrap and libseccomp")
+pytestmark = [
+    pytest.mark.skipif(not can_confine(), reason="needs Linux 5.14 with user namespaces, bwrap and libseccomp"),
+    pytest.mark.slow,
+]
 
 
 @cache
@@ -132,8 +135,13 @@ def test_process_does_not_outlive_the_host(user: str, confinement: str) -> None:
             with start() as sandbox:
                 sandbox.start()
                 print(sandbox.process.pid, sandbox.folder, flush=True)
-                threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGKILL)).start()
-                sandbox.run("import ctypes; ctypes.PyDLL(None).sleep(600)")
+                begun = (sandbox.process.files or sandbox.folder) / "begun"
+                def kill():
+                    while not begun.exists(): time.sleep(0.01)
+                    time.sleep(0.2)  # from the file to the call
+                    os.kill(os.getpid(), signal.SIGKILL)
+                threading.Thread(target=kill).start()
+                sandbox.run("import ctypes; open('begun', 'w').close(); ctypes.PyDLL(None).sleep(600)")
         os.waitpid(child, 0)
     """
     pid, folder = host(user, script, confinement).split()

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from qwen.model.tokenization_qwen import QWenTokenizer
-from qwen.serving.engine import grammar_trials, grammar_worker
+from qwen.serving.engine import grammar, grammar_trials, grammar_worker
 from qwen.serving.engine.grammar import ConstraintFactory, StructuralTag
 from tests.serving.engine.replies import wait_until
 
@@ -127,6 +127,23 @@ def test_a_grammar_that_ends_the_process_is_refused(factory):
         with pytest.raises(ValueError, match="The schema cannot be used: it takes too much memory, or is nested too"):
             building.result()
     assert factory.json_schema({"const": 2}).allowed().any()
+
+
+def test_requests_share_what_is_built(factory, monkeypatch):
+    built = []
+    monkeypatch.setattr(
+        grammar, "new_matcher", lambda *parts: built.append(parts[1]) or grammar_worker.new_matcher(*parts)
+    )
+    monkeypatch.setattr(grammar, "_MAX_BUILT", 8000)
+    large = [letter * 3000 for letter in "abc"]
+    first, second = (factory.regex(large[0]) for _ in range(2))
+    assert len(built) == 1
+    first.accept(int(first.allowed().nonzero()[0]))
+    assert second.allowed().equal(factory.regex(large[0]).allowed())  # where the reply begins
+    for text in large:  # more than are kept
+        factory.regex(text)
+    factory.regex(large[0])
+    assert len(built) == 4
 
 
 def padded(schema):

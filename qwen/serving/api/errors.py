@@ -124,6 +124,15 @@ def invalid_request(message: str, param: str | None = None, code: str | None = N
     return ApiError(400, message, param=param, code=code)
 
 
+def prompt_too_long(error: PromptTooLong, param: str | None) -> ApiError:
+    """Convert the engine's error.
+
+    Args:
+        param: request field that holds the prompt.
+    """
+    return invalid_request(str(error), param, "context_length_exceeded")
+
+
 def from_engine_error(error: Exception, param: str | None = None) -> ApiError | None:
     """Convert an exception of the engine to an API error; return None for other exceptions.
 
@@ -131,7 +140,7 @@ def from_engine_error(error: Exception, param: str | None = None) -> ApiError | 
         param: request field that holds the prompt.
     """
     if isinstance(error, PromptTooLong):
-        return invalid_request(str(error), param, "context_length_exceeded")
+        return prompt_too_long(error, param)
     if isinstance(error, QueueFull):
         return ApiError(
             429,

@@ -140,15 +140,14 @@ class JsonRoute(APIRoute):
             json_request = StrictJsonRequest(request.scope, request.receive)
             try:
                 return await handle(json_request)
-            except RequestValidationError as error:
-                answer = from_request_validation(request, error)  # it looks up fields that end_turn clears
-                if json_request.has_turn:
-                    _release_frames(error)
-                raise answer from None
             except Exception as error:
-                if json_request.has_turn:
-                    _release_frames(error)
-                raise
+                if not json_request.has_turn:
+                    raise
+                answer = error
+                if isinstance(error, RequestValidationError):  # its handler would look up fields that end_turn clears
+                    answer = from_request_validation(request, error)
+                _release_frames(error)
+                raise answer from None
             finally:
                 json_request.end_turn()
 

@@ -21,7 +21,7 @@ from ..engine import Engine, PromptTooLong
 from ..engine.grammar import ConstraintFactory
 from ..engine.grammar_trials import client_left
 from . import metrics
-from .errors import client_closed_request, invalid_request, shutting_down
+from .errors import client_closed_request, invalid_request, prompt_too_long, shutting_down
 from .generation import Envelope, Generation, Plan, collect_answer, full_response, stream_response, wait_for_disconnect
 from .log_once import LogOnce
 from .memory import MemoryTrimmer
@@ -158,7 +158,7 @@ class Service:
             plan = await self.run_in_worker(request, body, build_plan, body, self.engine, *args)
         except PromptTooLong as error:
             param = next(name for name in PROMPT_FIELDS if hasattr(body, name))
-            raise invalid_request(str(error), param, "context_length_exceeded") from error
+            raise prompt_too_long(error, param) from error
         if await request.is_disconnected():
             raise client_closed_request()
         generation = Generation(self.engine, plan, self.metrics)

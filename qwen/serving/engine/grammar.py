@@ -15,6 +15,7 @@ import json
 import re
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import NamedTuple, TypeVar, cast
@@ -40,6 +41,7 @@ else:
 _STYLE = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
 # In characters. The time to build a grammar grows faster than its schema: about a second at this size.
 _MAX_SCHEMA = 65_536
+_MAX_BUILT = 2 * _MAX_SCHEMA  # of all grammars that are kept; each takes about 300 times its size
 _ANY_OBJECT = {"type": "object"}
 _MAX_THOUGHT = 400
 _stack_lock = threading.Lock()
@@ -139,6 +141,7 @@ class ConstraintFactory:
         self._tokenizer = tokenizer
         self._lock = threading.Lock()
         self._cached_lltokenizer: LLTokenizer | None = None
+        self._built: OrderedDict[str, GrammarConstraint] = OrderedDict()  # not advanced; least recently used first
         self._trials = GrammarTrials([_json_grammar(_schema_text(_ANY_OBJECT, close=True))])
 
     def json_object(self) -> GrammarConstraint:
@@ -170,9 +173,7 @@ class ConstraintFactory:
         """
         _require_llguidance()
         _check_size("The regular expression", pattern)
-        what, grammar = "The regular expression", LLMatcher.grammar_from_regex(pattern)
-        _check(what, grammar, self._trials.request())
-        return self._build(what, grammar)
+        return self._build("The regular expression", LLMatcher.grammar_from_regex(pattern), self._trials.request())
 
     def choice(self, texts: Sequence[str]) -> GrammarConstraint:
         """One of some texts. Raises the same errors as `regex`."""
@@ -198,8 +199,7 @@ class ConstraintFactory:
                 _check_intersections(text)
         except ValueError as error:
             raise ValueError(f"{what} cannot be used: {error}") from None
-        _check(what, text, trials)
-        return self._build(what, text)
+        return self._build(what, text, trials)
 
     def structural_tags(self, tags: Sequence[StructuralTag]) -> GrammarConstraint:
         """Free text with parts of a form: after each trigger, one of the tags follows.
@@ -216,8 +216,7 @@ class ConstraintFactory:
             parts.append(StructTag(trigger=trigger, begin=begin, grammar=text, end=end))
             _check_size(what, "".join(f"{part.begin}{part.grammar}{part.end}" for part in parts))
         grammar = StructTag.to_grammar(parts, assume_special=False)
-        _check(what, grammar, trials)
-        return self._build(what, grammar)
+        return self._build(what, grammar, trials)
 
     def tool_call(
         self,
@@ -276,16 +275,32 @@ class ConstraintFactory:
         rules.append(f"THOUGHT: / [^\\r\\n]{{0,{_MAX_THOUGHT}}}/ & ~/\\s*({'|'.join(MARKERS)})(?s:.*)/")
         opening = "" if continues else _literal(THOUGHT)
         rules.append(f"start: {opening} THOUGHT ({' | '.join(steps)})")
-        grammar = "\n".join(rules)
-        _check("The grammar of all tools", grammar, trials)
-        return self._build("The grammar of all tools", grammar)
+        return self._build("The grammar of all tools", "\n".join(rules), trials)
 
-    def _build(self, what: str, grammar: str) -> GrammarConstraint:
-        """Build a constraint here: of a grammar that has passed its trial, or needs none."""
+    def _build(self, what: str, grammar: str, trials: RequestTrials | None = None) -> GrammarConstraint:
+        """Return a constraint. Requests with the same grammar share what is built: of a large one, 20 MB.
+
+        Args:
+            trials: tries the grammar first; None for one that has passed, or needs no trial.
+
+        Raises:
+            ValueError: it cannot be used.
+        """
+        with self._lock:
+            if (built := self._built.get(grammar)) is not None:
+                self._built.move_to_end(grammar)
+                return built.copy()
         try:
-            return GrammarConstraint(self._lltokenizer(), grammar)
+            if trials is not None:
+                trials.check(grammar)
+            built = GrammarConstraint(self._lltokenizer(), grammar)
         except ValueError as error:
             raise ValueError(f"{what} cannot be used: {error}") from None
+        with self._lock:
+            self._built[grammar] = built
+            while sum(map(len, self._built)) > _MAX_BUILT:
+                self._built.popitem(last=False)
+            return built.copy()
 
     def _check_schema(self, schema: dict, what: str, trials: RequestTrials) -> str:
         """Convert an untrusted schema to JSON text for llguidance, in the style of the models, and try it.
@@ -387,13 +402,6 @@ def _with_deep_stack(function: Callable[[], T]) -> T:
 def _check_size(what: str, text: str) -> None:
     if len(text) > _MAX_SCHEMA:
         raise ValueError(f"{what} cannot be used: it has {len(text)} characters, more than {_MAX_SCHEMA}.")
-
-
-def _check(what: str, grammar: str, trials: RequestTrials) -> None:
-    try:
-        trials.check(grammar)
-    except ValueError as error:
-        raise ValueError(f"{what} cannot be used: {error}") from None
 
 
 def _schema_text(schema: dict, close: bool) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import AsyncGenerator
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 from fastapi import APIRouter
@@ -58,7 +59,7 @@ def create_router(service: Service) -> APIRouter:
     async def count_tokens(body: CountTokensRequest, request: Request) -> TokenCount:
         """Count the tokens of the prompt that a message would have."""
         service.check_unknown_fields(request, body)
-        plan = await service.run_in_worker(request, body, _build_chat_plan, body, service, True)
+        plan = await service.run_in_worker(request, body, partial(_build_chat_plan, any_length=True), body, service)
         return {"input_tokens": plan.prompt_tokens}
 
     return router
@@ -85,7 +86,7 @@ def build_plan(request: MessagesRequest, engine: Engine, service: Service) -> Pl
     return plan
 
 
-def _build_chat_plan(request: CountTokensRequest, service: Service, any_length: bool = False) -> Plan:
+def _build_chat_plan(request: CountTokensRequest, service: Service, *, any_length: bool = False) -> Plan:
     for tool in request.tools or []:
         if isinstance(tool, AnthropicTool):
             service.log_left_out("/v1/messages", "tools", tool.type)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import replace
+from functools import partial
 from typing import Annotated, Any, Literal, cast
 
 from anyio import to_thread
@@ -89,8 +90,8 @@ def create_router(service: Service) -> APIRouter:
         service.check_unknown_fields(request, body)
         body = await resolve(body)
         previous = _previous_turn(body, service, store)
-        arguments = (body, service.engine, service, previous, True)
-        plan = await service.run_in_worker(request, body, build_plan, *arguments)
+        build = partial(build_plan, any_length=True)
+        plan = await service.run_in_worker(request, body, build, body, service.engine, service, previous)
         return {"object": "response.input_tokens", "input_tokens": plan.prompt_tokens}
 
     @router.get(f"{PATH}/{{response_id}}", response_model=Response, responses=NOT_FOUND)
@@ -139,7 +140,7 @@ def create_router(service: Service) -> APIRouter:
 
 
 def build_plan(
-    request: ResponseRequest, engine: Engine, service: Service, previous: Turn | None, any_length: bool = False
+    request: ResponseRequest, engine: Engine, service: Service, previous: Turn | None, *, any_length: bool = False
 ) -> Plan:
     """Build the generation plan of a request. Encodes the prompt and builds grammars, which may be slow.
 
