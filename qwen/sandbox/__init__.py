@@ -68,6 +68,8 @@ class Sandbox:
         self.folder = Path(tempfile.mkdtemp(prefix="sandbox-") if folder is None else folder).resolve()
         self.folder.mkdir(parents=True, exist_ok=True)
         self.process: Process | None = None
+        self.copied_in: Snapshot = {}  # files of the folder, and of the process, when they were last the same
+        self.copied_out: Snapshot = {}
 
     @property
     def missing(self) -> list[str]:
@@ -100,7 +102,7 @@ class Sandbox:
             process = Process(self.folder, self.limits, isolated=False)
             process.missing_protections.append(str(error))
         self.process, self.missing_protections = process, process.missing_protections
-        self.copied_in: Snapshot = {}
+        self.copied_in = {}
         self._copy_in(process)  # here, too: the folder may not fit
         return process
 
@@ -144,7 +146,8 @@ class Sandbox:
         """Copy what has changed in the folder into the process's file system."""
         if process.files is None:  # it works in the folder itself
             return
-        for error in copy_changes(self.folder, process.files, self.copied_in, self.limits.folder_bytes):
+        error = next(copy_changes(self.folder, process.files, self.copied_in, self.limits.folder_bytes), None)
+        if error is not None:
             self._end()
             raise SandboxUnavailable(
                 f"The folder {self.folder} does not fit into the sandbox ({error}): "
