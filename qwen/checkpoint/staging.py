@@ -27,9 +27,9 @@ from .files import BIN, BIN_INDEX, SAFETENSORS, SAFETENSORS_INDEX, CheckpointErr
 logger = logging.getLogger(__name__)
 
 _STAGING_PREFIX = ".unfinished-"  # name prefix of the staging folder
-# Files in it, beside the folders `new` and `old`: the first is held by the run, and deleted to keep a finished model;
-# the second is there during the moves.
-_LOCK, _MOVES = "lock", "moves.json"
+# In it: the folders `new` and `old`, `lock`, which the run holds, and `moves.json` during the moves. If the moves fail,
+# `new` is renamed to `kept`. A folder that holds neither `moves.json` nor `kept` may be deleted.
+_LOCK, _MOVES, _KEPT = "lock", "moves.json", "kept"
 _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
@@ -81,7 +81,11 @@ def clean_up_leftovers(target: Path) -> None:
         OSError: a run is still writing to `target`, or moves cannot be finished.
     """
     for staging in sorted(target.glob(f"{_STAGING_PREFIX}*")):
-        is_unfinished = (staging / _LOCK).exists()
+        if (staging / _KEPT).exists():
+            raise FileExistsError(
+                f"{staging / _KEPT} is the finished model of another run, which could not be moved to {target}. Keep "
+                f"what you need from it and delete {staging}, or name another folder."
+            )
         lock = FileLock(staging / _LOCK)
         try:
             lock.acquire(timeout=0)  # the system releases that of a killed process
@@ -99,13 +103,6 @@ def clean_up_leftovers(target: Path) -> None:
                 with _defer_signals():
                     _finish_moves(staging, target)
                 logger.warning("%s: the finished model of an interrupted run was moved to %s.", staging, target)
-            elif not is_unfinished:
-                lock.release()
-                (staging / _LOCK).unlink(missing_ok=True)
-                raise FileExistsError(
-                    f"{staging} belongs to another run, whose finished model could not be moved to {target}. Keep what "
-                    "you need from it and delete it, or name another folder."
-                )
             else:
                 logger.warning("%s: the unfinished model of an interrupted run is deleted.", staging)
         finally:
@@ -135,6 +132,7 @@ def _finish_moves(staging: Path, target: Path) -> None:
                 if os.path.lexists(destination):
                     raise FileExistsError(f"{destination} already exists")
                 source.rename(destination)
+        _end_moves(staging, target)
     except (OSError, LookupError, TypeError) as error:
         raise OSError(
             f"The finished model of an interrupted run is in {new}, the replaced one in {old}: moving it to {target} "
@@ -213,9 +211,14 @@ def staged_directory(target: Path, replaces: Collection[str] = ()) -> Iterator[P
         try:
             _move(staging, target, replaces)
         except OSError as error:
-            lock.release()
-            (staging / _LOCK).unlink(missing_ok=True)
-            raise OSError(f"The finished model is kept in {new}: it could not be moved to {target}: {error}") from error
+            kept = staging / _KEPT
+            try:
+                new.rename(kept)  # needs no space on a full disk
+            except OSError:
+                kept = new
+            raise OSError(
+                f"The finished model is kept in {kept}: it could not be moved to {target}: {error}"
+            ) from error
         finally:
             lock.release()
         shutil.rmtree(staging, ignore_errors=True)
@@ -242,14 +245,21 @@ def _move(staging: Path, target: Path, replaces: Collection[str]) -> None:
         for source, destination in moves:
             source.rename(destination)
             done.append((source, destination))
-        for folder in (target, new, old):
-            sync(folder)
+        _end_moves(staging, target)
     except BaseException:
         for source, destination in reversed(done):
             with contextlib.suppress(OSError):
                 destination.rename(source)
         list_of_moves.unlink(missing_ok=True)
         raise
+
+
+def _end_moves(staging: Path, target: Path) -> None:
+    """Delete the list of moves, when all are on the disk: once `old` is being deleted, they must not be repeated."""
+    for folder in (target, staging / "new", staging / "old"):
+        sync(folder)
+    (staging / _MOVES).unlink()
+    sync(staging)
 
 
 def sync(path: Path) -> None:

@@ -2,8 +2,11 @@
 
 import itertools
 import os
+import shutil
 import signal
 import stat
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -30,49 +33,82 @@ def test_nobody_else_reads_an_unfinished_model(tmp_path):
 
 OLD = {"config.json": b'{"model_type": "qwen"}', "model.safetensors": b"old", "only_old.txt": b"kept"}
 NEW = {"config.json": b'{"model_type": "qwen", "new": 1}', "model.safetensors": b"new", "only_new.json": b"{}"}
-MOVES = 6  # renames: of the list of moves, of two files out of the folder, and of three into it
-
-
-def write_and_die(out: Path, moment: int) -> None:
-    """Replace the old model by the new one, and die before the given rename."""
-    rename, count = Path.rename, itertools.count()
-
-    def rename_or_die(here: Path, there: Path) -> Path:
-        if next(count) == moment:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return rename(here, there)
-
-    Path.rename = rename_or_die
-    with staged_directory(out) as staging:
-        for name, data in NEW.items():
-            (staging / name).write_bytes(data)
+STEPS = {"os.rename", "os.mkdir", "os.remove", "os.rmdir", "open", "shutil.rmtree"}  # events that Python reports
 
 
 def content(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
-@pytest.mark.process
-@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
-@pytest.mark.parametrize(
-    "moment", [0, 3, *(pytest.param(each, marks=pytest.mark.nightly) for each in (1, 2, 4, 5, MOVES))]
-)
-def test_killed_during_the_moves(moment: int, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    out = tmp_path / "out"
-    out.mkdir()
+def write(out: Path) -> None:
+    with staged_directory(out) as staging:
+        for name, data in NEW.items():
+            (staging / name).write_bytes(data)
+
+
+def write_again(out: Path) -> None:
+    """Do what the next run does first with a folder in which another was killed."""
+    check_target(out, out.parent / "source", overwrite=True)
+
+
+def dies_before(step: int, function: Callable[[Path], None], out: Path) -> bool:
+    """Call the function in a process that is killed before this change of the file system. Whether that came."""
+    if child := os.fork():
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert status in (0, -signal.SIGKILL)
+        return status != 0
+    count = itertools.count()
+
+    def kill(event: str, arguments: tuple) -> None:
+        if event in STEPS and next(count) == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    try:
+        sys.addaudithook(kill)  # holds until the process ends
+        function(out)
+        os._exit(0)
+    finally:
+        os._exit(1)
+
+
+def kill_at_every_step(folder: Path, next_as_well: bool) -> list[tuple[int, str]]:
+    """Kill the run that replaces the old model before each step, if asked also each next run before each of its steps.
+
+    Returns the steps after which the last run did not leave one of the models, and why; the last item counts the steps.
+    """
+    failures, source = [], folder / "old"
+    source.mkdir()
     for name, data in OLD.items():
-        (out / name).write_bytes(data)
-    child = Child(tmp_path, write_and_die, out, moment)
-    assert child.wait(60) == (0 if moment == MOVES else -signal.SIGKILL)
-    if 0 < moment < MOVES:  # it is no model meanwhile, and the message says where both are
-        assert not (out / "config.json").exists() or content(out) == OLD
-    if 1 < moment < MOVES:
-        with pytest.raises(CheckpointError, match="was killed while it moved the finished model from"):
-            Checkpoint.open(out)
-    check_target(out, tmp_path / "source", overwrite=True)
-    assert content(out) == (OLD if moment == 0 else OLD | NEW)
-    assert not list(out.glob(".unfinished-*"))
-    assert (".unfinished-" in caplog.text) == (moment < MOVES)
+        (source / name).write_bytes(data)
+    for step in itertools.count():
+        out = Path(shutil.copytree(source, folder / "out"))
+        came = dies_before(step, write, out)
+        try:
+            if (out / "config.json").exists():  # else it is no model, and the message says where both are
+                assert content(out) in (OLD, OLD | NEW), "the two are mixed"
+            elif step:
+                with pytest.raises(CheckpointError, match="was killed while it moved the finished model from"):
+                    Checkpoint.open(out)
+            next_step = 0 if next_as_well else sys.maxsize
+            while dies_before(next_step, write_again, out):
+                next_step += 1
+            assert content(out) in (OLD, OLD | NEW), "neither is whole"
+            assert not list(out.glob(".unfinished-*")), "something is left"
+        except (AssertionError, OSError) as error:
+            failures.append((step, str(error)))
+        shutil.rmtree(out)
+        if not came:
+            return [*failures, (step, "steps in all")]
+    raise AssertionError
+
+
+@pytest.mark.process
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows has neither fork nor SIGKILL")
+@pytest.mark.parametrize("next_as_well", [False, pytest.param(True, marks=pytest.mark.nightly)])
+def test_killed_at_every_step(next_as_well: bool, tmp_path: Path) -> None:
+    *failures, (steps, _) = Child(tmp_path, kill_at_every_step, tmp_path, next_as_well).result(300)
+    assert not failures
+    assert steps > 20
 
 
 def test_active_runs_are_left_alone(tmp_path: Path) -> None:
@@ -80,6 +116,16 @@ def test_active_runs_are_left_alone(tmp_path: Path) -> None:
     with staged_directory(tmp_path), pytest.raises(FileExistsError, match="another run that is still active"):
         check_target(tmp_path, tmp_path / "source", overwrite=True)
     check_target(tmp_path, tmp_path / "source", overwrite=True)
+
+
+def test_a_kept_model_is_not_deleted(tmp_path: Path) -> None:
+    (tmp_path / "config.json").mkdir()  # where a file is to be moved
+    with pytest.raises(OSError, match=r"finished model is kept in .*/kept: it could not be moved"):
+        write(tmp_path)
+    for _ in range(2):
+        with pytest.raises(FileExistsError, match="kept is the finished model of another run"):
+            write_again(tmp_path)
+    assert content(next(tmp_path.glob(".unfinished-*/kept"))) == NEW
 
 
 def test_moves_that_cannot_be_finished_lose_nothing(tmp_path: Path) -> None:

@@ -302,7 +302,7 @@ def adapter(folder: Path) -> Path:
         ("--out_path {service} --overwrite", 1, "holds no model that can be replaced"),
         ("--out_path {torn} --overwrite", 1, "model.safetensors.index.json of {torn} is not valid JSON"),
         ("--out_path {nameless} --overwrite", 1, "model.safetensors.index.json of {nameless} does not list the weight"),
-        ("--out_path {killed}", 1, "{killed}/.unfinished-abc belongs to another run"),
+        ("--out_path {killed}", 1, "{killed}/.unfinished-abc/kept is the finished model of another run"),
         ("--bits 3", 2, "--bits"),
         ("--max_len 2", 2, "--max_len is 2"),
         ("--samples 0", 2, "--samples is 0"),
@@ -346,7 +346,7 @@ def test_mistakes_are_explained_before_loading(
     for name, text in (("torn", '{"weight_map": {'), ("nameless", '{"weight_map": {"lm_head.weight": 1}}')):
         (places[name] / INDEX).unlink()
         (places[name] / INDEX).write_text(text)
-    (places["killed"] / ".unfinished-abc").mkdir(parents=True)
+    (places["killed"] / ".unfinished-abc" / "kept").mkdir(parents=True)
     places["empty"].touch()
     places["wrong"].write_text('[{"text": "no turns"}]')
     out = tmp_path / "out"
@@ -557,13 +557,13 @@ def test_result_that_cannot_be_moved_is_kept(
     (out / "modeling_qwen.py").mkdir()  # in the place of a file
     before = content(out)
     options = {"group_size": 64, "cpu_only": True, "overwrite": True}
-    with pytest.raises(OSError, match=r"kept in .*/new: it could not be moved to .*modeling_qwen.py") as failure:
+    with pytest.raises(OSError, match=r"kept in .*/kept: it could not be moved to .*modeling_qwen.py") as failure:
         quantize(source, out, samples, **options)
     work = next(out.glob(".unfinished-*"))
-    assert f"{work / 'new'}:" in str(failure.value)
+    assert f"{work / 'kept'}:" in str(failure.value)
     assert not list((work / "old").iterdir())
-    check_checkpoint(work / "new")
-    with pytest.raises(OSError, match=f"{work} belongs to another run"):
+    check_checkpoint(work / "kept")
+    with pytest.raises(OSError, match=f"{work}/kept is the finished model of another run"):
         quantize(source, out, samples, **options)
     shutil.rmtree(work)
     assert content(out) == before
@@ -576,7 +576,7 @@ def test_index_broken_meanwhile_loses_nothing(
     monkeypatch.setattr(qwen.quantization, "run_gptq", lambda *arguments: (out / INDEX).write_text("{") and [])
     with pytest.raises(OSError, match=r"kept in .* is not valid JSON"):
         quantize(source, out, samples, group_size=64, cpu_only=True, overwrite=True)
-    kept = next(out.glob(".unfinished-*/new"))
+    kept = next(out.glob(".unfinished-*/kept"))
     assert (kept / "model.safetensors").is_file()
     shutil.rmtree(kept.parent)
     assert content(out) == content(source) | {INDEX: b"{"}
