@@ -22,7 +22,7 @@ import warnings
 from pathlib import Path
 from typing import NamedTuple
 
-from .folders import Snapshot, copy_changes, take_snapshot
+from .folders import Snapshot, copy_changes
 from .process import Limits, Process, ProcessDied, SandboxUnavailable
 
 __all__ = ["Limits", "Result", "Sandbox", "SandboxUnavailable"]
@@ -68,8 +68,8 @@ class Sandbox:
         self.folder = Path(tempfile.mkdtemp(prefix="sandbox-") if folder is None else folder).resolve()
         self.folder.mkdir(parents=True, exist_ok=True)
         self.process: Process | None = None
-        self.copied_in: Snapshot = {}  # files of the folder, and of the process, when they were last the same
-        self.copied_out: Snapshot = {}
+        self.outside: Snapshot = {}  # files of the folder, and of the process, when they were last the same
+        self.inside: Snapshot = {}
 
     @property
     def missing(self) -> list[str]:
@@ -102,8 +102,13 @@ class Sandbox:
             process = Process(self.folder, self.limits, isolated=False)
             process.missing_protections.append(str(error))
         self.process, self.missing_protections = process, process.missing_protections
-        self.copied_in = {}
-        self._copy_in(process)  # here, too: the folder may not fit
+        self.outside, self.inside = {}, {}
+        if errors := self._copy_in(process):
+            self._end()
+            raise SandboxUnavailable(
+                f"The folder {self.folder} does not fit into the sandbox ({errors[0]}): "
+                f"leave at most {self.limits.folder_bytes >> 20} MiB and {self.limits.folder_files} files in it."
+            )
         return process
 
     def run(self, code: str) -> Result:
@@ -112,8 +117,11 @@ class Sandbox:
         Raises:
             SandboxUnavailable: see `start`; or the folder does not fit into the limits.
         """
-        process, notes = self._ensure_started(), []
-        self._copy_in(process)
+        notes = []
+        if self.process is not None and self._copy_in(self.process):  # code has left no room, or is in the way
+            self._end()
+            notes.append("[The new files of the folder did not fit beside those of the code: all variables are gone.]")
+        process = self._ensure_started()
         try:
             status = process.run(code)
             if status == "interrupted":
@@ -142,23 +150,15 @@ class Sandbox:
             self.process.close()
             self.process = None
 
-    def _copy_in(self, process: Process) -> None:
-        """Copy what has changed in the folder into the process's file system."""
+    def _copy_in(self, process: Process) -> list[str]:
+        """Copy what has changed in the folder into the process's file system; return the errors."""
         if process.files is None:  # it works in the folder itself
-            return
-        error = next(copy_changes(self.folder, process.files, self.copied_in, self.limits.folder_bytes), None)
-        if error is not None:
-            self._end()
-            raise SandboxUnavailable(
-                f"The folder {self.folder} does not fit into the sandbox ({error}): "
-                f"leave at most {self.limits.folder_bytes >> 20} MiB and {self.limits.folder_files} files in it."
-            )
-        self.copied_in, self.copied_out = take_snapshot(self.folder), take_snapshot(process.files)
+            return []
+        return copy_changes(self.folder, process.files, self.outside, self.inside, self.limits.folder_bytes)
 
     def _copy_out(self, process: Process) -> list[str]:
         """Copy what the cell has changed to the folder; return a note on the files that are not copied."""
         if process.files is None:
             return []
-        errors = list(copy_changes(process.files, self.folder, self.copied_out, self.limits.folder_bytes))
-        self.copied_in = take_snapshot(self.folder)
+        errors = copy_changes(process.files, self.folder, self.inside, self.outside, self.limits.folder_bytes)
         return [f"[{len(errors)} of the files could not be kept: {errors[0]}.]"] if errors else []

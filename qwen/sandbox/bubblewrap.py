@@ -42,11 +42,13 @@ def bubblewrap_command(program: str, folder: Path, files: tuple[Path, ...], user
     for prefix in {sys.prefix, sys.base_prefix, os.path.dirname(os.path.dirname(interpreter))}:
         readable += (os.path.join(prefix, name) for name in ("lib", "lib64", "share"))  # not files of the user beside
     command = [program, "--die-with-parent", "--new-session", "--unshare-ipc", "--unshare-net", "--unshare-pid"]
-    command += ["--unshare-uts", "--unshare-cgroup-try", "--cap-drop", "ALL", "--cap-add", "CAP_SYS_ADMIN"]
+    command += ["--unshare-uts", "--hostname", "sandbox", "--unshare-cgroup-try"]
+    command += ["--cap-drop", "ALL", "--cap-add", "CAP_SYS_ADMIN"]
     if user is not None:
         command += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
     else:
-        command += ["--unshare-user", "--disable-userns"]
+        # Alone in its process namespace: it could change the memory of a process 1 of the same user.
+        command += ["--unshare-user", "--disable-userns", "--as-pid-1"]
     for path in (*readable, *DEVICES):
         if os.path.exists(path):  # --dir, because the parents of some would be closed to the other user
             command += ["--dir", os.path.dirname(path), "--dev-bind" if path in DEVICES else "--ro-bind", path, path]

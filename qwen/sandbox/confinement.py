@@ -14,6 +14,7 @@ import signal
 import struct
 import sys
 
+SET_DEATH_SIGNAL, SET_DUMPABLE, SET_NO_NEW_PRIVS = 1, 4, 38  # prctl options
 # seccomp: actions and comparisons of libseccomp, and the system calls they apply to.
 ALLOW, RETURN_ERRNO = 0x7FFF0000, 0x00050000
 NOT_EQUAL, MASKED_EQUAL = 1, 7
@@ -22,26 +23,32 @@ FORBIDDEN_SYSCALLS = (
     *("fork", "vfork", "execve", "execveat", "unshare", "setns"),
     *("symlink", "symlinkat", "mknod", "mknodat"),  # the folder must only contain plain files when it is copied
     *("ptrace", "process_vm_readv", "process_vm_writev", "process_madvise", "kcmp", "migrate_pages", "move_pages"),
-    *("tkill", "rt_sigqueueinfo", "pidfd_open", "pidfd_getfd", "pidfd_send_signal", "setpriority", "ioprio_set"),
-    *("memfd_create", "memfd_secret", "shmget", "msgget", "semget", "mq_open"),  # memory that the limit does not cover
-    *("add_key", "request_key", "keyctl", "io_uring_setup", "bpf", "perf_event_open", "userfaultfd"),
-    *("inotify_add_watch", "fanotify_init", "setxattr", "lsetxattr", "fsetxattr", "setxattrat"),
+    *("tkill", "rt_sigqueueinfo", "pidfd_open", "pidfd_getfd", "pidfd_send_signal"),
+    *("sched_setscheduler", "sched_setparam", "sched_setattr", "setpriority", "ioprio_set"),
+    "timer_create",  # its signal may be SIGCONT, which would continue the process between cells
+    # Memory that the limit does not cover. A piece of a page in a pipe (vmsplice) keeps the whole page.
+    *("memfd_create", "memfd_secret", "shmget", "msgget", "semget", "mq_open", "vmsplice"),
+    *("seccomp", "landlock_create_ruleset", "add_key", "request_key", "keyctl", "bpf", "perf_event_open"),
+    *("userfaultfd", "io_uring_setup", "io_setup", "inotify_init", "inotify_init1", "fanotify_init"),
+    *("setxattr", "lsetxattr", "fsetxattr", "setxattrat"),
     *("removexattr", "lremovexattr", "fremovexattr", "removexattrat"),
 )
 # System call, number of the argument, comparison and its values: forbidden with these arguments. Some are 32 bits wide.
 FORBIDDEN_ARGUMENTS = (
-    *((name, 0, NOT_EQUAL, 0, 0) for name in ("sched_setaffinity", "sched_setscheduler", "sched_setparam")),
-    *((name, 0, NOT_EQUAL, 0, 0) for name in ("sched_setattr", "prlimit64")),
+    *((name, 0, NOT_EQUAL, 0, 0) for name in ("sched_setaffinity", "prlimit64")),
     ("clone", 0, MASKED_EQUAL, 0x10000, 0),  # without CLONE_THREAD
+    ("prctl", 0, MASKED_EQUAL, 0xFFFFFFFF, SET_DEATH_SIGNAL),  # the process would outlive the host
     ("socketpair", 1, MASKED_EQUAL, 2, 2),  # datagrams, which can be sent to any address
     # F_SETOWN, F_SETSIG, F_SETOWN_EX and the ioctls: the kernel would send any signal to any process of the user.
     *(("fcntl", 1, MASKED_EQUAL, 0xFFFFFFFF, command) for command in (8, 10, 15)),
     *(("ioctl", 1, MASKED_EQUAL, 0xFFFFFFFF, command) for command in (0x8901, 0x8902)),
-    *(("fcntl", 1, MASKED_EQUAL, 0xFFFFFFFF, command) for command in (1024, 1026)),  # F_SETLEASE, F_NOTIFY
+    # F_SETLEASE, F_NOTIFY, F_SETPIPE_SZ: the user has 64 MiB of pipes, all programs together.
+    *(("fcntl", 1, MASKED_EQUAL, 0xFFFFFFFF, command) for command in (1024, 1026, 1031)),
 )
 
-SET_DEATH_SIGNAL, SET_DUMPABLE, SET_NO_NEW_PRIVS = 1, 4, 38  # prctl options
 CAPABILITY_VERSION = 0x20080522
+LANDLOCK_CREATE_RULESET, LANDLOCK_ADD_RULE, LANDLOCK_RESTRICT_SELF = 444, 445, 446  # numbers of system calls
+LANDLOCK_REFER = 1 << 13
 CLONE_NEWNS = 0x20000
 NOSUID_NODEV_NOEXEC = 14  # mount flags
 WITHOUT_NAMESPACES = (
@@ -79,12 +86,13 @@ def confine(limits: dict[str, int], *, isolated: bool, user: int | None) -> list
         _call(libc.prctl, SET_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
         _call(libc.prctl, SET_NO_NEW_PRIVS, 1, 0, 0, 0)
         _call(libc.capset, struct.pack("Ii", CAPABILITY_VERSION, 0), bytes(24))
+        missing = [] if isolated else [*WITHOUT_NAMESPACES, *_close_other_processes(libc)]
         _filter_syscalls()
     except OSError as error:
         if isolated:
             raise
         return [*WITHOUT_NAMESPACES, f"It can use the network and start programs: seccomp is not available ({error})."]
-    return [] if isolated else [*WITHOUT_NAMESPACES]
+    return missing
 
 
 def _set_limit(limit: int, value: int) -> None:
@@ -98,6 +106,19 @@ def _call(function: "ctypes._NamedFuncPointer", *arguments: int | bytes) -> None
     if function(*(ctypes.c_ulong(x) if isinstance(x, int) else x for x in arguments)):
         code = ctypes.get_errno()
         raise OSError(code, f"{function.__name__}: {os.strerror(code)}")
+
+
+def _close_other_processes(libc: ctypes.CDLL) -> list[str]:
+    """Forbid /proc/PID/mem and the like with Landlock, whose processes cannot look into those outside."""
+    # The only rule allows to move files between all folders, which would be forbidden otherwise.
+    ruleset = libc.syscall(LANDLOCK_CREATE_RULESET, struct.pack("Q", LANDLOCK_REFER), 8, 0)
+    root = os.open("/", os.O_PATH)
+    rule = struct.pack("=Qi", LANDLOCK_REFER, root)
+    if libc.syscall(LANDLOCK_ADD_RULE, ruleset, 1, rule, 0) or libc.syscall(LANDLOCK_RESTRICT_SELF, ruleset, 0):
+        return ["It can read and change the memory of your other programs: Landlock is not available."]
+    os.close(ruleset)
+    os.close(root)
+    return []
 
 
 def _mount_folder(libc: ctypes.CDLL, limits: dict[str, int], user: int | None) -> None:

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import cast
@@ -72,6 +72,7 @@ class Process:
         self.cells = 0
         self.output = _Output(limits.output_bytes)
         self.files: Path | None = None
+        self.pidfd: int | None = None  # of the worker, which is a child of bubblewrap: its number may be given away
         command: list[str] = []
         user = choose_user() if isolated else None
         if isolated:
@@ -79,6 +80,8 @@ class Process:
                 raise SandboxUnavailable("bubblewrap is not installed.")
             command = bubblewrap_command(program, folder, (WORKER, WORKER.with_name("confinement.py")), user)
         self.results, child_results = os.pipe()
+        self.opened = ExitStack()
+        self.opened.callback(os.close, self.results)
         settings = {"results": child_results, "limits": asdict(limits), "isolated": isolated, "user": user}
         environment = {  # not inherited: ours may contain keys
             "PATH": "/usr/bin:/bin",
@@ -101,10 +104,11 @@ class Process:
                 start_new_session=True,  # own process group: can be killed as a whole, does not receive our Ctrl-C
             )
         except OSError as error:
-            os.close(self.results)
+            self.opened.close()
             raise SandboxUnavailable(f"The sandbox process did not start: {error}.") from error
         finally:
             os.close(child_results)
+        self.opened.enter_context(self.popen)  # its pipes
         self.pid = self.popen.pid
         assert self.popen.stdin is not None  # PIPE
         assert self.popen.stdout is not None
@@ -115,10 +119,8 @@ class Process:
             answer, _ = self._request(b"", START_TIMEOUT)
             self.missing_protections = cast("dict[str, list[str]]", answer)["missing"]
             if isolated:
-                self.pid = _last_child(self.popen.pid)
-                self.descriptor = os.open(f"/proc/{self.pid}/root{folder}", os.O_RDONLY | os.O_DIRECTORY)
-                self.files = Path(f"/proc/self/fd/{self.descriptor}")
-        except (ProcessDied, KeyError, TypeError, OSError) as error:
+                self._open_worker(folder)
+        except (ProcessDied, KeyError, TypeError, ValueError, OSError) as error:
             self.close()
             reason = self.last_output().strip() or str(error)
             raise SandboxUnavailable(f"The sandbox process did not start: {reason}") from error
@@ -150,28 +152,38 @@ class Process:
     def kill(self) -> None:
         """Kill the process and everything it started. Its files can still be read."""
         self._signal(signal.SIGKILL)
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.popen.pid, signal.SIGKILL)  # bubblewrap, which ends the others
+        if self.popen.poll() is None:  # until then the number stays its own
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.popen.pid, signal.SIGKILL)
         self.popen.wait()
-        with selectors.DefaultSelector() as pipes:  # the worker ends after bubblewrap, and then closes its end
-            pipes.register(self.results, selectors.EVENT_READ)
-            for _ in range(100):
-                if not (pipes.select(INTERRUPT_TIMEOUT) and os.read(self.results, MAX_MESSAGE_BYTES)):
-                    break
+        if self.pidfd is not None:
+            with selectors.DefaultSelector() as end:  # may come after that of bubblewrap
+                end.register(self.pidfd, selectors.EVENT_READ)
+                end.select(INTERRUPT_TIMEOUT)
 
     def close(self) -> None:
         """Kill the process and remove its files."""
         self.kill()
-        with self.popen:  # closes its pipes
-            os.close(self.results)
-        if self.files is not None:
-            os.close(self.descriptor)
-            self.files = None
+        self.opened.close()
+
+    def _open_worker(self, folder: Path) -> None:
+        """Open the worker and its file system."""
+        self.pid = _last_child(self.popen.pid)
+        if sys.platform == "linux":
+            self.pidfd = os.pidfd_open(self.pid)
+            self.opened.callback(os.close, self.pidfd)
+        descriptor = os.open(f"/proc/{self.pid}/root{folder}", os.O_RDONLY | os.O_DIRECTORY)
+        self.opened.callback(os.close, descriptor)
+        self.files = Path(f"/proc/self/fd/{descriptor}")
+        if _last_child(self.popen.pid) != self.pid:
+            raise ValueError("the worker has ended")
 
     def _signal(self, number: int) -> None:
-        if self.popen.poll() is None:
-            with suppress(ProcessLookupError, PermissionError):
-                os.kill(self.pid, number)
+        if self.pidfd is None:
+            self.popen.send_signal(number)  # a child: does nothing once it has ended
+        elif sys.platform == "linux":
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self.pidfd, number)
 
     def _processor_seconds(self) -> float:
         """Return the processor time of the process, 0 if it has ended or this is not Linux."""
@@ -236,7 +248,7 @@ class Process:
 
 
 def _last_child(pid: int) -> int:
-    """Return the process at the end of the chain of children: bubblewrap, its process 1, the worker."""
+    """Return the process at the end of the chain of children: bubblewrap, as root its process 1, the worker."""
     while children := Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
         pid = int(children[0])
     return pid

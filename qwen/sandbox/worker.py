@@ -85,9 +85,6 @@ class Notebook:
 def main() -> None:
     """Serve cells until the other end of the pipe closes."""
     settings = json.loads(sys.argv[1])
-    commands = os.fdopen(os.dup(0), encoding="utf-8")
-    with open(os.devnull) as nothing:
-        os.dup2(nothing.fileno(), 0)
     output = sys.stdout
     os.dup2(output.fileno(), sys.stderr.fileno())
     for stream in (output, sys.stderr):
@@ -98,6 +95,9 @@ def main() -> None:
         missing = confine(settings["limits"], isolated=settings["isolated"], user=settings["user"])
     except (OSError, ValueError) as error:
         sys.exit(str(error))
+    commands = os.fdopen(os.dup(0), encoding="utf-8")
+    with open(os.devnull) as nothing:  # in the namespace that `confine` has made
+        os.dup2(nothing.fileno(), 0)
     os.write(settings["results"], json.dumps({"missing": missing}).encode() + b"\n")
     sys.path[0] = os.getcwd()
     sys.argv[:] = [""]
