@@ -91,23 +91,21 @@ If it is not running, start it: 'sudo systemctl start docker'. If permission is 
     fi
 }
 
+BUILD="build one with 'docker build -f docker/Dockerfile -t qwen:cuda .', or for a machine without a GPU with \
+'docker build -f docker/Dockerfile -t qwen:cpu --build-arg VARIANT=cpu .'"
+
 # Set VARIANT, which the image was built with.
 check_image() {
-    build="build one with 'docker build -f docker/Dockerfile -t qwen:cuda .', or for a machine without a GPU with \
-'docker build -f docker/Dockerfile -t qwen:cpu --build-arg VARIANT=cpu .'"
-    case $IMAGE in
-        qwenllm/*) fail "$IMAGE contains the original code of these models, not this repository: $build" ;;
-    esac
     if ! docker image inspect "$IMAGE" >/dev/null 2>&1; then
         case $IMAGE in
             */*) docker pull "$IMAGE" || fail "The image $IMAGE was not found and could not be pulled." ;;
-            *) fail "The image $IMAGE was not found: $build" ;;
+            *) fail "The image $IMAGE was not found: $BUILD" ;;
         esac
     fi
     VARIANT=$(docker image inspect --format '{{index .Config.Labels "qwen.variant"}}' "$IMAGE" 2>/dev/null) || VARIANT=
     case $VARIANT in
         cuda | cpu) ;;
-        *) fail "$IMAGE was not built with docker/Dockerfile: $build" ;;
+        *) fail "$IMAGE was not built with docker/Dockerfile: $BUILD" ;;
     esac
 }
 
@@ -170,6 +168,9 @@ field() {
 
 # Start the demo with the arguments "$@".
 start() {
+    case $IMAGE in
+        qwenllm/*) fail "$IMAGE contains the original code of these models, not this repository: $BUILD" ;;
+    esac
     check_docker
     check_image
     find_checkpoint

@@ -4,7 +4,9 @@ import argparse
 import re
 import threading
 from collections.abc import Callable
-from typing import TypedDict, Unpack
+from typing import Any, TypedDict, Unpack
+
+from .unknown_options import unknown_options_message
 
 BUNDLED_NOTE = (
     "This is the small bundled toy model. Real ones: -c Qwen/Qwen-1_8B-Chat, Qwen/Qwen-7B-Chat, Qwen/Qwen-14B-Chat, "
@@ -20,6 +22,7 @@ SCRIPTS = {
     "quantize": "run_gptq.py",
     "merge": "finetune/merge_lora.py",
     "export": "export.py",
+    "adopt": "adopt.py",
 }
 
 
@@ -32,6 +35,17 @@ class ParserSettings(TypedDict, total=False):
     allow_abbrev: bool
 
 
+class CommandParser(argparse.ArgumentParser):
+    """An ArgumentParser whose error for an unknown option says what to use instead."""
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            message = unknown_options_message(unknown, self._option_string_actions)
+            self.error(with_script_names(message, self.prog if self.prog.startswith("qwen ") else None))
+        return parsed
+
+
 def make_parser(description: str, prog: str | None, **settings: Unpack[ParserSettings]) -> argparse.ArgumentParser:
     """Create a parser that keeps the line breaks of its description.
 
@@ -40,7 +54,7 @@ def make_parser(description: str, prog: str | None, **settings: Unpack[ParserSet
         prog: "qwen export" for the command; None for a script.
         settings: further arguments of ArgumentParser.
     """
-    return argparse.ArgumentParser(
+    return CommandParser(
         prog=prog,
         description=with_script_names(description, prog),
         formatter_class=argparse.RawDescriptionHelpFormatter,

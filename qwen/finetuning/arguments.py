@@ -174,6 +174,9 @@ def read_settings(argv: list[str]) -> tuple[Settings, list[str]]:
         ArgumentError: an argument is unknown, or does not fit the others or this machine.
     """
     argv, notes = translate(argv)
+    for word in argv:
+        if instead := _OPTIONS_OF_SCRIPTS.get(word.partition("=")[0]):
+            raise ArgumentError(f"Unknown argument {word}. {instead}")
     parser = make_parser()
     namespace, unknown = parser.parse_known_args(argv)
     if unknown:
@@ -203,6 +206,17 @@ def make_parser() -> HfArgumentParser:
     """Build the parser of all arguments, ours and transformers'."""
     kinds = (ModelArguments, DataArguments, LoraArguments, TrainingArguments)
     return _Parser(cast("Iterable[DataClassType]", kinds), allow_abbrev=False)
+
+
+_GPUS = "The scripts in finetune/ that end in _ds.sh use all GPUs; the variable GPUS_PER_NODE sets another number."
+# Options of the scripts in finetune/ and of other programs → what to use.
+_OPTIONS_OF_SCRIPTS = {
+    "-m": "Use --model_name_or_path.",
+    "-d": "Use --data_path.",
+    "-o": "Use --output_dir.",
+    "--gpus": _GPUS,
+    "--num_gpus": _GPUS,
+}
 
 
 class _Parser(HfArgumentParser):

@@ -70,10 +70,16 @@ def files_named(text: str) -> set[str]:
     return {name for name in FILE.findall(text) if name.rpartition("/")[2] not in FOREIGN}
 
 
+FIRST_CELL = re.compile(r"^\|[^|]*", re.MULTILINE)
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES + NOTEBOOKS if page != "CHANGELOG.md"])
 def test_files_named_in_a_page_exist(page: str) -> None:
-    """In prose, code and tables. Only the changelog mentions removed files."""
+    """In prose, code and tables. Only the changelog mentions removed files, and the first column of docs/migration.md
+    those of the published repository."""
     text = re.sub(r"https?://\S+", "", (ROOT / page).read_text(encoding="utf-8").replace("\\n", "\n"))
+    if page == "docs/migration.md":
+        text = FIRST_CELL.sub("", text)
     ends = [name.removeprefix("./").removeprefix("../").removeprefix("../") for name in files_named(text)]
     gone = {name for name in ends if not any(f"/{file}".endswith(f"/{name}") for file in FILES)}
     assert not gone, f"{page} names missing files: {', '.join(sorted(gone))}"

@@ -22,7 +22,8 @@ from tests.support import ROOT
 
 PAGES = (
     *("README.md", "FAQ.md", "tokenization_note.md"),
-    *("docs/architecture.md", "docs/deployment.md", "docs/docker.md", "docs/openai_api.md", "docs/web_demo.md"),
+    *("docs/architecture.md", "docs/deployment.md", "docs/docker.md", "docs/migration.md"),
+    *("docs/openai_api.md", "docs/web_demo.md"),
 )
 """Files whose blocks are run. Their translations have the same blocks."""
 SEPARATE_CHAPTERS = {"README.md": ("", "quantization", "fine-tuning")}
