@@ -5,6 +5,7 @@ from pathlib import Path
 import nbformat
 import pytest
 from nbformat import NotebookNode
+from nbformat.v4 import new_code_cell, new_notebook
 
 from tests.support import ROOT
 from tests.support.notebooks import clean, notebooks, run_notebooks
@@ -32,6 +33,15 @@ def printed(notebook: NotebookNode) -> list[tuple[str, list[str]]]:
 
 def test_there_are_notebooks() -> None:
     assert {"quickstart", "tokenizer", "langchain_tools"} <= {path.stem for path in NOTEBOOKS}
+
+
+def test_kernels_are_forked(tmp_path: Path) -> None:
+    """Otherwise each imports torch anew, which only takes longer."""
+    (path := tmp_path / "a.ipynb").write_text(
+        nbformat.writes(new_notebook(cells=[new_code_cell("import sys\nprint('torch' in sys.modules)")]))
+    )
+    (done,) = run_notebooks([path])
+    assert printed(done)[0][1] == ["True\n"]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

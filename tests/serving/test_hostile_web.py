@@ -22,9 +22,8 @@ from qwen.serving.web.guard import LoginThrottle
 from qwen.serving.web.rendering import MAX_COST, rendering_cost
 from qwen.serving.web.request_types import MAX_BODY, Event, parse_request
 from qwen.serving.web.sessions import NobodyListens, Sessions, TooManyQuestions, network_of
-from tests.serving.test_web_demo import BROWSER, BROWSER_FLAGS, TIMEOUT, Chat, Server, run
+from tests.serving.test_web_demo import BROWSER, BROWSER_FLAGS, ECHO, TIMEOUT, Chat, Server, Users, run
 
-ECHO = "tests/support/echo_web_demo.py"
 JOIN, PREDICT, STREAM = "gradio_api/queue/join", "gradio_api/run/predict", "gradio_api/queue/data"
 SETTINGS = ["You are a helpful assistant.", 1, 0.5, 0, 1, 100, None]
 SEND, RESTORE = 0, 13  # numbers of events of the page
@@ -487,18 +486,15 @@ def browser() -> Iterator[Browser]:
         browser.close()
 
 
+@pytest.fixture(scope="module")
+def users(browser: Browser) -> Users:
+    return Users(browser)
+
+
 @pytest.fixture
-def visit(browser: Browser) -> Iterator[Callable[[Server], Chat]]:
-    contexts = []
-
-    def open_page(server: Server) -> Chat:
-        contexts.append(browser.new_context(locale="en-US"))
-        contexts[-1].set_default_timeout(TIMEOUT * 1000)
-        return Chat(contexts[-1].new_page(), server.url)
-
-    yield open_page
-    for context in contexts:
-        context.close()
+def visit(users: Users) -> Iterator[Callable[[Server], Chat]]:
+    yield lambda server: Chat(users.context("en-US").new_page(), server.url)
+    users.leave()
 
 
 LOGIN_FORM = (

@@ -1,7 +1,7 @@
 """Tests of web_demo.py as a process, with a browser.
 
-Three models are used: the bundled one, which chats; one that generates endlessly, for events during a reply; and one
-that has memorized three replies, for the rendering of their content. No page may fetch from other hosts in any test.
+Three servers are used: of the bundled model, which chats; of one that generates endlessly, for events during a reply;
+and one that repeats the question, for the rendering of content. No page may fetch from other hosts in any test.
 """
 
 import asyncio
@@ -22,10 +22,9 @@ from urllib.parse import urlsplit
 import gradio as gr
 import pytest
 import torch
-from playwright.sync_api import Browser, Locator, Page, Request, expect, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Locator, Page, Request, expect, sync_playwright
 
 from qwen.checkpoint.loading import load_model
-from qwen.data.samples import encode_conversation, pad_samples
 from qwen.model.qwen_generation_utils import DEFAULT_SYSTEM
 from qwen.serving.engine import Engine
 from qwen.serving.web.page import Page as WebPage
@@ -51,6 +50,7 @@ BROWSER_FLAGS = [
 TIMEOUT = 60  # seconds, for any wait
 
 PACED = "tests/support/paced_web_demo.py"
+ECHO = "tests/support/echo_web_demo.py"
 ENDLESS = 8000  # tokens: more than a reply gets before the test stops it
 MARKDOWN = """\
 Greetings:
@@ -75,7 +75,6 @@ ATTACK = """\
 <script>window.hacked = 1</script> <img src="x" onerror="window.hacked = 2"> <a href="javascript:hacked = 3">a</a>
 
 ![pixel](http://example.com/pixel.png) and #include <stdio.h>"""
-MEMORIZED = {"Show me Markdown.": MARKDOWN, "二次方程怎么解？": FORMULAS, "Show me HTML.": ATTACK}
 
 
 # Servers
@@ -136,11 +135,12 @@ class Server:
 
 @pytest.fixture(scope="module")
 def servers(tiny_chat_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Server]]:
-    """Two of the three servers, started concurrently."""
+    """The three servers, started concurrently."""
     logs = tmp_path_factory.mktemp("logs")
     servers = {
         "bundled": Server(logs / "bundled"),
         "endless": Server(logs / "endless", "-c", str(tiny_chat_checkpoint), "--max-batch-size", "2", script=PACED),
+        "echo": Server(logs / "echo", script=ECHO),
     }
     yield servers
     with contextlib.ExitStack() as stack:
@@ -156,28 +156,9 @@ def endless(servers: dict[str, Server]) -> Server:
 
 
 @pytest.fixture(scope="module")
-def memorized(bundled_chat: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server of the bundled model, trained to give exactly three replies that these tests check."""
-    model, tokenizer = load_model(bundled_chat, cpu_only=True, fp32=True)
-    turns = [[{"from": "user", "value": q}, {"from": "assistant", "value": a}] for q, a in MEMORIZED.items()]
-    batch = pad_samples([encode_conversation(turn, tokenizer, 512) for turn in turns], tokenizer.eod_id)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0)
-    model.train()
-    for _ in range(60):
-        loss = model(**batch).loss
-        if loss < 0.05:
-            break
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1)
-        optimizer.step()
-        optimizer.zero_grad()
-    folder = tmp_path_factory.mktemp("checkpoints") / "memorized"
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    server = Server(tmp_path_factory.mktemp("logs") / "memorized", "-c", str(folder))
-    yield server
-    server.interrupt()
-    server.check_ended()
+def echo(servers: dict[str, Server]) -> Server:
+    """A server whose replies are the questions."""
+    return servers["echo"]
 
 
 # Browser
@@ -261,20 +242,49 @@ class Chat:
         self.page.wait_for_function("window.conversationRestored")
 
 
+class Users:
+    """Browser contexts, one for each user of a test. The next test gets them without what the users stored, but with
+    the scripts of the pages in their caches, which take a second to load and compile."""
+
+    def __init__(self, browser: Browser):
+        self._browser = browser
+        self._free: dict[str, list[BrowserContext]] = {}
+        self._used: list[tuple[str, BrowserContext]] = []
+
+    def context(self, language: str) -> BrowserContext:
+        """Return the context of a user who has not visited any page."""
+        free = self._free.setdefault(language, [])
+        context = free.pop() if free else self._browser.new_context(locale=language)
+        context.set_default_timeout(TIMEOUT * 1000)
+        self._used.append((language, context))
+        return context
+
+    def leave(self) -> None:
+        """Close all pages and delete what they stored."""
+        while self._used:
+            language, context = self._used.pop()
+            for page in context.pages:
+                page.close()
+            context.set_storage_state({"cookies": [], "origins": []})
+            self._free[language].append(context)
+
+
+@pytest.fixture(scope="module")
+def users(browser: Browser) -> Users:
+    return Users(browser)
+
+
 @pytest.fixture
-def visit(browser: Browser) -> Iterator[Callable[..., Chat]]:
+def visit(users: Users) -> Iterator[Callable[..., Chat]]:
     """Opens each page as a different user; checks that pages fetch nothing from other hosts."""
-    contexts, fetched, blocked, errors = [], set(), set(), []
+    fetched, blocked, errors = set(), set(), []
 
     def failed(request: Request) -> None:
         if request.failure == "csp":
             blocked.add(request.url)
 
     def open_page(server: Server, language: str = "en-US") -> Chat:
-        context = browser.new_context(locale=language)
-        contexts.append(context)
-        context.set_default_timeout(TIMEOUT * 1000)
-        page = context.new_page()
+        page = users.context(language).new_page()
         page.on("request", lambda request: fetched.add(request.url))
         page.on("requestfailed", failed)
         page.on("pageerror", lambda error: errors.append(error))
@@ -282,8 +292,7 @@ def visit(browser: Browser) -> Iterator[Callable[..., Chat]]:
 
     expect.set_options(timeout=TIMEOUT * 1000)
     yield open_page
-    for context in contexts:
-        context.close()
+    users.leave()
     assert not errors
     other_hosts = {url for url in fetched - blocked if urlsplit(url).hostname not in ("127.0.0.1", None, "")}
     assert not other_hosts
@@ -485,12 +494,12 @@ def test_reloading_keeps_the_text_and_stops_the_reply(visit: Callable, endless: 
     assert endless.becomes_idle()
 
 
-# Content of replies, with the model that has memorized them
+# Content of replies, with the server that repeats questions
 
 
-def test_markdown_and_code(visit: Callable, memorized: Server) -> None:
-    chat = visit(memorized).settings(temperature=0)
-    chat.ask("Show me Markdown.")
+def test_markdown_and_code(visit: Callable, echo: Server) -> None:
+    chat = visit(echo)
+    chat.ask(MARKDOWN)
     expect(chat.bot.locator("td")).to_have_text(["English", "hello", "中文", "你好"])
     code = chat.bot.locator("pre code.language-python")
     assert code.inner_text().strip() == MARKDOWN.partition("python\n")[2].removesuffix("\n```")
@@ -498,9 +507,9 @@ def test_markdown_and_code(visit: Callable, memorized: Server) -> None:
     expect(chat.bot.locator("button[title=copy]")).to_be_visible()
 
 
-def test_formulas(visit: Callable, memorized: Server) -> None:
-    chat = visit(memorized, "zh-CN").settings(temperature=0)
-    chat.ask("二次方程怎么解？")
+def test_formulas(visit: Callable, echo: Server) -> None:
+    chat = visit(echo, "zh-CN")
+    chat.ask(FORMULAS)
     expect(chat.bot.locator(".katex")).to_have_count(4)
     expect(chat.bot.locator(".katex-display")).to_have_count(2)
     expect(chat.bot.locator(".katex-error")).to_have_count(0)
@@ -508,9 +517,9 @@ def test_formulas(visit: Callable, memorized: Server) -> None:
     assert "\\(" not in chat.reply()
 
 
-def test_html_in_a_reply_is_not_executed(visit: Callable, memorized: Server) -> None:
-    chat = visit(memorized).settings(temperature=0)
-    for text in (chat.ask("Show me HTML."), chat.ask(ATTACK) and chat.user.last.inner_text()):
+def test_html_is_not_executed(visit: Callable, echo: Server) -> None:
+    chat = visit(echo)
+    for text in (chat.ask(ATTACK), chat.user.last.inner_text()):
         assert "#include <stdio.h>" in text
     expect(chat.bot.first.locator("img[alt=pixel]")).to_be_attached()  # the policy blocks fetching it
     for link in chat.page.locator("#chat a").all():

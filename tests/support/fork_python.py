@@ -5,7 +5,7 @@ standard files, waits for the forked process, and exits with the same status. Th
 of the command, so that Ctrl-C and a kill of the group reach it; across sessions, the command forwards signals instead.
 Interpreter options except -u, -c, and code from standard input are passed to the real interpreter.
 
-    python -I -S fork_python.py SOCKET REAL_PYTHON ARGUMENTS     # what the command runs
+    python -I -S fork_python.py SOCKET REAL_PYTHON EXECUTABLE ARGUMENTS     # what the command runs
 """
 
 import json
@@ -16,14 +16,29 @@ import sys
 from pathlib import Path
 
 
-def write_command(path: Path, address: Path) -> None:
-    """Write an executable `python` that forks from the process serving at `address`, the path of a socket."""
-    path.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S {__file__} {address} {sys.executable} "$@"\n')
+def write_command(path: Path, address: Path, nested: bool = False) -> None:
+    """Write an executable `python` that forks from the process serving at `address`, the path of a socket.
+
+    Args:
+        path: where to write it.
+        address: path of the socket.
+        nested: make it the `sys.executable` of the forked processes, so that what they start with that is forked, too.
+            The sandbox cannot use it.
+    """
+    executable = path if nested else sys.executable
+    arguments = f"{__file__} {address} {sys.executable} {executable}"
+    path.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S {arguments} "$@"\n')
     path.chmod(0o755)
 
 
-def run_in_fork(address: str, real: str, words: list[str]) -> int:
+def run_in_fork(address: str, real: str, executable: str, words: list[str]) -> int:
     """Run `python WORDS`.
+
+    Args:
+        address: path of the socket.
+        real: path of the real interpreter.
+        executable: `sys.executable` of the forked process.
+        words: options and arguments.
 
     Returns:
         The exit status, or the negative number of the signal that ended it.
@@ -34,7 +49,7 @@ def run_in_fork(address: str, real: str, words: list[str]) -> int:
         os.execv(real, [real, *words])
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the forked process handles it
     request = {"words": call, "unbuffered": unbuffered, "folder": os.getcwd(), "environment": dict(os.environ)}
-    request["group"] = os.getpgrp()
+    request |= {"group": os.getpgrp(), "executable": executable}
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(address)
         lines = connection.makefile("rw", encoding="utf-8")
@@ -90,7 +105,7 @@ def _handle(connection: socket.socket) -> None:
 
 
 def _run_python(
-    files: list[int], *, words: list[str], unbuffered: bool, folder: str, environment: dict[str, str]
+    files: list[int], *, executable: str, words: list[str], unbuffered: bool, folder: str, environment: dict[str, str]
 ) -> None:
     """Do what `python WORDS` does, in this process."""
     import runpy
@@ -105,6 +120,7 @@ def _run_python(
     set_up_fork(Path(folder), environment)
     open_standard_files()
     sys.stdout.reconfigure(write_through=unbuffered)
+    sys.executable = executable
     if words[0] == "-m":
         sys.argv = words[1:]
         sys.path.insert(0, folder)
@@ -117,7 +133,7 @@ def _run_python(
 
 
 if __name__ == "__main__":
-    status = run_in_fork(sys.argv[1], sys.argv[2], sys.argv[3:])
+    status = run_in_fork(*sys.argv[1:4], sys.argv[4:])
     if status < 0:
         if -status != signal.SIGKILL:
             signal.signal(-status, signal.SIG_DFL)

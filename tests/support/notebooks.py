@@ -6,6 +6,7 @@ Only the outputs of cells are saved, not times or the state of widgets.
 """
 
 import asyncio
+import contextlib
 import json
 import os
 import re
@@ -13,9 +14,10 @@ import tempfile
 from pathlib import Path
 
 import nbformat
+from jupyter_client.kernelspec import KernelSpecManager
+from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 from nbformat import NotebookNode
-from traitlets.config import Config
 
 from tests.support import ROOT
 from tests.support.processes import forking_python
@@ -35,8 +37,9 @@ def notebooks() -> list[Path]:
 
 def run_notebooks(paths: list[Path]) -> list[NotebookNode | BaseException]:
     """Run notebooks in parallel. Returns each notebook with new outputs, or the exception if it failed."""
-    with tempfile.TemporaryDirectory(prefix="qwen-notebooks-") as name, forking_python(Path(name)) as python:
-        folder = Path(name)
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="qwen-notebooks-")))
+        python = stack.enter_context(forking_python(folder, nested=True))
         (folder / KERNEL["name"]).mkdir()
         words = [str(python), "-m", "ipykernel_launcher", "-f", "{connection_file}"]
         (folder / KERNEL["name"] / "kernel.json").write_text(json.dumps({"argv": words, **KERNEL}))
@@ -51,22 +54,21 @@ async def _run(path: Path, folder: Path) -> NotebookNode:
     client = NotebookClient(
         nbformat.read(path, as_version=4),
         timeout=CELL_SECONDS,
-        kernel_name=KERNEL["name"],
         coalesce_streams=True,
         record_timing=False,
         store_widget_state=False,
         resources={"metadata": {"path": str(EXAMPLES)}},
-        # Unix sockets, which other users cannot read; over TCP the kernel prints a warning about that.
-        config=Config(
-            {
-                "KernelManager": {"transport": "ipc", "ip": str(folder / path.stem)},
-                "KernelSpecManager": {"kernel_dirs": [str(folder)]},
-            }
+        km=AsyncKernelManager(
+            kernel_name=KERNEL["name"],
+            kernel_spec_manager=KernelSpecManager(kernel_dirs=[str(folder)]),
+            # Unix sockets, which other users cannot read; over TCP the kernel prints a warning about that.
+            transport="ipc",
+            ip=str(folder / path.stem),
         ),
     )
     variables = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "IPYTHONDIR": str(folder)}
     variables["CUDA_VISIBLE_DEVICES"] = ""  # the saved outputs were computed in float32
-    return without_torchao(await client.async_execute(env={**os.environ, **variables}))
+    return without_torchao(await client.async_execute(env={**os.environ, **variables}, cleanup_kc=True))
 
 
 def without_torchao(notebook: NotebookNode) -> NotebookNode:

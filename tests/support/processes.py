@@ -221,15 +221,19 @@ def run_script(
 
 
 @contextlib.contextmanager
-def forking_python(folder: Path) -> Iterator[Path]:
+def forking_python(folder: Path, nested: bool = False) -> Iterator[Path]:
     """Write a `python` command into a folder that forks its processes from one started here.
+
+    Args:
+        folder: where to write it.
+        nested: also fork what these processes start with `sys.executable`.
 
     Yields:
         The path of the command.
     """
     address, command = folder / "forks", folder / "python"
     process = ForkedProcess(serve_at, address, folder=folder, environment={})
-    write_command(command, address)
+    write_command(command, address, nested)
     try:
         while not address.exists():
             assert process.poll() is None, "the process to fork from has ended"

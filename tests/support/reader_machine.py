@@ -59,7 +59,8 @@ class Machine:
     def environment(self) -> dict[str, str]:
         """Environment variables for commands of the documentation."""
         ours = ("QWEN_", "HF_", "OPENAI_", "DASHSCOPE_", "MODELSCOPE_", "PIP_", "XDG_", "PYTEST_", "PYTHON")
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+        shared = "QWEN_KERNELS_CACHE"  # set by conftest.py: compiled once, not once a machine
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(ours) or name == shared}
         kept.pop("VIRTUAL_ENV", None)
         return (
             kept
