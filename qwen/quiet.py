@@ -21,13 +21,14 @@ _WARNINGS = (
     r"Setting `save_embedding_layers` to `True`",  # from peft, if the vocabulary was extended
     r"Could not find a config file in",  # peft checks on the hub whether the vocabulary was extended
 )
-# Parts of log records during training, by logger.
-_RECORDS = {
-    "transformers.modeling_utils": "`loss_type=",
-    "transformers.trainer": "The model is already on multiple devices",
-    "transformers.trainer_utils": "mtime may not be reliable",
-    "accelerate.accelerator": "Gradient accumulation steps mismatch",  # Trainer passes 1, DeepSpeed its own value
-}
+# Loggers, and parts of their records during training.
+_RECORDS = (
+    ("transformers.modeling_utils", "`loss_type="),
+    ("transformers.modeling_utils", "LOAD REPORT"),  # CheckpointError says what is missing
+    ("transformers.trainer", "The model is already on multiple devices"),
+    ("transformers.trainer_utils", "mtime may not be reliable"),
+    ("accelerate.accelerator", "Gradient accumulation steps mismatch"),  # Trainer passes 1, DeepSpeed its own value
+)
 
 
 @contextlib.contextmanager
@@ -69,7 +70,7 @@ def quiet_training(main: bool) -> None:
 
     for prefix in _WARNINGS:
         warnings.filterwarnings("ignore", prefix)
-    for name, text in _RECORDS.items():
+    for name, text in _RECORDS:
         logging.getLogger(name).addFilter(_exclude(text))
     logging.getLogger("accelerate").setLevel(logging.WARNING)  # logs every file if a library sets the root to INFO
     quiet_gptqmodel()

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .arguments import with_script_names
@@ -14,8 +15,6 @@ from .arguments import with_script_names
 if TYPE_CHECKING:  # takes seconds to import
     from qwen.model.modeling_qwen import QWenLMHeadModel
     from qwen.model.tokenization_qwen import QWenTokenizer
-
-NOTHING_WRITTEN = "\nStopped. Nothing was written."
 
 
 def print_message(text: str) -> None:
@@ -42,7 +41,7 @@ def open_closed_streams() -> None:
             if opened != descriptor:
                 os.close(opened)
         if getattr(sys, name) is None:
-            setattr(sys, name, open(descriptor, "w" if descriptor else "r", encoding="utf-8", closefd=False))  # noqa: SIM115  as long as the process
+            setattr(sys, name, os.fdopen(descriptor, "w" if descriptor else "r", encoding="utf-8", closefd=False))
 
 
 def print_starting() -> None:
@@ -62,7 +61,7 @@ class CommandResult:
 def explain_errors(
     *,
     install_hint: str = "",
-    interrupt_message: str = "Stopped.",
+    interrupt_message: str | Callable[[], str] = "Stopped.",
     print_error: Callable[[str], None] = print_message,
     print_note: Callable[[str], None] = print_message,
     errors: tuple[type[Exception], ...] = (OSError, ValueError),
@@ -74,7 +73,7 @@ def explain_errors(
 
     Args:
         install_hint: instructions for a missing package, see `how_to_install`.
-        interrupt_message: message after Ctrl-C.
+        interrupt_message: message after Ctrl-C, or a function that returns it.
         print_error: prints an error.
         print_note: prints `interrupt_message`.
         errors: exceptions whose text is the message; the defaults cover those of the library, like CheckpointError.
@@ -86,7 +85,7 @@ def explain_errors(
         yield result
     except KeyboardInterrupt:
         result.status = 130
-        print_note(interrupt_message)
+        print_note(interrupt_message if isinstance(interrupt_message, str) else interrupt_message())
     except errors as error:
         result.status = 1
         print_error(with_script_names(str(error), prog))
@@ -96,6 +95,28 @@ def explain_errors(
     except MemoryError as error:
         result.status = 1
         print_error(str(error) or "The main memory is full.")
+
+
+def interrupt_message_for(result: Path) -> Callable[[], str]:
+    """Return a function that returns the message after Ctrl-C: whether the result has been written since this call.
+
+    Args:
+        result: the file of the result that takes its place last. It appears whole or not at all.
+    """
+
+    def identify() -> tuple[int, int] | None:
+        try:
+            found = result.expanduser().stat()
+        except OSError:
+            return None
+        return found.st_ino, found.st_mtime_ns
+
+    before = identify()
+    return lambda: (
+        "\nStopped. Nothing was written."
+        if identify() in (before, None)
+        else f"\nStopped, but too late: {result} and what belongs to it had been written."
+    )
 
 
 def how_to_install(extra: str | None, make: str | None = None) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .arguments import add_checkpoint_argument, add_hub_argument, add_overwrite_argument, make_parser
-from .console import NOTHING_WRITTEN, explain_errors, how_to_install, print_message, print_starting
+from .console import explain_errors, how_to_install, interrupt_message_for, print_message, print_starting
 
 
 def parse_arguments(argv: Sequence[str] | None, prog: str | None) -> argparse.Namespace:
@@ -39,6 +39,8 @@ def parse_arguments(argv: Sequence[str] | None, prog: str | None) -> argparse.Na
     add_hub_argument(parser)
     add_overwrite_argument(parser)
     arguments = parser.parse_args(argv)
+    if Path(arguments.out_path).suffix.lower() in (".bin", ".ggml"):
+        parser.error(f"{arguments.out_path}: qwen.cpp's format is replaced by llama.cpp's: name a file ending in .gguf")
     if arguments.type is not None and not is_gguf(arguments.out_path):
         parser.error("--type is for GGUF: name a file that ends in .gguf, or omit --type to keep the weights' type")
     return arguments
@@ -53,8 +55,11 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Export a model. Returns the exit status: 0 on success, 1 on error, 130 after Ctrl-C."""
     arguments = parse_arguments(argv, prog)
     print_starting()
+    out = Path(arguments.out_path)
     with explain_errors(
-        install_hint=how_to_install("export", "export"), interrupt_message=NOTHING_WRITTEN, prog=prog
+        install_hint=how_to_install("export", "export"),
+        interrupt_message=interrupt_message_for(out if is_gguf(arguments.out_path) else out / "config.json"),
+        prog=prog,
     ) as result:
         remarks = run(arguments)
     if not result.status:

@@ -10,9 +10,10 @@ The weights have the precision of the base unless --dtype names another. An adap
 import argparse
 import contextlib
 from collections.abc import Sequence
+from pathlib import Path
 
 from .arguments import add_hub_argument, add_overwrite_argument, file_size, make_parser
-from .console import NOTHING_WRITTEN, explain_errors, how_to_install, print_message
+from .console import explain_errors, how_to_install, interrupt_message_for, print_message
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -43,7 +44,11 @@ def parse_arguments(argv: Sequence[str] | None, prog: str | None) -> argparse.Na
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Merge an adapter. Returns the exit status: 0 on success, 1 on error, 130 after Ctrl-C."""
     arguments = parse_arguments(argv, prog)
-    with explain_errors(install_hint=how_to_install("peft"), interrupt_message=NOTHING_WRITTEN, prog=prog) as result:
+    with explain_errors(
+        install_hint=how_to_install("peft"),
+        interrupt_message=interrupt_message_for(Path(arguments.out, "config.json")),
+        prog=prog,
+    ) as result:
         run(arguments)
     if not result.status:
         with contextlib.suppress(KeyboardInterrupt):  # too late to stop anything

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .arguments import add_hub_argument, add_overwrite_argument, make_parser, with_script_names
-from .console import NOTHING_WRITTEN, explain_errors, how_to_install, print_message, print_starting
+from .console import explain_errors, how_to_install, interrupt_message_for, print_message, print_starting
 
 if TYPE_CHECKING:  # it takes seconds to import
     from qwen import Checkpoint
@@ -72,7 +72,9 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     arguments = parse_arguments(argv, prog)
     print_starting()
     with explain_errors(
-        install_hint=how_to_install("gptq", "quantize"), interrupt_message=NOTHING_WRITTEN, prog=prog
+        install_hint=how_to_install("gptq", "quantize"),
+        interrupt_message=interrupt_message_for(Path(arguments.out_path, "config.json")),
+        prog=prog,
     ) as result:
         outcome = run(arguments)
     if not result.status:

@@ -29,6 +29,11 @@ def check_arguments(kwargs: Mapping[str, object]) -> None:
             raise ValueError(
                 f"transformers 5 has no argument {name}: pass quantization_config=BitsAndBytesConfig({name}=True)."
             )
+    if "num_gpus" in kwargs:
+        raise ValueError(
+            'There is no argument num_gpus: device_map="auto" uses all visible GPUs, and the environment variable '
+            "CUDA_VISIBLE_DEVICES=0,1 selects some."
+        )
     flags = [name for name in PRECISIONS if kwargs.get(name)]
     if len(flags) > 1:
         raise ValueError(

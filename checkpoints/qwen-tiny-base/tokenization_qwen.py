@@ -24,7 +24,14 @@ import tiktoken
 from transformers import AddedToken, BatchEncoding, PreTrainedTokenizer
 from transformers.utils import to_py_obj
 
-from .json_qwen import MAX_VOCABULARY_BYTES, check_json_files, local_folder, read_json_object, read_small_file
+from .json_qwen import (
+    MAX_VOCABULARY_BYTES,
+    check_json_files,
+    first_line,
+    local_folder,
+    read_json_object,
+    read_small_file,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -231,10 +238,12 @@ class QWenTokenizer(PreTrainedTokenizer):
         kwargs.setdefault("extra_vocab_file", None)
         try:
             return super().from_pretrained(pretrained_model_name_or_path, *init_inputs, **kwargs)
-        except (AttributeError, LookupError, OverflowError, RecursionError, TypeError, UnicodeError) as error:
-            if init_inputs or not by_caller <= DOWNLOAD_OPTIONS:  # perhaps an error of the caller's
+        except (AttributeError, LookupError, OverflowError, RecursionError, TypeError, ValueError) as error:
+            names_file = isinstance(error, ValueError) and os.fspath(pretrained_model_name_or_path) in str(error)
+            # Perhaps an error of the caller's, or it has all that is to be said.
+            if init_inputs or not by_caller <= DOWNLOAD_OPTIONS or names_file:
                 raise
-            reason = (str(error).strip() or type(error).__name__).partition("\n")[0][:200]
+            reason = (first_line(error) or type(error).__name__)[:300]
             files = ", ".join((TOKENIZER_CONFIG, *TOKEN_FILES))
             raise ValueError(
                 f"The tokenizer files of {pretrained_model_name_or_path} ({files}) have an invalid value ({reason}). "

@@ -3,19 +3,34 @@
 import os
 import pickle
 import re
+import warnings
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedConfig
 
-from .json_qwen import MAX_INDEX_BYTES, read_json_object
+from .json_qwen import MAX_INDEX_BYTES, first_line, read_json_object
 
+MAX_NAME = 255  # characters of the name of a file
 INDEX_SUFFIX = ".index.json"
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # in transformers' order of preference
 
+_SIZES: dict[str, tuple[int, str, Callable[[PreTrainedConfig], int]]] = {
+    "wte.weight": (0, "vocab_size", lambda config: config.vocab_size),
+    "ln_f.weight": (0, "hidden_size", lambda config: config.hidden_size),
+    "c_attn.bias": (
+        0,
+        "3 * num_attention_heads * kv_channels",
+        lambda config: 3 * config.num_attention_heads * config.kv_channels,
+    ),
+    "w1.weight": (0, "intermediate_size / 2", lambda config: config.intermediate_size // 2),
+    "w1.qweight": (1, "intermediate_size / 2", lambda config: config.intermediate_size // 2),
+}
+"""Tensors that show the sizes of a model, by the ends of their names: the dimension and what it must be."""
 _LAYER = re.compile(r"(?:^|\.)h\.(\d{1,9})\.")
 
 
@@ -34,10 +49,17 @@ def open_bin(path: str | os.PathLike) -> dict[str, torch.Tensor]:
                 # torch does not compress: an archive that grows on reading was made to fill the memory.
                 if sum(entry.file_size for entry in archive.infolist()) > os.path.getsize(path):
                     raise pickle.UnpicklingError("compressed")
-        tensors = torch.load(path, mmap=is_zip, weights_only=True, map_location="cpu")
-        return {str(name): tensor for name, tensor in tensors.items() if isinstance(tensor, torch.Tensor)}
+        with warnings.catch_warnings():  # of TorchScript and of new pickles, which are refused here
+            warnings.simplefilter("ignore")
+            tensors = torch.load(path, mmap=is_zip, weights_only=True, map_location="cpu")
+        for name, tensor in tensors.items():
+            if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+                raise TypeError(f"{name!r} is no tensor")
+            if tensor.nbytes > tensor.untyped_storage().nbytes():  # strides of 0: a copy would fill the memory
+                raise RuntimeError(f"{name[:60]!r} is larger than its data")
+        return tensors
     except Exception as error:  # of any type, if someone made the file
-        reason = str(error).strip().partition("\n")[0].partition(". ")[0][:200]
+        reason = first_line(error).partition(". ")[0][:200]
         if isinstance(error, (RuntimeError, OSError)) and "weights_only" not in reason:
             raise damaged(path, reason) from error
         raise OSError(  # not torch's message, which advises to execute the file
@@ -49,57 +71,89 @@ def open_bin(path: str | os.PathLike) -> dict[str, torch.Tensor]:
 def damaged(path: str | os.PathLike, reason: object) -> OSError:
     """Return the error of a weight file that cannot be read."""
     return OSError(
-        f"{os.fspath(path)} cannot be read ({reason}): its download stopped early, or it is damaged. Delete it and "
-        "download it again."
+        f"{os.fspath(path)} cannot be read ({first_line(reason)[:200]}): its download stopped early, or it is damaged. "
+        "Delete it and download it again."
     )
 
 
-def tensor_names(path: Path) -> Iterable[str]:
-    """Return the names of the tensors in a weight file.
+def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the tensors in a weight file by their names.
 
     Raises:
         OSError: the file cannot be read.
     """
     if path.suffix != ".safetensors":
-        return open_bin(path)
+        return {name: tuple(tensor.shape) for name, tensor in open_bin(path).items()}
     try:
         with safe_open(path, framework="pt") as file:
-            return list(file.keys())
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  no mapping
     except SafetensorError as error:
         raise damaged(path, error) from error
 
 
-def check_weight_files(folder: Path, num_layers: int) -> None:
-    """Check the weights that transformers would load from a folder, which takes long for those of a wrong size.
+def check_weight_files(folder: Path, config: PreTrainedConfig) -> None:
+    """Check the weights that transformers would load from a folder, before a model of the sizes in `config` is built.
+
+    A wrong size would take minutes and all memory before transformers notices it.
 
     Args:
         folder: of a checkpoint. Without weight files of the usual names, nothing is checked.
-        num_layers: of the model to build.
+        config: of the model to build.
 
     Raises:
         ValueError: an index is invalid.
-        OSError: a file cannot be read, or there are fewer layers.
+        OSError: a file cannot be read, or has fewer layers or other sizes than `config`.
     """
     names: Iterable[str]
+    shapes: dict[str, tuple[int, ...]] = {}
     for single in WEIGHTS:
         if (folder / single).is_file():
-            names = tensor_names(folder / single)
+            names = shapes = tensor_shapes(folder / single)
             break
         if (folder / f"{single}{INDEX_SUFFIX}").is_file():
             index = folder / f"{single}{INDEX_SUFFIX}"
             names = files = files_of_index(read_json_object(index, MAX_INDEX_BYTES), index)
+            # .bin files are opened here since transformers' errors for them advise to execute code.
+            needed = {file for name, file in files.items() if name.endswith(tuple(_SIZES)) or file.endswith(".bin")}
             for file in sorted(set(files.values())):
-                if (folder / file).suffix != ".safetensors" and (folder / file).is_file():
-                    open_bin(folder / file)
+                if (folder / file).exists() and not (folder / file).is_file():  # transformers would read a pipe
+                    raise damaged(folder / file, "no regular file")
+                if file in needed and (folder / file).is_file():
+                    shapes |= tensor_shapes(folder / file)
             break
     else:
         return
+    check_layers(names, config, f"the weight files in {folder} have")
+    check_sizes(shapes, config, folder)
+
+
+def check_layers(names: Iterable[str], config: PreTrainedConfig, subject: str) -> None:
+    """Raise OSError if there are fewer layers among the names of tensors than in the config.
+
+    Args:
+        subject: what has the tensors, for the error message, e.g. "the weight files have".
+    """
     layers = {int(match[1]) for name in names if (match := _LAYER.search(name))}
-    if num_layers > len(layers):
+    if config.num_hidden_layers > len(layers):
         raise OSError(
-            f"num_hidden_layers is {num_layers} in the config, but the weight files in {folder} have {len(layers)} "
-            "layers: the two come from different models. Download the whole checkpoint again."
+            f"num_hidden_layers is {config.num_hidden_layers} in the config, but {subject} {len(layers)} layers: the "
+            "two come from different models. Download the whole checkpoint again."
         )
+
+
+def check_sizes(shapes: Mapping[str, tuple[int, ...]], config: PreTrainedConfig, folder: Path) -> None:
+    """Raise OSError if the first tensors that show the sizes of a model have others than the config.
+
+    The tensors of further layers are compared when they are loaded.
+    """
+    for suffix, (dimension, field, size_in) in _SIZES.items():
+        expected = size_in(config)
+        name = next((name for name in shapes if name.endswith(suffix)), None)
+        if name is not None and len(shapes[name]) > dimension and shapes[name][dimension] != expected:
+            raise OSError(
+                f"{field} is {expected} in the config, but {shapes[name][dimension]} in {name} of the weight files in "
+                f"{folder}: the two come from different models. Download the whole checkpoint again."
+            )
 
 
 def files_of_index(index: dict[str, Any], path: Path) -> dict[str, str]:
@@ -120,4 +174,4 @@ def files_of_index(index: dict[str, Any], path: Path) -> dict[str, str]:
 
 
 def _is_file_name(name: object) -> bool:
-    return isinstance(name, str) and Path(name).name == name and "\0" not in name
+    return isinstance(name, str) and Path(name).name == name and name.isprintable() and len(name) <= MAX_NAME

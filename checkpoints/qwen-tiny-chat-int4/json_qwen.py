@@ -14,8 +14,9 @@ from typing import Any
 
 MAX_JSON_BYTES = 1 << 20
 MAX_INDEX_BYTES = 8 << 20  # of lists of tensors
-MAX_VOCABULARY_BYTES = 64 << 20
+MAX_VOCABULARY_BYTES = 8 << 20  # the published one has 2.6 MB
 MAX_DEPTH = 64  # levels of brackets
+MAX_MESSAGE = 1000  # characters of an error
 
 
 def read_small_file(path: str | os.PathLike, max_bytes: int = MAX_JSON_BYTES) -> bytes:
@@ -88,6 +89,25 @@ def read_json_object(path: str | os.PathLike, max_bytes: int = MAX_JSON_BYTES) -
         OSError: it cannot be read.
     """
     return parse_json_object(read_small_file(path, max_bytes), os.fspath(path))
+
+
+def first_line(reason: object) -> str:
+    """Return the first line of a text, or of an error's, with control characters escaped, which a file may have put
+    there and a terminal would act on."""
+    return _printable(next(iter(str(reason).strip().splitlines()), ""))
+
+
+def one_line(text: str) -> str:
+    """Return an error message as one line of at most MAX_MESSAGE characters: it may quote what a file holds.
+
+    Of a longer one, the start and the end, which has the advice, are kept.
+    """
+    line = _printable(" ".join(text.split()) if not text.isprintable() else text)
+    return line if len(line) <= MAX_MESSAGE else f"{line[: MAX_MESSAGE // 2]} … {line[-(MAX_MESSAGE // 2) + 3 :]}"
+
+
+def _printable(text: str) -> str:
+    return text if text.isprintable() else "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 def local_folder(name_or_path: object, subfolder: str | None = None) -> Path | None:

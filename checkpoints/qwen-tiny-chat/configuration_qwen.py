@@ -6,7 +6,7 @@ Both published formats of `config.json` load into the same class.
 import copy
 import dataclasses
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import NoneType
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Optional, TypeAlias, TypeVar, cast
 
@@ -14,6 +14,7 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
+from .json_qwen import first_line
 from .loading_options_qwen import PRECISIONS, as_dtype, check_arguments
 
 # Field names of the very first release and their current names.
@@ -25,6 +26,17 @@ FIRST_RELEASE_NAMES = {
     "ffn_hidden_size": "intermediate_size",
     "embd_pdrop": "emb_dropout_prob",
     "attn_pdrop": "attn_dropout_prob",
+}
+
+# How to split the layers over several devices; parallel_qwen.py registers the styles with "qwen" in their name.
+TENSOR_PARALLEL_PLAN = {
+    "wte": "embedding_rowwise",
+    "h.*.attn.c_attn": "qwen_qkv",
+    "h.*.attn.c_proj": "rowwise",
+    "h.*.mlp.w1": "colwise",
+    "h.*.mlp.w2": "colwise",
+    "h.*.mlp.c_proj": "rowwise",
+    "h.*.attn": "qwen_heads",  # last: vLLM takes the first pattern that the name of a module begins with
 }
 
 MAX_NUMBER = 2**31 - 1
@@ -40,6 +52,10 @@ if TYPE_CHECKING:
     SetLater: TypeAlias = Annotated[T, "set by __post_init__"]
 else:
     SetLater = Optional  # `@strict` also checks the default
+
+
+class ConfigError(ValueError):
+    """A value in a config is invalid. The message names the field."""
 
 
 def check_model_type(model_type: object, name: str) -> None:
@@ -67,7 +83,7 @@ def check_size(name: str, value: object) -> None:
     """
     for number in value if isinstance(value, list) else [value]:
         if isinstance(number, (int, float)) and not abs(number) <= MAX_NUMBER:  # NaN is not, either
-            raise ValueError(f"config: {name} must be a number up to {MAX_NUMBER}, not {str(number)[:40]}.")
+            raise ConfigError(f"config: {name} must be a number up to {MAX_NUMBER}, not {str(number)[:40]}.")
 
 
 def check_extra_settings(settings: Mapping[str, object]) -> None:
@@ -81,23 +97,23 @@ def check_extra_settings(settings: Mapping[str, object]) -> None:
         is_read_only = isinstance(attribute, property) and attribute.fset is None
         is_of_class = callable(attribute) or isinstance(attribute, (classmethod, staticmethod, dict)) or is_read_only
         if name.startswith("__") or name in UNSUPPORTED or is_of_class:
-            raise ValueError(f"config: {name[:60]!r} is not a setting. Delete it from config.json.")
+            raise ConfigError(f"config: {name[:60]!r} is not a setting. Delete it from config.json.")
         check_size(name, value)
     labels = settings.get("num_labels", 2)
     if type(labels) is not int or not 0 <= labels <= MAX_LABELS:
-        raise ValueError(f"config: num_labels must be 0 to {MAX_LABELS}, not {str(labels)[:40]}.")
+        raise ConfigError(f"config: num_labels must be 0 to {MAX_LABELS}, not {str(labels)[:40]}.")
     for name in ("attn_implementation", "_attn_implementation"):
         if not isinstance(settings.get(name), (str, NoneType)):
-            raise ValueError(f"config: {name} must be a text, for example sdpa, not {str(settings[name])[:40]}.")
+            raise ConfigError(f"config: {name} must be a text, for example sdpa, not {str(settings[name])[:40]}.")
     quantization = settings.get("quantization_config")
     if isinstance(quantization, (str, int, float, list)):
-        raise ValueError(f"config: quantization_config must be an object, not {str(quantization)[:40]!r}.")
+        raise ConfigError(f"config: quantization_config must be an object, not {str(quantization)[:40]!r}.")
     settings_of_quantization = quantization if isinstance(quantization, dict) else {}
     for name, kind in QUANTIZATION_TYPES.items():
         value = settings_of_quantization.get(name)
         if value is not None and type(value) is not kind:
             wanted = "true or false" if kind is bool else "a whole number"
-            raise ValueError(f"config: {name} in quantization_config must be {wanted}, not {str(value)[:40]!r}.")
+            raise ConfigError(f"config: {name} in quantization_config must be {wanted}, not {str(value)[:40]!r}.")
 
 
 @strict
@@ -134,11 +150,17 @@ class QWenConfig(PreTrainedConfig):
 
     model_type = "qwen"
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache"]
-    attribute_map: ClassVar[dict[str, str]] = {"head_dim": "kv_channels"}
+    # Names in transformers: engines read the base of RoPE under it.
+    attribute_map: ClassVar[dict[str, str]] = {"head_dim": "kv_channels", "rope_theta": "rotary_emb_base"}
     base_model_fsdp_plan: ClassVar[dict[str, str]] = {
         "wte": "free_full_weight",
         "h.*": "free_full_weight",
         "ln_f": "keep_full_weight",
+    }
+    base_model_pp_plan: ClassVar[dict[str, Sequence[list[str]]] | None] = {  # modules, their inputs and outputs
+        "wte": (["input_ids"], ["inputs_embeds"]),
+        "h": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "ln_f": (["hidden_states"], ["hidden_states"]),
     }
 
     vocab_size: int = 151936
@@ -192,13 +214,19 @@ class QWenConfig(PreTrainedConfig):
             self.seq_length = self.max_position_embeddings
         check_extra_settings(kwargs)
         if not isinstance(self.output_hidden_states, (bool, NoneType)):
-            raise ValueError(f"config: output_hidden_states must be true or false, not {self.output_hidden_states!r}.")
+            raise ConfigError(f"config: output_hidden_states must be true or false, not {self.output_hidden_states!r}.")
         for dtype in (self.dtype, kwargs.get("torch_dtype")):
             if isinstance(dtype, str):
                 as_dtype(dtype)
         self.auto_map: dict[str, str] = {}  # TRL reads it, also where config.json has none
         super().__post_init__(**kwargs)
         self.check()
+
+    @property
+    def base_model_tp_plan(self) -> dict[str, str]:  # type: ignore[override]  # a class attribute in transformers
+        """How to split the network over several devices. Empty for SGLang's Transformers backend, which then refuses
+        several: it would split `c_attn` in contiguous pieces."""
+        return {} if self._attn_implementation == "sglang" else TENSOR_PARALLEL_PLAN
 
     @property
     def rotary_dim(self) -> int:
@@ -227,36 +255,36 @@ class QWenConfig(PreTrainedConfig):
         positive = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
         for name in (*positive, "kv_channels", "max_position_embeddings"):
             if getattr(self, name) < 1:
-                raise ValueError(f"config: {name} must be at least 1, not {getattr(self, name)}.")
+                raise ConfigError(f"config: {name} must be at least 1, not {getattr(self, name)}.")
         for field in dataclasses.fields(self):
             check_size(field.name, getattr(self, field.name))
         if self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.kv_channels:
-            raise ValueError(
+            raise ConfigError(
                 f"config: rotary_pct · kv_channels = {self.rotary_pct} · {self.kv_channels} must be an even number of "
                 f"channels between 2 and {self.kv_channels}."
             )
         if self.use_dynamic_ntk and self.rotary_dim == 2:
-            raise ValueError("config: dynamic NTK needs more than 2 rotary channels; set use_dynamic_ntk to false.")
+            raise ConfigError("config: dynamic NTK needs more than 2 rotary channels; set use_dynamic_ntk to false.")
         for name in ("rotary_emb_base", "layer_norm_epsilon"):
             if getattr(self, name) <= 0:
-                raise ValueError(f"config: {name} must be above 0, not {getattr(self, name)}.")
+                raise ConfigError(f"config: {name} must be above 0, not {getattr(self, name)}.")
         for name in ("emb_dropout_prob", "attn_dropout_prob"):
             if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"config: {name} must be at least 0 and below 1, not {getattr(self, name)}.")
+                raise ConfigError(f"config: {name} must be at least 0 and below 1, not {getattr(self, name)}.")
         if self.seq_length < 2:
-            raise ValueError(f"config: seq_length (trained length in tokens) must be 2 or more, not {self.seq_length}.")
+            raise ConfigError(f"config: seq_length (trained length in tokens) must be above 1, not {self.seq_length}.")
         if self.window_sizes is not None and (
             len(self.window_sizes) != self.num_hidden_layers or min(self.window_sizes) < 1
         ):
-            raise ValueError(
+            raise ConfigError(
                 f"config: window_sizes needs a number of tokens above 0 for each of the {self.num_hidden_layers} "
                 f"layers, not {self.window_sizes}."
             )
         if self.use_flash_attn not in ("auto", True, False):
-            raise ValueError(f'config: use_flash_attn must be "auto", true or false, not {self.use_flash_attn!r}.')
+            raise ConfigError(f'config: use_flash_attn must be "auto", true or false, not {self.use_flash_attn!r}.')
         flags = [name for name in PRECISIONS if getattr(self, name)]
         if len(flags) > 1:
-            raise ValueError(f"config: {' and '.join(flags)} are both true; set one of bf16, fp16, fp32, or none.")
+            raise ConfigError(f"config: {' and '.join(flags)} are both true; set one of bf16, fp16, fp32, or none.")
 
     def with_overrides(self, overrides: Mapping[str, object]) -> "QWenConfig":
         """Return a copy with the fields in `overrides` set as `from_dict` would; other names are ignored.
@@ -288,6 +316,9 @@ class QWenConfig(PreTrainedConfig):
             ValueError: two arguments contradict each other, or this is the config of another model.
         """
         check_model_type(config_dict.get("model_type", cls.model_type), "config.json")
+        for name in ("attn_implementation", "_attn_implementation"):
+            if "/" in str(config_dict.get(name)):  # transformers would download and execute it
+                raise ConfigError(f"config: {name} names code on a hub, {str(config_dict[name])[:60]!r}. Delete it.")
         kwargs.pop("resume_download", None)  # the published examples pass it; downloads now always resume
         check_arguments(kwargs)
         sets_dtype = any(name in kwargs for name in (*PRECISIONS, "dtype", "torch_dtype"))
@@ -303,10 +334,10 @@ class QWenConfig(PreTrainedConfig):
             raise ValueError(
                 f"config.json: {' '.join(str(error).split())[:500]} Correct that field, or download the file again."
             ) from error
+        except ConfigError as error:
+            raise ConfigError(str(error).replace("config:", "config.json:", 1)) from error
         except (AttributeError, LookupError, OverflowError, RecursionError, TypeError, ValueError) as error:
-            if str(error).startswith("config"):  # ours
-                raise
-            reason = (str(error).strip() or type(error).__name__).partition("\n")[0][:200]
+            reason = (first_line(error) or type(error).__name__)[:200]
             raise ValueError(f"config.json has an invalid value ({reason}). Correct or download it again.") from error
         config = result[0] if isinstance(result, tuple) else result
         config.check()  # transformers sets the arguments after __post_init__

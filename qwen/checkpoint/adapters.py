@@ -3,21 +3,24 @@
 peft is imported where it is used, since most checkpoints do not need it.
 """
 
+import contextlib
 import importlib.util
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError
 
 from .._renamed import old_names
 from ..model.modeling_qwen import QWenLMHeadModel
-from ..model.weight_files_qwen import open_bin, tensor_names
+from ..model.weight_files_qwen import open_bin, tensor_shapes
 from .files import (
     CheckpointError,
     JSONObject,
+    first_line,
     is_complete,
     is_lfs_pointer,
     join_names,
@@ -87,9 +90,22 @@ def check_settings(config: JSONObject, path: Path) -> None:
     Raises:
         CheckpointError: one is invalid; the message names it.
     """
-    ranks, alphas = (config.get(name) or {} for name in ("rank_pattern", "alpha_pattern"))
-    if not isinstance(ranks, dict) or not isinstance(alphas, dict):
-        raise CheckpointError(f"{path}: rank_pattern and alpha_pattern must be objects. Correct the file.")
+    for name in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(config.get(name) or {}, dict):
+            raise CheckpointError(f"{path}: {name} must be an object. Correct the file.")
+    _check_numbers(config, path)
+    _check_module_names(config, path)
+    for name in ("layer_replication", "alora_invocation_tokens"):
+        if config.get(name) is not None:
+            raise CheckpointError(f"{path}: {name} is not supported. Use an adapter without it.")
+    iterations = re.search(r"_niter_(\d+)$", str(config.get("init_lora_weights")))
+    if iterations is not None and len(iterations[1]) > 3:
+        raise CheckpointError(f"{path}: init_lora_weights has too many iterations. Set it to true: weights are loaded.")
+
+
+def _check_numbers(config: JSONObject, path: Path) -> None:
+    """Raise CheckpointError unless ranks, scales and dropout are within their limits."""
+    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
     for name, value in (("r", config.get("r", 8)), *(("rank_pattern", rank) for rank in ranks.values())):
         if type(value) is not int or not 1 <= value <= MAX_RANK:
             raise CheckpointError(f"{path}: a rank in {name} is {str(value)[:40]!r}, not 1 to {MAX_RANK}. Correct it.")
@@ -99,6 +115,10 @@ def check_settings(config: JSONObject, path: Path) -> None:
     dropout = config.get("lora_dropout", 0.0)
     if type(dropout) not in (int, float) or not 0 <= dropout <= 1:
         raise CheckpointError(f"{path}: lora_dropout is {str(dropout)[:40]!r}, not a number from 0 to 1. Fix it.")
+
+
+def _check_module_names(config: JSONObject, path: Path) -> None:
+    """Raise CheckpointError unless all settings that choose modules have names or quick patterns."""
     for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern", "target_parameters"):
         value = config.get(name) or []
         names = [value] if isinstance(value, str) else value
@@ -107,14 +127,9 @@ def check_settings(config: JSONObject, path: Path) -> None:
         for pattern in names:
             # peft matches these two from end to end, and puts the others into patterns of its own.
             check_pattern(pattern, f"{path}: {name}", 2 if name in ("target_modules", "exclude_modules") else 1)
-    for name, patterns in (("rank_pattern", ranks), ("alpha_pattern", alphas)):
-        for pattern in patterns:
+    for name in ("rank_pattern", "alpha_pattern"):
+        for pattern in config.get(name) or {}:
             check_pattern(pattern, f"{path}: {name}", 1)
-    if config.get("layer_replication") is not None:
-        raise CheckpointError(f"{path}: layer_replication is not supported. Use an adapter without it.")
-    iterations = re.search(r"_niter_(\d+)$", str(config.get("init_lora_weights")))
-    if iterations is not None and len(iterations[1]) > 3:
-        raise CheckpointError(f"{path}: init_lora_weights has too many iterations. Set it to true: weights are loaded.")
 
 
 def check_pattern(pattern: str, where: str, max_choices: int) -> None:
@@ -201,7 +216,8 @@ def load_adapter(model: QWenLMHeadModel, folder: Path, tokens: int) -> QWenLMHea
     adapted = attach_adapter(model, folder, resized=resized)
     if getattr(model.config, "quantization_config", None) is not None:
         return model  # contains the adapter's layers
-    return adapted.merge_and_unload().requires_grad_(True)
+    with _explain_misfit(model, folder):  # some kinds of layers cannot be merged
+        return adapted.merge_and_unload().requires_grad_(True)
 
 
 def attach_adapter(
@@ -220,7 +236,7 @@ def attach_adapter(
     """
     import peft
 
-    try:
+    with _explain_misfit(model, folder):
         config = peft.LoraConfig.from_pretrained(str(folder))
         config.inference_mode = not trainable
         config.base_model_name_or_path = model.name_or_path
@@ -229,14 +245,24 @@ def attach_adapter(
         adapted = peft.PeftModelForCausalLM(model, config)
         check_tensor_names(set(weights), adapted, resized)
         peft.set_peft_model_state_dict(adapted, weights)
+    return adapted
+
+
+@contextlib.contextmanager
+def _explain_misfit(model: QWenLMHeadModel, folder: Path) -> Iterator[None]:
+    """Turn the errors of peft into a CheckpointError."""
+    try:
+        yield
     except torch.OutOfMemoryError:
         raise
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
+    except (
+        *(ArithmeticError, AttributeError, ImportError, LookupError, TypeError, ValueError, RuntimeError),
+        SafetensorError,
+    ) as error:
         raise CheckpointError(
             f"The adapter in {folder} does not fit {model.name_or_path}. Use the model that it was trained on, and "
-            f"keep the files of one adapter together. ({' '.join(str(error).split())[:500]})"
+            f"keep the files of one adapter together. ({first_line(' '.join(str(error).split()))[:500]})"
         ) from error
-    return adapted
 
 
 def _check_rank(config: "LoraConfig", weights: dict[str, torch.Tensor]) -> None:
@@ -251,11 +277,7 @@ def _embedding_rows(folder: Path) -> int:
     path = adapter_file(folder)
     if path is None:
         return 0
-    if path.suffix == ".bin":
-        return max((len(tensor) for name, tensor in open_bin(path).items() if ".wte." in name), default=0)
-    with safe_open(path, framework="pt") as file:
-        names = (name for name in tensor_names(path) if ".wte." in name)
-        return max((file.get_slice(name).get_shape()[0] for name in names), default=0)
+    return max((shape[0] for name, shape in tensor_shapes(path).items() if ".wte." in name and shape), default=0)
 
 
 def adapter_file(folder: Path) -> Path | None:

@@ -16,12 +16,16 @@ from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 from ..library_errors import is_gpu_memory_full, is_main_memory_full, is_shape_mismatch
 from ..model.chat_qwen import explain_format, set_chat_format
 from ..model.configuration_qwen import QWenConfig
+from ..model.json_qwen import MAX_INDEX_BYTES
 from ..model.loading_options_qwen import needs_gptqmodel
 from ..model.modeling_qwen import QWenLMHeadModel
 from ..model.tokenization_qwen import IM_END, QWenTokenizer
+from ..model.weight_files_qwen import check_layers, files_of_index
 from . import bundled
 from .adapters import ADAPTER_CONFIG, check_adapter, is_adapter, load_adapter, recorded_base
 from .files import (
+    BIN_INDEX,
+    SAFETENSORS_INDEX,
     VOCABULARY,
     CheckpointError,
     JSONObject,
@@ -323,6 +327,7 @@ class Checkpoint:
         chosen = from_pretrained_kwargs.get("quantization_config"), from_pretrained_kwargs.get("device_map")
         if self.is_quantized and needs_gptqmodel(self.config, *chosen):
             check_gptq_installed(self.name)  # before weights are downloaded
+        self._check_layers_of_index()
         name_or_path, download_kwargs = self._files.from_pretrained_args(weights=True)
         if not isinstance(self._files, LocalFiles) and os.path.isdir(name_or_path):
             check_weights(Path(name_or_path))  # the download may have been cut off
@@ -369,6 +374,24 @@ class Checkpoint:
             )
         model.name_or_path = self.name  # adapters record it as their base, and the server uses it as the model name
         return model.eval()
+
+    def _check_layers_of_index(self) -> None:
+        """Compare the layers in the index of a sharded checkpoint on a hub with the config, before its weights are
+        downloaded. Those of a local folder are compared when it is loaded.
+
+        Raises:
+            CheckpointError: the index is invalid or has fewer layers.
+        """
+        if isinstance(self._files, LocalFiles):
+            return
+        path = self._files.find(SAFETENSORS_INDEX) or self._files.find(BIN_INDEX)
+        if path is None:
+            return
+        try:
+            names = files_of_index(read_json(path, self.name, max_bytes=MAX_INDEX_BYTES), path)
+            check_layers(names, self.config, f"{path.name} of {self.name} has")
+        except (OSError, ValueError) as error:
+            raise CheckpointError(str(error)) from error
 
     def check_vocabulary_size(self, tokenizer: QWenTokenizer) -> None:
         """Raise CheckpointError if the tokenizer has ids for which the embedding has no row."""

@@ -12,7 +12,8 @@ from typing import Any
 from .._renamed import old_names
 from ..model.configuration_qwen import QWenConfig
 from ..model.gptq_qwen import explain_missing_packages, missing_packages
-from ..model.json_qwen import MAX_INDEX_BYTES, MAX_JSON_BYTES, parse_json_object, read_small_file
+from ..model.json_qwen import MAX_INDEX_BYTES, MAX_JSON_BYTES, one_line, parse_json_object, read_small_file
+from ..model.json_qwen import first_line as first_line  # re-exported for the other modules of this folder and its users
 from ..model.weight_files_qwen import files_of_index
 
 SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -25,7 +26,10 @@ JSONObject = dict[str, Any]
 
 
 class CheckpointError(OSError):
-    """A checkpoint cannot be loaded. The message says what is wrong, where, and what to do."""
+    """A checkpoint cannot be loaded. The message says what is wrong, where, and what to do, in one line."""
+
+    def __init__(self, message: str):
+        super().__init__(one_line(message))
 
 
 def check_architecture(config: JSONObject, name: str | Path) -> None:
@@ -209,11 +213,6 @@ def download_advice(folder: Path) -> str:
 def join_names(names: list[str], limit: int = 5) -> str:
     """Join names with commas, and shorten the list to `limit` names."""
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error message."""
-    return str(error).strip().partition("\n")[0]
 
 
 def apply_umask(folder: Path) -> None:

@@ -62,7 +62,7 @@ class LocalFiles:
                     f"model from {staging}. Repeat its command, which finishes that first."
                 )
             raise CheckpointError(
-                f"{self.path} has no config.json: it is not a model folder, or its download stopped early. "
+                f"{self.path} has no config.json: it is no model folder, or an incomplete one. "
                 + download_advice(self.path)
             )
         return self.path / CONFIG_NAME

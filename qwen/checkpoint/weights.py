@@ -7,7 +7,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..model.weight_files_qwen import damaged, open_bin
-from .files import CheckpointError, first_line, weight_files
+from .files import CheckpointError, weight_files
 
 
 class Weights(Mapping[str, torch.Tensor]):
@@ -77,6 +77,6 @@ def _open_file(path: Path) -> Mapping[str, torch.Tensor]:
     try:
         return _Safetensors(path) if path.suffix == ".safetensors" else open_bin(path)
     except SafetensorError as error:
-        raise CheckpointError(str(damaged(path, first_line(error)))) from error
+        raise CheckpointError(str(damaged(path, error))) from error
     except OSError as error:
         raise CheckpointError(str(error)) from error

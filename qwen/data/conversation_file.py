@@ -17,6 +17,7 @@ from tqdm import tqdm
 from .samples import MalformedSample, check_sample, unlearned_turns
 
 _CHUNK = 1 << 18  # bytes per read; a window that fits into the processor's cache is twice as fast
+MAX_SAMPLE = 2 << 20  # characters; the objects of a JSON text take up to 30 times as much memory
 _BLANK = re.compile(r"[ \t\r\n]*")
 PROGRESS_DELAY = 2  # seconds before a progress bar is shown
 
@@ -193,6 +194,9 @@ class _JsonReader:
             except json.JSONDecodeError as error:
                 # The window may end within a string, within a word like -Infinity, or within an escape: read more.
                 near_end = error.msg.startswith("Unterminated string") or error.pos > len(self.window) - 16
+                if near_end and len(self.window) - self.pos >= MAX_SAMPLE:
+                    what = f"this sample is longer than {MAX_SAMPLE >> 20} million characters: shorten it"
+                    raise self._error(what, start) from None
                 if near_end and self._read_more():
                     continue
                 self._advance(error.pos)

@@ -2,21 +2,30 @@
 
 import csv
 import gzip
+import io
 import json
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TextIO
 
+from ..model.json_qwen import one_line
 from .case import JSONObject
 
 Fields = Sequence[str] | Mapping[str, type]
 """Required fields of an object, optionally with their types: str, int, list or dict."""
+MAX_BYTES = 64 << 20  # of a file, unpacked
+MAX_OBJECT_BYTES = (
+    4 << 20
+)  # of a JSON or CSV file, and of a line of JSON lines: Python's objects take up to 30 times that
 _TYPE_NAMES = {str: "text", int: "a whole number", list: "a list", dict: "an object"}
 
 
 class DataError(ValueError):
-    """A benchmark file is missing or invalid; the message says which one and what to do."""
+    """A benchmark file is missing or invalid; the message says which one and what to do, in one line."""
+
+    def __init__(self, message: str):
+        super().__init__(one_line(message))
 
 
 def read_csv(
@@ -32,7 +41,7 @@ def read_csv(
     Raises:
         DataError: the file is missing, not text or empty; a row has the wrong width or a value that is not allowed.
     """
-    with _OpenText(path, newline="") as file:
+    with _OpenText(path, MAX_OBJECT_BYTES, newline="") as file:
         reader = csv.reader(file)
         try:
             rows = [(reader.line_num, row) for row in reader if any(map(str.strip, row))]
@@ -75,6 +84,10 @@ def read_jsonl(path: Path, required: Fields) -> list[JSONObject]:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
+            if len(line) > MAX_OBJECT_BYTES:
+                raise DataError(
+                    f"{path}, line {number}: longer than {MAX_OBJECT_BYTES >> 20} MB. Shorten or remove it."
+                )
             try:
                 record = json.loads(line)
             except (ValueError, RecursionError) as error:
@@ -91,7 +104,7 @@ def read_json(path: Path) -> object:
     Raises:
         DataError: the file is missing or not JSON.
     """
-    with _OpenText(path) as file:
+    with _OpenText(path, MAX_OBJECT_BYTES) as file:
         try:
             return json.load(file)
         except (ValueError, RecursionError) as error:
@@ -115,24 +128,27 @@ def check_fields(record: object, required: Fields, where: str) -> JSONObject:
 class _OpenText:
     """Opens a text file, and turns errors on opening and reading it into `DataError`."""
 
-    def __init__(self, path: Path, newline: str | None = None):
-        self.path, self.newline = Path(path), newline
+    def __init__(self, path: Path, max_bytes: int = MAX_BYTES, newline: str | None = None):
+        self.path, self.max_bytes, self.newline = Path(path), max_bytes, newline
 
     def __enter__(self) -> TextIO:
         try:
-            opener = gzip.open if self.path.suffix == ".gz" else open
-            # utf-8-sig: spreadsheets write a byte-order mark, which is not part of the first column.
-            self.file = opener(self.path, "rt", encoding="utf-8-sig", newline=self.newline)
-        except OSError as error:
+            if self.path.exists() and not (self.path.is_file() or self.path.is_dir()):
+                raise DataError(f"{self.path} is a pipe or device, but a file is needed.")
+            with gzip.open(self.path) if self.path.suffix == ".gz" else open(self.path, "rb") as file:
+                content = file.read(self.max_bytes + 1)
+        except (OSError, EOFError, zlib.error) as error:
             raise self._data_error(error) from error
+        if len(content) > self.max_bytes:
+            raise DataError(f"{self.path} has more than {self.max_bytes >> 20} MB. Download it again.")
+        # utf-8-sig: spreadsheets write a byte-order mark, which is not part of the first column.
+        self.file = io.TextIOWrapper(io.BytesIO(content), encoding="utf-8-sig", newline=self.newline)
         return self.file
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self.file.close()
         if isinstance(error, UnicodeDecodeError):
             raise DataError(f"{self.path} is not UTF-8 text ({error}). Download it again.") from error
-        if isinstance(error, OSError | EOFError | zlib.error):
-            raise self._data_error(error) from error
 
     def _data_error(self, error: Exception) -> DataError:
         if isinstance(error, FileNotFoundError | NotADirectoryError):
@@ -161,7 +177,10 @@ def require_files(path: Path, names: Sequence[str]) -> Iterator[Path]:
     Raises:
         DataError: some are missing; names the first and counts the others.
     """
-    missing = [name for name in names if not (path / name).is_file()]
+    try:
+        missing = [name for name in names if not (path / name).is_file()]
+    except (OSError, ValueError) as error:  # a name that is too long, or has a NUL
+        raise DataError(f"{path} cannot have a file of a name that the data give ({error}).") from error
     if missing:
         more = f" (nor do {len(missing) - 1} more of the {len(names)} required files)" if len(missing) > 1 else ""
         raise DataError(f"{path / missing[0]} does not exist{more}. {_describe_folder(path / missing[0])}")

@@ -28,6 +28,7 @@ _NUMBER = re.compile(
     rf"|/(?P<denominator>{_DIGITS}(?:\.[0-9]+)?))?"
 )
 _NUMBER_ONLY = re.compile(rf"\s*\$?\s*(?P<whole>{_NUMBER.pattern})\s*(?:[$%.]|\\%)?\s*")
+MAX_DIGITS = 1000  # of a number, with its sign, denominator and exponent
 TOLERANCE = Fraction(1, 10_000)
 
 
@@ -74,7 +75,9 @@ def _normalize(text: str) -> str:
 
 
 def _parse_match(match: re.Match) -> Fraction | None:
-    with suppress(ValueError, ZeroDivisionError):  # more digits than Python converts; a zero denominator
+    if len(match[0]) > MAX_DIGITS:  # Python would not write the result
+        return None
+    with suppress(ZeroDivisionError):
         value = Fraction(match["number"].replace(",", ""))
         if match["denominator"]:
             value /= Fraction(match["denominator"].replace(",", ""))

@@ -12,7 +12,7 @@ from .numbers import gold_answer
 from .splits import read_split
 from .task import add_file_argument
 
-_CALCULATOR_ANNOTATION = re.compile(r"<<.*?>>")  # annotations for a calculator: "48/2 = <<48/2=24>>24"
+_CALCULATOR_ANNOTATION = re.compile(r"<<[^<\n]*?>>")  # annotations for a calculator: "48/2 = <<48/2=24>>24"
 
 
 class WordProblem(NamedTuple):

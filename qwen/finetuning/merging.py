@@ -10,10 +10,12 @@ from typing import cast
 
 import torch
 from safetensors import SafetensorError
+from transformers import GenerationConfig
 
 from ..checkpoint.adapters import check_adapter, is_adapter, recorded_base
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.files import CheckpointError, first_line
+from ..checkpoint.generation_settings import save_generation_config
 from ..checkpoint.staging import check_target, staged_directory
 
 
@@ -45,7 +47,6 @@ def merge(
     Raises:
         CheckpointError: the adapter or the base is unusable or quantized; the message says what to do.
         OSError: `out` is not empty, holds something other than a model, or cannot be written to.
-        ValueError: the generation config contradicts itself.
     """
     adapter, out = Path(adapter).expanduser(), Path(out).expanduser()
     if not is_adapter(adapter):
@@ -68,10 +69,12 @@ def merge(
         model, tokenizer = checkpoint.load(cpu_only=True, dtype="auto" if dtype is None else torch.float32)
         # The decorator of transformers' own `to` hides its parameters.
         cast(torch.nn.Module, model).to(dtype or model.dtype)
+        settings, model.generation_config = model.generation_config, GenerationConfig()
         try:
             model.save_pretrained(folder, max_shard_size=max_shard_size)
         except SafetensorError as error:  # raised when the disk is full
             raise OSError(f"The weights could not be written: {first_line(error)}") from error
+        save_generation_config(settings, folder)
         tokenizer.save_pretrained(folder)
 
 

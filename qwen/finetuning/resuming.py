@@ -16,46 +16,89 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import TrainerState
+from transformers import IntervalStrategy, TrainerState
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 
 from ..checkpoint.adapters import check_adapter, is_adapter
-from ..checkpoint.files import check_weights, first_line, read_json
+from ..checkpoint.files import check_weights, first_line, is_complete, read_json
 from ..library_errors import is_memory_full
+from ..model.json_qwen import read_small_file
 from .arguments import ArgumentError, TrainingArguments
 
 MAX_STATE_BYTES = 64 << 20
+DEEPSPEED_TAG, DEEPSPEED_STATES = "latest", ("model_states", "optim_states")
+FSDP_STATES = ("pytorch_model_fsdp", "optimizer")
 ADVICE = "Resume from an earlier checkpoint-N folder, or start again without --resume_from_checkpoint."
 
 
 def check_training_checkpoint(folder: Path, training: TrainingArguments) -> None:
     """Check that a checkpoint is complete, and its small files are valid.
 
-    With DeepSpeed and FSDP, whose checkpoints have other files, only the state of the run is checked.
-
     Raises:
         ArgumentError: it is not.
     """
     with explain_damage(folder):
-        _check_state(read_json(folder / TRAINER_STATE_NAME, folder, allow_nan=True, max_bytes=MAX_STATE_BYTES), folder)
-        if training.deepspeed or training.fsdp:
-            return
-        if is_adapter(folder):
-            check_adapter(folder)
+        state = read_json(folder / TRAINER_STATE_NAME, folder, allow_nan=True, max_bytes=MAX_STATE_BYTES)
+        _check_state(state, folder)
+        for name, strategy in (("logging_steps", training.logging_strategy), ("eval_steps", training.eval_strategy)):
+            if strategy == IntervalStrategy.STEPS and not state.get(name, 1):
+                raise ValueError(f"{name} in {TRAINER_STATE_NAME} is 0")
+        if training.deepspeed:
+            missing = _check_deepspeed_files(folder)
+        elif training.fsdp:
+            missing = [name for name in FSDP_STATES if not _has_fsdp_state(folder, name)]
         else:
-            check_weights(folder)
+            if is_adapter(folder):
+                check_adapter(folder)
+            else:
+                check_weights(folder)
+            missing = [] if (folder / OPTIMIZER_NAME).is_file() else [OPTIMIZER_NAME]
+    if not training.deepspeed and not (folder / SCHEDULER_NAME).is_file():  # DeepSpeed may have its own scheduler
+        missing.append(SCHEDULER_NAME)
     # A run on another number of processes has other states of random numbers, which cannot be continued.
-    random_states = [path.name for path in folder.glob("rng_state*.pth")]
-    if missing := [name for name in (OPTIMIZER_NAME, SCHEDULER_NAME) if not (folder / name).is_file()]:
-        reason = f"it has no {' and no '.join(missing)}"
-    elif not random_states:
-        reason = "it has no rng_state.pth"
-    else:
-        return
-    raise ArgumentError(
-        f"--resume_from_checkpoint {folder} is incomplete: {reason}, so the result would be another (--save_only_model "
-        f"writes such folders). {ADVICE}"
-    )
+    if not missing and not list(folder.glob("rng_state*.pth")):
+        missing = ["rng_state.pth"]
+    if missing:
+        raise ArgumentError(
+            f"--resume_from_checkpoint {folder} is incomplete: it has no {' and no '.join(missing)}, so the result "
+            f"would be another (--save_only_model writes such folders). {ADVICE}"
+        )
+
+
+def _check_deepspeed_files(folder: Path) -> list[str]:
+    """Return what is missing from a checkpoint of DeepSpeed: `latest` names the folder of its states.
+
+    Raises:
+        ValueError: the name is none, or a file is cut off.
+    """
+    if not (folder / DEEPSPEED_TAG).is_file():
+        return [DEEPSPEED_TAG]
+    tag = read_small_file(folder / DEEPSPEED_TAG).decode().strip()
+    if Path(tag).name != tag or not tag.isprintable():
+        raise ValueError(f"{DEEPSPEED_TAG} does not name a folder beside it")
+    found = {kind: sorted((folder / tag).glob(f"*_{kind}.pt")) for kind in DEEPSPEED_STATES}
+    _check_archives([file for files in found.values() for file in files])
+    return [f"{tag}/*_{kind}.pt" for kind, files in found.items() if not files]
+
+
+def _has_fsdp_state(folder: Path, name: str) -> bool:
+    """Whether the weights or the optimizer are in the checkpoint of FSDP, in one file or in a folder of shards.
+
+    Raises:
+        ValueError: the file is cut off.
+    """
+    if (folder / f"{name}.bin").is_file():
+        _check_archives([folder / f"{name}.bin"])
+        return True
+    shards = folder / f"{name}_0"
+    return (shards / ".metadata").is_file() and any(shards.glob("*.distcp"))
+
+
+def _check_archives(files: list[Path]) -> None:
+    """Raise ValueError if a file of torch.save is cut off."""
+    for file in files:
+        if not file.is_file() or not is_complete(file):
+            raise ValueError(f"{file.name} is cut off")
 
 
 @contextlib.contextmanager
@@ -94,6 +137,25 @@ def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
             raise ValueError(f"{OPTIMIZER_NAME} has no averages for {name}")
 
 
+def check_scheduler(scheduler: Any, before: dict[str, Any]) -> None:
+    """Raise ValueError if the loaded state of a learning rate scheduler is not like that of a new one.
+
+    Args:
+        scheduler: has loaded its state: torch makes each value an attribute.
+        before: its `state_dict()` before.
+    """
+    for name, value in scheduler.state_dict().items():
+        if callable(getattr(type(scheduler), name, None)) or not _is_alike(value, before.get(name, value)):
+            raise ValueError(f"{name[:60]} in {SCHEDULER_NAME} is {str(value)[:60]!r}")
+
+
+def _is_alike(value: object, example: object) -> bool:
+    """Whether both are numbers, or lists of as many values that are alike, or of the same type."""
+    if isinstance(value, list) and isinstance(example, list):
+        return len(value) == len(example) and all(map(_is_alike, value, example))
+    return type(value) is type(example) or (isinstance(value, (int, float)) and isinstance(example, (int, float)))
+
+
 def _check_state(state: dict[str, Any], folder: Path) -> None:
     """Raise ValueError if the content of trainer_state.json is not what transformers wrote."""
     number, text = "a number", "a text or null"
@@ -123,6 +185,8 @@ def _check_state(state: dict[str, Any], folder: Path) -> None:
             raise ValueError(f"{TRAINER_STATE_NAME} has an unknown field {name[:60]!r}")
         if not is_valid(value):
             raise ValueError(f"{name} in {TRAINER_STATE_NAME} is {str(value)[:60]!r}, not {expected}")
+    if "TrainerControl" not in state.get("stateful_callbacks", {}):  # transformers fails at the next checkpoint
+        raise ValueError(f"stateful_callbacks in {TRAINER_STATE_NAME} has no TrainerControl")
     step = state.get("global_step", 0)
     if not 1 <= step <= state.get("max_steps", 0):
         raise ValueError(

@@ -21,6 +21,7 @@ from transformers.training_args import OptimizerNames
 
 from ..checkpoint.adapters import ADAPTER_CONFIG, is_adapter
 from ..checkpoint.bundled import BUNDLED_CHAT, BUNDLED_CHAT_INT4
+from ..checkpoint.files import CheckpointError
 from ..checkpoint.staging import clean_up_leftovers
 from ..data.conversation_file import ConversationFile, DataFileError
 from ..data.datasets import Collator, PackedDataset, SupervisedDataset
@@ -73,7 +74,12 @@ def finetune(arguments: Arguments) -> TrainResult:
         name = OptimizerNames(training.optim).value
         raise ArgumentError(f"--optim {name}: {' '.join(str(error).split())}") from error
     set_seed(training.seed)  # adapters are initialized randomly
-    model, tokenizer = load_for_training(arguments)
+    try:
+        model, tokenizer = load_for_training(arguments)
+    except ValueError as error:
+        if isinstance(error, ArgumentError):
+            raise
+        raise CheckpointError(str(error)) from error  # of a config or tokenizer file
 
     def make_dataset(file: ConversationFile) -> SupervisedDataset:
         return SupervisedDataset(

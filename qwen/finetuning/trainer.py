@@ -14,14 +14,15 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from ..checkpoint.adapters import adapter_file, check_tensor_names
 from ..checkpoint.files import apply_umask, first_line
+from ..checkpoint.generation_settings import save_generation_config
 from ..checkpoint.staging import staged_directory
 from ..data.samples import IGNORE_INDEX
 from ..library_errors import is_write_failed
 from ..model.modeling_qwen import QWenLMHeadModel
 from ..model.tokenization_qwen import QWenTokenizer
-from ..model.weight_files_qwen import tensor_names
+from ..model.weight_files_qwen import tensor_shapes
 from .arguments import TrainingArguments, zero_stage
-from .resuming import check_loaded_names, check_optimizer, explain_damage
+from .resuming import check_loaded_names, check_optimizer, check_scheduler, explain_damage
 
 
 class SupervisedTrainer(Trainer):
@@ -117,7 +118,7 @@ class SupervisedTrainer(Trainer):
             super()._save(str(folder), state_dict)
             (folder / TRAINING_ARGS_NAME).unlink()  # a pickle, and nothing reads it
             (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card
-            model.generation_config.save_pretrained(folder)
+            save_generation_config(model.generation_config, folder)
             apply_umask(folder)
             return
         state_dict = model.state_dict() if state_dict is None else state_dict
@@ -126,6 +127,7 @@ class SupervisedTrainer(Trainer):
             state_dict = {name: tensor.to("cpu", self._final_dtype) for name, tensor in state_dict.items()}
         meta_model = self._meta_model(model, next(iter(state_dict.values())).dtype)
         meta_model.save_pretrained(folder, state_dict=state_dict, max_shard_size="2GB")  # loaders read file by file
+        save_generation_config(model.generation_config, folder)
         self.processing_class.save_pretrained(folder)
 
     def _save_checkpoint(self, model, trial):
@@ -145,18 +147,26 @@ class SupervisedTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             file = adapter_file(Path(resume_from_checkpoint))
             if self.args.use_lora and file is not None:  # peft leaves missing tensors as they were initialized
-                check_tensor_names(set(tensor_names(file)), self.accelerator.unwrap_model(self.model))
+                check_tensor_names(set(tensor_shapes(file)), self.accelerator.unwrap_model(self.model))
 
     def _issue_warnings_after_load(self, load_result):
         check_loaded_names(load_result.missing_keys, load_result.unexpected_keys)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
+        if checkpoint is None or self.is_deepspeed_enabled:
+            with explain_damage(checkpoint):
+                super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        # accelerate wraps both
+        scheduler = cast(Any, getattr(self.lr_scheduler, "scheduler", self.lr_scheduler))
+        optimizer = cast(Any, getattr(self.optimizer, "optimizer", self.optimizer))
+        new_schedule = copy.deepcopy(scheduler.state_dict())
+        new_groups = [dict(group) for group in optimizer.param_groups]
         with explain_damage(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
-            if checkpoint is not None and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
-                optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate wraps it
-                if isinstance(optimizer, torch.optim.Adam):  # or AdamW, which derives from it
-                    check_optimizer(optimizer, cast(nn.Module, self.model))
+            check_scheduler(scheduler, new_schedule)
+            if isinstance(optimizer, torch.optim.Adam) and not self.is_fsdp_enabled:  # or AdamW, which derives from it
+                check_optimizer(optimizer, cast(nn.Module, self.model), new_groups)
 
     def _load_scaler(self, checkpoint):
         with explain_damage(checkpoint):
@@ -173,7 +183,6 @@ class SupervisedTrainer(Trainer):
         with torch.device("meta"):
             meta_model = QWenLMHeadModel(config)
             cast(nn.Module, meta_model).to(dtype)  # the decorator of transformers' own `to` hides its parameters
-        meta_model.generation_config = model.generation_config
         return meta_model
 
 

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from qwen import Checkpoint, CheckpointError, QWenConfig, QWenLMHeadModel, QWenTokenizer
 from qwen.checkpoint.adapters import check_pattern, check_settings
+from qwen.checkpoint.bundled import BUNDLED_CHAT_INT4
 from qwen.checkpoint.files import read_json
 from qwen.export.qwen2 import export_qwen2
 from qwen.model.json_qwen import MAX_JSON_BYTES, read_json_object
@@ -130,6 +131,8 @@ def test_pipes_and_devices_are_not_read(name: str, kind: str, folder: Path) -> N
         ("torch_dtype", "load"),
         *((name, 1) for name in ("check", "to_dict", "from_dict", "__class__", "max_context_length", "rotary_dim")),
         ("attn_implementation", 1),
+        ("attn_implementation", "evil/kernels"),
+        ("_attn_implementation", "paged|evil/kernels"),
         ("output_hidden_states", "evil"),
         ("quantization_config", "evil"),
         ("quantization_config", {"quant_method": "gptq", "bits": 4, "desc_act": "evil"}),
@@ -173,6 +176,38 @@ def test_more_layers_than_in_the_weight_files(layers: int, kind: str, folder: Pa
     assert time.process_time() - start < 10  # minutes and gigabytes if the layers are built
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"vocab_size": 10**6},
+        {"hidden_size": 10**6},
+        {"num_attention_heads": 10**5},
+        {"kv_channels": 10**6},
+        {"intermediate_size": 2 * 10**8},
+        {"num_attention_heads": 1, "kv_channels": 10**6, "hidden_size": 10**6},
+    ],
+    ids=" ".join,
+)
+@pytest.mark.parametrize("kind", ["safetensors", "bin", "sharded"])
+def test_other_sizes_than_in_the_weight_files(changes: dict, kind: str, folder: Path) -> None:
+    if kind == "bin":
+        torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+        (folder / "model.safetensors").unlink()
+    elif kind == "sharded":
+        shard(folder)
+    edit(folder / "config.json", **changes)
+    start = time.process_time()
+    for way in ("checkpoint", "model"):
+        assert "in the config, but" in refusal(WAYS[way], folder)
+    assert time.process_time() - start < 10  # minutes and gigabytes if the layers are built
+
+
+def test_other_sizes_than_in_quantized_weight_files(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(BUNDLED_CHAT_INT4, tmp_path / "model"))
+    edit(folder / "config.json", intermediate_size=2 * 10**8)
+    assert "intermediate_size / 2 is 100000000 in the config, but" in refusal(load_all, folder)
+
+
 def shard(folder: Path, **changes: object) -> None:
     names = list(load_file(folder / "model.safetensors"))
     (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
@@ -187,6 +222,10 @@ def shard(folder: Path, **changes: object) -> None:
         {"metadata": []},
         {"weight_map": {"x": "../../etc/passwd"}},
         {"weight_map": {"x": "a\0b"}},
+        {"weight_map": {"x": "a\nb"}},
+        {"weight_map": {"x": "\x1b[31mred"}},
+        {"weight_map": {"x": "\ud800"}},
+        {"weight_map": {"x": "x" * 5000}},
         {"weight_map": {"x": ["a"]}},
         {"weight_map": []},
     ],
@@ -195,6 +234,18 @@ def test_hostile_index(changes: dict, folder: Path) -> None:
     shard(folder, **changes)
     for way in ("checkpoint", "model"):
         assert "index.json" in refusal(WAYS[way], folder)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no named pipes")
+@pytest.mark.parametrize("make", [os.mkdir, getattr(os, "mkfifo", None), lambda path: os.symlink("/dev/zero", path)])
+def test_shards_that_are_no_files(make: Callable[[Path], None], folder: Path) -> None:
+    shard(folder)
+    file = "model-00002-of-00002.safetensors"
+    index = folder / "model.safetensors.index.json"
+    edit(index, weight_map=json.loads(index.read_text())["weight_map"] | {"lm_head.weight": file})
+    make(folder / file)
+    for way in ("checkpoint", "model"):
+        assert file in refusal(WAYS[way], folder)
 
 
 @pytest.mark.parametrize(
@@ -225,6 +276,8 @@ BIN_FILES: dict[str, Callable[[Path], object]] = {
     "pickle": lambda path: path.write_bytes(pickle.dumps(Bomb(), 2)),
     "torch": lambda path: torch.save({"a": Bomb()}, path),
     "torch before 1.6": lambda path: torch.save({"a": Bomb()}, path, _use_new_zipfile_serialization=False),
+    "newer pickle": lambda path: path.write_bytes(pickle.dumps(Bomb(), 4)),
+    "TorchScript": lambda path: torch.jit.script(torch.nn.Linear(2, 2)).save(str(path)),
     "module": lambda path: torch.save(torch.nn.Linear(2, 2), path),
     "list": lambda path: torch.save([1], path),
     "text": lambda path: path.write_bytes(b"hello"),
@@ -234,6 +287,7 @@ BIN_FILES: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("kind", BIN_FILES)
 @pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.filterwarnings("error:.*(torch.load|pickle protocol)", "ignore:.*jit.script")  # a refusal is one line
 def test_bin_files_are_refused_in_one_line(
     kind: str, sharded: bool, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -341,6 +395,7 @@ def test_accepted_patterns_match_quickly() -> None:
         ("target_modules", 5),
         ("target_modules", [5]),
         ("layer_replication", [[0, 6]] * 1000),
+        ("alora_invocation_tokens", [1]),
         ("init_lora_weights", "pissa_niter_1000000000"),
     ],
 )

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from qwen.checkpoint import bundled, loading
 from qwen.checkpoint import checkpoint as opened
@@ -141,6 +142,31 @@ def test_a_hub_model_of_another_architecture_is_rejected_before_its_weights_are_
     assert downloaded == ["config.json"]
 
 
+def test_layers_of_a_hub_model_are_compared_before_its_weights_are_downloaded(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError
+
+    names = dict.fromkeys(load_file(checkpoint / "model.safetensors"), "model-00001-of-00001.safetensors")
+    (checkpoint / "model.safetensors").unlink()
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    edit_config(checkpoint, num_hidden_layers=3)
+
+    def download(name: str, file: str, **kwargs: object) -> str:
+        assert not file.endswith((".safetensors", ".bin")), "weights are downloaded"
+        if not (checkpoint / file).exists():
+            raise EntryNotFoundError.__new__(EntryNotFoundError, file)
+        return str(checkpoint / file)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    with pytest.raises(CheckpointError) as caught:
+        opened.Checkpoint("Qwen/Qwen-7B-Chat").load_without_adapter()
+    assert "num_hidden_layers is 3 in the config, but model.safetensors.index.json of Qwen/Qwen-7B-Chat has 2" in str(
+        caught.value
+    )
+
+
 def test_empty_folder(tmp_path: Path) -> None:
     text = error_message(tmp_path)
     assert "no config.json" in text
@@ -166,7 +192,14 @@ def test_damaged_config(checkpoint: Path, content: str) -> None:
 
 def test_config_that_does_not_match_the_weights(checkpoint: Path) -> None:
     edit_config(checkpoint, intermediate_size=128)
-    assert "shapes" in error_message(checkpoint)
+    assert "intermediate_size / 2 is 64 in the config, but" in error_message(checkpoint)
+
+
+def test_shapes_that_do_not_match_the_config(checkpoint: Path) -> None:
+    tensors = load_file(checkpoint / "model.safetensors")
+    name = "transformer.h.1.mlp.c_proj.weight"
+    save_file(tensors | {name: tensors[name][:, :-1].contiguous()}, checkpoint / "model.safetensors")
+    assert "do not have the shapes given in its config.json" in error_message(checkpoint)
 
 
 def test_config_with_more_layers_than_weights(checkpoint: Path) -> None:

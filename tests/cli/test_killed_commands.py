@@ -4,6 +4,7 @@ The old result or the new one is whole: a model afterwards, or after the next ru
 when the same command has been repeated.
 """
 
+import contextlib
 import hashlib
 import importlib
 import json
@@ -20,7 +21,7 @@ import peft
 import pytest
 
 from qwen import QWenLMHeadModel
-from qwen.checkpoint.staging import clean_up_leftovers
+from qwen.checkpoint.staging import clean_up_leftovers, staged_directory
 from tests.support.evaluation_runs import write_jsonl
 from tests.support.processes import Child
 
@@ -30,7 +31,6 @@ pytestmark = [
 ]
 
 COMMANDS = ["merge", "export", "quantize", "finetune", "evaluate"]
-SLOW = ["quantize", "finetune"]
 MOMENTS = 10
 
 
@@ -58,7 +58,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory, bundled_chat: Path) -> Path
 def words_of(command: str, inputs: Path, model: Path, out: Path) -> list[str]:
     words: dict[str, list[object]] = {
         "merge": [inputs / "adapter", out, "--overwrite"],
-        "export": [model, out, "--overwrite"],
+        "export": ["-c", model, "-o", out, "--overwrite"],
         "quantize": ["--model_name_or_path", model, "--data_path", inputs / "data.json", "--out_path", out],
         "finetune": ["--model_name_or_path", model, "--data_path", inputs / "data.json", "--output_dir", out],
         "evaluate": ["gsm8k", "-f", inputs / "test.jsonl", "-o", out / "out.jsonl", "--cpu-only", "--limit", "3"],
@@ -132,6 +132,52 @@ def test_killed_at_random_moments(
                 assert found in (before, after)
             clean_up_leftovers(out)
             assert digest(out) in (before, after)
+
+
+@pytest.mark.parametrize(
+    ("command", "place"),
+    [("merge", "qwen.finetuning.merging.staged_directory"), ("export", "qwen.export.qwen2.staged_directory")],
+)
+def test_ctrl_c_after_the_moves(
+    command: str,
+    place: str,
+    inputs: Path,
+    bundled_chat: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    @contextlib.contextmanager
+    def interrupted_late(target: Path, *arguments: object, **keywords: object) -> Iterator[Path]:
+        with staged_directory(target, *arguments, **keywords) as staging:
+            (staging / "config.json").write_text('{"model_type": "qwen"}')
+            yield staging
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(place, interrupted_late)
+    assert call(command, *words_of(command, inputs, bundled_chat, tmp_path / "out")) == 130
+    assert f"Stopped, but too late: {tmp_path / 'out' / 'config.json'} and what" in capsys.readouterr().err
+    assert (tmp_path / "out" / "config.json").exists()
+
+
+def test_ctrl_c_after_gguf_is_written(
+    bundled_chat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    file = tmp_path / "out.gguf"
+    words = ["-c", str(bundled_chat), "-o", str(file), "--overwrite"]
+    for place, message in (
+        ("write_gguf", "Stopped. Nothing was written."),
+        ("export_notes", f"Stopped, but too late: {file} and what"),
+    ):
+        monkeypatch.setattr(f"qwen.export.gguf_file.{place}", interrupt)
+        assert call("export", *words) == 130
+        assert message in capsys.readouterr().err
+        monkeypatch.undo()
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def interrupt(*arguments: object, **keywords: object) -> None:
+    raise KeyboardInterrupt
 
 
 @pytest.fixture

@@ -57,12 +57,12 @@ def arguments_of(folder: Path, *words: object) -> Any:
     return arguments
 
 
-def edit_state(**changes: object) -> Callable[[Path], object]:
-    def edit(folder: Path) -> None:
-        path = folder / "trainer_state.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+def edit_json(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
-    return edit
+
+def edit_state(**changes: object) -> Callable[[Path], object]:
+    return lambda folder: edit_json(folder / "trainer_state.json", **changes)
 
 
 def cut(name: str) -> Callable[[Path], object]:
@@ -88,6 +88,8 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "text as loss": edit_state(log_history=[{"loss": "x", "step": 1}]),
     "unknown field": edit_state(evil=1),
     "callbacks": edit_state(stateful_callbacks={"TrainerControl": 5}),
+    "no control": edit_state(stateful_callbacks={"os.system": {"args": {}, "attributes": {}}}),
+    "no interval": edit_state(logging_steps=0),
     "batch size": edit_state(train_batch_size="x"),
     "another best": edit_state(best_model_checkpoint="/"),
     "adapter": lambda folder: (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "r": -1}'),
@@ -107,10 +109,86 @@ def test_a_run_is_resumed_only_from_a_whole_checkpoint(checkpoint: Path, tmp_pat
         assert "Resume from an earlier checkpoint-N folder" in str(failure.value), name
 
 
+def shards_of_deepspeed(folder: Path) -> None:
+    (folder / "optimizer.pt").unlink()
+    (folder / "latest").write_text("global_step1")
+    (folder / "global_step1").mkdir()
+    for name in ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt"):
+        torch.save({"state": torch.zeros(1000)}, folder / "global_step1" / name)
+
+
+def shards_of_fsdp(folder: Path) -> None:
+    for name in ("pytorch_model_fsdp_0", "optimizer_0"):
+        (folder / name).mkdir()
+        (folder / name / ".metadata").write_bytes(b"1")
+        (folder / name / "__0_0.distcp").write_bytes(b"1")
+
+
+def files_of_fsdp(folder: Path) -> None:
+    for name in ("pytorch_model_fsdp.bin", "optimizer.bin"):
+        torch.save({"state": torch.zeros(1000)}, folder / name)
+
+
+@pytest.mark.training
+@pytest.mark.parametrize(
+    ("engine", "fill", "lost", "damaged"),
+    [
+        (
+            "deepspeed",
+            shards_of_deepspeed,
+            ["latest", "rng_state.pth", *(f"global_step1/{name}" for name in ("*model_states.pt", "*optim_states.pt"))],
+            ["global_step1/mp_rank_00_model_states.pt", "global_step1/zero_pp_rank_0_mp_rank_00_optim_states.pt"],
+        ),
+        (
+            "fsdp",
+            shards_of_fsdp,
+            ["scheduler.pt", "rng_state.pth", "pytorch_model_fsdp_0/.metadata", "optimizer_0/*.distcp"],
+            [],
+        ),
+        (
+            "fsdp",
+            files_of_fsdp,
+            ["pytorch_model_fsdp.bin", "optimizer.bin"],
+            ["pytorch_model_fsdp.bin", "optimizer.bin"],
+        ),
+    ],
+)
+def test_checkpoints_of_deepspeed_and_fsdp_are_whole(
+    engine: str, fill: Callable, lost: list[str], damaged: list[str], checkpoint: Path, tmp_path: Path
+) -> None:
+    training = arguments_of(tmp_path, "--use_lora").training
+    setattr(training, engine, "in use")
+    fill(checkpoint)
+    check_training_checkpoint(checkpoint, training)
+
+    def check_refused(name_or_pattern: str, damage: Callable[[Path], object], expected: str) -> None:
+        shutil.rmtree(tmp_path / "damaged", ignore_errors=True)
+        folder = Path(shutil.copytree(checkpoint, tmp_path / "damaged" / checkpoint.name))
+        [file] = folder.glob(name_or_pattern)
+        damage(file)
+        with pytest.raises(ArgumentError, match=expected) as failure:
+            check_training_checkpoint(folder, training)
+        assert "\n" not in str(failure.value)
+
+    for name in lost:
+        check_refused(name, Path.unlink, "is incomplete: it has no")
+    for name in damaged:
+        check_refused(name, lambda file: os.truncate(file, file.stat().st_size // 2), "is cut off")
+    if engine == "deepspeed":
+        check_refused("latest", lambda file: file.write_text("../../evil"), "does not name a folder beside it")
+
+
 def without_first_state(folder: Path) -> None:
     content = torch.load(folder / "optimizer.pt")
     del content["state"][0]
     torch.save(content, folder / "optimizer.pt")
+
+
+def edit_scheduler(**changes: object) -> Callable[[Path], object]:
+    def edit(folder: Path) -> None:
+        torch.save(torch.load(folder / "scheduler.pt") | changes, folder / "scheduler.pt")
+
+    return edit
 
 
 def without_a_tensor(folder: Path) -> None:
@@ -120,7 +198,18 @@ def without_a_tensor(folder: Path) -> None:
 
 
 @pytest.mark.training
-@pytest.mark.parametrize("damage", [cut("optimizer.pt"), cut("rng_state.pth"), without_first_state, without_a_tensor])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        cut("optimizer.pt"),
+        cut("rng_state.pth"),
+        without_first_state,
+        without_a_tensor,
+        edit_scheduler(last_epoch="x"),
+        edit_scheduler(base_lrs=[]),
+        edit_scheduler(step=5),
+    ],
+)
 def test_damage_that_shows_when_the_files_are_loaded(damage: Callable, checkpoint: Path, tmp_path: Path) -> None:
     damage(checkpoint)
     status, output = run(tmp_path, "--use_lora", "--resume_from_checkpoint", checkpoint)
@@ -153,6 +242,57 @@ def test_a_full_disk_in_the_optimizer_is_named(tmp_path: Path) -> None:
     text = child.output()
     assert "Traceback" not in text
     assert "disk" in text or "No space left" in text
+
+
+# ---- the model to train ----
+
+
+@pytest.mark.training
+@pytest.mark.parametrize("method", [(), ("--use_lora",)])
+def test_generation_settings_without_an_effect_do_not_lose_the_result(
+    method: tuple[str, ...], tiny_chat_checkpoint: Path, tmp_path: Path
+) -> None:
+    """transformers' `save_pretrained` refuses top_p without do_sample, after the training."""
+    model = Path(shutil.copytree(tiny_chat_checkpoint, tmp_path / "model"))
+    edit_json(model / "generation_config.json", do_sample=False, top_p=0.7)
+    status, output = run(tmp_path, "--model_name_or_path", model, *method)
+    assert status == 0, output
+    for folder in (tmp_path / "out", tmp_path / "out" / "checkpoint-1"):
+        written = json.loads((folder / "generation_config.json").read_text())
+        assert (written["do_sample"], written["top_p"], written["chat_format"]) == (False, 0.7, "chatml")
+
+
+@pytest.mark.training
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.json", {"num_labels": 10**9}),
+        ("tokenizer_config.json", {"model_max_length": "x"}),
+        ("generation_config.json", {"watermarking_config": 5, "do_sample": False, "top_p": 0.7}),
+    ],
+)
+def test_an_invalid_setting_of_the_model_is_one_line(
+    name: str, content: dict[str, object], tiny_chat_checkpoint: Path, tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(tiny_chat_checkpoint, tmp_path / "model"))
+    edit_json(model / name, **content)
+    status, output = run(tmp_path, "--model_name_or_path", model)
+    assert status == 1
+    assert len(output.splitlines()) == 1, output
+    assert next(iter(content)) in output
+
+
+@pytest.mark.training
+def test_a_missing_tensor_of_the_model_is_one_line(tiny_chat_checkpoint: Path, tmp_path: Path) -> None:
+    """transformers logs a table of missing tensors."""
+    model = Path(shutil.copytree(tiny_chat_checkpoint, tmp_path / "model"))
+    tensors = load_file(model / "model.safetensors")
+    del tensors["transformer.h.1.mlp.c_proj.weight"]
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    status, output = run(tmp_path, "--model_name_or_path", model)
+    assert status == 1
+    assert len(output.splitlines()) == 1, output
+    assert "transformer.h.1.mlp.c_proj.weight" in output
 
 
 # ---- folders ----

@@ -567,6 +567,16 @@ def test_sigterm_stops_like_ctrl_c(trained: Path, tmp_path: Path, main, monkeypa
     assert not list(tmp_path.iterdir())
 
 
+def test_settings_without_an_effect_are_kept(adapter: Path, tmp_path: Path, main) -> None:
+    """transformers' `save_pretrained` refuses top_p without do_sample."""
+    path = adapter / "generation_config.json"
+    settings = json.loads(path.read_text()) | {"do_sample": False, "top_p": 0.7}
+    path.write_text(json.dumps(settings))
+    assert main(adapter, tmp_path / "out")[0] == 0
+    written = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert written | settings == written
+
+
 def test_folder_of_another_program_is_not_replaced(trained: Path, tmp_path: Path, main) -> None:
     (tmp_path / "config.json").write_text('{"port": 80}')
     (tmp_path / "model.safetensors").write_text("somebody's")

@@ -36,7 +36,7 @@ MAX_NEW_TOKENS = 512
 RESERVED_TOKENS = (
     MAX_NEW_TOKENS + 64
 )  # part of the context: the reply, the system message and the tokens of the chat format
-OPTION = re.compile(r"^\s*\(?([A-Z])[).:][ \t]*(.*)$", re.MULTILINE)
+OPTION = re.compile(r"^[^\S\n]*\(?([A-Z])[).:][ \t]*(.*)$", re.MULTILINE)
 FACT = re.compile(r"\[\s*fact\s*:\s*(true|false)", re.IGNORECASE)
 TRUTH = re.compile(r"\b(true|false)\b", re.IGNORECASE)
 ANSWER = re.compile(
