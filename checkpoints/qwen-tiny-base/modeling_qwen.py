@@ -43,6 +43,7 @@ from .kv_cache_qwen import CacheStates, QuantizedKVCache, cache_from_legacy, pro
 from .kv_cache_qwen import dequantize_cache_torch as dequantize_cache_torch  # published code imports these from here
 from .kv_cache_qwen import quantize_cache_v as quantize_cache_v
 from .loading_qwen import LoadingMixin
+from .parallel_qwen import check_engine
 from .rope_qwen import MAX_DOUBLINGS as MAX_DOUBLINGS  # re-exported for old imports
 from .rope_qwen import apply_rotary_emb, logn_scale, ntk_alpha, rotary_tables
 from .stop_strings_qwen import ByteStopStringCriteria
@@ -122,8 +123,10 @@ class QWenAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """hidden_states: (B, S, C) → (B, S, C), and the weights (B, H, S, T) if the implementation returns them."""
         batch, length, _ = hidden_states.shape
-        qkv = self.c_attn(hidden_states).view(batch, length, 3, -1, self.head_dim).permute(2, 0, 3, 1, 4)
-        query, key, value = qkv.unbind(0)
+        width = self.projection_size
+        # vLLM finds this split, and below the call of the attention function, by reading the source of this method.
+        query, key, value = self.c_attn(hidden_states).split((width, width, width), dim=-1)
+        query, key, value = (x.view(batch, length, -1, self.head_dim).transpose(1, 2) for x in (query, key, value))
 
         cos, sin, query_scale = position_embeddings
         query, key = apply_rotary_emb(query, cos, sin), apply_rotary_emb(key, cos, sin).to(value.dtype)
@@ -231,6 +234,7 @@ class QWenModel(QWenPreTrainedModel):
 
     def __init__(self, config: QWenConfig):
         super().__init__(config)
+        check_engine(config)
         self.vocab_size = config.vocab_size
         self.wte = nn.Embedding(config.vocab_size, config.hidden_size)
         self.drop = nn.Dropout(config.emb_dropout_prob)
@@ -442,6 +446,7 @@ class QWenLMHeadModel(QWenPreTrainedModel, ChatMixin, GenerationMixin):
     """The language model: next-token logits, generation and chat."""
 
     _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
 
     def __init__(self, config: QWenConfig):
         super().__init__(config)

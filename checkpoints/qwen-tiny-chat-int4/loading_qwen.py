@@ -15,7 +15,7 @@ from transformers import GenerationConfig, PreTrainedConfig
 
 from .configuration_qwen import QWenConfig, check_model_type
 from .gptq_qwen import configure_kernel, explain_missing_packages, is_gptq, load_in_torch, missing_packages
-from .json_qwen import check_json_files, local_folder, read_json_object
+from .json_qwen import check_json_files, first_line, local_folder, read_json_object
 from .loading_options_qwen import (
     PRECISIONS,
     attention_devices,
@@ -27,12 +27,25 @@ from .loading_options_qwen import (
     prefer_one_gpu,
     target_device,
 )
-from .weight_files_qwen import check_weight_files
+from .parallel_qwen import check_distribution
+from .weight_files_qwen import check_weight_files, damaged
 
 if TYPE_CHECKING:  # what the mixin expects of the class that it is mixed into
     from transformers import PreTrainedModel as MixinBase
 else:
     MixinBase = object
+
+
+HUB_ARGUMENTS = {"cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token"}
+USUAL_ARGUMENTS = HUB_ARGUMENTS | {
+    *PRECISIONS,
+    "device_map",
+    "dtype",
+    "max_memory",
+    "output_loading_info",
+    "torch_dtype",
+}
+"""Arguments of `from_pretrained` that are checked before files are read."""
 
 
 class LoadingMixin(MixinBase):
@@ -59,6 +72,7 @@ class LoadingMixin(MixinBase):
             OSError: files are missing or damaged.
         """
         check_arguments(kwargs)
+        by_caller = set(kwargs)
         folder = local_folder(pretrained_model_name_or_path, kwargs.get("subfolder"))
         if folder is not None:
             check_json_files(folder, ("config.json",))
@@ -74,14 +88,14 @@ class LoadingMixin(MixinBase):
             fields = {field.name for field in dataclasses.fields(QWenConfig)}
             kwargs = {name: value for name, value in kwargs.items() if name not in fields}
         else:
-            names = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-            hub_kwargs = {name: kwargs[name] for name in names if name in kwargs}
+            hub_kwargs = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
             dtype_kwargs = {} if dtype is None else {"dtype": dtype}
             name_or_path = cast(str | os.PathLike, config or pretrained_model_name_or_path)
             loaded = QWenConfig.from_pretrained(name_or_path, return_unused_kwargs=True, **kwargs, **dtype_kwargs)
             model_config, kwargs = cast(tuple[QWenConfig, dict], loaded)  # as return_unused_kwargs=True asks for
             kwargs |= hub_kwargs
 
+        check_distribution(kwargs, is_gptq(model_config))
         device_map = kwargs.get("device_map")
         with_gptqmodel = needs_gptqmodel(model_config, quantization_config, device_map)
         if with_gptqmodel and missing_packages():
@@ -106,8 +120,9 @@ class LoadingMixin(MixinBase):
         moves_later = device_map is None and model_config.use_flash_attn is True
         devices = attention_devices("auto" if moves_later else device_map)
         kwargs["attn_implementation"] = choose_attention(model_config, dtype, devices, requested)
-        if folder is not None and not any(kwargs.get(name) for name in ("variant", "gguf_file", "state_dict")):
-            check_weight_files(folder, model_config.num_hidden_layers)
+        other_weights = ("variant", "gguf_file", "state_dict", "ignore_mismatched_sizes")
+        if folder is not None and not any(kwargs.get(name) for name in other_weights):
+            check_weight_files(folder, model_config)
         try:
             return super().from_pretrained(
                 pretrained_model_name_or_path, *model_args, config=model_config, dtype=dtype, **kwargs
@@ -115,16 +130,25 @@ class LoadingMixin(MixinBase):
         except (SafetensorError, FileNotFoundError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and not is_damaged_weight_file(error):
                 raise
-            raise OSError(
-                f"The weights of {pretrained_model_name_or_path} cannot be read ({error}): the download stopped early "
-                "or left pointer files behind. Delete the weight files there and download them again."
+            raise damaged(f"A weight file of {pretrained_model_name_or_path}", error) from error
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            if not by_caller <= USUAL_ARGUMENTS:  # perhaps an error of the caller's
+                raise
+            reason = (first_line(error) or type(error).__name__)[:200]
+            raise ValueError(
+                f"{pretrained_model_name_or_path} could not be loaded: its config.json or a weight file has an invalid "
+                f"value ({reason}). Correct it or download it again."
             ) from error
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """As in transformers, but the weight files get the permissions of other new files.
 
-        safetensors makes them readable by their owner only.
+        safetensors makes them readable by their owner only. `auto_map` names the base model too, which engines build
+        by `AutoModel`; transformers adds only the class of the model that is saved.
         """
+        if self._auto_class is not None:
+            base = type(self.base_model)
+            self.config.auto_map["AutoModel"] = f"{base.__module__.rpartition('.')[2]}.{base.__name__}"
         super().save_pretrained(save_directory, *args, **kwargs)
         mask = os.umask(0)
         os.umask(mask)
@@ -141,7 +165,7 @@ def check_generation_config(folder: Path) -> None:
         if path.exists():
             GenerationConfig.from_dict(read_json_object(path))
     except Exception as error:  # of any type, for example AttributeError for a missing method
-        reason = str(error).partition("\n")[0][:200]
+        reason = first_line(error)[:200]
         raise ValueError(f"{path} has an invalid value ({reason}). Correct it or download it again.") from error
 
 

@@ -43,7 +43,8 @@ def save(
         raise OSError(f"The weights could not be written: {first_line(error)}") from error
     apply_umask(folder)
     tokenizer.save_pretrained(folder)
-    custom_object_save(model, folder, config=cast(dict, model.config))  # takes both, see its docstring
+    for part in (model, model.base_model):
+        custom_object_save(part, folder, config=cast(dict, model.config))  # takes both, see its docstring
     model.config.save_pretrained(folder)
     _write_config(source, folder, options)
     found = source.find(GENERATION_CONFIG_NAME)

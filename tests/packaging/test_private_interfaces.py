@@ -105,6 +105,10 @@ INTERFACES = [
               "the matrix that is tied to the embedding", "attribute"),
     Interface("transformers.PreTrainedConfig._attn_implementation", MODELING,
               "the selected attention implementation; there is no public getter", "property"),
+    Interface("transformers.PreTrainedModel._tp_plan", MODELING,
+              "tensor parallel style of the output layer", "attribute"),
+    Interface("transformers.PreTrainedModel._auto_class", "qwen/model/loading_qwen.py",
+              "whether save_pretrained copies the code, and names it in auto_map", "attribute"),
     Interface("transformers.PreTrainedConfig.base_model_fsdp_plan", "qwen/model/configuration_qwen.py",
               "FSDP sharding plan of the layers", "attribute"),
     Interface("transformers.GenerationMixin._prepare_cache_for_generation", MODELING,
@@ -273,6 +277,8 @@ INTERFACES = [
               "overridden: sends tool calls and results as such", COMPLETION_KWARGS),
     Interface("readline._READLINE_RUNTIME_VERSION", "qwen_cli/chat/terminal.py",
               "whether pasted lines are marked", "attribute"),
+    Interface("argparse.ArgumentParser._option_string_actions", "qwen_cli/arguments.py",
+              "options of a command, to name the one that replaces an unknown one", "instance attribute"),
 ]
 # fmt: on
 
