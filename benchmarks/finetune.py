@@ -2,17 +2,20 @@
 
     python benchmarks/finetune.py [--shape 7B] [--methods lora qlora …] [--lengths 256 512 …]
     python benchmarks/finetune.py --beside-qwen2 [--shape …]
+    python benchmarks/finetune.py --baseline OLD [--shape 1.8B --layers 4 --precision fp32 --accumulation 1]
 
 Models have random weights and samples random tokens, all of them trained on; this does not change the work. Batch 1,
 accumulation 8, activation checkpointing, as in the published tables. Each cell runs in a separate process. Its peak
 memory is what CUDA reserved or, on the CPU, the maximum resident size. Times are medians of the steps after the first.
-Prints Markdown tables.
+--baseline compares with the code of another folder, for example a `git worktree`, in turns; the share of the loss is
+the time of the loss of as many positions alone, forward and backward. Prints Markdown tables.
 """
 
 import argparse
 import contextlib
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -35,7 +38,7 @@ from memory import peak_bytes
 from random_models import SHAPES, config, write_quantized
 from transformers import Qwen2ForCausalLM, Trainer, TrainerCallback
 
-from qwen import QWenLMHeadModel
+from qwen import QWenConfig, QWenLMHeadModel
 from qwen.data.datasets import Collator
 from qwen.export.qwen2 import qwen2_config
 from qwen.finetuning.arguments import LoraArguments, TrainingArguments, parse
@@ -44,7 +47,8 @@ from qwen.finetuning.trainer import SupervisedTrainer
 
 METHODS = {"lora": "LoRA", "lora-embeddings": "LoRA (emb)", "qlora": "Q-LoRA", "full": "full"}
 PRECISIONS = {"lora": "bf16", "lora-embeddings": "bf16", "qlora": "fp16", "full": "bf16"}
-ACCUMULATION = 8
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def main() -> None:
@@ -57,12 +61,18 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, default=4, help="steps per cell; the first is not counted")
     parser.add_argument("--beside-qwen2", action="store_true", help="throughput compared with transformers' Qwen2")
+    parser.add_argument("--layers", type=int, help="layers of the shape (default: all)")
+    parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], help="default: fp32 without a GPU")
+    parser.add_argument("--accumulation", type=int, default=8, help="rows per step")
+    parser.add_argument("--baseline", metavar="FOLDER", help="repository of another version, to compare with")
     parser.add_argument("--cell", nargs=2, metavar=("METHOD", "LENGTH"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.cell:
-        print(json.dumps(cell(arguments.shape, arguments.cell[0], int(arguments.cell[1]), arguments.steps)))
+        print(json.dumps(cell(arguments.cell[0], int(arguments.cell[1]), arguments)))
+    elif arguments.baseline:
+        beside_baseline(arguments)
     elif arguments.beside_qwen2:
-        beside_qwen2(arguments.shape, arguments.lengths, arguments.steps)
+        beside_qwen2(arguments)
     else:
         table(arguments)
 
@@ -74,47 +84,93 @@ def table(arguments: argparse.Namespace) -> None:
     for method in arguments.methods:
         cells = []
         for length in arguments.lengths:
-            command = [sys.executable, __file__, "--shape", arguments.shape, "--steps", str(arguments.steps)]
-            done = subprocess.run([*command, "--cell", method, str(length)], capture_output=True, text=True)
-            if done.returncode == 0:
-                figures = json.loads(done.stdout.splitlines()[-1])
-                cells.append(f"{figures['gigabytes']:.1f} / {figures['seconds']:.1f}")
-            else:
-                cells.append("out of memory" if "OutOfMemory" in done.stderr else "failed")
-                print(done.stderr[-2000:], file=sys.stderr)
+            figures = run_cell(method, length, arguments)
+            cells.append(
+                figures if isinstance(figures, str) else f"{figures['gigabytes']:.1f} / {figures['seconds']:.1f}"
+            )
         print(f"| {METHODS[method]} | " + " | ".join(cells) + " |", flush=True)
 
 
-def cell(shape: str, method: str, length: int, steps: int) -> dict[str, float]:
-    """Return peak memory in GB and seconds per iteration for one method and length."""
+def beside_baseline(arguments: argparse.Namespace) -> None:
+    """Print seconds a step, peak memory and the share of the loss of two versions, one after the other in each cell."""
+    print("| trained | length | s/step: before | after | ratio | GB: before | after | ratio | loss: before | after |")
+    print("|" + "---|" * 10, flush=True)
+    for method in arguments.methods:
+        for length in arguments.lengths:
+            both = [run_cell(method, length, arguments, Path(root)) for root in (arguments.baseline, ROOT)]
+            cells = []
+            for name in ("seconds", "gigabytes"):
+                cells += [each if isinstance(each, str) else f"{each[name]:.2f}" for each in both]
+                known = [each[name] for each in both if not isinstance(each, str)]
+                cells.append(f"{known[1] / known[0]:.2f}" if len(known) == 2 else "")
+            cells += ["" if isinstance(each, str) else f"{each['loss'] / each['seconds']:.0%}" for each in both]
+            print(f"| {METHODS[method]} | {length} | " + " | ".join(cells) + " |", flush=True)
+
+
+def run_cell(method: str, length: int, arguments: argparse.Namespace, root: Path = ROOT) -> dict[str, float] | str:
+    """Return the figures of `cell` in a process of its own, with the code in a folder; or why there are none."""
+    command = [sys.executable, __file__, "--cell", method, str(length)]
+    for name in ("shape", "steps", "layers", "precision", "accumulation"):
+        if (value := getattr(arguments, name)) is not None:
+            command += [f"--{name}", str(value)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(root)})
+    if done.returncode == 0:
+        return json.loads(done.stdout.splitlines()[-1])
+    if "OutOfMemory" in done.stderr or done.returncode == -signal.SIGKILL:  # by CUDA, or by the system
+        return "out of memory"
+    print(done.stderr[-2000:], file=sys.stderr)
+    return "failed"
+
+
+def cell(method: str, length: int, arguments: argparse.Namespace) -> dict[str, float]:
+    """Return peak memory in GB, seconds per iteration, and seconds of its loss, for one method and length."""
     with tempfile.TemporaryDirectory() as folder:
-        model = quantized_model(shape, Path(folder)) if method == "qlora" else random_model(shape, method)
+        model = quantized_model(arguments.shape, Path(folder)) if method == "qlora" else random_model(method, arguments)
         if method in ("lora", "lora-embeddings"):
             modules_to_save = EMBEDDINGS if method == "lora-embeddings" else []
             model = add_lora(model, LoraArguments(), modules_to_save)
-        seconds = train(model, length, steps, settings(method, folder), SupervisedTrainer)
-    return {"gigabytes": peak_bytes() / 1e9, "seconds": statistics.median(seconds)}
+        seconds = train(model, length, settings(method, folder, arguments), SupervisedTrainer, arguments)
+    figures = {"gigabytes": peak_bytes() / 1e9, "seconds": statistics.median(seconds)}
+    return figures | {"loss": arguments.accumulation * loss_seconds(model, length, precision_of(method, arguments))}
 
 
-def beside_qwen2(shape: str, lengths: list[int], steps: int) -> None:
+def loss_seconds(model: torch.nn.Module, length: int, precision: str) -> float:
+    """Return the seconds of the loss of as many positions alone, forward and backward."""
+    network = model.get_base_model() if hasattr(model, "get_base_model") else model
+    weight = network.transformer.ln_f.weight
+    hidden = torch.randn(1, length, len(weight), device=weight.device, dtype=DTYPES[precision], requires_grad=True)
+    labels = torch.randint(0, 3000, (1, length), device=weight.device)
+    start = synchronized_time()
+    with torch.autocast(weight.device.type, dtype=DTYPES[precision], enabled=precision != "fp32"):
+        if hasattr(network, "loss_without_logits"):
+            loss = network.loss_without_logits(hidden, shift_labels=labels)
+        else:
+            loss = network.loss_function(network.lm_head(hidden), None, network.config.vocab_size, shift_labels=labels)
+    loss.backward()
+    return synchronized_time() - start
+
+
+def beside_qwen2(arguments: argparse.Namespace) -> None:
     """Print tokens/s of both models with `Trainer`, and on half-prompt samples with `SupervisedTrainer` for ours."""
     print("| trained | length | Qwen2, tok/s | this, tok/s | ratio | half prompt: Qwen2 | this | ratio |")
     print("|---|---|---|---|---|---|---|---|", flush=True)
     for method in ("full", "lora"):
-        peer, ours = random_qwen2(shape, method), random_model(shape, method)
+        peer, ours = random_qwen2(method, arguments), random_model(method, arguments)
         if method == "lora":
             names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
             peer = add_lora(peer, LoraArguments(lora_target_modules=names), [])
             ours = add_lora(ours, LoraArguments(), [])
-        for length in lengths:
+        for length in arguments.lengths:
             columns = []
-            for prompt, trainer in ((0, Trainer), (length // 2, SupervisedTrainer)):  # which skips logits of prompts
+            for prompt, trainer in ((0, Trainer), (length // 2, SupervisedTrainer)):  # which skips logits
                 seconds: dict[str, list[float]] = {"peer": [], "ours": []}
                 for _ in range(3):  # alternating, so that both see the same machine load
-                    with tempfile.TemporaryDirectory() as folder:
-                        seconds["peer"] += train(peer, length, steps, settings(method, folder), Trainer, prompt)
-                        seconds["ours"] += train(ours, length, steps, settings(method, folder), trainer, prompt)
-                speeds = {who: ACCUMULATION * length / statistics.median(times) for who, times in seconds.items()}
+                    for who, model, kind in (("peer", peer, Trainer), ("ours", ours, trainer)):
+                        with tempfile.TemporaryDirectory() as folder:
+                            options = settings(method, folder, arguments)
+                            seconds[who] += train(model, length, options, kind, arguments, prompt)
+                tokens = arguments.accumulation * length
+                speeds = {who: tokens / statistics.median(times) for who, times in seconds.items()}
                 columns += [f"{speeds['peer']:.0f}", f"{speeds['ours']:.0f}", f"{speeds['ours'] / speeds['peer']:.2f}"]
             print(f"| {method} | {length} | " + " | ".join(columns) + " |", flush=True)
 
@@ -122,22 +178,22 @@ def beside_qwen2(shape: str, lengths: list[int], steps: int) -> None:
 def train(
     model: torch.nn.Module,
     length: int,
-    steps: int,
-    arguments: TrainingArguments,
+    options: TrainingArguments,
     trainer: type[Trainer],
+    arguments: argparse.Namespace,
     prompt: int = 0,
 ) -> list[float]:
     """Return the seconds of each step but the first, on samples of `length` random tokens, `prompt` of them masked."""
     generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(0, 3000, (steps * ACCUMULATION, length), generator=generator)
+    ids = torch.randint(0, 3000, (arguments.steps * arguments.accumulation, length), generator=generator)
     labels = ids.clone()
     labels[:, :prompt] = -100
     samples = [
         {"input_ids": row, "labels": targets} for row, targets in zip(ids.tolist(), labels.tolist(), strict=True)
     ]
-    arguments.max_steps = steps
+    options.max_steps = arguments.steps
     timer = StepTimer()
-    trainer(model, arguments, data_collator=Collator(0), train_dataset=samples, callbacks=[timer]).train()
+    trainer(model, options, data_collator=Collator(0), train_dataset=samples, callbacks=[timer]).train()
     return timer.seconds[1:]
 
 
@@ -160,44 +216,56 @@ def synchronized_time() -> float:
     return time.perf_counter()
 
 
-def settings(method: str, folder: str) -> TrainingArguments:
-    """Return the published settings, in half precision on a GPU."""
-    precision = {PRECISIONS[method]: True} if torch.cuda.is_available() else {"use_cpu": True}
+def precision_of(method: str, arguments: argparse.Namespace) -> str:
+    """Return the precision that was asked for, or the published one on a GPU."""
+    return arguments.precision or (PRECISIONS[method] if torch.cuda.is_available() else "fp32")
+
+
+def settings(method: str, folder: str, arguments: argparse.Namespace) -> TrainingArguments:
+    """Return the published settings."""
+    precision = precision_of(method, arguments)
     return TrainingArguments(
         output_dir=folder,
         per_device_train_batch_size=1,
-        gradient_accumulation_steps=ACCUMULATION,
+        gradient_accumulation_steps=arguments.accumulation,
         activation_checkpointing=True,
         learning_rate=1e-5,
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
         logging_strategy="no",
-        **precision,
+        use_cpu=not torch.cuda.is_available(),
+        bf16=precision == "bf16",
+        fp16=precision == "fp16",
     )
 
 
-def random_model(shape: str, method: str) -> QWenLMHeadModel:
-    with default_placement(method):
-        model = QWenLMHeadModel(config(shape))
+def random_model(method: str, arguments: argparse.Namespace) -> QWenLMHeadModel:
+    with default_placement(method, arguments):
+        model = QWenLMHeadModel(shape_config(arguments))
     model.config.use_cache = False
     return model
 
 
-def random_qwen2(shape: str, method: str) -> Qwen2ForCausalLM:
-    with default_placement(method):
-        model = Qwen2ForCausalLM(qwen2_config(config(shape)))
+def random_qwen2(method: str, arguments: argparse.Namespace) -> Qwen2ForCausalLM:
+    with default_placement(method, arguments):
+        model = Qwen2ForCausalLM(qwen2_config(shape_config(arguments)))
     model.config.use_cache = False
     return model
+
+
+def shape_config(arguments: argparse.Namespace) -> QWenConfig:
+    result = config(arguments.shape)
+    result.num_hidden_layers = arguments.layers or result.num_hidden_layers
+    return result
 
 
 @contextlib.contextmanager
-def default_placement(method: str) -> Iterator[None]:
-    """Create weights on their device; frozen ones in half precision on a GPU, like `load_for_training`."""
-    gpu = torch.cuda.is_available()
-    torch.set_default_dtype(torch.bfloat16 if gpu and method != "full" else torch.float32)
+def default_placement(method: str, arguments: argparse.Namespace) -> Iterator[None]:
+    """Create weights on their device; frozen ones in half precision if it trains in one, like `load_for_training`."""
+    torch.set_default_dtype(torch.float32 if method == "full" else DTYPES[precision_of(method, arguments)])
     try:
-        with torch.device("cuda" if gpu else "cpu"):
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
             yield
     finally:
         torch.set_default_dtype(torch.float32)

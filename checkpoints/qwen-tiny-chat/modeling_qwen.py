@@ -14,7 +14,7 @@ import functools
 import inspect
 from collections.abc import Callable, Sequence
 from itertools import islice
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from torch import nn
@@ -43,6 +43,7 @@ from .kv_cache_qwen import CacheStates, QuantizedKVCache, cache_from_legacy, pro
 from .kv_cache_qwen import dequantize_cache_torch as dequantize_cache_torch  # published code imports these from here
 from .kv_cache_qwen import quantize_cache_v as quantize_cache_v
 from .loading_qwen import LoadingMixin
+from .loss_qwen import IGNORE_INDEX, use_loss_head
 from .parallel_qwen import check_engine
 from .rope_qwen import MAX_DOUBLINGS as MAX_DOUBLINGS  # re-exported for old imports
 from .rope_qwen import apply_rotary_emb, logn_scale, ntk_alpha, rotary_tables
@@ -468,13 +469,16 @@ class QWenLMHeadModel(QWenPreTrainedModel, ChatMixin, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         cache: Cache | None = None,
-        **kwargs: object,
+        skip_logits: bool = False,
+        **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Compute logits (B, S, vocab_size), and the loss if labels are given. See `QWenModel.forward`.
 
         Args:
             labels: (B, S), token ids, -100 to ignore; shifted internally, so they are aligned with `input_ids`.
             logits_to_keep: number of last positions, or indices of positions, to compute logits for; 0 for all.
+            skip_logits: compute the loss only, in chunks, which takes a fraction of the memory. `loss_without_logits`
+                has its further arguments.
         """
         outputs: BaseModelOutputWithPast = self.transformer(
             input_ids=input_ids,
@@ -488,9 +492,13 @@ class QWenLMHeadModel(QWenPreTrainedModel, ChatMixin, GenerationMixin):
         )
         hidden_states = outputs.last_hidden_state
         assert hidden_states is not None
-        logits = self.lm_head(select_positions(hidden_states, logits_to_keep))
-        loss = None
-        if labels is not None:
+        hidden_states = select_positions(hidden_states, logits_to_keep)
+        logits = loss = None
+        if skip_logits:
+            loss = self.loss_without_logits(hidden_states, labels, **kwargs)
+        else:
+            logits = self.lm_head(hidden_states)
+        if labels is not None and logits is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
@@ -499,6 +507,38 @@ class QWenLMHeadModel(QWenPreTrainedModel, ChatMixin, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def loss_without_logits(
+        self,
+        hidden_states: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        shift_labels: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        label_smoothing: float = 0.0,
+        reduction: Literal["sum", "none"] = "sum",
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Compute the mean cross-entropy of labels in nats, with gradients for one backward pass, or that of each.
+
+        Args:
+            hidden_states: (B, K, C), the last hidden states of the positions that are learned or evaluated.
+            labels: (B, K), token ids aligned with the input, -100 to ignore.
+            shift_labels: (B, K), the next token of each position, -100 to ignore. Takes the place of `labels`.
+            num_items_in_batch: divide the sum by this number instead of the number of labels.
+            label_smoothing: share of the target's probability that is spread evenly over all tokens.
+            reduction: "none" for the cross-entropy of each position (B, K) without gradients, 0 where it is ignored.
+        """
+        if shift_labels is None:
+            if labels is None:
+                raise ValueError("skip_logits computes the loss only: pass labels, or leave it out for logits.")
+            shift_labels = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+        use_loss_head(self.lm_head)
+        loss = self.lm_head(hidden_states, shift_labels, label_smoothing=label_smoothing, reduction=reduction)
+        if reduction == "none":
+            return loss
+        if num_items_in_batch is None:
+            num_items_in_batch = (shift_labels != IGNORE_INDEX).sum()
+        return loss / torch.as_tensor(num_items_in_batch, device=loss.device)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As in transformers."""

@@ -18,6 +18,7 @@ from ..checkpoint.generation_settings import save_generation_config
 from ..checkpoint.staging import staged_directory
 from ..data.samples import IGNORE_INDEX
 from ..library_errors import is_write_failed
+from ..model.loss_qwen import use_loss_head
 from ..model.modeling_qwen import QWenLMHeadModel
 from ..model.tokenization_qwen import QWenTokenizer
 from ..model.weight_files_qwen import tensor_shapes
@@ -32,28 +33,43 @@ class SupervisedTrainer(Trainer):
     processing_class: QWenTokenizer
 
     def __init__(self, model: nn.Module, args: TrainingArguments, **kwargs: Any):
+        try:
+            use_loss_head(cast("QWenLMHeadModel", model).get_output_embeddings())
+            self._skips_logits = True
+        except TypeError:
+            self._skips_logits = False
         super().__init__(model, args, compute_metrics=token_loss_and_perplexity, **kwargs)
         self._final_dtype: torch.dtype | None = None
         self._saves_result = False
 
     def compute_loss(self, model, inputs, *args, **kwargs):
-        """Compute logits only where some row learns its next token: prompts are not learned, and logits over the whole
-        vocabulary take most of the memory of long samples."""
+        """Compute the loss without logits and only where some row learns its next token: prompts are not learned, and
+        logits over the whole vocabulary take most of the memory of long samples. LoRA on the output matrix needs them.
+        """
+        inputs = dict(inputs)
         positions, next_labels = label_positions(inputs["labels"])
+        inputs["logits_to_keep"] = positions
+        if self._skips_logits:
+            del inputs["labels"]
+            inputs |= {"skip_logits": True, "label_smoothing": self.args.label_smoothing_factor}
         # The Trainer's label smoothing does not shift labels, since it does not recognize this class as a language
         # model.
-        shifted = "shift_labels" if self.label_smoother is None else "labels"
-        inputs = {**inputs, "logits_to_keep": positions, shifted: next_labels}
+        shifted = "labels" if self.label_smoother is not None and not self._skips_logits else "shift_labels"
+        inputs[shifted] = next_labels
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Return the mean loss of a batch and, instead of its logits, which take gigabytes, sums of each row."""
         inputs = dict(self._prepare_inputs(inputs))
         labels = inputs.pop("labels")
-        positions, next_labels = label_positions(labels)
+        inputs["logits_to_keep"], next_labels = label_positions(labels)
         with torch.no_grad(), self.compute_loss_context_manager():
-            logits = model(**inputs, logits_to_keep=positions).logits
-        sums = sum_nll_per_row(logits, next_labels)
+            if self._skips_logits:
+                losses = model(**inputs, skip_logits=True, shift_labels=next_labels, reduction="none").loss
+                counts = (next_labels != IGNORE_INDEX).to(losses)
+                sums = torch.stack((losses.sum(1), counts.sum(1)), 1)
+            else:
+                sums = sum_nll_per_row(model(**inputs).logits, next_labels)
         total, count = sums.sum(0)
         return total / count.clamp(min=1), sums, labels
 

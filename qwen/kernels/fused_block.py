@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..model.gptq_linear_qwen import GPTQLinear
+from ..model.loss_qwen import LossHead
 from ..model.modeling_qwen import QWenBlock, QWenLMHeadModel, RMSNorm, execution_device
 from ..model.window_attention_qwen import Window
 from .cpu import (
@@ -176,10 +177,10 @@ class Source(NamedTuple):
         module: Any = getattr(owner, module_name)
         names = PACKED_TENSORS if isinstance(module, GPTQLinear) else PLAIN_TENSORS
         # torch's own dictionaries: `getattr` of a module takes longer than all that is compared.
-        owned = module._parameters, module._buffers  # noqa: SLF001
+        owned = module._parameters, module._buffers
         tensors = [(those, name, address_of(those[name])) for those in owned for name in names if name in those]
-        hooks = module._forward_hooks, module._forward_pre_hooks  # noqa: SLF001
-        return cls(owner._modules, module_name, module, tensors, *hooks)  # noqa: SLF001
+        hooks = module._forward_hooks, module._forward_pre_hooks
+        return cls(owner._modules, module_name, module, tensors, *hooks)
 
     def is_current(self) -> bool:
         """Whether the module is in its place, unobserved, and its tensors are where they were."""
@@ -335,6 +336,7 @@ def _swiglu(kernels: Kernels, x: torch.Tensor, value: nn.Module, gate: nn.Module
 
 FUSED_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: FusedLinear,
+    LossHead: FusedLinear,
     GPTQLinear: FusedGPTQLinear,
     RMSNorm: FusedRMSNorm,
     QWenBlock: FusedBlock,
