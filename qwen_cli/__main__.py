@@ -18,6 +18,7 @@ COMMANDS = {
     "quantize": ("quantize", "quantize a model to 4 or 8 bits (GPTQ)"),
     "merge": ("merge", "merge a LoRA adapter into its base model"),
     "export": ("export", "export a model for other inference engines"),
+    "adopt": ("adopt", "make a downloaded model load in programs without this package"),
     "eval": ("evaluate", "evaluate a model on a benchmark"),
 }
 

@@ -13,9 +13,9 @@ import json
 from pathlib import Path
 
 import torch
-from transformers.dynamic_module_utils import custom_object_save
 
 import qwen
+from qwen.checkpoint import adoption
 from qwen.checkpoint.loading import BUNDLED_BASE, BUNDLED_CHAT, BUNDLED_CHAT_INT4
 
 
@@ -37,16 +37,10 @@ def write_code(folder: Path) -> None:
     """
     for path in folder.glob("*.py"):  # some may have been removed from qwen/model
         path.unlink()
-    config = qwen.QWenConfig.from_pretrained(folder)
-    with torch.device("meta"):
-        model = qwen.QWenLMHeadModel(config)
-    tokenizer = qwen.QWenTokenizer(str(folder / "qwen.tiktoken"))
-    for name, objects in (("config.json", (config, model)), ("tokenizer_config.json", (tokenizer,))):
+    auto_maps = adoption.write_code(folder, qwen.QWenTokenizer(str(folder / "qwen.tiktoken")))
+    for name, auto_map in zip(("config.json", "tokenizer_config.json"), auto_maps, strict=True):
         content = json.loads((folder / name).read_text(encoding="utf-8"))
-        content["auto_map"] = {}
-        for item in objects:
-            custom_object_save(item, folder, config=content)
-        _json(folder / name, dict(sorted(content.items())))
+        _json(folder / name, dict(sorted((content | {"auto_map": auto_map}).items())))
 
 
 def generation_config(tokenizer: qwen.QWenTokenizer, stage: str) -> dict:

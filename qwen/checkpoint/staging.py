@@ -69,6 +69,11 @@ def check_target(target: Path, source: Path, overwrite: bool, model_type: str = 
             if not _holds_model(target, model_type):
                 raise FileExistsError(f"{target} holds no model that can be replaced. Name another folder.")
             _weight_files(target)
+    check_writable(target)
+
+
+def check_writable(target: Path) -> None:
+    """Raise PermissionError if the folder, or the one that it would be created in, is not writable."""
     place = next(folder for folder in (target, *target.absolute().parents) if folder.exists())
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         raise PermissionError(f"{target} cannot be written to: {place} is not a writable folder. Name another folder.")
@@ -81,6 +86,10 @@ def clean_up_leftovers(target: Path) -> None:
         OSError: a run is still writing to `target`, or moves cannot be finished.
     """
     for staging in sorted(target.glob(f"{_STAGING_PREFIX}*")):
+        parts = [staging / name for name in ("new", "old", _LOCK, _MOVES)]
+        # A link would let a folder of strangers have files moved from, or emptied in, another place.
+        if not staging.is_dir() or any(path.is_symlink() for path in (staging, *parts)):
+            raise FileExistsError(f"{staging} is or has a link, or is a file. Delete it, or name another folder.")
         if (staging / _KEPT).exists():
             raise FileExistsError(
                 f"{staging / _KEPT} is the finished model of another run, which could not be moved to {target}. Keep "
@@ -169,14 +178,15 @@ def _file_exists(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def staged_directory(target: Path, replaces: Collection[str] = ()) -> Iterator[Path]:
+def staged_directory(target: Path, replaces: Collection[str] = (), *, replaces_weights: bool = True) -> Iterator[Path]:
     """Yield a staging directory that is moved into `target` on success and deleted on error.
 
     If the move fails, the finished files are kept. The directory is inside `target`, which may be a mounted volume:
     only there are space and permissions certain to suffice.
 
     Args:
-        replaces: names of files in `target` to delete if the new model has no file of that name.
+        replaces: names of files and folders in `target` to delete, also if the new model has none of that name.
+        replaces_weights: delete the weight files in `target`; False if they belong to the new model, too.
 
     Raises:
         OSError: the finished files could not be moved.
@@ -209,7 +219,7 @@ def staged_directory(target: Path, replaces: Collection[str] = ()) -> Iterator[P
         raise
     with _defer_signals():
         try:
-            _move(staging, target, replaces)
+            _move(staging, target, replaces, replaces_weights)
         except OSError as error:
             kept = staging / _KEPT
             try:
@@ -224,12 +234,14 @@ def staged_directory(target: Path, replaces: Collection[str] = ()) -> Iterator[P
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _move(staging: Path, target: Path, replaces: Collection[str]) -> None:
+def _move(staging: Path, target: Path, replaces: Collection[str], replaces_weights: bool) -> None:
     """Move files from `new` in `staging` to `target`, and the files they replace to `old`. On error, undo all moves."""
     new, old = staging / "new", staging / "old"
     names = {path.name for path in new.iterdir()}
-    # Old weights that stay could be loaded instead of the new ones.
-    replaced = _weight_files(target) | {name for name in names.union(replaces) if _file_exists(target / name)}
+    replaced = {name for name in names if _file_exists(target / name)}
+    replaced |= {name for name in replaces if os.path.lexists(target / name)}
+    if replaces_weights:  # old ones that stay could be loaded instead of the new ones
+        replaced |= _weight_files(target)
     # config.json leaves first and arrives last: without it, the folder is not taken for a model during the moves.
     moves = [(target / name, old / name) for name in sorted(replaced, key=lambda name: name != CONFIG_NAME)]
     moves += [(new / name, target / name) for name in sorted(names, key=lambda name: name == CONFIG_NAME)]
@@ -268,11 +280,13 @@ def sync(path: Path) -> None:
     Raises:
         OSError: the file could not be written.
     """
+    if path.is_symlink():
+        return  # it is in the list of its folder, and where it leads may be somebody else's
     if path.is_dir():
         with contextlib.suppress(OSError):  # not every system can open folders, nor every file system write their lists
             _sync(path, os.O_RDONLY)
     else:
-        _sync(path, os.O_RDWR)
+        _sync(path, os.O_RDWR if os.access(path, os.W_OK) else os.O_RDONLY)
 
 
 def _sync(path: Path, flags: int) -> None:

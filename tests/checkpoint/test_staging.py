@@ -33,7 +33,8 @@ def test_nobody_else_reads_an_unfinished_model(tmp_path):
 
 OLD = {"config.json": b'{"model_type": "qwen"}', "model.safetensors": b"old", "only_old.txt": b"kept"}
 NEW = {"config.json": b'{"model_type": "qwen", "new": 1}', "model.safetensors": b"new", "only_new.json": b"{}"}
-STEPS = {"os.rename", "os.mkdir", "os.remove", "os.rmdir", "open", "shutil.rmtree"}  # events that Python reports
+# Events that Python reports.
+STEPS = {"os.link", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "open", "shutil.rmtree"}
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -51,8 +52,12 @@ def write_again(out: Path) -> None:
     check_target(out, out.parent / "source", overwrite=True)
 
 
-def dies_before(step: int, function: Callable[[Path], None], out: Path) -> bool:
-    """Call the function in a process that is killed before this change of the file system. Whether that came."""
+def dies_before(step: int, function: Callable[[Path], object], out: Path, *, only_in: Path | None = None) -> bool:
+    """Call the function in a process that is killed before this change of the file system. Whether that came.
+
+    Args:
+        only_in: count only changes of files in this folder, and of opened files only those that are written.
+    """
     if child := os.fork():
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         assert status in (0, -signal.SIGKILL)
@@ -60,6 +65,10 @@ def dies_before(step: int, function: Callable[[Path], None], out: Path) -> bool:
     count = itertools.count()
 
     def kill(event: str, arguments: tuple) -> None:
+        if only_in is not None:
+            reads = event == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR)
+            if reads or not str(arguments[0]).startswith(f"{only_in}/"):
+                return
         if event in STEPS and next(count) == step:
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -141,3 +150,29 @@ def test_moves_that_cannot_be_finished_lose_nothing(tmp_path: Path) -> None:
             check_target(tmp_path / "out", tmp_path / "source", overwrite=True)
     assert (staging / "new" / "config.json").read_bytes() == NEW["config.json"]
     assert (staging / "old" / "config.json").read_bytes() == OLD["config.json"]
+
+
+@pytest.mark.parametrize("link", ["", "new", "old", "lock", "moves.json"])
+def test_links_in_leftovers_are_not_followed(link: str, tmp_path: Path) -> None:
+    """A model of strangers may have a folder that looks like that of a killed run."""
+    out, other = tmp_path / "out", tmp_path / "other"
+    other.mkdir()
+    (other / "moves.json").write_text('{"replaced": []}')
+    (other / "mine.txt").write_text("mine")
+    staging = out / ".unfinished-1"
+    staging.parent.mkdir()
+    (out / "config.json").write_bytes(OLD["config.json"])
+    if link:
+        for name in ("new", "old"):
+            (staging / name).mkdir(parents=True)
+        (staging / "moves.json").write_text('{"replaced": []}')
+        if link in ("new", "old"):
+            (staging / link).rmdir()
+        else:
+            (staging / link).unlink(missing_ok=True)
+        (staging / link).symlink_to(other / "mine.txt" if link == "lock" else other)
+    else:
+        staging.symlink_to(other)
+    with pytest.raises(FileExistsError, match="is or has a link"):
+        write_again(out)
+    assert content(other) == {"moves.json": b'{"replaced": []}', "mine.txt": b"mine"}
