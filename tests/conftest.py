@@ -44,6 +44,9 @@ FIXTURE_MARKERS = {
     **dict.fromkeys(("server", "start_server", "isolated_python", "chat_in_isolated_python"), "process"),
 }
 
+# Run by `make test-vllm` in an environment of their own.
+collect_ignore = ["vllm"]
+
 # Slowest first, so that no worker waits for another at the end.
 SLOWEST_FIRST = ("training", "browser", "docs", "process", "slow")
 

@@ -47,10 +47,10 @@ def split_name(name: str) -> tuple[str, str, str]:
 
     "transformer.h.3.mlp.w1.weight" gives ("3", "mlp.w1", "weight").
     """
-    module, part = name.rsplit(".", 1)
+    module, _, part = name.rpartition(".")
     if not module.startswith("transformer.h."):
         return "", module, part
-    layer, module = module.removeprefix("transformer.h.").split(".", 1)
+    layer, _, module = module.removeprefix("transformer.h.").partition(".")
     return layer, module, part
 
 

@@ -23,9 +23,15 @@ def check_architecture(config: QWenConfig) -> None:
         ValueError: names the setting that they do not support.
     """
     if config.rotary_pct != 1:
-        raise ValueError(f"Cannot export rotary_pct {config.rotary_pct}: other engines rotate all channels of a head.")
+        raise ValueError(
+            f"config.json has rotary_pct {config.rotary_pct}: other engines cannot run this model, because they "
+            "rotate all channels of a head."
+        )
     if not config.scale_attn_weights:
-        raise ValueError("Cannot export scale_attn_weights false: other engines scale attention by 1/sqrt(head size).")
+        raise ValueError(
+            "config.json has scale_attn_weights false: other engines cannot run this model, because they scale "
+            "attention by 1/sqrt(head size)."
+        )
 
 
 def rope_base(config: QWenConfig, max_length: int | None) -> float:

@@ -125,10 +125,10 @@ def qwen2_config(config: QWenConfig, max_length: int | None = None) -> Qwen2Conf
         intermediate_size=config.intermediate_size // 2,
         vocab_size=config.vocab_size,
         max_position_embeddings=max(exact_length(config), max_length or 0),
-        rms_norm_eps=config.layer_norm_epsilon,
+        rms_norm_eps=float(config.layer_norm_epsilon),
         rope_parameters={"rope_type": "default", "rope_theta": rope_base(config, max_length)},
         tie_word_embeddings=config.tie_word_embeddings,
-        initializer_range=config.initializer_range,
+        initializer_range=float(config.initializer_range),
     )
 
 

@@ -1,7 +1,7 @@
 """Tests examples/vllm_wrapper.py with vLLM if it is installed, otherwise with a fake vLLM.
 
 The fake has the functions of vLLM 0.32 that the wrapper calls, with the same names and results, and generates tokens
-greedily with transformers. It has no sampling, optimizations or multi-GPU support.
+greedily with the library's model. It has no sampling, optimizations or multi-GPU support.
 """
 
 import argparse
@@ -9,24 +9,20 @@ import enum
 import importlib.machinery
 import importlib.util
 import io
-import shutil
 import sys
 import types
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import vllm_wrapper
-from transformers import Qwen2ForCausalLM
 from vllm_wrapper import vLLMWrapper
 
+from qwen import QWenLMHeadModel
 from qwen.checkpoint.files import CheckpointError
-from qwen.checkpoint.loading import BUNDLED_CHAT_INT4, load_model
-from qwen.export import export_qwen2
+from qwen.checkpoint.loading import load_model
 
 QUESTIONS = ["Hello, who are you?", "你好！", "What is 47 + 38?"]
 GREEDY = {"do_sample": False}
@@ -84,8 +80,8 @@ class LLMEngine:
     def __init__(self, arguments: EngineArgs) -> None:
         if arguments.tensor_parallel_size > 1:
             raise RuntimeError("there is one CPU")
-        self.model = Qwen2ForCausalLM.from_pretrained(arguments.model, dtype=arguments.dtype).eval()
-        length = arguments.max_model_len or self.model.config.max_position_embeddings
+        self.model = QWenLMHeadModel.from_pretrained(arguments.model, dtype=arguments.dtype).eval()
+        length = arguments.max_model_len or self.model.config.max_context_length
         self.model_config = types.SimpleNamespace(max_model_len=length)
         self.requests: dict[str, Request] = {}
 
@@ -133,20 +129,19 @@ def fake_vllm() -> dict[str, types.ModuleType]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Set the cache folder, and install the fake vLLM if necessary."""
-    folder = tmp_path_factory.mktemp("cache")
+def installed_vllm() -> Iterator[None]:
+    """Install the fake vLLM if necessary, and its plugin."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(folder))
         patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
         if importlib.util.find_spec("vllm") is None:
+            patch.setattr(vllm_wrapper, "entry_points", lambda **selection: [selection])
             for name, module in fake_vllm().items():
                 patch.setitem(sys.modules, name, module)
-        yield folder / "qwen" / "export"
+        yield
 
 
 @pytest.fixture(scope="module")
-def wrapper(cache: Path) -> vLLMWrapper:
+def wrapper() -> vLLMWrapper:
     return vLLMWrapper(dtype="float32", enforce_eager=True)
 
 
@@ -232,7 +227,7 @@ def test_default_settings_are_those_of_the_checkpoint(wrapper):
         ({"query": "hi", "num_beams": 2}, "Unknown setting num_beams"),
         ({"query": "hi", "temperature": 9, "do_sample": True}, r"vLLM rejected .*\[0, 2\]"),
         ({"query": "hi", "stop_words_ids": [1]}, "list of lists"),
-        ({"query": "hi " * 2000}, "fewer than 1024"),
+        ({"query": "hi " * 9000}, "fewer than 8192"),
     ],
 )
 def test_invalid_arguments_are_rejected(wrapper, arguments, message):
@@ -261,55 +256,29 @@ def test_old_turns_are_dropped_to_leave_room_for_the_reply(wrapper, monkeypatch)
     assert wrapper.chat("hi", history, **GREEDY)[1][:-1] == history
 
 
-def test_checkpoint_is_exported_once(cache, wrapper, bundled_chat, tmp_path, capsys):
-    assert wrapper.folder.parent == cache
-    with ThreadPoolExecutor() as threads:  # like two processes at once
-        copy = Path(shutil.copytree(bundled_chat, tmp_path / "mine"))
-        folders = [*threads.map(lambda _: vllm_wrapper.prepare_model(copy, None)[0], range(2))]
-    assert folders[0] == folders[1] != wrapper.folder
-    assert folders[0].name.startswith("mine-")
-    assert (folders[0] / "model.safetensors").is_file()
-    assert capsys.readouterr().err.count("Exporting") == 1
-
-    (folders[0] / "config.json").unlink()  # as after a killed export
-    assert vllm_wrapper.prepare_model(copy, None)[0] == folders[0]
-    assert vllm_wrapper.is_exported(folders[0])
-
-    others = [vllm_wrapper.prepare_model(copy, 4096)[0]]
-    (copy / "model.safetensors").touch()
-    others.append(vllm_wrapper.prepare_model(copy, None)[0])
-    assert len({*folders, *others}) == 3
-
-
-def test_quantized_checkpoints_stay_quantized():
-    folder, _, _ = vllm_wrapper.prepare_model(BUNDLED_CHAT_INT4, None)
-    assert vllm_wrapper.read_json(folder / "config.json", folder)["quantization_config"]["bits"] == 4
-
-
-def test_exported_folders_are_used_directly(wrapper, bundled_chat, bundled_base, tmp_path):
-    folder = tmp_path / "exported"
-    export_qwen2(bundled_chat, folder)
-    assert vllm_wrapper.prepare_model(folder, None)[0] == folder
-    _, tokenizer, generation = vllm_wrapper.prepare_model(folder, None)
-    assert tokenizer.get_vocab() == wrapper.tokenizer.get_vocab()
-    assert generation["max_new_tokens"] == 256
-    with pytest.raises(CheckpointError, match="already exported"):
-        vllm_wrapper.prepare_model(folder, 4096)
-    (folder / "qwen.tiktoken").unlink()
-    with pytest.raises(CheckpointError, match=r"no qwen.tiktoken"):
-        vllm_wrapper.prepare_model(folder, None)
-
-    export_qwen2(bundled_base, tmp_path / "base")
+def test_the_checkpoint_is_used_as_it_is(wrapper, bundled_chat, bundled_base):
+    assert wrapper.folder == bundled_chat
+    assert wrapper.max_model_len == 8192
     with pytest.raises(CheckpointError, match="not a chat model"):
-        vllm_wrapper.prepare_model(tmp_path / "base", None)
+        vLLMWrapper(bundled_base)
 
 
-def test_nothing_is_exported_without_vllm(monkeypatch, cache):
-    before = sorted(cache.glob("*"))
+def test_prompts_beyond_the_trained_length_match_the_library(wrapper, original):
+    model, tokenizer = original
+    query = "What is 1 + 1? " * 150
+    assert len(wrapper._encode_prompt(query, None, "", 100).ids) > 1024
+    settings = GREEDY | {"max_new_tokens": 20}
+    assert wrapper.chat(query, **settings) == model.chat(tokenizer, query, **settings)
+
+
+def test_nothing_is_downloaded_without_vllm_or_its_plugin(monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(vllm_wrapper, "entry_points", lambda **selection: [])
+        with pytest.raises(ImportError, match="cannot find the plugin"):
+            vLLMWrapper("no/such-model")
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(ImportError, match="pip install vllm"):
-        vLLMWrapper(max_length=2048)
-    assert sorted(cache.glob("*")) == before
+        vLLMWrapper("no/such-model")
 
 
 def test_engine_start_errors_are_reported():
@@ -334,7 +303,7 @@ def test_command_line(monkeypatch, capsys, bundled_base, wrapper):
     def shared_wrapper(name: str, **arguments: Any) -> vLLMWrapper:  # reuses the engine of the fixture
         assert (name, arguments) == (
             "toy",
-            {"dtype": "float32", "tensor_parallel_size": 1, "max_length": None, "hub": None},
+            {"dtype": "float32", "tensor_parallel_size": 1, "hub": None},
         )
         return argparse.Namespace(chat_stream=lambda *turn, seed: wrapper.chat_stream(*turn, **GREEDY))
 

@@ -76,6 +76,12 @@ def test_the_tiers_differ_by_their_markers() -> None:
     assert nightly == "-m pytest -rs -m nightly"
 
 
+def test_the_vllm_target_has_an_environment_for_each_version() -> None:
+    commands = recipe("test-vllm", "VLLM=0.30.0", "ARGS=-k server")
+    assert commands[-1] == ".venv-vllm/0.30.0/bin/python -m pytest -rs tests/vllm -k server"
+    assert ".venv-vllm/0.32.0/bin/python -m pytest -rs tests/vllm" in " ".join(recipe("test-vllm"))
+
+
 def test_the_gpu_target_installs_nothing() -> None:
     arguments = "-m tests.on_gpu --out gpu_results"
     assert recipe("test-gpu", "PYTHON=python3")[1:] == [f"python3 {arguments}"]

@@ -102,6 +102,7 @@ def test_each_package_is_required_with_one_specifier() -> None:
 
 
 def test_nothing_installs_the_unrelated_package_named_qwen() -> None:
+    assert "qwen" not in {canonicalize_name(one.name) for one in EVERYTHING}
     for name in repository_files():
         if name.endswith((".py", ".md", ".toml", ".txt", ".ipynb", ".sh", "Makefile", "Dockerfile", ".html")):
             text = (ROOT / name).read_text(encoding="utf-8")
