@@ -128,13 +128,28 @@ def check_loaded_names(missing: list[str], unexpected: list[str]) -> None:
             raise ValueError(f"its weight file {kind} {names[0]}")
 
 
-def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
-    """Raise ValueError if the loaded state of Adam lacks a trained parameter, or has another shape."""
-    state = optimizer.state
+def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, before: list[dict[str, Any]]) -> None:
+    """Raise ValueError if the loaded state of Adam lacks a trained parameter, or has another shape or settings.
+
+    torch does not compare them: it reads beyond the end of averages that are too small.
+
+    Args:
+        before: the parameter groups of the optimizer before it loaded its state.
+    """
+    for group, example in zip(optimizer.param_groups, before, strict=True):
+        for name, value in example.items():
+            is_number = type(value) in (int, float, tuple)  # others, e.g. fused, depend on the machine
+            if is_number and not _is_alike(group.get(name), value):
+                raise ValueError(f"{name} in {OPTIMIZER_NAME} is {str(group.get(name))[:60]!r}")
     for name, parameter in model.named_parameters():
-        averages = state.get(parameter, {}) if parameter.requires_grad else None
-        if averages is not None and getattr(averages.get("exp_avg"), "shape", None) != parameter.shape:
-            raise ValueError(f"{OPTIMIZER_NAME} has no averages for {name}")
+        if not parameter.requires_grad:
+            continue
+        averages = optimizer.state.get(parameter, {})
+        for kind in ("exp_avg", "exp_avg_sq"):
+            if getattr(averages.get(kind), "shape", None) != parameter.shape:
+                raise ValueError(f"{OPTIMIZER_NAME} has no {kind} for {name}")
+        if getattr(averages.get("step"), "shape", None) != torch.Size():
+            raise ValueError(f"{OPTIMIZER_NAME} has no step for {name}")
 
 
 def check_scheduler(scheduler: Any, before: dict[str, Any]) -> None:
@@ -150,8 +165,8 @@ def check_scheduler(scheduler: Any, before: dict[str, Any]) -> None:
 
 
 def _is_alike(value: object, example: object) -> bool:
-    """Whether both are numbers, or lists of as many values that are alike, or of the same type."""
-    if isinstance(value, list) and isinstance(example, list):
+    """Whether both are numbers, or sequences of as many values that are alike, or of the same type."""
+    if isinstance(value, (list, tuple)) and isinstance(example, (list, tuple)):
         return len(value) == len(example) and all(map(_is_alike, value, example))
     return type(value) is type(example) or (isinstance(value, (int, float)) and isinstance(example, (int, float)))
 

@@ -257,6 +257,15 @@ def test_hostile_safetensors_header(header: str, folder: Path) -> None:
         refusal(WAYS[way], folder)
 
 
+def test_tensors_that_the_model_does_not_have_are_ignored(folder: Path, tmp_path: Path) -> None:
+    names = ("evil", "transformer.h", "transformer.h.1", "transformer.h.1.evil", ".")
+    tensors = load_file(folder / "model.safetensors") | {name: torch.zeros(1) for name in names}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    load_all(folder)
+    export_qwen2(folder, tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
 # ---- pickles (H1, H2) ----
 
 

@@ -178,10 +178,13 @@ def test_checkpoints_of_deepspeed_and_fsdp_are_whole(
         check_refused("latest", lambda file: file.write_text("../../evil"), "does not name a folder beside it")
 
 
-def without_first_state(folder: Path) -> None:
-    content = torch.load(folder / "optimizer.pt")
-    del content["state"][0]
-    torch.save(content, folder / "optimizer.pt")
+def edit_optimizer(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], object]:
+    def edit(folder: Path) -> None:
+        content = torch.load(folder / "optimizer.pt")
+        change(content)
+        torch.save(content, folder / "optimizer.pt")
+
+    return edit
 
 
 def edit_scheduler(**changes: object) -> Callable[[Path], object]:
@@ -203,7 +206,11 @@ def without_a_tensor(folder: Path) -> None:
     [
         cut("optimizer.pt"),
         cut("rng_state.pth"),
-        without_first_state,
+        edit_optimizer(lambda content: content["state"].pop(0)),
+        edit_optimizer(lambda content: content["state"][0].update(exp_avg_sq=torch.zeros(1))),
+        edit_optimizer(lambda content: content["state"][0].pop("step")),
+        edit_optimizer(lambda content: content["param_groups"][0].update(lr="x")),
+        edit_optimizer(lambda content: content["param_groups"][0].pop("betas")),
         without_a_tensor,
         edit_scheduler(last_epoch="x"),
         edit_scheduler(base_lrs=[]),

@@ -1,13 +1,15 @@
-"""Searches for requests that break a server, with random seeds, for some minutes.
+"""Searches for requests that break a server, and files that break what reads them, with random seeds, for some minutes.
 
-    python -m tests.fuzzing [--minutes N] [--seed S] [--out FOLDER]
+    python -m tests.fuzzing [server] [page] [files] [--minutes N] [--seed S] [--out FOLDER]
 
-Starts the server, and then the web demo, with the bundled chat model, each with its own temporary folder. First the
-inputs in FOLDER and in tests/fuzzing/found are tried again, then new ones: hypothesis generates them, and makes those
-that fail as small as it can. Each is kept as FOLDER/KIND-….json, with the answer and what the server logged.
+Starts the server, then the web demo, with the bundled chat model, and then a process that reads files, each with its
+own temporary folder. First the inputs in FOLDER and in tests/fuzzing/found are tried again, then new ones: hypothesis
+generates them, and makes those that fail as small as it can. Each is kept as FOLDER/KIND-….json, with the answer and
+what was logged.
 
-At the end the server must have as much memory, threads, files and processes as after its first requests, it must end
-at SIGTERM with status 0, and its temporary folder must be empty. The exit status is 1 if anything failed.
+At the end a server must have as much memory, threads, files and processes as after its first requests, it must end at
+SIGTERM with status 0, and its temporary folder must be empty. Each folder of files is read by a process of its own. The
+exit status is 1 if anything failed.
 
 To keep an input as a test, copy its file to tests/fuzzing/found.
 """
@@ -31,14 +33,14 @@ import psutil
 from hypothesis import HealthCheck, Phase, Verbosity, given, seed, settings
 from hypothesis.errors import HypothesisWarning
 from hypothesis.strategies import SearchStrategy
-from schemathesis import Case
 
-from tests.fuzzing.checks import CheckedPage, CheckedServer, PageProcess, write_case
+from tests.fuzzing.checks import CheckedPage, CheckedServer, PageProcess
+from tests.fuzzing.file_checks import CheckedFiles
 from tests.support.server_process import ServerProcess
 
 FOUND = Path(__file__).with_name("found")
-SHARE_OF_PAGE = 0.2  # of the time, for the web demo
-BATCH = 40  # inputs of one kind before the next kind is tried
+SHARES = {"server": 5, "page": 2, "files": 3}  # of the time
+BATCH = 20  # inputs of one kind before the next kind is tried
 WARM_UP = 0.2  # share of the time after which the memory counts
 MORE_MEMORY = 128 * 2**20  # bytes
 PROGRESS_SECONDS = 10
@@ -60,33 +62,33 @@ class Usage:
 
 
 class Search:
-    """Checks requests until the time is over, and keeps those that fail.
+    """Checks inputs until the time is over, and keeps those that fail.
 
     Args:
-        checked: the server.
+        checked: the server, or the readers of files.
         out: folder for what fails.
         seconds: how long.
-        random_seed: seed of the generated requests.
+        random_seed: seed of the generated inputs.
     """
 
-    def __init__(self, checked: CheckedServer, out: Path, seconds: float, random_seed: int):
+    def __init__(self, checked: CheckedServer | CheckedFiles, out: Path, seconds: float, random_seed: int):
         self.checked, self.out, self.seconds, self.random_seed = checked, out, seconds, random_seed
         self.started = self.printed = time.monotonic()
         self.found: dict[str, int] = {}  # failures: file name → how often
         self.settled: set[str] = set()  # those that are not made smaller any more
         self.warm: Usage | None = None
-        self.process = psutil.Process(checked.server.process.pid)
+        self.process = psutil.Process(checked.pid)
 
     @property
     def elapsed(self) -> float:
         return time.monotonic() - self.started
 
     def replay(self, paths: list[Path]) -> None:
-        """Check requests of files."""
+        """Check inputs of files."""
         for path in paths:
             fields = json.loads(path.read_text(encoding="utf-8"))
-            if fields["path"] not in {*self.checked.schema}:
-                continue  # it is one of the other server
+            if not self.checked.accepts(fields):
+                continue  # it is one of another search
             case = self.checked.read(fields)
             self.settled |= {*self.found}
             try:
@@ -95,20 +97,20 @@ class Search:
                 print(f"fails again: {path}")
 
     def run(self) -> None:
-        """Check generated requests, some of each kind in turn."""
+        """Check generated inputs, some of each kind in turn."""
         kinds = self.checked.kinds()
         draw = random.Random(self.random_seed)
         for name, cases in itertools.cycle(kinds.items()):
-            if self.elapsed > self.seconds or self.checked.server.process.poll() is not None:
+            if self.elapsed > self.seconds or not self.checked.is_running():
                 return
             self.settled |= {*self.found}
             try:
                 self._batch(name, cases, draw.getrandbits(64))
             except Exception as error:
                 if self.settled >= self.found.keys():
-                    raise RuntimeError(f"{name}: not a failure of the server") from error
+                    raise RuntimeError(f"{name}: not a failure of what is tried") from error
 
-    def _batch(self, name: str, cases: SearchStrategy[Case], batch_seed: int) -> None:
+    def _batch(self, name: str, cases: SearchStrategy[Any], batch_seed: int) -> None:
         @seed(batch_seed)
         @settings(
             max_examples=BATCH,
@@ -119,14 +121,14 @@ class Search:
             verbosity=Verbosity.quiet,
         )
         @given(case=cases)
-        def attempt(case: Case) -> None:
+        def attempt(case: Any) -> None:
             if self.elapsed < self.seconds:
                 self.check(name, case, seed=batch_seed)
 
         attempt()
 
-    def check(self, name: str, case: Case, **more: Any) -> None:
-        """Check a request; write it to a file if it fails.
+    def check(self, name: str, case: Any, **more: Any) -> None:
+        """Check an input; write it to a file if it fails.
 
         Raises:
             AssertionError: it failed in a new way.
@@ -140,13 +142,12 @@ class Search:
             if key not in self.settled:
                 raise
 
-    def _keep(self, name: str, case: Case, problem: str, **more: Any) -> str:
-        """Write a request to a file, of which there is one for each kind of failure. Return its name."""
-        answer = self.checked.last
+    def _keep(self, name: str, case: Any, problem: str, **more: Any) -> str:
+        """Write an input to a file, of which there is one for each kind of failure. Return its name."""
         reason = re.search(r"^\S*(?:Error|Exception|Interrupt)\b.*", problem, re.MULTILINE)
         # Without what differs from input to input.
         brief = re.sub(r"\d+|'.*'|\".*\"", "", reason[0] if reason else problem.partition("\n")[0])
-        digest = hashlib.sha256(f"{case.path} {brief}".encode()).hexdigest()[:8]
+        digest = hashlib.sha256(f"{self.checked.place(case)} {brief}".encode()).hexdigest()[:8]
         key = re.sub(r"\W+", "-", f"{name} {digest}") + ".json" if name != "again" else f"again-{digest}.json"
         known = next((found for found in self.found if found.endswith(f"-{digest}.json")), None)
         if known is None:
@@ -154,8 +155,8 @@ class Search:
         key = known or key
         self.found[key] = self.found.get(key, 0) + 1
         if key not in self.settled:
-            response = {"status": answer.status_code, "answer": answer.text[:2000]} if answer is not None else {}
-            write_case(self.out / key, case, problem=problem[:20_000], **response, **more)
+            fields = self.checked.fields(case) | {"problem": problem[:20_000]} | self.checked.answer() | more
+            (self.out / key).write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
         return key
 
     def _progress(self) -> None:
@@ -168,7 +169,7 @@ class Search:
             rate = self.checked.inputs / self.elapsed
             print(
                 f"{self._head()}{self.checked.inputs:,} inputs, {rate:.0f} a second, {Usage(self.process)}, "
-                f"{len(self.found)} failures",
+                f"{self.checked.status()}{len(self.found)} failures",
                 flush=True,
             )
 
@@ -241,32 +242,66 @@ def search(
         finally:
             server.stop()
             out.joinpath(f"{process.script}.log").write_bytes(Path(server.log.name).read_bytes())
-    for key, count in found.found.items():
-        print(f"FAILED {count} times: {out / key}")
+    return report(found, problems)
+
+
+def search_files(out: Path, minutes: float, number: int) -> int:
+    """Search for files that break what reads them, and return the number of failures."""
+    print(f"files: {minutes:g} minutes, seed {number}, failures go to {out}", flush=True)
+    with tempfile.TemporaryDirectory(prefix="qwen-fuzzing-") as folder:
+        checked = CheckedFiles(Path(folder))
+        found = Search(checked, out, minutes * 60, number)
+        found.replay([*sorted(out.glob("*.json")), *sorted(FOUND.glob("*.json"))])
+        found.run()
+        if checked.is_running():
+            problems = grown(found.warm or Usage(found.process), Usage(found.process))
+            checked.close()
+        else:
+            problems = [f"the process ended by itself:\n{checked.process.child.output()[-2000:]}"]
+    for (reader, result), count in sorted(checked.results.items()):
+        print(f"{reader}: {result} {count:,}")
+    return report(found, problems)
+
+
+def report(search: Search, problems: list[str]) -> int:
+    """Print what failed, and return how much."""
+    for key, count in search.found.items():
+        print(f"FAILED {count} times: {search.out / key}")
     for problem in problems:
         print(f"FAILED: {problem}")
-    failures = len(found.found) + len(problems)
-    print(f"{checked.inputs:,} inputs, {checked.inputs / found.elapsed:.0f} a second, {failures} failures")
+    failures, inputs = len(search.found) + len(problems), search.checked.inputs
+    rate = inputs / search.elapsed
+    print(f"{inputs:,} inputs, {rate:.0f} a second, {search.checked.status()}{failures} failures", flush=True)
     return failures
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzzing", description=__doc__.partition("\n")[0])
+    parser.add_argument("what", nargs="*", help=f"what to try: {', '.join(SHARES)} (default: all, one after another)")
     parser.add_argument("--minutes", type=float, default=30, help="how long (default: %(default)s)")
-    parser.add_argument("--seed", type=int, help="seed of the requests (default: a random one)")
+    parser.add_argument("--seed", type=int, help="seed of the inputs (default: a random one)")
     parser.add_argument(
         "--out", type=Path, default=Path("fuzz_results"), help="folder for failures (default: %(default)s)"
     )
     args = parser.parse_args()
+    chosen = [name for name in SHARES if name in args.what or not args.what]
+    if unknown := {*args.what} - {*SHARES}:
+        parser.error(f"{min(unknown)!r} is not one of {', '.join(SHARES)}")
     warnings.simplefilter("ignore", HypothesisWarning)  # of large inputs
     args.out.mkdir(parents=True, exist_ok=True)
     number = random.getrandbits(32) if args.seed is None else args.seed
-    page = args.minutes * SHARE_OF_PAGE
-    # A small batch limits the cache, which a CPU takes as it is used: the memory can be watched.
-    failures = search(CheckedServer, ServerProcess, ["--max-batch-size", "16"], args.out, args.minutes - page, number)
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = str(free.getsockname()[1])
-    failures += search(CheckedPage, PageProcess, ["--server-port", port], args.out, page, number)
+    minutes = {name: args.minutes * SHARES[name] / sum(SHARES[each] for each in chosen) for name in chosen}
+    failures = 0
+    if "server" in chosen:
+        # A small batch limits the cache, which a CPU takes as it is used: the memory can be watched.
+        options = ["--max-batch-size", "16"]
+        failures += search(CheckedServer, ServerProcess, options, args.out, minutes["server"], number)
+    if "page" in chosen:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = str(free.getsockname()[1])
+        failures += search(CheckedPage, PageProcess, ["--server-port", port], args.out, minutes["page"], number)
+    if "files" in chosen:
+        failures += search_files(args.out, minutes["files"], number)
     return 1 if failures else 0
 
 

@@ -6,7 +6,6 @@ that is sent at the same time gets the same reply as alone.
 """
 
 import base64
-import json
 import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -186,6 +185,33 @@ class CheckedServer:
             return 0, str(error)
         return answer.status_code, answer.json().get("choices", answer.text)
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def is_running(self) -> bool:
+        return self.server.process.poll() is None
+
+    def accepts(self, fields: dict[str, Any]) -> bool:
+        """Return whether a file describes a request to this server."""
+        return fields.get("path") in {*self.schema}
+
+    def fields(self, case: Case) -> dict[str, Any]:
+        """Return a request as JSON."""
+        return fields_of(case)
+
+    def place(self, case: Case) -> str:
+        """Return where a request goes, to tell failures apart."""
+        return case.path
+
+    def answer(self) -> dict[str, Any]:
+        """Return the last answer as JSON."""
+        return {} if self.last is None else {"status": self.last.status_code, "answer": self.last.text[:2000]}
+
+    def status(self) -> str:
+        """Return more that progress shows."""
+        return ""
+
     def close(self) -> None:
         """Close the connections."""
         self._session.close()
@@ -247,8 +273,3 @@ def limit_tokens(case: Case) -> None:
         given += TOKEN_LIMITS
     for name in given:
         case.body[name] = 2
-
-
-def write_case(path: Path, case: Case, **more: Any) -> None:
-    """Write a request to a file that `CheckedServer.read` takes; other fields are for people."""
-    path.write_text(json.dumps(fields_of(case) | more, indent=1) + "\n", encoding="utf-8")
