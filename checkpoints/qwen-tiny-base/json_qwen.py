@@ -16,6 +16,7 @@ MAX_JSON_BYTES = 1 << 20
 MAX_INDEX_BYTES = 8 << 20  # of lists of tensors
 MAX_VOCABULARY_BYTES = 8 << 20  # the published one has 2.6 MB
 MAX_DEPTH = 64  # levels of brackets
+MAX_VALUES = 1 << 20  # each takes up to 60 bytes, also one of two characters
 MAX_MESSAGE = 1000  # characters of an error
 
 
@@ -35,16 +36,28 @@ def read_small_file(path: str | os.PathLike, max_bytes: int = MAX_JSON_BYTES) ->
     return content
 
 
-def parse_json_object(data: bytes, where: str, *, allow_nan: bool = False) -> dict[str, Any]:
+def count_values(data: str | bytes) -> int:
+    """Return how many values a JSON text has at most: signs in its texts are counted, too."""
+    signs: tuple[Any, ...] = (",", "[", "{") if isinstance(data, str) else (b",", b"[", b"{")
+    return sum(map(data.count, signs))
+
+
+def parse_json_object(
+    data: bytes, where: str, *, allow_nan: bool = False, max_values: int = MAX_VALUES
+) -> dict[str, Any]:
     """Parse a JSON object in UTF-8.
 
     Args:
         where: the file, for error messages.
         allow_nan: accept NaN and Infinity, which Python writes although they are not JSON.
+        max_values: how many values it may have.
 
     Raises:
-        ValueError: it is not valid, no object, nested too deeply, or has a number beyond the range of floats.
+        ValueError: it is not valid, no object, nested too deeply, has too many values, or a number beyond the range of
+            floats.
     """
+    if count_values(data) > max_values:
+        raise ValueError(f"{where} has more than {max_values:,} values. Fix it or download it again.")
 
     def parse_float(text: str) -> float:
         if not math.isfinite(number := float(text)):

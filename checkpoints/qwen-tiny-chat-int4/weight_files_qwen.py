@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig
 
-from .json_qwen import MAX_INDEX_BYTES, first_line, read_json_object
+from .json_qwen import MAX_INDEX_BYTES, MAX_VALUES, count_values, first_line, read_json_object
 
 MAX_NAME = 255  # characters of the name of a file
 INDEX_SUFFIX = ".index.json"
@@ -84,6 +84,10 @@ def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """
     if path.suffix != ".safetensors":
         return {name: tuple(tensor.shape) for name, tensor in open_bin(path).items()}
+    with path.open("rb") as file:
+        header = file.read(min(int.from_bytes(file.read(8), "little"), MAX_INDEX_BYTES))
+    if count_values(header) > MAX_VALUES:
+        raise damaged(path, f"its header has more than {MAX_VALUES:,} values")
     try:
         with safe_open(path, framework="pt") as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  no mapping

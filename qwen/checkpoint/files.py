@@ -12,7 +12,7 @@ from typing import Any
 from .._renamed import old_names
 from ..model.configuration_qwen import QWenConfig
 from ..model.gptq_qwen import explain_missing_packages, missing_packages
-from ..model.json_qwen import MAX_INDEX_BYTES, MAX_JSON_BYTES, one_line, parse_json_object, read_small_file
+from ..model.json_qwen import MAX_INDEX_BYTES, MAX_JSON_BYTES, MAX_VALUES, one_line, parse_json_object, read_small_file
 from ..model.json_qwen import first_line as first_line  # re-exported for the other modules of this folder and its users
 from ..model.weight_files_qwen import files_of_index
 
@@ -191,7 +191,8 @@ def read_json(path: Path, name: str | Path, *, allow_nan: bool = False, max_byte
         data = read_small_file(path, max_bytes)
         if data.startswith(LFS_POINTER):
             raise CheckpointError(lfs_pointer_message(path.parent, [path.name]))
-        return parse_json_object(data, f"{path.name} of {name}", allow_nan=allow_nan)
+        max_values = max(MAX_VALUES, max_bytes // 16)  # as many as the state of a long run has
+        return parse_json_object(data, f"{path.name} of {name}", allow_nan=allow_nan, max_values=max_values)
     except ValueError as error:
         raise CheckpointError(str(error)) from error
 

@@ -4,20 +4,24 @@ The format of a sample is defined in `samples`.
 """
 
 import codecs
+import contextlib
 import json
 import os
 import re
 from array import array
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import BinaryIO, cast, overload
 
 from tqdm import tqdm
 
+from ..model.json_qwen import MAX_VALUES, count_values
 from .samples import MalformedSample, check_sample, unlearned_turns
 
 _CHUNK = 1 << 18  # bytes per read; a window that fits into the processor's cache is twice as fast
-MAX_SAMPLE = 2 << 20  # characters; the objects of a JSON text take up to 30 times as much memory
+_SHORT = 1 << 16  # characters
+_VALUE = re.compile(r"[,\[{]")  # before each value
 _BLANK = re.compile(r"[ \t\r\n]*")
 PROGRESS_DELAY = 2  # seconds before a progress bar is shown
 
@@ -145,6 +149,7 @@ class _JsonReader:
         self.decoder = json.JSONDecoder()
         self.partial = b""  # start of a character whose end has not been read yet
         self.window, self.pos = "", 0  # decoded text, and the position of the first unused character
+        self.has_few_values = True  # whether the window has up to MAX_VALUES
         self.offset = 0  # of window[pos] in the file, in bytes
         first_bytes = file.read(4)
         if first_bytes.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in first_bytes:
@@ -189,14 +194,14 @@ class _JsonReader:
     def _value(self) -> tuple[int, int, object]:
         start = self.offset
         while True:
+            window = self._window_of_value()
             try:
-                value, end = self.decoder.raw_decode(self.window, self.pos)
+                value, end = self.decoder.raw_decode(window, self.pos)
             except json.JSONDecodeError as error:
                 # The window may end within a string, within a word like -Infinity, or within an escape: read more.
-                near_end = error.msg.startswith("Unterminated string") or error.pos > len(self.window) - 16
-                if near_end and len(self.window) - self.pos >= MAX_SAMPLE:
-                    what = f"this sample is longer than {MAX_SAMPLE >> 20} million characters: shorten it"
-                    raise self._error(what, start) from None
+                near_end = error.msg.startswith("Unterminated string") or error.pos > len(window) - 16
+                if near_end and len(window) < len(self.window):
+                    raise self._error(f"this sample has more than {MAX_VALUES:,} values", start) from None
                 if near_end and self._read_more():
                     continue
                 self._advance(error.pos)
@@ -213,6 +218,17 @@ class _JsonReader:
                 self._advance(end)
                 return start, self.offset, value
             raise self._error(what, start) from None
+
+    def _window_of_value(self) -> str:
+        """Return the window, cut after MAX_VALUES values unless the next sample is short."""
+        if self.has_few_values:
+            return self.window
+        short = self.window[self.pos : self.pos + _SHORT]
+        with contextlib.suppress(ValueError, RecursionError):
+            if self.decoder.raw_decode(short)[1] < len(short):
+                return self.window
+        last = next(islice(_VALUE.finditer(self.window, self.pos), MAX_VALUES, None), None)
+        return self.window if last is None else self.window[: last.start()]
 
     def _peek(self) -> str:
         """Return the next character that is not white space, or "" at the end of the file."""
@@ -248,6 +264,7 @@ class _JsonReader:
             ) from None
         self.partial = data[used:]
         self.window, self.pos = self.window[self.pos :] + text, 0
+        self.has_few_values = count_values(self.window) <= MAX_VALUES
         return True
 
     def _error(self, what: str, start: int | None = None) -> DataFileError:

@@ -9,15 +9,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TextIO
 
-from ..model.json_qwen import one_line
+from ..model.json_qwen import MAX_VALUES, count_values, one_line
 from .case import JSONObject
 
 Fields = Sequence[str] | Mapping[str, type]
 """Required fields of an object, optionally with their types: str, int, list or dict."""
 MAX_BYTES = 64 << 20  # of a file, unpacked
-MAX_OBJECT_BYTES = (
-    4 << 20
-)  # of a JSON or CSV file, and of a line of JSON lines: Python's objects take up to 30 times that
 _TYPE_NAMES = {str: "text", int: "a whole number", list: "a list", dict: "an object"}
 
 
@@ -41,7 +38,7 @@ def read_csv(
     Raises:
         DataError: the file is missing, not text or empty; a row has the wrong width or a value that is not allowed.
     """
-    with _OpenText(path, MAX_OBJECT_BYTES, newline="") as file:
+    with _OpenText(path, newline="") as file:
         reader = csv.reader(file)
         try:
             rows = [(reader.line_num, row) for row in reader if any(map(str.strip, row))]
@@ -84,10 +81,6 @@ def read_jsonl(path: Path, required: Fields) -> list[JSONObject]:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
-            if len(line) > MAX_OBJECT_BYTES:
-                raise DataError(
-                    f"{path}, line {number}: longer than {MAX_OBJECT_BYTES >> 20} MB. Shorten or remove it."
-                )
             try:
                 record = json.loads(line)
             except (ValueError, RecursionError) as error:
@@ -104,7 +97,7 @@ def read_json(path: Path) -> object:
     Raises:
         DataError: the file is missing or not JSON.
     """
-    with _OpenText(path, MAX_OBJECT_BYTES) as file:
+    with _OpenText(path) as file:
         try:
             return json.load(file)
         except (ValueError, RecursionError) as error:
@@ -128,19 +121,20 @@ def check_fields(record: object, required: Fields, where: str) -> JSONObject:
 class _OpenText:
     """Opens a text file, and turns errors on opening and reading it into `DataError`."""
 
-    def __init__(self, path: Path, max_bytes: int = MAX_BYTES, newline: str | None = None):
-        self.path, self.max_bytes, self.newline = Path(path), max_bytes, newline
+    def __init__(self, path: Path, newline: str | None = None):
+        self.path, self.newline = Path(path), newline
 
     def __enter__(self) -> TextIO:
         try:
             if self.path.exists() and not (self.path.is_file() or self.path.is_dir()):
                 raise DataError(f"{self.path} is a pipe or device, but a file is needed.")
             with gzip.open(self.path) if self.path.suffix == ".gz" else open(self.path, "rb") as file:
-                content = file.read(self.max_bytes + 1)
+                content = file.read(MAX_BYTES + 1)
         except (OSError, EOFError, zlib.error) as error:
             raise self._data_error(error) from error
-        if len(content) > self.max_bytes:
-            raise DataError(f"{self.path} has more than {self.max_bytes >> 20} MB. Download it again.")
+        if len(content) > MAX_BYTES or count_values(content) > MAX_VALUES:
+            limits = f"{MAX_BYTES >> 20} MB or {MAX_VALUES:,} values"
+            raise DataError(f"{self.path} has more than {limits}. Download it again.")
         # utf-8-sig: spreadsheets write a byte-order mark, which is not part of the first column.
         self.file = io.TextIOWrapper(io.BytesIO(content), encoding="utf-8-sig", newline=self.newline)
         return self.file

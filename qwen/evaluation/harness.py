@@ -26,7 +26,7 @@ from ..checkpoint.bundled import BUNDLED_BASE, BUNDLED_CHAT
 from ..checkpoint.checkpoint import resolve
 from ..checkpoint.loading import load_model_quietly
 from ..model.json_qwen import parse_json_object, read_json_object
-from .data_files import MAX_OBJECT_BYTES, DataError
+from .data_files import DataError
 from .language_model import LanguageModel
 from .task import Case, JSONObject, Score, Task
 
@@ -230,8 +230,6 @@ class Run:
         for number, (line, case) in enumerate(zip(lines[:kept], cases, strict=False), start=1):
             expected = json.loads(json.dumps({"name": case.name, "group": case.group, "gold": case.gold}))
             try:
-                if len(line) > MAX_OBJECT_BYTES:
-                    raise ValueError(f"line {number} is longer than {MAX_OBJECT_BYTES >> 20} MB.")
                 record = parse_json_object(line, f"line {number}", allow_nan=True)
                 if not all(name in record and record[name] == value for name, value in expected.items()):
                     raise ValueError(f"line {number} is of another question than {case.name!r}.")

@@ -116,8 +116,9 @@ def explain_damage(folder: str | Path | None) -> Iterator[None]:
     ) as error:
         if isinstance(error, ArgumentError) or is_memory_full(error):
             raise
-        # The message of torch for an unsafe pickle advises to execute it.
-        reason = type(error).__name__ if isinstance(error, pickle.UnpicklingError) else first_line(error)[:300]
+        # The messages of torch for unsafe pickles and old archives advise to execute them.
+        is_unsafe = isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error)
+        reason = "a file does not hold tensors" if is_unsafe else first_line(error)[:300]
         raise ArgumentError(f"--resume_from_checkpoint {folder} is damaged ({reason}). {ADVICE}") from error
 
 

@@ -107,6 +107,8 @@ INTERFACES = [
               "the selected attention implementation; there is no public getter", "property"),
     Interface("transformers.PreTrainedModel._tp_plan", MODELING,
               "tensor parallel style of the output layer", "attribute"),
+    Interface("torch.distributed.tensor.placement_types._StridedShard", "qwen/model/parallel_qwen.py",
+              "placement of a matrix whose parts are each cut, so that it is saved whole", "class"),
     Interface("transformers.PreTrainedModel._auto_class", "qwen/model/loading_qwen.py",
               "whether save_pretrained copies the code, and names it in auto_map", "attribute"),
     Interface("transformers.PreTrainedConfig.base_model_fsdp_plan", "qwen/model/configuration_qwen.py",
